@@ -1,0 +1,1 @@
+"""A trained student, or a teacher, becomes a bundle."""

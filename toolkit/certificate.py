@@ -1,0 +1,139 @@
+"""Certificate: the measured permission to match queries of one encoder against a gallery of another.
+
+It holds all a server needs of an evaluation: thresholds for target false match rates, and the calibration from a
+score to the false match rate at that score. The pair of encoders is ordered, and one pair's threshold is never used
+for another.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from pydantic import ValidationError, model_validator
+
+from pkd.toolkit.errors import BundleError, UnsupportedFmr
+from pkd.toolkit.record import Record
+from pkd.toolkit.space import short
+
+Interval = tuple[float, float]
+
+
+class OperatingPoint(Record):
+    """Error rates at one threshold; intervals are 95 % identity-level bootstrap intervals."""
+
+    fmr: float
+    """Target false match rate, a fraction."""
+    threshold: float
+    """Cosine similarity at and above which a pair matches."""
+    fmr_ci95: Interval
+    """What the threshold's false match rate may be on other people."""
+    tar: float
+    """True accept rate over genuine pairs, every pair weighing the same."""
+    tar_ci95: Interval
+    tar_balanced: float
+    """True accept rate with every identity weighing the same."""
+    tar_balanced_ci95: Interval
+
+
+class Calibration(Record):
+    """Score → false match rate, at ascending scores; rates fall from left to right."""
+
+    score: tuple[float, ...]
+    fmr: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Calibration:
+        columns = (self.score, self.fmr, self.low, self.high)
+        if not self.score or len({len(c) for c in columns}) != 1:
+            raise ValueError("calibration columns must be non-empty and equally long")
+        if any(a > b for a, b in zip(self.score, self.score[1:], strict=False)):
+            raise ValueError("calibration scores must ascend")
+        return self
+
+
+class Certificate(Record):
+    """Queries from ``query`` may be matched against a gallery of ``gallery``, with these error rates."""
+
+    schema_version: int = 1
+    query: str
+    """Encoder id of the query (probe) side."""
+    gallery: str
+    """Encoder id of the gallery side."""
+    space: str
+    """Id of the embedding space that both share."""
+    points: tuple[OperatingPoint, ...]
+    """Operating points, from the largest false match rate to the smallest."""
+    calibration: Calibration
+    min_fmr: float
+    """Smallest false match rate that the impostor pairs resolve."""
+    identities: int
+    images: int
+    genuine_pairs: int
+    impostor_pairs: int
+    data_name: str
+    data_digest: str
+    synthetic: bool = False
+    """True where the faces were procedural: the rates say nothing about people."""
+    tool: str
+    created: str
+    """ISO 8601, UTC."""
+
+    @property
+    def file_name(self) -> str:
+        """``query__gallery.json`` with shortened ids, so that one folder holds every ordered pair."""
+        return f"{short(self.query)}__{short(self.gallery)}.json"
+
+    def threshold(self, fmr: float) -> float:
+        """Smallest score whose false match rate is at most ``fmr``, from the measured points.
+
+        Between two points log(FMR) is interpolated linearly in the score. Raises UnsupportedFmr outside them.
+        """
+        largest, smallest = self.points[0].fmr, self.points[-1].fmr
+        if not smallest * (1 - 1e-9) <= fmr <= largest * (1 + 1e-9):
+            raise UnsupportedFmr(
+                f"target FMR {fmr:g} is not covered by the certificate of {short(self.query)} against "
+                f"{short(self.gallery)}, which supports {smallest:g} to {largest:g} ({self.impostor_pairs:,} impostor "
+                f"pairs of {self.identities:,} identities). Ask for {smallest:g} or more, or evaluate on more people."
+            )
+        for point, following in zip(self.points, self.points[1:], strict=False):
+            if point.fmr >= fmr > following.fmr:
+                share = math.log(point.fmr / fmr) / math.log(point.fmr / following.fmr)
+                return point.threshold + share * (following.threshold - point.threshold)
+        return self.points[-1].threshold if fmr < largest else self.points[0].threshold
+
+    def fmr_at(self, score: float) -> tuple[float, Interval]:
+        """False match rate at ``score`` and its 95 % interval; beyond the last measured impostor, that one's."""
+        c = self.calibration
+        if score <= c.score[0]:
+            return c.fmr[0], (c.low[0], c.high[0])
+        for i in range(1, len(c.score)):
+            if score <= c.score[i]:
+                width = c.score[i] - c.score[i - 1]
+                share = (score - c.score[i - 1]) / width if width else 1.0
+                fmr, low, high = (_between(column[i - 1], column[i], share) for column in (c.fmr, c.low, c.high))
+                return fmr, (low, high)
+        return c.fmr[-1], (c.low[-1], c.high[-1])
+
+
+def read_certificate(path: str | Path) -> Certificate:
+    """Read and validate one certificate file. Raises BundleError naming the file."""
+    try:
+        certificate = Certificate.model_validate_json(Path(path).read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+        raise BundleError(f"{path}: not a certificate: {reason}.") from None
+    if certificate.schema_version != 1:
+        raise BundleError(f"{path}: certificate schema {certificate.schema_version}; this pkd reads 1. Upgrade pkd.")
+    if not certificate.points:
+        raise BundleError(f"{path}: a certificate without operating points certifies nothing. Evaluate on more people.")
+    return certificate
+
+
+def _between(a: float, b: float, share: float) -> float:
+    """Interpolate geometrically, so that rates over many decades stay straight lines; linearly down to zero."""
+    if a > 0 and b > 0:
+        return float(a ** (1 - share) * b**share)
+    return a + share * (b - a)

@@ -1,0 +1,1 @@
+"""The commands: argv → config → one call. Each file is one command."""

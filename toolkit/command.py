@@ -1,0 +1,86 @@
+"""What every command shares: errors as one line, exit codes, ``--json``, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pkd.toolkit.errors import PkdError
+
+Result = Mapping[str, Any]
+Run = Callable[[argparse.Namespace, Console], Result]
+
+
+def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose ``--help`` ends with examples and that knows ``--json`` and ``--version``."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog=f"examples:\n{examples.strip()}\n\nexit codes: 0 done, 1 failed while running, 2 bad usage or input, "
+        "3 target unavailable, 4 a gate failed",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on stdout, and nothing else there"
+    )
+    parser.add_argument("--version", action="version", version=tool_version())
+    return parser
+
+
+def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None = None) -> int:
+    """Parse, run ``body`` and return the exit code. Known errors become one line on stderr.
+
+    People read the console on stderr; stdout carries only the JSON result when ``--json`` is given.
+    """
+    args = parser.parse_args(argv)
+    console = Console(stderr=True, quiet=args.json, highlight=False)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = body(args, console)
+    except PkdError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # disk full, no permission: the operator's to mend, a traceback would not help
+        print(f"{parser.prog}: {error.filename or 'input/output'}: {error.strerror or error}.", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if args.json:
+        print(json.dumps(result, indent=2, allow_nan=False, default=str))
+    return 0
+
+
+@contextmanager
+def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; call the yielded function with the number of items done since the last call."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def tool_version() -> str:
+    """``pkd 0.1.0``: stamped into bundles, certificates and reports."""
+    return f"pkd {version('pkd')}"
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

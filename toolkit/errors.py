@@ -1,0 +1,89 @@
+"""Every error pkd raises on purpose.
+
+A message is one line that names the value and the remedy. The commands print it without a traceback and exit with the
+class's ``exit_code``::
+
+    PkdError                      1  failed while running
+    ├── TrainingDiverged          1  the loss or the weights stopped being finite
+    ├── InputError                2  bad usage or input: a path, a file, an image, a vector, an option
+    │   ├── BadImage                 an image that cannot be decoded or is too large
+    │   ├── NoFace                   a photograph in which the detector found no face
+    │   ├── BadVector                an embedding with a wrong size, dtype, norm, or NaN
+    │   ├── BadHead                  class centres that are not the teacher's: zero rows, random, permuted
+    │   ├── BundleError              a bundle with an unknown schema, a wrong hash, a missing or foreign file
+    │   ├── SpaceMismatch            two encoders whose vectors must not be compared
+    │   ├── NotCertified             no certificate joins this ordered pair of encoders
+    │   ├── UnsupportedFmr           a false match rate that the impostor pairs cannot resolve
+    │   └── MissingExtra             an optional package is not installed
+    ├── TargetUnavailable         3  a runtime or a device that this machine lacks
+    └── GateFailed                4  the result is worse than what was asked for
+"""
+
+from __future__ import annotations
+
+
+class PkdError(Exception):
+    """Root of the tree. ``exit_code`` is what a command exits with."""
+
+    exit_code = 1
+
+
+class TrainingDiverged(PkdError):
+    """The loss or the weights stopped being finite; the last good checkpoint is kept."""
+
+
+class InputError(PkdError):
+    """Bad usage or input."""
+
+    exit_code = 2
+
+
+class BadImage(InputError):
+    """An image that cannot be decoded, or is larger than allowed."""
+
+
+class NoFace(InputError):
+    """The detector found no face."""
+
+
+class BadVector(InputError):
+    """An embedding with a wrong size, dtype or norm, or with NaN or infinity in it."""
+
+
+class BadHead(InputError):
+    """Class centres that are not the teacher's."""
+
+
+class BundleError(InputError):
+    """A bundle that must not be trusted or cannot be read."""
+
+
+class SpaceMismatch(InputError):
+    """Two encoders whose vectors must not be compared."""
+
+
+class NotCertified(InputError):
+    """No certificate joins this ordered pair of encoders."""
+
+
+class UnsupportedFmr(InputError):
+    """A false match rate below what the impostor pairs resolve."""
+
+
+class MissingExtra(InputError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed. Install it with: pip install 'pkd[{extra}]'")
+
+
+class TargetUnavailable(PkdError):
+    """A runtime or device that this machine lacks."""
+
+    exit_code = 3
+
+
+class GateFailed(PkdError):
+    """The result is worse than the gate allows."""
+
+    exit_code = 4

@@ -1,0 +1,85 @@
+"""EmbeddingSpace and the identity of encoders: what two vectors must share to be comparable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Literal
+
+from pkd.toolkit.errors import InputError, SpaceMismatch
+from pkd.toolkit.preprocess import Preprocess
+from pkd.toolkit.record import Record
+
+Role = Literal["teacher", "student"]
+
+
+class EmbeddingSpace(Record):
+    """A space is defined by its teacher: ``id = <name>@sha256:<weights + preprocessing>``."""
+
+    id: str
+    dim: int
+    metric: Literal["cosine"] = "cosine"
+
+
+class EncoderInfo(Record):
+    """Who an encoder is. ``id = <name>@sha256:<weights + preprocessing + numeric mode>``."""
+
+    id: str
+    name: str
+    role: Role
+    numeric_mode: str = "fp32"
+    space: EmbeddingSpace
+    preprocess: Preprocess
+
+
+def describe(
+    name: str,
+    role: Role,
+    weights_digest: str,
+    preprocess: Preprocess,
+    dim: int,
+    *,
+    space: EmbeddingSpace | None = None,
+    numeric_mode: str = "fp32",
+) -> EncoderInfo:
+    """Build an EncoderInfo. A teacher (``space=None``) defines its own space; a student is given its teacher's.
+
+    ``weights_digest``: hex SHA-256 of the weights in their source form, so that an equivalent rewrite of the graph
+    (folding, another layout) leaves the id alone.
+    """
+    if not name or any(c in name for c in "@/\\ \n"):
+        raise InputError(f"encoder name {name!r}: use letters, digits, '.', '-' and '_'.")
+    defining = combine([weights_digest, preprocess.digest()])
+    if space is None:
+        space = EmbeddingSpace(id=f"{name}@sha256:{defining}", dim=dim)
+    elif space.dim != dim:
+        raise SpaceMismatch(f"encoder {name!r} gives {dim} numbers, its space {space.id} has {space.dim}.")
+    return EncoderInfo(
+        id=f"{name}@sha256:{combine([defining, numeric_mode])}",
+        name=name,
+        role=role,
+        numeric_mode=numeric_mode,
+        space=space,
+        preprocess=preprocess,
+    )
+
+
+def combine(digests: Iterable[str]) -> str:
+    """SHA-256 (hex) over several hex digests or short strings, unambiguous about where each ends."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def short(identifier: str) -> str:
+    """``name@sha256:0123456789ab…`` → ``name@0123456789``, for tables."""
+    name, _, digest = identifier.partition("@sha256:")
+    return f"{name}@{digest[:10]}" if digest else identifier
+
+
+def require_same_space(a: EncoderInfo, b: EncoderInfo) -> None:
+    """Raise SpaceMismatch unless vectors of the two encoders may be compared."""
+    if a.space != b.space:
+        raise SpaceMismatch(
+            f"{short(a.id)} embeds into {short(a.space.id)} ({a.space.dim}-d) and {short(b.id)} into "
+            f"{short(b.space.id)} ({b.space.dim}-d): their vectors cannot be compared. Use a student distilled from "
+            "this very teacher."
+        )
