@@ -1,0 +1,32 @@
+"""Fixtures shared by all tests. Tests marked ``shared`` are skipped, with the reason, where the real data is missing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import pytest
+
+cv2.setNumThreads(1)  # tests run beside each other; OpenCV's own pool would only fight with them
+
+SHARED = Path(os.environ.get("PKD_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+HAS_SHARED = (SHARED / "faces").is_dir() and (SHARED / "models").is_dir()
+NO_SHARED = f"no real faces and teachers in {SHARED}; set PKD_SHARED to the folder that holds faces/ and models/"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip ``shared`` tests once here, so that none of them has to."""
+    if HAS_SHARED:
+        return
+    for item in items:
+        if item.get_closest_marker("shared"):
+            item.add_marker(pytest.mark.skip(reason=NO_SHARED))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with the real ``faces/`` and ``models/``. Mark the test ``shared``, too."""
+    if not HAS_SHARED:
+        pytest.skip(NO_SHARED)
+    return SHARED
