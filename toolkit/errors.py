@@ -6,7 +6,8 @@ class's ``exit_code``::
     PkdError                      1  failed while running
     ├── TrainingDiverged          1  the loss or the weights stopped being finite
     ├── InputError                2  bad usage or input: a path, a file, an image, a vector, an option
-    │   ├── BadImage                 an image that cannot be decoded or is too large
+    │   ├── BadImage                 an image that cannot be decoded
+    │   │   └── ImageTooLarge        an image of more pixels than allowed
     │   ├── NoFace                   a photograph in which the detector found no face
     │   ├── BadVector                an embedding with a wrong size, dtype, norm, or NaN
     │   ├── BadHead                  class centres that are not the teacher's: zero rows, random, permuted
@@ -40,6 +41,10 @@ class InputError(PkdError):
 
 class BadImage(InputError):
     """An image that cannot be decoded, or is larger than allowed."""
+
+
+class ImageTooLarge(BadImage):
+    """An image of more pixels than allowed, refused before it is decoded."""
 
 
 class NoFace(InputError):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pkd.toolkit.errors import BadImage
+from pkd.toolkit.errors import BadImage, ImageTooLarge
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -33,7 +33,9 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
     except Exception:  # Pillow raises many kinds for hostile headers
         raise BadImage(f"not a JPEG, PNG, WebP or BMP image ({len(data):,} bytes).") from None
     if width * height > max_pixels:
-        raise BadImage(f"image of {width}×{height} pixels is over the limit of {max_pixels:,}. Downscale it first.")
+        raise ImageTooLarge(
+            f"image of {width}×{height} pixels is over the limit of {max_pixels:,}. Downscale it first."
+        )
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)  # applies EXIF orientation
     except cv2.error:
@@ -52,7 +54,7 @@ def read_rgb(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:
     try:
         return decode_rgb(data, max_pixels=max_pixels)
     except BadImage as error:
-        raise BadImage(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error}") from None
 
 
 def write_rgb(path: str | Path, image: Rgb, *, quality: int = 95) -> None:
