@@ -121,10 +121,18 @@ class Certificate(Record):
 def read_certificate(path: str | Path) -> Certificate:
     """Read and validate one certificate file. Raises BundleError naming the file."""
     try:
-        certificate = Certificate.model_validate_json(Path(path).read_bytes())
-    except (OSError, ValidationError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-        raise BundleError(f"{path}: not a certificate: {reason}.") from None
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: not a certificate: {error.strerror}.") from None
+    return parse_certificate(data, path)
+
+
+def parse_certificate(data: bytes, path: str | Path) -> Certificate:
+    """Validate the bytes of a certificate file; ``path`` is what errors name. Raises BundleError."""
+    try:
+        certificate = Certificate.model_validate_json(data)
+    except ValidationError as error:
+        raise BundleError(f"{path}: not a certificate: {error.errors()[0]['msg']}.") from None
     if certificate.schema_version != 1:
         raise BundleError(f"{path}: certificate schema {certificate.schema_version}; this pkd reads 1. Upgrade pkd.")
     if not certificate.points:
