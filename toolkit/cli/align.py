@@ -1,0 +1,203 @@
+"""pkd-align: folders of photographs → the same folders of aligned 112×112 crops."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+from rich.console import Console
+
+from pkd.toolkit.align import SIZE, warp
+from pkd.toolkit.command import Result, make_parser, progress, run
+from pkd.toolkit.detect import Detector, choose, open_detector
+from pkd.toolkit.errors import InputError, PkdError
+from pkd.toolkit.images import SUFFIXES, read_rgb, write_rgb
+from pkd.toolkit.record import Record
+
+EXAMPLES = """
+  pkd-align photos faces --detector yunet.onnx
+  pkd-align photos faces --detector insightface:buffalo_l --min-score 0.6
+"""
+SLICE = 512
+
+
+class Settings(Record):
+    """``align.json`` beside the crops: what made them, so that a later run does not mix two ways."""
+
+    detector: str
+    """SHA-256 (hex) of the detector's weights."""
+    min_score: float
+    size: int = SIZE
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One file below SRC and the crop it becomes; names are relative, with forward slashes."""
+
+    source: str
+    target: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``pkd-align``."""
+    parser = make_parser(
+        "pkd-align",
+        "Find the face in every photograph below SRC and write it to DST as an aligned 112×112 WebP crop, in the same "
+        "folder per identity. Where a photograph shows several faces the large, central one is taken. What could not "
+        "be used is listed with the reason in DST/skipped.csv. Run again to continue: finished crops stay.",
+        EXAMPLES,
+    )
+    parser.add_argument("src", type=Path, metavar="SRC", help="folder with one folder of photographs per person")
+    parser.add_argument("dst", type=Path, metavar="DST", help="folder for the crops; made if it does not exist")
+    parser.add_argument(
+        "--detector",
+        required=True,
+        metavar="SPEC",
+        help="a YuNet .onnx file, or insightface:PACK, or insightface:FOLDER",
+    )
+    parser.add_argument(
+        "--min-score", type=float, default=0.5, help="detector confidence, 0-1, below which a face is ignored (0.5)"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads (one per core)")
+    return run(parser, align, argv)
+
+
+def align(args: argparse.Namespace, console: Console) -> Result:
+    """Align every photograph below ``args.src``; the counts that the command prints."""
+    if args.jobs < 1:
+        raise InputError(f"--jobs {args.jobs}: give 1 or more.")
+    _check_folders(args.src, args.dst)
+    detector = open_detector(args.detector, args.min_score)
+    photos, skipped = _list(args.src)
+    _claim(args.dst, Settings(detector=detector.digest, min_score=args.min_score))
+    todo = [photo for photo in photos if not _finished(args.src / photo.source, args.dst / photo.target)]
+
+    def one(photo: Photo) -> tuple[str, str] | None:
+        return _align_one(args.src / photo.source, args.dst / photo.target, photo.source, detector)
+
+    cv2.setNumThreads(1)  # one thread per photograph is faster than many threads on one
+    done = 0
+    try:
+        with progress(console, "aligning", len(todo)) as advance:
+            for outcome in _each(one, todo, args.jobs):
+                done += outcome is None
+                skipped += [outcome] if outcome else []
+                advance(1)
+    finally:
+        _write_skipped(args.dst / "skipped.csv", skipped)
+    before = len(photos) - len(todo)
+    if not done and not before:
+        raise InputError(
+            f"{args.src}: none of {len(photos) + len(skipped):,} files gave a crop (first: {skipped[0][0]}: "
+            f"{skipped[0][1]}). All reasons are in {args.dst / 'skipped.csv'}."
+        )
+    return _report(console, args.dst, done, before, skipped)
+
+
+def _align_one(source: Path, target: Path, name: str, detector: Detector) -> tuple[str, str] | None:
+    """Write the crop; None when done, else (file, reason)."""
+    try:
+        image = read_rgb(source)
+        crop = warp(image, choose(detector.detect(image), image).landmarks)
+    except PkdError as error:
+        return name, str(error).removeprefix(f"{source}: ")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_rgb(target, crop)
+    return None
+
+
+def _each(
+    work: Callable[[Photo], tuple[str, str] | None], photos: list[Photo], jobs: int
+) -> Iterator[tuple[str, str] | None]:
+    """Results in order; a slice at a time, so that a stop waits for no more than the photographs in hand."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for start in range(0, len(photos), SLICE):
+                yield from pool.map(work, photos[start : start + SLICE])
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _check_folders(src: Path, dst: Path) -> None:
+    if not src.is_dir():
+        raise InputError(f"{src}: no such folder. Give the folder that holds the photographs.")
+    inside, outside = dst.resolve(), src.resolve()
+    if inside == outside or inside.is_relative_to(outside) or outside.is_relative_to(inside):
+        raise InputError(f"{dst}: SRC and DST must not hold one another. Choose a DST beside {src}.")
+    if dst.exists() and not dst.is_dir():
+        raise InputError(f"{dst}: is a file. Choose another folder for the crops.")
+
+
+def _list(src: Path) -> tuple[list[Photo], list[tuple[str, str]]]:
+    """Photographs below ``src``, and the files that are none with the reason. Hidden files are ignored."""
+    names = sorted(
+        path.relative_to(src).as_posix()
+        for path in src.rglob("*")
+        if not any(part.startswith(".") for part in path.relative_to(src).parts) and not path.is_dir()
+    )
+    images = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    if not images:
+        raise InputError(f"{src}: holds no photograph ({', '.join(sorted(SUFFIXES))}), {len(names):,} other files.")
+    alike = Counter(Path(name).with_suffix("").as_posix() for name in images)
+    photos = []
+    for name in images:
+        stem = Path(name).with_suffix("").as_posix()
+        photos.append(Photo(name, (stem if alike[stem] == 1 else name) + ".webp"))  # a.jpg beside a.png keeps both
+    reason = f"not one of {', '.join(sorted(SUFFIXES))}; convert it first"
+    return photos, [(name, reason) for name in names if Path(name).suffix.lower() not in SUFFIXES]
+
+
+def _claim(dst: Path, settings: Settings) -> None:
+    """Make DST, or check that its crops were made in the same way."""
+    stamp = dst / "align.json"
+    if stamp.is_file():
+        if stamp.read_text(encoding="utf-8").strip() != settings.model_dump_json():
+            raise InputError(
+                f"{dst}: its crops were made with another detector or --min-score. Choose another DST, or delete it."
+            )
+    elif dst.is_dir() and any(dst.iterdir()):
+        raise InputError(f"{dst}: is not empty and was not made by pkd-align. Choose another DST.")
+    else:
+        dst.mkdir(parents=True, exist_ok=True)
+        part = stamp.with_name(stamp.name + ".part")
+        part.write_text(settings.model_dump_json() + "\n", encoding="utf-8")
+        part.replace(stamp)
+
+
+def _finished(source: Path, target: Path) -> bool:
+    """True where the crop is there and the photograph was not replaced since."""
+    try:
+        return target.stat().st_mtime >= source.stat().st_mtime
+    except OSError:
+        return False
+
+
+def _write_skipped(path: Path, skipped: list[tuple[str, str]]) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "reason"])
+        writer.writerows(sorted(skipped))
+    part.replace(path)
+
+
+def _report(console: Console, dst: Path, done: int, before: int, skipped: list[tuple[str, str]]) -> Result:
+    kept = f", {before:,} were there already" if before else ""
+    console.print(f"{done:,} crops written to {dst}{kept}; {len(skipped):,} files skipped.", markup=False)
+    if skipped:
+        console.print(f"Reasons in {dst / 'skipped.csv'}; first: {skipped[0][0]}: {skipped[0][1]}", markup=False)
+    return {
+        "out": str(dst),
+        "written": done,
+        "already_there": before,
+        "skipped": len(skipped),
+        "skipped_list": str(dst / "skipped.csv"),
+    }
