@@ -1,27 +1,32 @@
-"""Bundle: an encoder on disk with everything needed to run it, check it and trust it. A directory with a manifest."""
+"""Bundle: an encoder on disk with everything needed to run it, check it and trust it. Format: docs/bundle.md."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import shutil
-import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from pkd.toolkit.certificate import Certificate, read_certificate
+from pkd.toolkit.bundle_folder import build_folder, check_name, list_files, read_file, recover, swap_in
+from pkd.toolkit.certificate import Certificate, parse_certificate
 from pkd.toolkit.errors import BundleError
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.record import Record
-from pkd.toolkit.space import EncoderInfo
+from pkd.toolkit.space import EncoderInfo, short
 
 SCHEMA = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST = 1 << 20
+"""Bytes; a real manifest has a few kilobytes."""
+MAX_GOLDEN = 64 << 20
+"""Bytes of golden.npz once decompressed."""
 
 
 class GraphSpec(Record):
@@ -40,7 +45,7 @@ class Manifest(Record):
     schema_version: int = SCHEMA
     encoder: EncoderInfo
     graph: GraphSpec
-    golden_tolerance: float
+    golden_tolerance: float = Field(gt=0, lt=1)
     """Largest allowed 1 − cosine between a golden embedding and its recomputation."""
     gate: str = "not gated"
     """Result of the accuracy gate, or why it did not run."""
@@ -49,6 +54,7 @@ class Manifest(Record):
     """Provenance: teacher, head, method, margin, data digest, steps."""
     tool: str
     created: str
+    """ISO 8601, UTC."""
     files: dict[str, str]
     """Relative POSIX path → SHA-256 (hex)."""
 
@@ -58,7 +64,9 @@ class Golden:
     """Synthetic crops and their embeddings: the self-test that a server, a phone or a browser runs at start."""
 
     crops: Rgb
+    """uint8 N×H×W×3."""
     embeddings: NDArray[np.float32]
+    """N×D, unit rows."""
 
 
 @dataclass(frozen=True)
@@ -73,44 +81,58 @@ class Bundle:
         expected = self.manifest.files.get(name)
         if expected is None:
             raise BundleError(f"{self.path}: the manifest lists no {name}. Export the bundle again.")
-        data = _read(self.path, name)
+        data = read_file(self.path, name)
         if hashlib.sha256(data).hexdigest() != expected:
             raise BundleError(
-                f"{self.path / name}: its SHA-256 is not the manifest's. The file was changed or damaged."
+                f"{self.path / name}: its SHA-256 is not the manifest's; the file was changed or damaged. "
+                "Copy or export the bundle again."
             )
         return data
 
     def golden(self) -> Golden:
-        """The golden crops (uint8 N×H×W×3) and embeddings (float32 N×D)."""
+        """The golden crops and embeddings. Raises BundleError unless they fit the encoder and are finite unit rows."""
+        where = self.path / "golden.npz"
+        data = self.read("golden.npz")
         try:
-            with np.load(io.BytesIO(self.read("golden.npz")), allow_pickle=False) as arrays:
-                return Golden(arrays["crops"], arrays["embeddings"])
-        except (KeyError, ValueError) as error:
-            raise BundleError(f"{self.path / 'golden.npz'}: cannot be read: {error}.") from None
+            with zipfile.ZipFile(io.BytesIO(data)) as parts:
+                size = sum(part.file_size for part in parts.infolist())
+            if size > MAX_GOLDEN:
+                raise BundleError(f"{where}: holds {size:,} bytes, over the limit of {MAX_GOLDEN:,}. Do not trust it.")
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                golden = Golden(arrays["crops"], arrays["embeddings"])
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            raise BundleError(f"{where}: cannot be read: {error}. Export the bundle again.") from None
+        wrong = _golden_fault(golden, self.manifest.encoder)
+        if wrong:
+            raise BundleError(f"{where}: {wrong}. Export the bundle again.")
+        return golden
 
     def certificates(self) -> list[Certificate]:
-        """Every certificate in the bundle."""
+        """Every certificate in the bundle. Raises BundleError for one that does not name this encoder."""
         names = sorted(name for name in self.manifest.files if name.startswith("certificates/"))
-        return [read_certificate(self.path / name) for name in names]
+        found = [parse_certificate(self.read(name), self.path / name) for name in names]
+        for name, certificate in zip(names, found, strict=True):
+            require_about(certificate, self.manifest.encoder, self.path / name)
+        return found
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
         """Open a bundle and check every file. Raises BundleError naming the file at fault."""
         path = Path(path)
-        try:
-            data = (path / "manifest.json").read_bytes()
-        except OSError:
-            raise BundleError(f"{path}: not a bundle, it has no manifest.json. Make one with pkd-export.") from None
-        _check_schema(path, data)
-        try:
-            manifest = Manifest.model_validate_json(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise BundleError(f"{path / 'manifest.json'}: {where}: {first['msg']}.") from None
-        bundle = cls(path, manifest)
-        for name in manifest.files:
+        bundle = cls(path, _read_manifest(path))
+        listed = bundle.manifest.files
+        for required in ("encoder.onnx", "golden.npz"):
+            if required not in listed:
+                raise BundleError(f"{path / MANIFEST}: lists no {required}. Export the bundle again.")
+        for name in listed:
+            check_name(path, name)
+        for name in list_files(path):
+            if name not in listed and name != MANIFEST:
+                raise BundleError(f"{path / name}: not listed in the manifest. Remove it, or export the bundle again.")
+        for name in listed:
             bundle.read(name)
+        bundle.golden()
+        bundle.certificates()
         return bundle
 
 
@@ -120,7 +142,9 @@ def self_test(bundle: Bundle, embed: Callable[[Rgb], NDArray[np.float32]]) -> fl
     ``embed``: uint8 N×H×W×3 → unit rows N×D, as ``Encoder.embed``.
     """
     golden = bundle.golden()
-    made = embed(golden.crops)
+    made = np.asarray(embed(golden.crops), np.float64)
+    if made.shape != golden.embeddings.shape:
+        raise BundleError(f"{bundle.path}: golden crops give {made.shape}, expected {golden.embeddings.shape}.")
     error = float(np.max(1.0 - np.sum(made * golden.embeddings, axis=1)))
     if not error <= bundle.manifest.golden_tolerance:
         raise BundleError(
@@ -134,33 +158,50 @@ def self_test(bundle: Bundle, embed: Callable[[Rgb], NDArray[np.float32]]) -> fl
 def write_bundle(path: str | Path, files: Mapping[str, bytes], manifest: Manifest, *, replace: bool = False) -> Bundle:
     """Write ``files`` and a manifest with their hashes to the directory ``path``, all or nothing.
 
-    ``manifest.files`` is filled in here. Raises BundleError if ``path`` exists and ``replace`` is false, or if it is
-    no bundle.
+    ``manifest.files`` is filled in here. With ``replace`` an older bundle at ``path`` is swapped out; a process killed
+    in between leaves the old bundle or the new one, at worst under the hidden name that the next write puts back.
+    Raises BundleError if ``path`` is taken by something else, or what is written would not open.
     """
-    path = Path(path)
-    if path.exists() and not (replace and (path / "manifest.json").is_file()):
-        remedy = (
-            "Choose another path or pass --force." if (path / "manifest.json").is_file() else "Choose another path."
-        )
-        raise BundleError(f"{path} exists already. {remedy}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path).resolve()
+    recover(path)
+    require_free(path, replace=replace)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
     manifest = manifest.model_copy(update={"files": hashes})
-    building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        building.chmod(0o755)
-        for name, data in files.items():
-            target = _inside(building, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        (building / "manifest.json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        if path.exists():
-            shutil.rmtree(path)
-        building.replace(path)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    content = {**files, MANIFEST: (manifest.model_dump_json(indent=2) + "\n").encode()}
+    with build_folder(path, content) as building:
+        Bundle.open(building)
+        swap_in(building, path)
     return Bundle(path, manifest)
+
+
+def require_free(path: str | Path, *, replace: bool = False) -> None:
+    """Raise BundleError unless a bundle may be written to ``path``: nothing there, an empty folder, or, with
+    ``replace``, a bundle and nothing else."""
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    listed = _listed_loosely(path)
+    if listed is None:
+        raise BundleError(f"{path} exists and is not a bundle. Choose another path; --force replaces only bundles.")
+    foreign = [name for name in list_files(path) if name not in listed and name != MANIFEST]
+    if foreign:
+        raise BundleError(f"{path} holds {foreign[0]}, which is not part of the bundle there. Move it away first.")
+    if not replace:
+        raise BundleError(f"{path} exists already. Choose another path or pass --force.")
+
+
+def require_about(certificate: Certificate, encoder: EncoderInfo, source: str | Path) -> None:
+    """Raise BundleError unless ``certificate`` names ``encoder`` on one side, and its space."""
+    if encoder.id not in (certificate.query, certificate.gallery):
+        raise BundleError(
+            f"{source}: is about {short(certificate.query)} against {short(certificate.gallery)}, not about "
+            f"{short(encoder.id)}. Give the evaluation of this very encoder."
+        )
+    if certificate.space != encoder.space.id:
+        raise BundleError(
+            f"{source}: certifies the space {short(certificate.space)}; {short(encoder.id)} embeds into "
+            f"{short(encoder.space.id)}."
+        )
 
 
 def pack_golden(golden: Golden) -> bytes:
@@ -170,29 +211,42 @@ def pack_golden(golden: Golden) -> bytes:
     return buffer.getvalue()
 
 
-def _read(root: Path, name: str) -> bytes:
-    target = _inside(root, name)
+def _read_manifest(path: Path) -> Manifest:
+    where = path / MANIFEST
+    if not where.is_file():
+        raise BundleError(f"{path}: not a bundle, it has no {MANIFEST}. Make one with pkd-export.")
+    data = read_file(path, MANIFEST, limit=MAX_MANIFEST)
     try:
-        return target.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{target}: {error.strerror}, but the manifest lists it. Copy the whole bundle.") from None
-
-
-def _inside(root: Path, name: str) -> Path:
-    parts = PurePosixPath(name).parts
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
-        raise BundleError(f"{root}: the manifest names {name!r}, which leads out of the bundle. Do not trust it.")
-    target = root.joinpath(*parts)
-    if target.exists() and not target.resolve().is_relative_to(root.resolve()):
-        raise BundleError(f"{root}: {name!r} is a link that leads out of the bundle. Do not trust it.")
-    return target
-
-
-def _check_schema(path: Path, data: bytes) -> None:
-    """Before anything else is read: another version may have other fields."""
+        version = json.loads(data)["schema_version"]  # first of all: another version may have other fields
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BundleError(f"{where}: not the manifest of a bundle: it states no schema_version.") from None
+    if version != SCHEMA or isinstance(version, bool):
+        raise BundleError(f"{where}: bundle schema {version!r}; this pkd reads {SCHEMA}. Upgrade pkd or export again.")
     try:
-        version = json.loads(data).get("schema_version")
-    except (ValueError, AttributeError):
-        raise BundleError(f"{path / 'manifest.json'}: not a JSON object.") from None
-    if version != SCHEMA:
-        raise BundleError(f"{path}: bundle schema {version}; this pkd reads {SCHEMA}. Upgrade pkd or export again.")
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "content"
+        raise BundleError(f"{where}: {field}: {first['msg']}. Export the bundle again.") from None
+
+
+def _listed_loosely(path: Path) -> set[str] | None:
+    """File names in the manifest of a bundle of any version, damaged or not; None where there is no such manifest."""
+    try:
+        manifest = json.loads(read_file(path, MANIFEST, limit=MAX_MANIFEST))
+        return set(manifest["files"]) if {"schema_version", "encoder"} <= set(manifest) else None
+    except (BundleError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _golden_fault(golden: Golden, encoder: EncoderInfo) -> str | None:
+    size = encoder.preprocess.size
+    crops, rows = golden.crops, golden.embeddings
+    if crops.dtype != np.uint8 or crops.shape[1:] != (size, size, 3) or not len(crops):
+        return f"crops are {crops.dtype} {crops.shape}, expected uint8 N×{size}×{size}×3"
+    if rows.dtype != np.float32 or rows.shape != (len(crops), encoder.space.dim):
+        return f"embeddings are {rows.dtype} {rows.shape}, expected float32 {len(crops)}×{encoder.space.dim}"
+    norms = np.linalg.norm(rows, axis=1)
+    if not np.all(np.abs(norms - 1) <= 1e-3):  # also false for NaN
+        return "an embedding is not a finite unit vector"
+    return None

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pkd.toolkit.bundle import Bundle
-from pkd.toolkit.errors import BadVector, InputError
+from pkd.toolkit.errors import BadVector, BundleError, InputError
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.space import EncoderInfo, describe
@@ -34,6 +34,9 @@ class Encoder(Protocol):
 class OnnxEncoder:
     """An encoder in onnxruntime. Safe to share between threads."""
 
+    path: Path | None = None
+    """The ONNX file it was opened from; None for the graph of a bundle."""
+
     def __init__(self, info: EncoderInfo, session: ort.InferenceSession, feed: Callable[[Rgb], NDArray[np.generic]]):
         self.info = info
         self._session = session
@@ -46,8 +49,21 @@ class OnnxEncoder:
         self.info.preprocess.check(crops)
         if not len(crops):
             return np.empty((0, self.info.space.dim), np.float32)
-        (raw,) = self._session.run([self._output], {self._input: self._feed(crops)})
-        return unit_rows(np.asarray(raw, np.float32), self.info.name)
+        return unit_rows(self._raw(self._feed(crops)), self.info.name)
+
+    def _raw(self, fed: NDArray[np.generic]) -> NDArray[np.float32]:
+        (raw,) = self._session.run([self._output], {self._input: fed})
+        return np.asarray(raw, np.float32)
+
+
+class _FixedBatch(OnnxEncoder):
+    """A graph that was exported for one batch size: the last batch is filled up with zeros."""
+
+    def _raw(self, fed: NDArray[np.generic]) -> NDArray[np.float32]:
+        size: int = self._session.get_inputs()[0].shape[0]
+        filled = np.concatenate([fed, np.zeros((-len(fed) % size, *fed.shape[1:]), fed.dtype)])
+        rows = [super(_FixedBatch, self)._raw(filled[i : i + size]) for i in range(0, len(filled), size)]
+        return np.concatenate(rows)[: len(fed)]
 
 
 def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = None, threads: int = 1) -> OnnxEncoder:
@@ -58,37 +74,63 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
     path = Path(path)
     try:
         data = path.read_bytes()
-        session = make_session(data, threads)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. Give the path of an ONNX file.") from None
+    try:
+        session = make_session(data, threads)
     except Exception as error:  # onnxruntime's own errors share no public base class
-        raise InputError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from None
-    taken = session.get_inputs()[0]
+        raise InputError(f"{path}: onnxruntime cannot load it: {_reason(error)}") from None
     size = preprocess.size
+    taken = session.get_inputs()[0] if len(session.get_inputs()) == 1 else None
+    if taken is None:
+        raise InputError(f"{path}: it has {len(session.get_inputs())} inputs, expected one. Give an encoder of faces.")
     if taken.type != "tensor(float)" or len(taken.shape) != 4 or not _fits(taken.shape[1:], (3, size, size)):
         raise InputError(
             f"{path}: its input is {taken.type} {taken.shape}, expected float N×3×{size}×{size}. "
             "Give an encoder of aligned faces, or state its crop size with the preprocessing (size=…)."
         )
-    probe = np.zeros((1, size, size, 3), np.uint8)
+    count = taken.shape[0] if isinstance(taken.shape[0], int) else 1
+    probe = np.zeros((count, size, size, 3), np.uint8)
     try:
-        out = session.run(None, {taken.name: preprocess(probe)})[0]
+        out = np.asarray(session.run(None, {taken.name: preprocess(probe)})[0])
     except Exception as error:
-        raise InputError(f"{path}: does not run on a {size}×{size} crop: {str(error).splitlines()[0]}") from None
-    if out.ndim != 2 or len(out) != 1:
-        raise InputError(f"{path}: its first output has shape {out.shape}, expected N×D embeddings.")
+        raise InputError(f"{path}: does not run on a {size}×{size} crop: {_reason(error)}") from None
+    if out.dtype != np.float32 or out.ndim != 2 or len(out) != count:
+        raise InputError(
+            f"{path}: its first output is {out.dtype} {out.shape} for {count} crops, expected float32 {count}×D."
+        )
     info = describe(
         name or path.stem.replace("_", "-"), "teacher", hashlib.sha256(data).hexdigest(), preprocess, out.shape[1]
     )
-    if taken.shape[0] == 1:  # a graph fixed to one image still serves, one image at a time
-        return _OneByOne(info, session, preprocess)
-    return OnnxEncoder(info, session, preprocess)
+    encoder = (_FixedBatch if isinstance(taken.shape[0], int) else OnnxEncoder)(info, session, preprocess)
+    encoder.path = path
+    return encoder
 
 
 def open_bundle(bundle: Bundle, *, threads: int = 1) -> OnnxEncoder:
-    """Open a bundle's ``encoder.onnx``: uint8 N×H×W×3 in, preprocessing and normalisation inside the graph."""
-    session = make_session(bundle.read("encoder.onnx"), threads)
-    return OnnxEncoder(bundle.manifest.encoder, session, lambda crops: crops)
+    """Open a bundle's ``encoder.onnx``: uint8 N×H×W×3 in, preprocessing and normalisation inside the graph.
+
+    Raises BundleError if the graph does not take and give what the manifest says.
+    """
+    where, info, spec = bundle.path / "encoder.onnx", bundle.manifest.encoder, bundle.manifest.graph
+    try:
+        session = make_session(bundle.read("encoder.onnx"), threads)
+    except BundleError:
+        raise
+    except Exception as error:
+        raise BundleError(f"{where}: onnxruntime cannot load it: {_reason(error)}") from None
+    size = info.preprocess.size
+    for ports, name, kind, shape in (
+        (session.get_inputs(), spec.input_name, "tensor(uint8)", (size, size, 3)),
+        (session.get_outputs(), spec.output_name, "tensor(float)", (info.space.dim,)),
+    ):
+        found = [(port.name, port.type, list(port.shape)) for port in ports]
+        if len(ports) != 1 or found[0][:2] != (name, kind) or found[0][2][1:] != list(shape):
+            raise BundleError(
+                f"{where}: has {found}, expected one {kind} {name!r} of shape N×{'×'.join(map(str, shape))}. "
+                "Export the bundle again."
+            )
+    return OnnxEncoder(info, session, lambda crops: crops)
 
 
 def make_session(model: bytes, threads: int) -> ort.InferenceSession:
@@ -117,11 +159,11 @@ def batches(count: int, size: int) -> Iterator[range]:
         yield range(start, min(start + size, count))
 
 
-class _OneByOne(OnnxEncoder):
-    def embed(self, crops: Rgb) -> Embeddings:
-        rows = [super(_OneByOne, self).embed(crops[i : i + 1]) for i in range(len(crops))]
-        return np.concatenate(rows) if rows else super().embed(crops)
-
-
 def _fits(shape: list[object], expected: tuple[int, ...]) -> bool:
     return all(not isinstance(d, int) or d == e for d, e in zip(shape, expected, strict=True))
+
+
+def _reason(error: Exception) -> str:
+    """First line of an onnxruntime error without its prefix of codes."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return first.rsplit(" : ", 1)[-1][:300].rstrip(".") + "."

@@ -1,0 +1,124 @@
+"""Parity: does the exported graph compute the network it came from, whatever the batch?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from pkd.toolkit.errors import BadVector, GateFailed, InputError
+from pkd.toolkit.images import Rgb
+from pkd.toolkit.record import Record
+from pkd.toolkit.runtime import Embeddings, make_session
+
+BATCHES = (1, 2, 7, 32)
+MAX_ABS = 5e-5
+"""Largest difference of one coordinate of unit embeddings; fp32 rounding in deep networks gives 1e-6 to 1e-5."""
+WORST_COSINE = 1 - 1e-6
+NORM_ERROR = 1e-5
+
+
+class ParityRow(Record):
+    """One graph at one batch size against its source."""
+
+    graph: str
+    batch: int
+    max_abs: float
+    """Largest difference of one coordinate to the source's unit embedding."""
+    worst_cosine: float
+    norm_error: float
+    """Largest |1 − length| of a row as the graph gives it."""
+    invariance: float
+    """Largest difference of one coordinate to the same crop embedded alone."""
+
+    @property
+    def passed(self) -> bool:
+        """True within every limit."""
+        return (
+            self.max_abs <= MAX_ABS
+            and self.worst_cosine >= WORST_COSINE
+            and self.norm_error <= NORM_ERROR
+            and self.invariance <= MAX_ABS
+        )
+
+
+def measure(
+    graph: str, expected: Embeddings, crops: Rgb, embed: Callable[[Rgb], NDArray[np.float32]]
+) -> list[ParityRow]:
+    """Compare raw outputs of ``embed`` with ``expected`` (N×D unit rows of the source) at every batch size.
+
+    ``crops``: uint8 N×S×S×3, N at least the largest batch. Raises BadVector if the graph gives no finite N×D.
+    """
+    alone = np.concatenate([embed(crops[i : i + 1]) for i in range(max(BATCHES))])
+    rows = []
+    for batch in BATCHES:
+        made = embed(crops[:batch])
+        reference = expected[:batch].astype(np.float64)
+        if made.shape != reference.shape or not np.isfinite(made).all():
+            raise BadVector(f"{graph}: batch {batch} gives {made.shape} or not a number, expected {reference.shape}.")
+        norms = np.linalg.norm(made.astype(np.float64), axis=1)
+        cosines = np.sum(made * reference, axis=1) / (norms * np.linalg.norm(reference, axis=1))
+        rows.append(
+            ParityRow(
+                graph=graph,
+                batch=batch,
+                max_abs=float(np.abs(made - reference).max()),
+                worst_cosine=float(cosines.min()),
+                norm_error=float(np.abs(norms - 1).max()),
+                invariance=float(np.abs(made - alone[:batch]).max()),
+            )
+        )
+    return rows
+
+
+def onnx_runner(
+    model: bytes, feed: Callable[[Rgb], NDArray[np.generic]], source: str
+) -> Callable[[Rgb], NDArray[np.float32]]:
+    """Run ``model`` in onnxruntime on crops prepared by ``feed``: raw outputs. Raises InputError if it cannot run."""
+    try:
+        session = make_session(model, 1)
+    except Exception as error:  # onnxruntime's errors share no public base class
+        raise InputError(f"{source}: the exported graph does not load: {str(error).splitlines()[0]}") from None
+    name = session.get_inputs()[0].name
+
+    def embed(crops: Rgb) -> NDArray[np.float32]:
+        try:
+            (rows,) = session.run(None, {name: feed(crops)})
+        except Exception as error:
+            raise InputError(
+                f"{source}: its graph does not run on a batch of {len(crops)}: {str(error).splitlines()[0][:300]} "
+                "Export the network to ONNX again with a dynamic batch dimension."
+            ) from None
+        return np.asarray(rows, np.float32)
+
+    return embed
+
+
+def insightface_blob(crops: Rgb) -> NDArray[np.float32]:
+    """uint8 N×S×S×3 RGB → float32 N×3×S×S, (value − 127.5) / 127.5: what the float graph takes."""
+    return np.ascontiguousarray(((crops.astype(np.float32) - 127.5) / 127.5).transpose(0, 3, 1, 2))
+
+
+def parity_table(rows: Sequence[ParityRow]) -> Table:
+    """For people."""
+    table = Table("graph", "batch", "max abs", "1 − worst cosine", "norm error", "batch invariance", "")
+    for row in rows:
+        figures = (row.max_abs, 1 - row.worst_cosine, row.norm_error, row.invariance)
+        table.add_row(
+            row.graph, str(row.batch), *(f"{value:.1e}" for value in figures), "ok" if row.passed else "FAILED"
+        )
+    return table
+
+
+def require(rows: Sequence[ParityRow]) -> None:
+    """Raise GateFailed naming the worst row unless all passed."""
+    failed = [row for row in rows if not row.passed]
+    if failed:
+        worst = max(failed, key=lambda row: row.max_abs)
+        raise GateFailed(
+            f"parity: {worst.graph} at batch {worst.batch} is {worst.max_abs:.1e} away from its source (allowed "
+            f"{MAX_ABS:.0e}; worst cosine {worst.worst_cosine:.6f}, norm error {worst.norm_error:.1e}, batch "
+            f"invariance {worst.invariance:.1e}; {len(failed)} of {len(rows)} checks failed). Nothing was written."
+        )

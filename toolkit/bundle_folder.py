@@ -1,0 +1,110 @@
+"""The folder a bundle lives in: which names and files are allowed, and how a new one takes an old one's place."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from pkd.toolkit.errors import BundleError
+
+
+def check_name(root: Path, name: str) -> None:
+    """Raise BundleError unless ``name`` is a plain relative POSIX path below ``root``.
+
+    Refused: absolute paths, ``..``, empty or dot parts, hidden files, backslashes, colons (drives, streams) and
+    control characters.
+    """
+    parts = name.split("/")
+    strange = any(c in '\\:*?"<>|' or not c.isprintable() for c in name)
+    if strange or len(name) > 400 or any(not part or part.startswith(".") for part in parts):
+        raise BundleError(f"{root}: the manifest names {name!r}, which is no plain file inside it. Do not trust it.")
+
+
+def list_files(root: Path) -> list[str]:
+    """Relative POSIX names of all files below ``root``, sorted. Hidden ones (``.DS_Store``) are left out: never read.
+
+    Raises BundleError for links, pipes, devices: nothing in a bundle may lead elsewhere.
+    """
+    found = []
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise BundleError(f"{path}: is a link or a special file; a bundle holds plain files only. Copy the file.")
+        if stat.S_ISREG(mode):
+            found.append(name.as_posix())
+    return found
+
+
+def read_file(root: Path, name: str, *, limit: int | None = None) -> bytes:
+    """Bytes of the plain file ``name`` below ``root``, at most ``limit``. Raises BundleError; follows no links."""
+    check_name(root, name)
+    target = root
+    try:
+        for part in PurePosixPath(name).parts:
+            target = target / part
+            if stat.S_ISLNK(target.lstat().st_mode):
+                raise BundleError(f"{target}: is a link; a bundle holds plain files only. Copy the file.")
+        if not stat.S_ISREG(target.lstat().st_mode):
+            raise BundleError(f"{target}: is not a plain file. Copy or export the bundle again.")
+        with target.open("rb") as file:
+            data = file.read() if limit is None else file.read(limit + 1)
+    except OSError as error:
+        raise BundleError(f"{target}: {error.strerror}, but it is part of the bundle. Copy the whole bundle.") from None
+    if limit is not None and len(data) > limit:
+        raise BundleError(f"{target}: is larger than {limit:,} bytes. Do not trust it.")
+    return data
+
+
+@contextmanager
+def build_folder(path: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A hidden folder beside ``path`` with ``files`` in it; removed at the end unless it was moved away."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        building.chmod(0o755)
+        for name, data in files.items():
+            check_name(path, name)
+            target = building / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data)
+        yield building
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def swap_in(building: Path, path: Path) -> None:
+    """Move ``building`` to ``path``; what was there is first set aside, and deleted last."""
+    if not path.exists():
+        building.rename(path)
+        return
+    aside = _aside(path)
+    path.rename(aside)
+    try:
+        building.rename(path)
+    except BaseException:
+        if not path.exists():
+            aside.rename(path)
+        raise
+    shutil.rmtree(aside)
+
+
+def recover(path: Path) -> None:
+    """Finish a ``swap_in`` that was killed: put the old folder back, or delete it where it was replaced."""
+    aside = _aside(path)
+    if not aside.exists():
+        return
+    if path.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
