@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -66,6 +67,32 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
     if args.json:
         print(json.dumps(result, indent=2, allow_nan=False, default=str))
     return 0
+
+
+class StopRequest:
+    """Within it, Ctrl-C and SIGTERM only set ``requested``, so that a step ends and a checkpoint is written first.
+
+    A second signal interrupts at once. Outside the main thread, where Python sets no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
 
 
 @contextmanager

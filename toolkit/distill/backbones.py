@@ -13,7 +13,7 @@ Activation = Callable[[int], nn.Module]
 
 
 class MobileFaceNet(nn.Module):
-    """MobileFaceNet (Chen et al. 2018, arXiv 1804.07573, table 1) with a width multiplier on every layer but the last."""
+    """MobileFaceNet (Chen et al. 2018, arXiv 1804.07573, table 1); the width multiplies every layer but the last."""
 
     def __init__(self, dim: int, width: float = 1.0, activation: Activation = nn.PReLU) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""DistillConfig: every choice of a training run. The only place where defaults live; the command line is made from it."""
+"""DistillConfig: every choice of a training run. Defaults live here alone; the command line is made from it."""
 
 from __future__ import annotations
 

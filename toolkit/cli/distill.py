@@ -1,0 +1,138 @@
+"""pkd-distill: train a student into a teacher's embedding space, or a teacher with its classifier."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from pkd.toolkit import command
+from pkd.toolkit.cli.encoders import open_encoder
+from pkd.toolkit.errors import InputError, MissingExtra
+
+EXAMPLES = """
+  pkd-distill --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --faces crops/ --out runs/student
+  pkd-distill --teacher insightface:buffalo_l --faces list.txt --unlabelled u/ --method l2kd --max-minutes 60 --out RUN
+  pkd-distill --method none --faces crops/ --student iresnet18 --out runs/teacher     (a teacher with its classifier)
+  pkd-distill --teacher runs/teacher --faces crops/ --out runs/student                (inherits that classifier)
+  pkd-distill --resume --out runs/student
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code."""
+    try:
+        import torch  # noqa: F401
+        from tensorboard import version  # noqa: F401
+    except ImportError as error:
+        print(f"pkd-distill: {MissingExtra(error.name or 'torch', 'train')}", file=sys.stderr)
+        return MissingExtra.exit_code
+    return command.run(_parser(), _run, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from pkd.toolkit.distill.config import DistillConfig
+
+    parser = command.make_parser("pkd-distill", __doc__ or "", EXAMPLES)
+    for name, field in DistillConfig.model_fields.items():
+        default = "" if field.default is None or field.is_required() or field.default == () else f" [{field.default}]"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            required=name == "out",
+            default=argparse.SUPPRESS,
+            help=f"{field.description}{default}".replace("%", "%%"),
+            **_kind(field.annotation),
+        )
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    return parser
+
+
+def _kind(annotation: Any) -> dict[str, Any]:
+    """argparse's type, nargs and choices of a config field."""
+    if get_origin(annotation) in {Union, UnionType}:
+        annotation = next(a for a in get_args(annotation) if a is not type(None))
+    if get_origin(annotation) is tuple:
+        return {"nargs": "+", "metavar": "PATH"}
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation)}
+    return {"type": annotation, "metavar": {int: "N", float: "X"}.get(annotation, "VALUE")}
+
+
+def _run(args: argparse.Namespace, console: Console) -> Mapping[str, Any]:
+    from pkd.toolkit.distill.loop import distill
+    from pkd.toolkit.distill.prepare import prepare
+
+    config = _config(args)
+    if (config.run / "student.pt").is_file():
+        raise InputError(f"{config.out}: holds a finished run. Choose another --out, or delete it.")
+    teacher = open_encoder(config.teacher, config.teacher_preprocess) if config.teacher else None
+    prepared = prepare(config, teacher, console)
+    if prepared.audit:
+        console.print(_audit_table(prepared.audit))
+    summary = distill(config, prepared, teacher, console)
+    console.print(f"wrote {config.out}: {summary['encoder']}, {summary['parameters']:,} parameters")
+    return summary
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from pkd.toolkit.distill.config import DistillConfig
+    from pkd.toolkit.distill.loop import CHECKPOINT, CONFIG
+
+    given = {name: value for name, value in vars(args).items() if name in DistillConfig.model_fields}
+    run = Path(args.out)
+    if not args.resume:
+        if (run / CHECKPOINT).is_file():
+            raise InputError(f"{run}: holds an unfinished run. Pass --resume to continue it, or choose another --out.")
+        return _validated(given)
+    try:
+        stored = json.loads((run / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{run}: nothing to resume, it holds no {CONFIG}. Start it without --resume.") from None
+    for name, value in given.items():
+        free = {"out", "cache", "checkpoint_seconds", "max_minutes"}
+        if name not in free and _plain(value) != stored.get(name):
+            raise InputError(
+                f"--{name.replace('_', '-')} {value}: the run in {run} was started with {stored.get(name)}. "
+                "Leave the option out to resume, or choose another --out."
+            )
+    return _validated(stored | {n: v for n, v in given.items() if n in {"out", "cache", "checkpoint_seconds"}})
+
+
+def _validated(values: Mapping[str, Any]) -> Any:
+    from pkd.toolkit.distill.config import DistillConfig
+    from pkd.toolkit.distill.margin import Margin
+    from pkd.toolkit.distill.methods import WeightedSum
+
+    try:
+        config = DistillConfig.model_validate({"faces": (), **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}.") from None
+    Margin.parse(config.margin)
+    WeightedSum.parse(config.method)
+    return config
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+def _audit_table(audit: Any) -> Table:
+    def shown(value: float | None, form: str) -> str:
+        return "not measurable: every class has one image" if value is None else format(value, form)
+
+    table = Table(title=f"head audit: {audit.source}, {audit.classes:,} classes", show_header=False)
+    table.add_row("mean cosine to the own centre", shown(audit.mean_cosine, ".3f"))
+    table.add_row("nearest centre is the own", shown(audit.top1, ".1%"))
+    table.add_row("images judged", f"{audit.audited_images:,}")
+    for worst in audit.worst[:5]:
+        table.add_row(f"worst: {worst.identity}", f"{worst.cosine:.3f} over {worst.images} images")
+    return table
