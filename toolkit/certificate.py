@@ -8,11 +8,12 @@ for another.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from pathlib import Path
 
 from pydantic import ValidationError, model_validator
 
-from pkd.toolkit.errors import BundleError, UnsupportedFmr
+from pkd.toolkit.errors import BadVector, BundleError, UnsupportedFmr
 from pkd.toolkit.record import Record
 from pkd.toolkit.space import short
 
@@ -51,7 +52,18 @@ class Calibration(Record):
             raise ValueError("calibration columns must be non-empty and equally long")
         if any(a > b for a, b in zip(self.score, self.score[1:], strict=False)):
             raise ValueError("calibration scores must ascend")
+        if any(a < b for a, b in zip(self.fmr, self.fmr[1:], strict=False)):
+            raise ValueError("calibration false match rates must not rise with the score")
         return self
+
+    def score_at(self, fmr: float) -> float:
+        """Smallest score whose interpolated rate is at most ``fmr``; the last one where none is."""
+        right = next((i for i, rate in enumerate(self.fmr) if rate <= fmr), len(self.fmr) - 1)
+        if right == 0 or self.fmr[right] >= fmr:
+            return self.score[right]
+        before, after = self.fmr[right - 1], self.fmr[right]
+        share = math.log(before / fmr) / math.log(before / after) if after > 0 else (before - fmr) / before
+        return self.score[right - 1] + share * (self.score[right] - self.score[right - 1])
 
 
 class Certificate(Record):
@@ -81,15 +93,23 @@ class Certificate(Record):
     created: str
     """ISO 8601, UTC."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Certificate:
+        for point, following in zip(self.points, self.points[1:], strict=False):
+            if not (point.fmr > following.fmr and point.threshold <= following.threshold):
+                raise ValueError("operating points must go from the largest FMR to the smallest, thresholds rising")
+        return self
+
     @property
     def file_name(self) -> str:
         """``query__gallery.json`` with shortened ids, so that one folder holds every ordered pair."""
         return f"{short(self.query)}__{short(self.gallery)}.json"
 
     def threshold(self, fmr: float) -> float:
-        """Smallest score whose false match rate is at most ``fmr``, from the measured points.
+        """Smallest score whose false match rate is at most ``fmr``.
 
-        Between two points log(FMR) is interpolated linearly in the score. Raises UnsupportedFmr outside them.
+        A measured operating point's own threshold, and between two of them the calibration curve (straight in log
+        FMR). Never falls as ``fmr`` falls. Raises UnsupportedFmr outside the points.
         """
         largest, smallest = self.points[0].fmr, self.points[-1].fmr
         if not smallest * (1 - 1e-9) <= fmr <= largest * (1 + 1e-9):
@@ -98,24 +118,29 @@ class Certificate(Record):
                 f"{short(self.gallery)}, which supports {smallest:g} to {largest:g} ({self.impostor_pairs:,} impostor "
                 f"pairs of {self.identities:,} identities). Ask for {smallest:g} or more, or evaluate on more people."
             )
-        for point, following in zip(self.points, self.points[1:], strict=False):
-            if point.fmr >= fmr > following.fmr:
-                share = math.log(point.fmr / fmr) / math.log(point.fmr / following.fmr)
-                return point.threshold + share * (following.threshold - point.threshold)
-        return self.points[-1].threshold if fmr < largest else self.points[0].threshold
+        for point in self.points:
+            if math.isclose(point.fmr, fmr, rel_tol=1e-9):
+                return point.threshold
+        lower = max(point.threshold for point in self.points if point.fmr > fmr)
+        upper = min(point.threshold for point in self.points if point.fmr < fmr)
+        return min(max(self.calibration.score_at(fmr), lower), upper)
 
     def fmr_at(self, score: float) -> tuple[float, Interval]:
-        """False match rate at ``score`` and its 95 % interval; beyond the last measured impostor, that one's."""
+        """False match rate at ``score`` and its 95 % interval.
+
+        Past the last measured score the last rate is kept: no rate is claimed that the impostor pairs do not resolve.
+        Raises BadVector for NaN.
+        """
+        if math.isnan(score):
+            raise BadVector("score is NaN: an embedding holds NaN. Embed the image again.")
         c = self.calibration
-        if score <= c.score[0]:
-            return c.fmr[0], (c.low[0], c.high[0])
-        for i in range(1, len(c.score)):
-            if score <= c.score[i]:
-                width = c.score[i] - c.score[i - 1]
-                share = (score - c.score[i - 1]) / width if width else 1.0
-                fmr, low, high = (_between(column[i - 1], column[i], share) for column in (c.fmr, c.low, c.high))
-                return fmr, (low, high)
-        return c.fmr[-1], (c.low[-1], c.high[-1])
+        right = bisect_right(c.score, score)
+        if right in (0, len(c.score)):
+            end = min(right, len(c.score) - 1)
+            return c.fmr[end], (c.low[end], c.high[end])
+        share = (score - c.score[right - 1]) / (c.score[right] - c.score[right - 1])
+        fmr, low, high = (_between(column[right - 1], column[right], share) for column in (c.fmr, c.low, c.high))
+        return fmr, (low, high)
 
 
 def read_certificate(path: str | Path) -> Certificate:

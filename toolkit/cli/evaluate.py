@@ -1,0 +1,199 @@
+"""pkd-evaluate: how far queries of one encoder may be trusted against a gallery of another, with intervals."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pkd.toolkit.certificate import Certificate, Interval
+from pkd.toolkit.cli.encoders import open_encoder
+from pkd.toolkit.command import Result, make_parser, progress, run
+from pkd.toolkit.embed import default_cache
+from pkd.toolkit.errors import InputError
+from pkd.toolkit.evaluate import Options, cross_matrix, pair_list_accuracy
+from pkd.toolkit.evaluation import Evaluation
+from pkd.toolkit.faces import FaceSet
+from pkd.toolkit.pair_list import read_pair_list
+from pkd.toolkit.report import render, require_plots
+from pkd.toolkit.runtime import Encoder
+
+EXAMPLES = """
+  pkd-evaluate --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --student run --faces test --out eval
+  pkd-evaluate --teacher teacher-bundle --student student-bundle --gallery passports --probe selfies --out eval
+  pkd-evaluate --teacher insightface:buffalo_l --pairs pairs.txt --faces lfw --flip --out lfw-view2
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``pkd-evaluate``."""
+    parser = make_parser(
+        "pkd-evaluate",
+        "Compare every pair of a set of aligned faces (or of a gallery and a probe set, or of an official pair list) "
+        "with the teacher on both sides, the student on both sides, and the student's query against the teacher's "
+        "gallery. Writes EVAL/report.html, EVAL/report.json and one certificate per ordered pair of encoders.",
+        EXAMPLES,
+    )
+    add = parser.add_argument
+    add("--teacher", required=True, metavar="SPEC", help="bundle, run, FILE.onnx, FILE.pt or insightface:PACK")
+    add("--teacher-preprocess", metavar="P", help="of FILE.onnx or FILE.pt, for example mean=127.5,std=127.5")
+    add("--student", metavar="SPEC", help="bundle or run of a student of this teacher")
+    add("--faces", type=Path, metavar="DIR|LIST", help="aligned crops, one folder per identity; or a list of such")
+    add("--gallery", type=Path, metavar="DIR|LIST", help="gallery side, where it has other images than the probe side")
+    add("--probe", type=Path, metavar="DIR|LIST", help="probe (query) side")
+    add("--pairs", type=Path, metavar="FILE", help="LFW pairs.txt or pairsDevTest.txt; its images lie in --faces DIR")
+    add("--threshold-pairs", type=Path, metavar="FILE", help="list that the threshold of a one-fold --pairs is from")
+    add("--fmr", type=float, nargs="+", metavar="F", help="target false match rates (1e-2 to 1e-5 where resolved)")
+    add("--flip", action="store_true", help="add each embedding to its mirror image's; no certificates then")
+    add("--any-space", action="store_true", help="allow a student that was not distilled from the teacher (a control)")
+    add("--synthetic", action="store_true", help="the faces are procedural: say so in report and certificates")
+    add("--bootstrap", type=int, default=Options.resamples, metavar="N", help="resamples of the identities (1000)")
+    add("--seed", type=int, default=Options.seed, help="of the resampling (0)")
+    add("--cache", type=Path, metavar="DIR", help="keeps embeddings between runs ($PKD_CACHE or ~/.cache/pkd)")
+    add("--jobs", type=int, metavar="N", help="threads (one per core)")
+    add("--out", type=Path, required=True, metavar="EVAL", help="folder for the report and the certificates")
+    return run(parser, evaluate, argv)
+
+
+def evaluate(args: argparse.Namespace, console: Console) -> Result:
+    """Run the protocol that the arguments ask for and write its results; returns what ``--json`` prints."""
+    _check(args)
+    options = Options(
+        fmrs=tuple(args.fmr) if args.fmr else None,
+        flip=args.flip,
+        any_space=args.any_space,
+        synthetic=args.synthetic,
+        resamples=args.bootstrap,
+        seed=args.seed,
+        cache=args.cache or default_cache(),
+        jobs=args.jobs,
+    )
+    require_plots()
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"{args.out}: is a file. Give a folder with --out.")
+    evaluation, certificates = _measure(args, options, partial(progress, console))
+    _write(args.out, evaluation, certificates)
+    _show(console, evaluation, args.out)
+    summary: dict[str, Any] = evaluation.model_dump(
+        mode="json",
+        exclude={
+            "comparisons": {"__all__": {"det", "calibration", "genuine", "impostor"}},
+            "agreement": {"histogram"},
+        },
+    )
+    return {"out": str(args.out), **summary}
+
+
+def _measure(
+    args: argparse.Namespace, options: Options, bar: Callable[..., Any]
+) -> tuple[Evaluation, list[Certificate]]:
+    if args.pairs:
+        pairs = read_pair_list(args.pairs, args.faces)
+        threshold_pairs = read_pair_list(args.threshold_pairs, args.faces) if args.threshold_pairs else None
+        teacher, student = _open(args)
+        evaluation = pair_list_accuracy(
+            pairs,
+            args.pairs.name,
+            teacher,
+            student,
+            options,
+            bar,
+            threshold_pairs=threshold_pairs,
+            threshold_name=args.threshold_pairs.name if args.threshold_pairs else "",
+        )
+        return evaluation, []
+    if args.faces:
+        faces, probe, name = FaceSet.read(args.faces), None, _name(args.faces)
+    else:
+        faces, probe = FaceSet.read(args.gallery), FaceSet.read(args.probe)
+        name = f"{_name(args.gallery)} (gallery), {_name(args.probe)} (probe)"
+    teacher, student = _open(args)
+    return cross_matrix(faces, name, teacher, student, options, bar, probe=probe)
+
+
+def _open(args: argparse.Namespace) -> tuple[Encoder, Encoder | None]:
+    teacher = open_encoder(args.teacher, args.teacher_preprocess)
+    return teacher, open_encoder(args.student) if args.student else None
+
+
+def _check(args: argparse.Namespace) -> None:
+    sides = [args.gallery, args.probe]
+    if args.pairs and (not args.faces or any(sides)):
+        raise InputError("--pairs FILE needs --faces DIR, the folder of its images, and no --gallery or --probe.")
+    if not args.pairs and args.threshold_pairs:
+        raise InputError("--threshold-pairs goes with --pairs. Drop it, or pass --pairs FILE.")
+    if bool(args.faces) == any(sides) or (any(sides) and not all(sides)):
+        raise InputError("what to compare? Pass --faces DIR, or --gallery DIR and --probe DIR.")
+    if args.bootstrap < 100:
+        raise InputError(f"--bootstrap {args.bootstrap}: a 95 % interval needs at least 100 resamples.")
+    if args.jobs is not None and args.jobs < 1:
+        raise InputError(f"--jobs {args.jobs}: give 1 or more.")
+    if args.pairs and args.fmr:
+        raise InputError("--fmr goes with --faces or --gallery and --probe: a pair list has too few impostor pairs.")
+    if bad := [fmr for fmr in args.fmr or () if not 0 < fmr < 1]:
+        raise InputError(f"--fmr {bad[0]:g}: a false match rate lies between 0 and 1.")
+
+
+def _name(source: Path) -> str:
+    return "/".join(source.resolve().parts[-2:])
+
+
+def _write(out: Path, evaluation: Evaluation, certificates: list[Certificate]) -> None:
+    """Certificates of an earlier run into the same folder are removed: they would pass for this run's."""
+    folder = out / "certificates"
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*__*.json"):
+        stale.unlink()
+    for certificate in certificates:
+        (folder / certificate.file_name).write_text(certificate.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (out / "report.json").write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (out / "report.html").write_text(render(evaluation), encoding="utf-8")
+
+
+def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
+    if evaluation.synthetic:
+        console.print("[bold]Synthetic faces: these rates say nothing about people.[/bold]")
+    if evaluation.comparisons:
+        console.print(_matrix(evaluation))
+    for found in evaluation.pair_accuracies:
+        spread = f" ± {100 * found.fold_std:.2f} (standard deviation over folds)" if found.fold_std is not None else ""
+        console.print(
+            f"{found.name}  accuracy {100 * found.accuracy:.2f}{spread}, 95 % interval {_percents(found.ci95)}; "
+            f"threshold from {found.threshold_from}"
+        )
+    if evaluation.agreement:
+        console.print(f"mean cosine of teacher and student on the same image: {evaluation.agreement.mean:.3f}")
+    for note in evaluation.notes:
+        console.print(note)
+    refused = {refusal.reason for comparison in evaluation.comparisons for refusal in comparison.refused}
+    for reason in sorted(refused):
+        console.print(reason)
+    console.print(f"report: {out / 'report.html'}")
+
+
+def _matrix(evaluation: Evaluation) -> Table:
+    table = Table(title="True accept rate in % at a false match rate, with 95 % interval", title_justify="left")
+    for heading in ("query–gallery", "FMR", "every identity alike", "every pair alike", "threshold"):
+        table.add_column(heading, justify="left" if heading == "query–gallery" else "right", no_wrap=True)
+    for comparison in evaluation.comparisons:
+        for point in comparison.points:
+            table.add_row(
+                comparison.name,
+                f"{point.fmr:g}",
+                f"{100 * point.tar_balanced:.1f} ({_percents(point.tar_balanced_ci95)})",
+                f"{100 * point.tar:.1f} ({_percents(point.tar_ci95)})",
+                f"{point.threshold:.3f}",
+            )
+        for refusal in comparison.refused:
+            table.add_row(comparison.name, f"{refusal.fmr:g}", "not resolved", "", "")
+        table.add_section()
+    return table
+
+
+def _percents(interval: Interval) -> str:
+    return f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"

@@ -1,0 +1,126 @@
+"""Evaluation: what ``report.json`` holds. The page and the tables read their numbers from here and nowhere else."""
+
+from __future__ import annotations
+
+from pkd.toolkit.certificate import Calibration, Interval, OperatingPoint
+from pkd.toolkit.record import Record
+from pkd.toolkit.space import EncoderInfo
+
+
+class Data(Record):
+    """The images that were compared."""
+
+    name: str
+    """Last parts of the path that was given."""
+    content_digest: str
+    """SHA-256 over contents and identities."""
+    images: int
+    identities: int
+    single_image_identities: int
+    """Identities with one image: they give impostor pairs only."""
+
+
+class Refusal(Record):
+    """A false match rate that was not reported, and why."""
+
+    fmr: float
+    reason: str
+
+
+class Det(Record):
+    """Detection error trade-off: FNMR against FMR, every identity weighing the same, down to the smallest FMR."""
+
+    fmr: tuple[float, ...]
+    fnmr: tuple[float, ...]
+    low: tuple[float, ...]
+    """95 % identity-level bootstrap interval of the FNMR."""
+    high: tuple[float, ...]
+
+
+class Histogram(Record):
+    """Fractions of pairs (or images) in equal bins over cosine −1 to 1."""
+
+    fractions: tuple[float, ...]
+
+
+class Comparison(Record):
+    """One cell of the cross matrix: queries of one encoder against a gallery of another, over all pairs."""
+
+    name: str
+    """Query side first: ``S–T`` is a student's query against a teacher's gallery."""
+    query: str
+    """Encoder id."""
+    gallery: str
+    """Encoder id."""
+    genuine_pairs: int
+    genuine_identities: int
+    """Identities with genuine pairs: what the balanced rates average over."""
+    impostor_pairs: int
+    identity_pairs: int
+    """Pairs of different identities that were compared."""
+    min_fmr: float
+    """Smallest false match rate that these resolve."""
+    points: tuple[OperatingPoint, ...]
+    refused: tuple[Refusal, ...]
+    eer: float
+    """Equal error rate, every pair weighing the same."""
+    det: Det
+    genuine: Histogram
+    impostor: Histogram
+    calibration: Calibration
+    certificate: str | None = None
+    """File in ``certificates/``; None where this cell is not certified."""
+
+
+class PairAccuracy(Record):
+    """Accuracy of one ordered pair of encoders on an official pair list."""
+
+    name: str
+    query: str
+    """Encoder id of each pair's first image."""
+    gallery: str
+    """Encoder id of each pair's second image."""
+    accuracy: float
+    """Mean over the folds, a fraction."""
+    fold_std: float | None
+    """Standard deviation over the folds (divided by folds − 1, as LFW's own tables); None for one fold."""
+    ci95: Interval
+    """95 % identity-level bootstrap interval at the thresholds used."""
+    fold_accuracy: tuple[float, ...]
+    fold_threshold: tuple[float, ...]
+    threshold_from: str
+    genuine_pairs: int
+    impostor_pairs: int
+
+
+class Agreement(Record):
+    """Cosine between teacher and student embedding of one and the same image."""
+
+    mean: float
+    std: float
+    low: float
+    """5th percentile."""
+    median: float
+    histogram: Histogram
+
+
+class Evaluation(Record):
+    """A whole run of pkd-evaluate."""
+
+    schema_version: int = 1
+    tool: str
+    created: str
+    """ISO 8601, UTC."""
+    protocol: str
+    data: Data
+    synthetic: bool
+    flip: bool
+    """True where every embedding is the sum of the image's and its mirror image's."""
+    resamples: int
+    seed: int
+    teacher: EncoderInfo
+    student: EncoderInfo | None
+    comparisons: tuple[Comparison, ...] = ()
+    pair_accuracies: tuple[PairAccuracy, ...] = ()
+    agreement: Agreement | None = None
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,152 @@
+"""From the scores of one ordered pair of encoders to what is reported and certified of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+
+import numpy as np
+
+from pkd.toolkit.certificate import Calibration, Certificate, OperatingPoint
+from pkd.toolkit.command import tool_version
+from pkd.toolkit.errors import UnsupportedFmr
+from pkd.toolkit.evaluation import Comparison, Data, Det, Histogram, Refusal
+from pkd.toolkit.pairs import BINS, Doubles, Floats, Pairing, PairScores, bin_of
+from pkd.toolkit.space import EmbeddingSpace, EncoderInfo
+from pkd.toolkit.statistics import (
+    Bootstrap,
+    Rates,
+    bootstrap,
+    equal_error_rate,
+    fmr_at,
+    interval,
+    lowest_impostor,
+    rates,
+    require_resolved,
+    smallest_fmr,
+)
+
+PLOT_BINS = 100
+
+
+def measure(
+    scores: PairScores,
+    name: str,
+    query: EncoderInfo,
+    gallery: EncoderInfo,
+    *,
+    fmrs: Sequence[float],
+    resamples: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Comparison:
+    """Operating points at those of ``fmrs`` that are resolved, calibration and DET curve, with intervals."""
+    pairing = scores.pairing
+    refused = [r for fmr in sorted(fmrs, reverse=True) if (r := _refusal(pairing, fmr))]
+    targets = np.array(sorted(set(fmrs) - {r.fmr for r in refused}, reverse=True))
+    grid = _grid(smallest_fmr(pairing), targets)
+    full = rates(scores, grid)
+    knots = np.concatenate([[lowest_impostor(scores)], full.threshold])
+    drawn = bootstrap(scores, grid, knots, resamples=resamples, seed=seed, advance=advance)
+    return Comparison(
+        name=name,
+        query=query.id,
+        gallery=gallery.id,
+        genuine_pairs=pairing.genuine_pairs,
+        genuine_identities=int((pairing.genuine_per_identity > 0).sum()),
+        impostor_pairs=pairing.impostor_pairs,
+        identity_pairs=pairing.identity_pairs,
+        min_fmr=smallest_fmr(pairing),
+        points=tuple(_point(grid, full, drawn, int(np.flatnonzero(grid == fmr)[0])) for fmr in targets),
+        refused=tuple(refused),
+        eer=equal_error_rate(scores),
+        det=_det(grid, full, drawn),
+        genuine=histogram(scores.genuine),
+        impostor=Histogram(fractions=_coarser(scores.histogram)),
+        calibration=_calibrate(scores, grid, knots, drawn),
+    )
+
+
+def certify(comparison: Comparison, space: EmbeddingSpace, data: Data, *, synthetic: bool) -> Certificate:
+    """The certificate of a comparison that has operating points."""
+    return Certificate(
+        query=comparison.query,
+        gallery=comparison.gallery,
+        space=space.id,
+        points=comparison.points,
+        calibration=comparison.calibration,
+        min_fmr=comparison.min_fmr,
+        identities=data.identities,
+        images=data.images,
+        genuine_pairs=comparison.genuine_pairs,
+        impostor_pairs=comparison.impostor_pairs,
+        data_name=data.name,
+        data_digest=data.content_digest,
+        synthetic=synthetic,
+        tool=tool_version(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def histogram(scores: Floats) -> Histogram:
+    """Fractions of ``scores`` in ``PLOT_BINS`` bins over −1 to 1."""
+    return Histogram(fractions=_coarser(np.bincount(bin_of(scores), minlength=BINS)))
+
+
+def _grid(smallest: float, targets: Doubles) -> Doubles:
+    """Falling false match rates of the calibration and DET curves, down to the smallest that is resolved."""
+    coarse = np.linspace(0.95, 0.05, 19)
+    fine = np.geomspace(0.05, min(0.05, smallest), 141)
+    grid = np.unique(np.concatenate([coarse, fine, targets, [min(smallest, 1.0)]]))[::-1]
+    kept: Doubles = grid[(grid < 1) & (grid >= smallest * (1 - 1e-9))]
+    return kept
+
+
+def _point(grid: Doubles, full: Rates, drawn: Bootstrap, k: int) -> OperatingPoint:
+    return OperatingPoint(
+        fmr=float(grid[k]),
+        threshold=float(full.threshold[k]),
+        fmr_ci95=interval(drawn.fmr[:, k + 1]),
+        tar=float(full.tar[k]),
+        tar_ci95=interval(drawn.tar[:, k]),
+        tar_balanced=float(full.tar_balanced[k]),
+        tar_balanced_ci95=interval(drawn.tar_balanced[:, k]),
+    )
+
+
+def _det(grid: Doubles, full: Rates, drawn: Bootstrap) -> Det:
+    fnmr = 1 - full.tar_balanced
+    high, low = 1 - np.percentile(drawn.tar_balanced, (2.5, 97.5), axis=0)
+    return Det(
+        fmr=tuple(grid.tolist()),
+        fnmr=tuple(fnmr.tolist()),
+        low=tuple(np.minimum(low, fnmr).tolist()),
+        high=tuple(np.maximum(high, fnmr).tolist()),
+    )
+
+
+def _calibrate(scores: PairScores, grid: Doubles, knots: Doubles, drawn: Bootstrap) -> Calibration:
+    """The curve score → FMR. In the tail a knot's rate is its target, so threshold and rate are inverses; below it
+    the rate is counted in the histogram, for the threshold there comes from a sample."""
+    fmr = np.concatenate([[1.0], np.where(knots[1:] >= scores.cut, grid, fmr_at(scores, knots[1:]))])
+    fmr = np.minimum.accumulate(fmr)
+    low, high = np.percentile(drawn.fmr, (2.5, 97.5), axis=0)
+    return Calibration(
+        score=tuple(knots.tolist()),
+        fmr=tuple(fmr.tolist()),
+        low=tuple(np.minimum(low, fmr).tolist()),
+        high=tuple(np.maximum(high, fmr).tolist()),
+    )
+
+
+def _refusal(pairing: Pairing, fmr: float) -> Refusal | None:
+    try:
+        require_resolved(pairing, fmr)
+    except UnsupportedFmr as error:
+        return Refusal(fmr=fmr, reason=str(error))
+    return None
+
+
+def _coarser(bins: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> tuple[float, ...]:
+    counts = bins.reshape(PLOT_BINS, -1).sum(axis=1)
+    return tuple((counts / counts.sum()).tolist())
