@@ -1,0 +1,132 @@
+"""Encoders: the loaded bundles, and every certificate in them. Says who may be compared with whom, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pkd.serving.problems import Problem
+from pkd.toolkit.bundle import Bundle, self_test
+from pkd.toolkit.certificate import Certificate
+from pkd.toolkit.errors import BundleError
+from pkd.toolkit.runtime import OnnxEncoder, open_bundle
+from pkd.toolkit.space import short
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One bundle and its session, shared by all worker threads (onnxruntime sessions may be)."""
+
+    bundle: Bundle
+    encoder: OnnxEncoder
+
+    def self_test(self) -> float:
+        """Largest 1 − cosine over the golden crops. Raises BundleError above the bundle's tolerance."""
+        return self_test(self.bundle, self.encoder.embed)
+
+
+class Encoders:
+    """What this server can embed with (loaded bundles) and decide about (certificates)."""
+
+    def __init__(self, loaded: Sequence[Loaded]) -> None:
+        self.loaded = {item.encoder.info.id: item for item in loaded}
+        teachers = [item for item in loaded if item.encoder.info.role == "teacher"]
+        self.default = (teachers or list(loaded))[0]
+        """The first teacher on the command line; without one, the first bundle."""
+        self.certificates = _strongest(c for item in loaded for c in item.bundle.certificates())
+        self._spaces = {id: item.encoder.info.space.id for id, item in self.loaded.items()}
+        self._dims = {item.encoder.info.space.id: item.encoder.info.space.dim for item in loaded}
+        for certificate in self.certificates.values():
+            for id in (certificate.query, certificate.gallery):
+                self._spaces.setdefault(id, certificate.space)
+
+    @classmethod
+    def open(cls, paths: Sequence[str | Path]) -> Encoders:
+        """Open bundles, each on one intra-op thread. Raises BundleError; two bundles of one encoder are refused."""
+        owners: dict[str, Path] = {}
+        spaces: dict[str, int] = {}
+        loaded = []
+        for path in paths:
+            bundle = Bundle.open(path)
+            info = bundle.manifest.encoder
+            if info.id in owners:
+                raise BundleError(f"{path}: holds {short(info.id)}, as does {owners[info.id]}. Pass one of them.")
+            if spaces.setdefault(info.space.id, info.space.dim) != info.space.dim:
+                raise BundleError(f"{path}: gives {info.space.dim} numbers, other bundles of its space do not.")
+            owners[info.id] = bundle.path
+            loaded.append(Loaded(bundle, open_bundle(bundle)))
+        if not loaded:
+            raise BundleError("no bundle to serve. Make one with pkd-export.")
+        return cls(loaded)
+
+    def get(self, spec: str | None) -> Loaded:
+        """The loaded encoder with this id, short id or name; the default one for None. 404 where there is none."""
+        if spec is None:
+            return self.default
+        id = self.resolve(spec)
+        if id not in self.loaded:
+            raise Problem(
+                "unknown-encoder",
+                f"encoder {spec!r} is not loaded. Use one of those in `encoders`.",
+                got=spec,
+                encoders=list(self.loaded),
+            )
+        return self.loaded[id]
+
+    def resolve(self, spec: str) -> str:
+        """A full id from a short id or a name that only one known encoder has; anything else as it is."""
+        if spec in self._spaces:
+            return spec
+        bearers = [id for id in self._spaces if spec in (short(id), id.partition("@")[0])]
+        return bearers[0] if len(bearers) == 1 else spec
+
+    def space_of(self, id: str) -> str | None:
+        """Id of an encoder's space, from its bundle or from a certificate that names it."""
+        return self._spaces.get(id)
+
+    def dim_of(self, space: str | None) -> int | None:
+        """Dimension of a space, known where a bundle of it is loaded."""
+        return self._dims.get(space) if space else None
+
+    def certificate(self, query: str, gallery: str) -> Certificate:
+        """The certificate of this ordered pair. 409 space-mismatch or not-certified, naming what would work."""
+        found = self.certificates.get((query, gallery))
+        if found:
+            return found
+        spaces = self.space_of(query), self.space_of(gallery)
+        works = {
+            "queries": sorted(q for q, g in self.certificates if g == gallery),
+            "galleries": sorted(g for q, g in self.certificates if q == query),
+        }
+        got = {"query": query, "gallery": gallery}
+        if None not in spaces and spaces[0] != spaces[1]:
+            raise Problem(
+                "space-mismatch",
+                f"{short(query)} embeds into another space than {short(gallery)}; their vectors cannot be compared.",
+                expected={"space": spaces[1]},
+                got={**got, "space": spaces[0]},
+                works=works,
+            )
+        raise Problem(
+            "not-certified",
+            f"no certificate covers queries of {short(query)} against a gallery of {short(gallery)}; the order counts. "
+            "Measure the pair with pkd-evaluate and export it into a bundle, or use an encoder in `works`.",
+            expected=[{"query": q, "gallery": g} for q, g in self.certificates],
+            got=got,
+            works=works,
+        )
+
+
+def _strongest(certificates: Iterable[Certificate]) -> dict[tuple[str, str], Certificate]:
+    """One certificate per ordered pair: measured on people before synthetic, then most impostor pairs, then newest."""
+
+    def rank(c: Certificate) -> tuple[bool, int, str]:
+        return not c.synthetic, c.impostor_pairs, c.created
+
+    kept: dict[tuple[str, str], Certificate] = {}
+    for c in certificates:
+        pair = (c.query, c.gallery)
+        if pair not in kept or rank(c) > rank(kept[pair]):
+            kept[pair] = c
+    return kept

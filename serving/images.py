@@ -1,0 +1,137 @@
+"""Images out of requests: multipart, a raw body or JSON → undecoded images and options. Never a path, never a URL."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from pkd.serving.problems import Problem
+from pkd.serving.schemas import EmbedBody, EmbedOptions
+from pkd.toolkit.errors import BadImage
+from pkd.toolkit.images import Rgb, decode_rgb
+
+Undecoded = bytes | str
+"""A file's bytes, or the same as base64. Both are decoded by a worker, not by the event loop."""
+Sent = TypeVar("Sent", bound=BaseModel)
+
+FOREIGN = {b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+TAKES = "JPEG, PNG, WebP and BMP images are taken."
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    """What /v1/embed was asked."""
+
+    images: Sequence[Undecoded]
+    options: EmbedOptions
+
+
+async def read_embed(request: Request, max_images: int) -> EmbedRequest:
+    """Read any of the three forms of /v1/embed. Raises Problem."""
+    kind = media_type(request)
+    images: Sequence[Undecoded]
+    fields: dict[str, Any] = {}
+    if kind == "application/json":
+        body = parse(EmbedBody, await request.body())
+        images = [item.image_b64 for item in body.inputs]
+        fields = body.model_dump(exclude={"inputs"}, exclude_unset=True)
+    elif kind == "multipart/form-data":
+        images, fields = await _read_form(request, max_images)
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        images = [await request.body()]
+    else:
+        raise Problem(
+            "unsupported-media",
+            f"content type {kind or 'missing'!r}. Send multipart/form-data with a field `image`, a raw image/* body, "
+            'or application/json {"inputs": [{"image_b64": …}]}.',
+        )
+    if len(images) > max_images:
+        raise Problem(
+            "invalid-request", f"{len(images):,} images; at most {max_images} in one request.", limit=max_images
+        )
+    for name, value in request.query_params.multi_items():
+        if name in fields:
+            raise Problem("invalid-request", f"option {name!r} is given twice. Give it once.")
+        fields[name] = value
+    return EmbedRequest(images, validated(EmbedOptions, fields))
+
+
+def decode(image: Undecoded) -> Rgb:
+    """An image of a request → uint8 H×W×3 RGB, upright. Raises BadImage, ImageTooLarge or a 415 Problem."""
+    if isinstance(image, str):
+        try:
+            image = base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image, validate=True)
+        except (binascii.Error, ValueError):
+            raise BadImage("image_b64 is not base64.") from None
+    foreign = "HEIC or AVIF" if image[4:8] == b"ftyp" else FOREIGN.get(image[:4])
+    if foreign:
+        raise Problem("unsupported-media", f"this is a {foreign} file. {TAKES}")
+    return decode_rgb(image)
+
+
+def media_type(request: Request) -> str:
+    """The content type without its parameters, in lower case."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def parse(model: type[Sent], body: bytes) -> Sent:
+    """JSON → ``model``. Raises an invalid-request Problem that names every field at fault."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def validated(model: type[Sent], fields: Mapping[str, Any]) -> Sent:
+    """Query parameters or form fields → ``model``. Raises an invalid-request Problem."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: ValidationError) -> Problem:
+    """Field and reason only: what was sent there may be an image or an embedding, and is not sent back."""
+    found = [
+        {"field": ".".join(map(str, item["loc"])), "message": item["msg"]}
+        for item in error.errors(include_url=False, include_context=False, include_input=False)[:20]
+    ]
+    first = f"{found[0]['field']}: {found[0]['message']}".removeprefix(": ")
+    return Problem("invalid-request", f"{first}.", errors=found)
+
+
+class _InMemory(MultiPartParser):
+    """Starlette would write parts over 1 MB to temporary files; no image ever touches a disk here."""
+
+    spool_max_size = 2**40
+
+
+async def _read_form(request: Request, max_images: int) -> tuple[list[bytes], dict[str, Any]]:
+    parser = _InMemory(request.headers, request.stream(), max_files=max_images, max_fields=20, max_part_size=1000)
+    try:
+        form = await parser.parse()
+    except (MultiPartException, ValueError) as error:
+        reason = getattr(error, "message", str(error))
+        raise Problem("invalid-request", f"multipart body: {reason}") from None
+    images: list[bytes] = []
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            if name != "image":
+                raise Problem("invalid-request", f"file field {name!r}. Name each file field `image`.")
+            images.append(await value.read())
+        elif name in fields:
+            raise Problem("invalid-request", f"option {name!r} is given twice. Give it once.")
+        else:
+            fields[name] = value
+    if not images:
+        raise Problem("invalid-request", "no file field `image` in the multipart body.")
+    return images, fields
