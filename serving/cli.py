@@ -64,6 +64,7 @@ def _serve(args: argparse.Namespace, console: Console) -> Result:
             raise MissingExtra(missing.name, "serve") from None
         raise
     cv2.setNumThreads(1)  # every worker thread has a core of its own
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # a stranger's broken image is no news
     given = {"target_fmr": args.target_fmr, "threads": args.threads}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     if not is_loopback(args.host) and not args.api_keys and not args.insecure_no_keys:
@@ -87,7 +88,7 @@ def _introduce(console: Console, encoders: Encoders, fmr: float, detector: bool,
     for loaded in encoders.loaded.values():
         info = loaded.encoder.info
         state = f"{info.space.dim}-d, {info.preprocess.name}{', default' if loaded is encoders.default else ''}"
-        console.print(f"{info.role} {short(info.id)}: {state}", markup=False)
+        console.print(f"{info.role} {short(info.id)}: {state}", markup=False, soft_wrap=True)
     for certificate in encoders.certificates.values():
         pair = f"{short(certificate.query)} → {short(certificate.gallery)}"
         try:
@@ -95,7 +96,11 @@ def _introduce(console: Console, encoders: Encoders, fmr: float, detector: bool,
         except UnsupportedFmr:
             smallest, largest = certificate.points[-1].fmr, certificate.points[0].fmr
             state = f"FMR {fmr:g} not covered, requests must state one of {smallest:g} to {largest:g}"
-        console.print(f"certified {pair}: {state}{' (synthetic faces)' if certificate.synthetic else ''}", markup=False)
+        console.print(
+            f"certified {pair}: {state}{' (synthetic faces)' if certificate.synthetic else ''}",
+            markup=False,
+            soft_wrap=True,
+        )
     if not encoders.certificates:
         console.print("no certificate in these bundles: /verify will refuse every pair")
     if not detector:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -23,6 +24,7 @@ def serve(service: Service, listener: socket.socket, keys: ApiKeys | None, ready
 
     Raises BundleError where a bundle does not reproduce its golden embeddings.
     """
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a stranger's broken form is no news
     config = uvicorn.Config(
         create_app(service, keys),
         lifespan="on",

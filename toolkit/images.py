@@ -30,6 +30,8 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
             warnings.simplefilter("ignore")  # Pillow warns about large images; the size is checked below
             with Image.open(io.BytesIO(data), formats=FORMATS) as header:
                 width, height = header.size
+    except Image.DecompressionBombError:
+        raise ImageTooLarge(f"the image's header claims far over the limit of {max_pixels:,} pixels.") from None
     except Exception:  # Pillow raises many kinds for hostile headers
         raise BadImage(f"not a JPEG, PNG, WebP or BMP image ({len(data):,} bytes).") from None
     if width * height > max_pixels:
