@@ -167,7 +167,7 @@ def write_bundle(path: str | Path, files: Mapping[str, bytes], manifest: Manifes
     require_free(path, replace=replace)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
     manifest = manifest.model_copy(update={"files": hashes})
-    content = {**files, MANIFEST: (manifest.model_dump_json(indent=2) + "\n").encode()}
+    content = {**files, MANIFEST: manifest_bytes(manifest)}
     with build_folder(path, content) as building:
         Bundle.open(building)
         swap_in(building, path)
@@ -202,6 +202,11 @@ def require_about(certificate: Certificate, encoder: EncoderInfo, source: str | 
             f"{source}: certifies the space {short(certificate.space)}; {short(encoder.id)} embeds into "
             f"{short(encoder.space.id)}."
         )
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """``manifest.json`` as bytes: UTF-8, two spaces, fields in the order of the class, a final newline."""
+    return (manifest.model_dump_json(indent=2) + "\n").encode()
 
 
 def pack_golden(golden: Golden) -> bytes:
