@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from pkd.toolkit.bundle_folder import build_folder, check_name, list_files, read_file, recover, swap_in
+from pkd.toolkit.bundle_folder import aside_of, build_folder, check_name, list_files, read_file, recover, swap_in
 from pkd.toolkit.certificate import Certificate, parse_certificate
 from pkd.toolkit.errors import BundleError
 from pkd.toolkit.images import Rgb
@@ -219,7 +219,9 @@ def pack_golden(golden: Golden) -> bytes:
 def _read_manifest(path: Path) -> Manifest:
     where = path / MANIFEST
     if not where.is_file():
-        raise BundleError(f"{path}: not a bundle, it has no {MANIFEST}. Make one with pkd-export.")
+        aside = aside_of(path)
+        left = f" An export that was killed left the old one at {aside}: rename it back." if aside.exists() else ""
+        raise BundleError(f"{path}: not a bundle, it has no {MANIFEST}. Make one with pkd-export.{left}")
     data = read_file(path, MANIFEST, limit=MAX_MANIFEST)
     try:
         version = json.loads(data)["schema_version"]  # first of all: another version may have other fields

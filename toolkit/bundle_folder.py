@@ -84,7 +84,7 @@ def swap_in(building: Path, path: Path) -> None:
     if not path.exists():
         building.rename(path)
         return
-    aside = _aside(path)
+    aside = aside_of(path)
     path.rename(aside)
     try:
         building.rename(path)
@@ -97,7 +97,7 @@ def swap_in(building: Path, path: Path) -> None:
 
 def recover(path: Path) -> None:
     """Finish a ``swap_in`` that was killed: put the old folder back, or delete it where it was replaced."""
-    aside = _aside(path)
+    aside = aside_of(path)
     if not aside.exists():
         return
     if path.exists():
@@ -106,5 +106,6 @@ def recover(path: Path) -> None:
         aside.rename(path)
 
 
-def _aside(path: Path) -> Path:
+def aside_of(path: Path) -> Path:
+    """Where ``swap_in`` keeps the old folder for a moment."""
     return path.with_name(f".{path.name}.replaced")
