@@ -99,7 +99,7 @@ class StopRequest:
 def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar; call the yielded function with the number of items done since the last call."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bar:
+    with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.advance(task, done)
 

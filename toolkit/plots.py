@@ -84,15 +84,20 @@ def score_histograms(comparison: Comparison) -> str:
             axes.stairs(part.fractions, edges, fill=True, color=colour, alpha=0.28)
             axes.stairs(part.fractions, edges, color=colour, lw=1.3, label=f"{name} pairs")
             top = max(top, *part.fractions)
-        axes.set(ylim=(0, 1.32 * top), xlim=_range(comparison.genuine, comparison.impostor))
+        axes.set(ylim=(0, 1.3 * top), xlim=_range(comparison.genuine, comparison.impostor))
         for k, point in enumerate(comparison.points):
-            axes.axvline(point.threshold, ymax=0.76, color=INK, lw=1, ls=(0, (2, 2)))
+            axes.axvline(point.threshold, ymax=(1.02 + 0.065 * k) / 1.3, color=INK, lw=1, ls=(0, (2, 2)))
             axes.text(
-                point.threshold, top * 1.02 + 0.065 * top * k, f" {_rate(point.fmr)}", color=INK, size=9, ha="left"
+                point.threshold,
+                top * 1.02 + 0.065 * top * k,
+                f" FMR {100 * point.fmr:g} %",
+                color=INK,
+                size=9,
+                ha="left",
             )
         axes.set(xlabel="cosine similarity", ylabel="fraction of pairs")
         axes.set_yticks([])
-        axes.legend(loc="upper right", fontsize=10)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=10, borderpad=0)
 
     words = f"Histogram of genuine and impostor scores, {comparison.name}, with the threshold of each false match rate"
     return _svg(draw, words, (5.0, 3.1), comparison.name)
@@ -159,11 +164,6 @@ def _floor(comparisons: tuple[Comparison, ...]) -> float:
     """Lower end of the FNMR axis: one decade step below the smallest rate that is drawn, and never 0."""
     positive = [rate for c in comparisons for rate in c.det.fnmr if rate > 0]
     return float(10 ** np.floor(np.log10(max(min(positive, default=0.1) * 0.8, 1e-4))))
-
-
-def _rate(fmr: float) -> str:
-    exponent = round(float(np.log10(fmr)))
-    return f"1e{exponent}" if abs(fmr / 10**exponent - 1) < 1e-9 else f"{fmr:g}"
 
 
 def _percent_ticks(axis: Any) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 
-from pkd.toolkit.certificate import Interval
+from pkd.toolkit.certificate import Interval, OperatingPoint
 from pkd.toolkit.evaluation import Comparison, Evaluation, PairAccuracy
-from pkd.toolkit.plots import agreement_histogram, det_curves, require_plots, score_histograms
+from pkd.toolkit.plots import LINES, agreement_histogram, det_curves, require_plots, score_histograms
 from pkd.toolkit.space import EncoderInfo, short
 
 __all__ = ["render", "require_plots"]
@@ -23,7 +24,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { max-width: 56rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line); }
 p, ul { max-width: 44rem; } p { margin: .5rem 0; } ul { padding-left: 1.2rem; } li { margin: .35rem 0; }
@@ -37,19 +38,22 @@ p, ul { max-width: 44rem; } p { margin: .5rem 0; } ul { padding-left: 1.2rem; } 
 .card span { display: block; color: var(--soft); font-size: .86rem; line-height: 1.4; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: 0 0 .4rem; }
+caption { text-align: left; font-weight: 600; color: var(--ink); padding: .6rem 0 .2rem; }
 th, td { padding: .42rem .7rem .42rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; font-size: .88rem; } th:first-child, td:first-child { text-align: left; }
-td small { display: block; color: var(--soft); white-space: nowrap; } td { white-space: nowrap; }
-td.wrap { white-space: normal; text-align: left; min-width: 14rem; } tr.first td { padding-top: .9rem; }
+td small { display: block; color: var(--soft); font-size: .8rem; } td { white-space: nowrap; }
+thead th { font-size: 1rem; } thead th:first-child { font-size: .88rem; font-weight: 400; color: var(--soft); }
+tbody th { font-weight: 400; font-size: 1rem; white-space: nowrap; }
 .none { color: #94a3b8; }
-figure { margin: .8rem 0; } figure svg { width: 100%; height: auto; display: block; } .wide { max-width: 42rem; }
+figure { margin: .8rem 0; } figure svg { width: 100%; height: auto; display: block; }
+.wide { max-width: 40rem; } .half { max-width: 28rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .6rem 1.6rem; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1.2rem; margin: .6rem 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 code { font: .86em ui-monospace, SFMono-Regular, Menlo, monospace; }
 @media (max-width: 34rem) { main { padding: 1.2rem .9rem 3rem; } h1 { font-size: 1.4rem; }
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin: 0 0 .5rem; } th, td { padding-right: .9rem; } }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin: 0 0 .5rem; } th, td { padding-right: .5rem; }
+  td small { font-size: .74rem; } }
 @media print { body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
   figure, tr, .card { break-inside: avoid; }
   h2 { break-after: avoid; } .scroll { overflow: visible; } .card, .banner { border: 1px solid #94a3b8; } }
@@ -117,30 +121,49 @@ def _cards(e: Evaluation) -> str:
 
 
 def _matrix(comparisons: tuple[Comparison, ...]) -> str:
-    rows = "".join(_matrix_rows(c) for c in comparisons)
-    meanings = "; ".join(f"<b>{c.name}</b> {MEANING[c.name]}" for c in comparisons)
+    meanings = "".join(f"<li><b>{c.name}</b> {MEANING[c.name]}</li>" for c in comparisons)
     return (
-        "<section><h2>True accept rates</h2>"
-        f"<p>The query side is named first. {meanings}. In brackets: 95 % intervals over other people like these.</p>"
-        '<div class="scroll"><table><thead><tr><th scope="col">Pair, FMR</th>'
-        '<th scope="col">TAR, every<br>identity alike</th><th scope="col">TAR, every<br>pair alike</th>'
-        '<th scope="col">Threshold</th><th scope="col">FMR of that threshold<br>on other people</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></section>"
+        f"<section><h2>True accept rates</h2><p>The query side is named first:</p><ul>{meanings}</ul>"
+        + _by_fmr(comparisons, "Every identity alike", _balanced)
+        + _by_fmr(comparisons, "Every pair alike (raw)", _raw)
+        + "<p class=small>Below each rate: its 95 % interval over other people like these.</p>"
+        "<h2>Thresholds</h2><p>A threshold belongs to one ordered pair of encoders and to no other. Below each: the "
+        "false match rate that it may have on other people.</p>"
+        + _by_fmr(comparisons, "Cosine similarity", _threshold)
+        + "</section>"
     )
 
 
-def _matrix_rows(c: Comparison) -> str:
-    rows = [
-        f"<td><b>{c.name}</b> {_percent(p.fmr)}</td>"
-        f"<td>{_percent(p.tar_balanced, 1)}<small>{_range(p.tar_balanced_ci95)}</small></td>"
-        f"<td>{_percent(p.tar, 1)}<small>{_range(p.tar_ci95)}</small></td><td>{p.threshold:.4f}</td>"
-        f"<td>{_range_g(p.fmr_ci95)}</td>"
-        for p in c.points
-    ]
-    rows += [
-        f'<td><b>{c.name}</b> {_percent(r.fmr)}</td><td colspan="4" class="none">not resolved</td>' for r in c.refused
-    ]
-    return "".join(f"<tr{' class=first' if i == 0 else ''}>{row}</tr>" for i, row in enumerate(rows))
+def _by_fmr(comparisons: tuple[Comparison, ...], caption: str, cell: Callable[[OperatingPoint], str]) -> str:
+    """One row per false match rate, one column per ordered pair."""
+    fmrs = sorted({p.fmr for c in comparisons for p in (*c.points, *c.refused)}, reverse=True)
+    heads = "".join(f'<th scope="col" style="color:{LINES[c.name][0]}">{c.name}</th>' for c in comparisons)
+    rows = "".join(
+        f'<tr><th scope="row">{_percent(fmr)}</th>'
+        + "".join(
+            next((f"<td>{cell(p)}</td>" for p in c.points if p.fmr == fmr), '<td class="none">not resolved</td>')
+            for c in comparisons
+        )
+        + "</tr>"
+        for fmr in fmrs
+    )
+    return (
+        f'<div class="scroll"><table><caption>{caption}</caption>'
+        f'<thead><tr><th scope="col">at FMR</th>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _balanced(point: OperatingPoint) -> str:
+    return f"<b>{_percent(point.tar_balanced, 1)}</b><small>{_range(point.tar_balanced_ci95)}</small>"
+
+
+def _raw(point: OperatingPoint) -> str:
+    return f"{_percent(point.tar, 1)}<small>{_range(point.tar_ci95)}</small>"
+
+
+def _threshold(point: OperatingPoint) -> str:
+    return f"{point.threshold:.4f}<small>{_range_g(point.fmr_ci95)}</small>"
 
 
 def _det(e: Evaluation) -> str:
@@ -172,7 +195,7 @@ def _agreement(e: Evaluation) -> str:
     assert a is not None
     return (
         "<section><h2>Teacher and student on the same image</h2>"
-        f'<figure class="wide">{agreement_histogram(a)}<figcaption>Mean cosine {a.mean:.3f}, median {a.median:.3f}, '
+        f'<figure class="half">{agreement_histogram(a)}<figcaption>Mean cosine {a.mean:.3f}, median {a.median:.3f}, '
         f"5th percentile {a.low:.3f}, standard deviation {a.std:.3f}.</figcaption></figure></section>"
     )
 

@@ -177,9 +177,9 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
 
 
 def _matrix(evaluation: Evaluation) -> Table:
-    table = Table(title="True accept rate in % at a false match rate, with 95 % interval", title_justify="left")
-    for heading in ("query–gallery", "FMR", "every identity alike", "every pair alike", "threshold"):
-        table.add_column(heading, justify="left" if heading == "query–gallery" else "right", no_wrap=True)
+    table = Table(title="True accept rate, % with 95 % interval; query–gallery", title_justify="left")
+    for heading in ("pair", "FMR", "identities alike", "pairs alike (raw)", "threshold"):
+        table.add_column(heading, justify="left" if heading == "pair" else "right", no_wrap=True)
     for comparison in evaluation.comparisons:
         for point in comparison.points:
             table.add_row(
