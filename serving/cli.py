@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(args: argparse.Namespace, console: Console) -> Result:
+    # Pillow reads the header that the limit is checked on, OpenCV decodes; where a hostile file makes them disagree,
+    # OpenCV's own limit holds. It reads this once, when it is imported.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")
     try:
         import cv2
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
@@ -121,6 +121,14 @@ async def _read_form(request: Request, max_images: int) -> tuple[list[bytes], di
     except (MultiPartException, ValueError) as error:
         reason = getattr(error, "message", str(error))
         raise Problem("invalid-request", f"multipart body: {reason}") from None
+    try:
+        return await _sort(form)
+    finally:
+        await form.close()
+
+
+async def _sort(form: FormData) -> tuple[list[bytes], dict[str, Any]]:
+    """File fields are images, text fields are options."""
     images: list[bytes] = []
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():

@@ -45,7 +45,7 @@ class ApiKeys:
     def check(self, authorization: str | None) -> None:
         """Raise a 401 Problem unless the ``Authorization`` header carries a known key. Every hash is compared."""
         scheme, _, key = (authorization or "").partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "surrogatepass")).digest()
+        given = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()  # the bytes that were sent
         known = [hmac.compare_digest(given, accepted) for accepted in self._hashes]
         if scheme.lower() != "bearer" or not any(known):
             raise Problem("auth", "Send `Authorization: Bearer KEY` with a key that this server knows.")

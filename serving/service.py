@@ -102,7 +102,7 @@ class Service:
         try:
             (done,) = await self._embed_all([side.image_b64], loaded, side.faces, side.aligned)
         except Problem as problem:
-            del problem.members["index"]
+            problem.members.pop("index", None)
             problem.members["side"] = name
             raise
         vector = done.vectors[0].astype(np.float64)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
+import httpx
 import numpy as np
 import onnx
+import uvicorn
 from onnx import TensorProto, helper, numpy_helper
 
+from pkd.serving.app import create_app
+from pkd.serving.security import ApiKeys
+from pkd.serving.server import listen, url_of
+from pkd.serving.service import Service
 from pkd.toolkit.bundle import Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
 from pkd.toolkit.certificate import Calibration, Certificate, OperatingPoint
 from pkd.toolkit.images import Rgb
@@ -168,3 +178,23 @@ def family(folder: Path) -> Family:
     student.write(folders[1], [certificate(student.info, teacher.info)])
     stranger.write(folders[2])
     return Family(teacher, student, stranger, folders)
+
+
+@contextmanager
+def running(service: Service, keys: ApiKeys | None = None, *, until: int = 200) -> Iterator[httpx.Client]:
+    """The real server in a thread of this process, as a client; waits until /readyz answers ``until``."""
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(create_app(service, keys), lifespan="on", log_level="critical", ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        with httpx.Client(base_url=url_of(listener), timeout=30) as client:
+            deadline = time.monotonic() + 20
+            while client.get("/readyz").status_code != until:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()

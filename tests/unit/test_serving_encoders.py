@@ -1,0 +1,107 @@
+"""Which encoder a request means, and which certificate joins two of them."""
+
+from __future__ import annotations
+
+import pytest
+import serving_bundles as made
+
+from pkd.serving.encoders import Encoders
+from pkd.serving.problems import Problem
+from pkd.toolkit.errors import BundleError
+from pkd.toolkit.space import short
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return made.family(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="module")
+def encoders(family):
+    return Encoders.open(family.folders)
+
+
+def test_the_first_teacher_is_the_default_wherever_it_stands(family):
+    assert Encoders.open(family.folders[::-1]).get(None).encoder.info == family.stranger.info
+    assert Encoders.open(family.folders[1::-1]).get(None).encoder.info == family.teacher.info
+
+
+def test_without_a_teacher_the_first_bundle_is_the_default(family):
+    assert Encoders.open([family.folders[1]]).get(None).encoder.info == family.student.info
+
+
+def test_an_encoder_is_found_by_id_short_id_and_name(encoders, family):
+    info = family.student.info
+    for spec in (info.id, short(info.id), info.name):
+        assert encoders.get(spec).encoder.info.id == info.id
+
+
+def test_a_name_that_two_encoders_share_names_neither(tmp_path):
+    one, two = made.encoder("same", made.weights(1)), made.encoder("same", made.weights(2))
+    one.write(tmp_path / "1"), two.write(tmp_path / "2")
+    encoders = Encoders.open([tmp_path / "1", tmp_path / "2"])
+    with pytest.raises(Problem) as refused:
+        encoders.get("same")
+    assert refused.value.type == "unknown-encoder"
+    assert refused.value.members["encoders"] == [one.info.id, two.info.id]
+
+
+def test_an_encoder_known_from_a_certificate_alone_can_be_compared_but_not_run(family):
+    encoders = Encoders.open([family.folders[1]])
+    assert encoders.certificate(family.student.info.id, family.teacher.info.id).query == family.student.info.id
+    assert encoders.space_of(family.teacher.info.id) == family.teacher.info.space.id
+    with pytest.raises(Problem) as refused:
+        encoders.get(family.teacher.info.id)
+    assert refused.value.status == 404
+
+
+def test_the_order_of_the_pair_counts(encoders, family):
+    student, teacher = family.student.info.id, family.teacher.info.id
+    assert encoders.certificate(student, teacher).gallery == teacher
+    with pytest.raises(Problem) as refused:
+        encoders.certificate(teacher, student)
+    assert refused.value.type == "not-certified"
+    assert refused.value.members["got"] == {"query": teacher, "gallery": student}
+    assert refused.value.members["works"] == {"queries": [], "galleries": [teacher]}
+    assert {"query": student, "gallery": teacher} in refused.value.members["expected"]
+
+
+def test_different_spaces_are_a_mismatch(encoders, family):
+    with pytest.raises(Problem) as refused:
+        encoders.certificate(family.stranger.info.id, family.teacher.info.id)
+    assert refused.value.type == "space-mismatch"
+    assert refused.value.members["works"]["queries"] == sorted([family.student.info.id, family.teacher.info.id])
+
+
+@pytest.mark.parametrize(
+    ("weak", "strong"),
+    [
+        ({"synthetic": True, "impostor_pairs": 9_000_000}, {"synthetic": False, "impostor_pairs": 10}),
+        ({"impostor_pairs": 10}, {"impostor_pairs": 11}),
+        ({"created": "2026-01-01T00:00:00Z"}, {"created": "2026-01-02T00:00:00Z"}),
+    ],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_certificates_of_a_pair_the_stronger_counts(tmp_path, weak, strong, order):
+    teacher = made.encoder("teacher", made.weights(1))
+    student = made.encoder("student", made.weights(2), teacher.info.space)
+    pair = student.info, teacher.info
+    student.write(tmp_path / "a", [made.certificate(*pair, **weak)])
+    teacher.write(tmp_path / "b", [made.certificate(*pair, **strong)])
+    encoders = Encoders.open([tmp_path / "a", tmp_path / "b"][::order])
+    found = encoders.certificate(student.info.id, teacher.info.id)
+    assert {name: getattr(found, name) for name in strong} == strong
+
+
+def test_the_same_encoder_twice_is_refused(family, tmp_path):
+    family.teacher.write(tmp_path / "copy")
+    with pytest.raises(BundleError, match=r"copy: holds teacher@.* as does .*teacher\. Pass one"):
+        Encoders.open([family.folders[0], tmp_path / "copy"])
+
+
+def test_a_changed_file_is_refused(tmp_path):
+    made.encoder("teacher", made.weights(1)).write(tmp_path / "t")
+    with (tmp_path / "t" / "encoder.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(BundleError, match="SHA-256"):
+        Encoders.open([tmp_path / "t"])
