@@ -95,7 +95,7 @@ def align(args: argparse.Namespace, console: Console) -> Result:
     before = len(photos) - len(todo)
     if not done and not before:
         raise InputError(
-            f"{args.src}: none of {len(photos) + len(skipped):,} files gave a crop (first: {skipped[0][0]}: "
+            f"{args.src}: none of {len(skipped):,} files gave a crop (first: {skipped[0][0]}: "
             f"{skipped[0][1]}). All reasons are in {args.dst / 'skipped.csv'}."
         )
     return _report(console, args.dst, done, before, skipped)
@@ -191,9 +191,13 @@ def _write_skipped(path: Path, skipped: list[tuple[str, str]]) -> None:
 
 def _report(console: Console, dst: Path, done: int, before: int, skipped: list[tuple[str, str]]) -> Result:
     kept = f", {before:,} were there already" if before else ""
-    console.print(f"{done:,} crops written to {dst}{kept}; {len(skipped):,} files skipped.", markup=False)
+    console.print(
+        f"{done:,} crops written to {dst}{kept}; {len(skipped):,} files skipped.", markup=False, soft_wrap=True
+    )
     if skipped:
-        console.print(f"Reasons in {dst / 'skipped.csv'}; first: {skipped[0][0]}: {skipped[0][1]}", markup=False)
+        console.print(
+            f"Reasons in {dst / 'skipped.csv'}; first: {skipped[0][0]}: {skipped[0][1]}", markup=False, soft_wrap=True
+        )
     return {
         "out": str(dst),
         "written": done,
