@@ -86,11 +86,14 @@ def onnx_runner(
     def embed(crops: Rgb) -> NDArray[np.float32]:
         try:
             (rows,) = session.run(None, {name: feed(crops)})
+            reason = f"gives {len(rows)} rows."
         except Exception as error:
+            rows, reason = (), str(error).splitlines()[0][:300]
+        if len(rows) != len(crops):
             raise InputError(
-                f"{source}: its graph does not run on a batch of {len(crops)}: {str(error).splitlines()[0][:300]} "
+                f"{source}: its graph does not run on a batch of {len(crops)}: {reason} "
                 "Export the network to ONNX again with a dynamic batch dimension."
-            ) from None
+            )
         return np.asarray(rows, np.float32)
 
     return embed

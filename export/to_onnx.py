@@ -79,6 +79,7 @@ def onnx_network(path: str | Path) -> onnx.ModelProto:
     inputs = [value for value in graph.input if value.name not in weights]  # old files list their weights as inputs
     _replace(graph.input, inputs)
     _replace(graph.output, list(graph.output)[:1])
+    network.ir_version = max(network.ir_version, 4)  # from here on weights need not be inputs
     network = _raise_opset(network, str(path))
     _free_batch(network)
     return network
@@ -152,7 +153,7 @@ class _Chain:
 
 def _assemble(taken: onnx.ValueInfoProto, front: _Chain, network: onnx.ModelProto, dim: int) -> onnx.ModelProto:
     """front → network → unit length, in one graph with one input and one output."""
-    inner = compose.add_prefix(network, "net/")
+    inner = compose.add_prefix(network, "net/", rename_functions=False)
     graph = inner.graph
     length = _Chain(graph.output[0].name)  # √Σx², no shorter than 1e-12: a zero row stays zero and is noticed
     length.add("Pow", np.float32(2))
@@ -170,7 +171,7 @@ def _assemble(taken: onnx.ValueInfoProto, front: _Chain, network: onnx.ModelProt
         sparse_initializer=graph.sparse_initializer,
     )
     model = helper.make_model(made, opset_imports=inner.opset_import, functions=inner.functions, producer_name="pkd")
-    model.ir_version = max(IR_VERSION, min(inner.ir_version, 10) if inner.functions else IR_VERSION)
+    model.ir_version = IR_VERSION if opset_of(inner) <= OPSET else inner.ir_version
     _strip(model)
     return model
 

@@ -1,0 +1,110 @@
+"""Exported graphs against what they came from, and inside the program that most people load them with."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundle_factory import DIM
+
+from pkd.export.cli import main
+from pkd.export.golden import synthetic_crops
+from pkd.toolkit.bundle import Bundle, self_test
+from pkd.toolkit.cli.encoders import open_encoder
+from pkd.toolkit.images import Rgb, read_rgb
+from pkd.toolkit.preprocess import Preprocess
+from pkd.toolkit.runtime import Embeddings, Encoder, open_bundle
+from pkd.toolkit.space import EmbeddingSpace, describe
+
+torch = pytest.importorskip("torch")
+TEACHERS = {
+    "teacher_edgeface_xs_512.onnx": "mean=127.5,std=127.5",
+    "teacher_mobilefacenet_y1_128.onnx": "mean=0,std=1",
+}
+
+
+def student_run(folder: Path, preprocess: Preprocess, backbone: str = "mobilefacenet:0.25") -> Path:
+    """A run folder as pkd-distill leaves it, its batch statistics moved away from their start."""
+    from pkd.toolkit.distill.backbones import build
+    from pkd.toolkit.distill.student import save_student, weights_digest
+
+    torch.manual_seed(1)
+    module = build(backbone, DIM)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        module.train()(torch.from_numpy(preprocess(synthetic_crops(16, 112))))
+    module.eval()
+    space = EmbeddingSpace(id="teacher@sha256:" + "0" * 64, dim=DIM)
+    info = describe("small", "student", weights_digest(module.state_dict()), preprocess, DIM, space=space)
+    folder.mkdir()
+    save_student(folder, module, backbone, info, {"method": "l2kd", "steps": 1})
+    return folder
+
+
+def insightface_rows(path: Path, crops: Rgb) -> Embeddings:
+    """What insightface makes of ``path``: its own loader, its own guess of the scale, BGR images."""
+    pytest.importorskip("insightface")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # insightface's imports warn about other packages
+        from insightface import model_zoo
+
+        model = model_zoo.get_model(str(path), providers=["CPUExecutionProvider"])
+    assert type(model).__name__ == "ArcFaceONNX"
+    rows: Embeddings = model.get_feat([np.ascontiguousarray(crop[..., ::-1]) for crop in crops])
+    return rows
+
+
+def cosines(a: Embeddings, b: Embeddings) -> np.ndarray:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    made: np.ndarray = np.sum(a * b, axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return made
+
+
+def compare(source: Encoder, folder: Path, crops: Rgb, limit: float) -> None:
+    bundle = Bundle.open(folder / "bundle")
+    exported = open_bundle(bundle)
+    expected = np.concatenate([source.embed(crops[i : i + 16]) for i in range(0, len(crops), 16)])
+    made = np.concatenate([exported.embed(crops[i : i + 16]) for i in range(0, len(crops), 16)])
+    assert exported.info == source.info
+    assert np.abs(made - expected).max() < limit
+    assert self_test(bundle, exported.embed) < 1e-6
+    assert cosines(insightface_rows(folder / "float.onnx", crops), expected).min() > 0.9999
+    assert np.std(expected, axis=0).max() > 1e-3, "the crops must not all look the same to the encoder"
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [Preprocess(), Preprocess(mean=0, std=1), Preprocess(channels="bgr", mean=127.5, std=128), Preprocess(mean=110)],
+    ids=str,
+)
+def test_a_student_in_onnxruntime_and_in_insightface(tmp_path: Path, preprocess: Preprocess) -> None:
+    run = student_run(tmp_path / "run", preprocess)
+    out, floats = tmp_path / "bundle", tmp_path / "float.onnx"
+    assert main([str(run), "-o", str(out), "--float-nchw", str(floats), "--json"]) == 0
+    compare(open_encoder(str(run)), tmp_path, synthetic_crops(20, 112), 1e-5)
+    assert Bundle.open(out).manifest.training == {"method": "l2kd", "steps": 1}
+
+
+def test_an_arcface_torch_checkpoint(tmp_path: Path) -> None:
+    from pkd.toolkit.distill.backbones import build
+
+    torch.manual_seed(0)
+    torch.save(build("iresnet18", DIM).state_dict(), tmp_path / "backbone.pt")
+    stated = "channels=rgb,mean=127.5,std=127.5"
+    command = ["--teacher", str(tmp_path / "backbone.pt"), "--teacher-preprocess", stated, "--json"]
+    assert main([*command, "-o", str(tmp_path / "bundle"), "--float-nchw", str(tmp_path / "float.onnx")]) == 0
+    compare(open_encoder(str(tmp_path / "backbone.pt"), stated), tmp_path, synthetic_crops(8, 112), 1e-5)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", TEACHERS)
+def test_real_teachers_on_real_faces(tmp_path: Path, shared: Path, name: str) -> None:
+    listed = (shared / "faces/splits/val.txt").read_text().split()
+    crops = np.stack([read_rgb(shared / "faces" / line) for line in listed[:: len(listed) // 48][:48]])
+    teacher = str(shared / "models" / name)
+    command = ["--teacher", teacher, "--teacher-preprocess", TEACHERS[name], "--json"]
+    assert main([*command, "-o", str(tmp_path / "bundle"), "--float-nchw", str(tmp_path / "float.onnx")]) == 0
+    compare(open_encoder(teacher, TEACHERS[name]), tmp_path, crops, 1e-6)
