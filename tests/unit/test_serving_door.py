@@ -1,0 +1,159 @@
+"""What every request passes first: keys, readiness, the bounded queue, the clock on bodies, unforeseen errors."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
+
+import numpy as np
+import pytest
+import serving_bundles as made
+
+from pkd.serving.encoders import Encoders
+from pkd.serving.security import ApiKeys
+from pkd.serving.service import Service
+from pkd.serving.settings import Settings
+from pkd.toolkit.bundle import Golden
+from pkd.toolkit.errors import InputError
+
+CROP = made.png(made.crops(1, seed=3)[0])
+PHOTO = made.png(np.full((64, 64, 3), 90, np.uint8))
+PNG = {"content-type": "image/png"}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return made.family(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture
+def encoders(family):
+    return Encoders.open(family.folders[:2])
+
+
+class Gate:
+    """A detector that waits until it is told to go on, and then finds nothing."""
+
+    digest = "0" * 64
+
+    def __init__(self):
+        self.open = threading.Event()
+
+    def detect(self, image):
+        assert self.open.wait(20)
+        return []
+
+
+class Broken:
+    """A detector with a fault nobody foresaw, and a face in its message."""
+
+    digest = "0" * 64
+
+    def detect(self, image):
+        raise RuntimeError(f"embedding={1 / 8}")
+
+
+def problem(answer, status, type):
+    body = answer.json()
+    assert (answer.status_code, body["type"]) == (status, type), body
+    assert answer.headers["content-type"] == "application/problem+json"
+    return body
+
+
+def test_keys_guard_everything_but_health(encoders, tmp_path):
+    (tmp_path / "keys").write_text("2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683")  # "key"
+    keys = ApiKeys.read(tmp_path / "keys")
+    with made.running(Service(encoders, Settings(threads=1)), keys) as client:
+        for answer in (
+            client.get("/v1/encoders"),
+            client.get("/nowhere"),
+            client.post("/embed?aligned=true", content=CROP, headers=PNG),
+            client.post("/verify", json={}, headers={"authorization": "Bearer other"}),
+        ):
+            problem(answer, 401, "auth")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert client.get("/healthz").json() == {"status": "ok"}
+        assert client.get("/readyz").status_code == 200
+        client.headers["authorization"] = "Bearer key"
+        assert client.get("/v1/encoders").status_code == 200
+        assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
+
+
+def test_a_full_queue_answers_429_and_recovers(encoders):
+    gate = Gate()
+    settings = Settings(threads=1, queue=2)
+    with made.running(Service(encoders, settings, gate)) as client, ThreadPoolExecutor(8) as pool:
+        sent = [pool.submit(client.post, "/embed?faces=all", content=PHOTO, headers=PNG) for _ in range(8)]
+        refused = [one.result(timeout=20) for one in islice(as_completed(sent, timeout=20), 5)]
+        for answer in refused:
+            problem(answer, 429, "overloaded")
+            assert int(answer.headers["retry-after"]) > 0
+        assert client.get("/healthz").status_code == 200
+        gate.open.set()
+        assert sorted(one.result(timeout=20).status_code for one in sent) == [200] * 3 + [429] * 5
+        assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
+
+
+def test_a_body_that_does_not_arrive_times_out(encoders):
+    def slowly():
+        yield CROP[:100]
+        time.sleep(0.6)
+        yield CROP[100:]
+
+    with made.running(Service(encoders, Settings(threads=1, body_seconds=0.2))) as client:
+        answer = client.post("/embed?aligned=true", content=slowly(), headers=PNG)
+        problem(answer, 408, "timeout")
+        assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
+
+
+def test_an_unforeseen_error_is_a_500_and_its_values_stay_out_of_answer_and_log(encoders, caplog):
+    with made.running(Service(encoders, Settings(threads=1), Broken())) as client:
+        with caplog.at_level(logging.INFO):
+            answer = client.post("/embed", content=PHOTO, headers=PNG)
+        problem(answer, 500, "internal")
+        assert "Traceback" not in answer.text and "0.125" not in answer.text
+        assert "RuntimeError" in caplog.text and "detect" in caplog.text and "0.125" not in caplog.text
+        assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
+
+
+def test_a_bundle_that_fails_its_golden_crops_is_never_ready(family, tmp_path):
+    images = made.crops(4, seed=99)
+    wrong = Golden(images, family.student.embed(images))
+    family.teacher.write(tmp_path / "wrong", golden=wrong)
+    service = Service(Encoders.open([family.folders[1], tmp_path / "wrong"]), Settings(threads=1))
+    with made.running(service, until=503) as client:
+        assert client.get("/healthz").status_code == 200
+        while "still being checked" in client.get("/readyz").json()["detail"]:
+            pass
+        body = problem(client.get("/readyz"), 503, "not-ready")
+        assert "wrong: golden crops come out" in body["detail"]
+        answer = client.post("/embed?aligned=true&encoder=student", content=CROP, headers=PNG)
+        problem(answer, 503, "not-ready")
+        assert "retry-after" in answer.headers
+
+
+def test_before_the_self_test_and_while_draining_nothing_is_answered(encoders):
+    service = Service(encoders, Settings(threads=1))
+    with made.running(service) as client:
+        proved, service.state.proved = service.state.proved, None
+        problem(client.get("/readyz"), 503, "not-ready")
+        problem(client.post("/embed?aligned=true", content=CROP, headers=PNG), 503, "not-ready")
+        service.state.proved = proved
+        assert set(client.get("/readyz").json()["golden_error"]) == set(encoders.loaded)
+        service.state.draining = True
+        problem(client.get("/readyz"), 503, "draining")
+        problem(client.post("/verify", json={}), 503, "draining")
+        assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"target_fmr": 0}, {"target_fmr": float("nan")}, {"threads": 0}, {"queue": 0}, {"detector_score": 1.0}],
+)
+def test_settings_name_the_value_at_fault(setting):
+    (value,) = setting.values()
+    with pytest.raises(InputError, match=f"{value:g}"):
+        Settings(**setting)
