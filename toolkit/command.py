@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,9 +28,9 @@ def make_parser(program: str, description: str, examples: str) -> argparse.Argum
     """A parser whose ``--help`` ends with examples and that knows ``--json`` and ``--version``."""
     parser = argparse.ArgumentParser(
         prog=program,
-        description=description,
-        epilog=f"examples:\n{examples.strip()}\n\nexit codes: 0 done, 1 failed while running, 2 bad usage or input, "
-        "3 target unavailable, 4 a gate failed",
+        description=textwrap.fill(description, 80),
+        epilog=f"examples:\n{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}\n\nexit codes: 0 done, "
+        "1 failed while running, 2 bad usage or input, 3 target unavailable, 4 a gate failed",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -50,6 +51,8 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = body(args, console)
+        if args.json:
+            print(json.dumps(result, indent=2, allow_nan=False, default=str), flush=True)
     except PkdError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
@@ -64,8 +67,6 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if args.json:
-        print(json.dumps(result, indent=2, allow_nan=False, default=str))
     return 0
 
 

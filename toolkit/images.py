@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ MAX_PIXELS = 40_000_000
 """Larger images are refused from their header, before anything is decoded (40 megapixels = 120 MB of RGB)."""
 
 Rgb = NDArray[np.uint8]
+_HEADER = threading.Lock()
 
 
 def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
@@ -26,7 +28,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
     if not data:
         raise BadImage("empty image: 0 bytes.")
     try:
-        with warnings.catch_warnings():
+        with _HEADER, warnings.catch_warnings():  # the filters belong to the process, not to the thread
             warnings.simplefilter("ignore")  # Pillow warns about large images; the size is checked below
             with Image.open(io.BytesIO(data), formats=FORMATS) as header:
                 width, height = header.size
