@@ -64,6 +64,11 @@ def export(args: argparse.Namespace, console: Console) -> Result:
     evidence = collect(args.certificates, info)
 
     network, dim = source.network, info.space.dim
+    if args.float_nchw and (preprocess.size < 112 or preprocess.size % 16 or preprocess.size == 192):
+        raise InputError(
+            f"--float-nchw: insightface takes a {preprocess.size}×{preprocess.size} network for something else than a "
+            "recogniser (it wants a multiple of 16 from 112 on, not 192). Leave --float-nchw out."
+        )
     graph = uint8_graph(network, preprocess, dim)
     model = serialise(graph)
     floats = serialise(float_graph(network, preprocess, dim)) if args.float_nchw else b""
@@ -119,7 +124,9 @@ def export(args: argparse.Namespace, console: Console) -> Result:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    """Before anything slow: the bundle may be written there, and so may the float graph."""
+    """Before anything slow: the options fit together, and both outputs may be written."""
+    if args.run and args.teacher_preprocess:
+        raise InputError("--teacher-preprocess goes with --teacher; a run knows its preprocessing. Leave it out.")
     require_free(args.out.resolve(), replace=args.force)
     path = args.float_nchw
     if path is None:

@@ -35,8 +35,8 @@ class Source:
 def open_run(run: str) -> Source:
     """The student (or teacher) that pkd-distill left in the folder ``run``. Raises InputError for anything else."""
     path = Path(run)
-    if run.startswith("insightface:") or path.suffix == ".onnx" or (path.suffix == ".pt" and path.name != "student.pt"):
-        raise InputError(f"{run}: not the folder of a pkd-distill run. Pass a teacher with --teacher {run}.")
+    if run.startswith("insightface:") or (path.is_file() and path.name != "student.pt"):
+        raise InputError(f"{run}: not the folder of a pkd-distill run. Pass a teacher as --teacher {run}.")
     return _source(run, open_encoder(run))
 
 

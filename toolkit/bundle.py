@@ -178,6 +178,9 @@ def require_free(path: str | Path, *, replace: bool = False) -> None:
     """Raise BundleError unless a bundle may be written to ``path``: nothing there, an empty folder, or, with
     ``replace``, a bundle and nothing else."""
     path = Path(path)
+    blocking = next((parent for parent in path.absolute().parents if parent.is_file()), None)
+    if blocking:
+        raise BundleError(f"{path}: {blocking.name} is a file, not a folder. Choose another path.")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     listed = _listed_loosely(path)
