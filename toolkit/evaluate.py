@@ -168,7 +168,7 @@ def pair_list_accuracy(
                 query=encoders[q].info.id,
                 gallery=encoders[g].info.id,
                 accuracy=float(per_fold.mean()),
-                fold_std=float(per_fold.std(ddof=1)) if pairs.folds > 1 else None,
+                fold_std=float(per_fold.std()) if pairs.folds > 1 else None,
                 ci95=accuracy_interval(
                     right,
                     pairs.same,

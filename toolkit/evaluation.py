@@ -83,7 +83,7 @@ class PairAccuracy(Record):
     accuracy: float
     """Mean over the folds, a fraction."""
     fold_std: float | None
-    """Standard deviation over the folds (divided by folds − 1, as LFW's own tables); None for one fold."""
+    """Standard deviation over the folds (divisor: the folds, as in published tables); None for one fold."""
     ci95: Interval
     """95 % identity-level bootstrap interval at the thresholds used."""
     fold_accuracy: tuple[float, ...]

@@ -95,7 +95,7 @@ def histogram(scores: Floats) -> Histogram:
 
 def _grid(smallest: float, targets: Doubles) -> Doubles:
     """Falling false match rates of the calibration and DET curves, down to the smallest that is resolved."""
-    coarse = np.linspace(0.95, 0.05, 19)
+    coarse = np.arange(5, 100, 5) / 100
     fine = np.geomspace(0.05, min(0.05, smallest), 141)
     grid = np.unique(np.concatenate([coarse, fine, targets, [min(smallest, 1.0)]]))[::-1]
     kept: Doubles = grid[(grid < 1) & (grid >= smallest * (1 - 1e-9))]

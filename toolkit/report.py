@@ -136,7 +136,7 @@ def _matrix(comparisons: tuple[Comparison, ...]) -> str:
 
 def _by_fmr(comparisons: tuple[Comparison, ...], caption: str, cell: Callable[[OperatingPoint], str]) -> str:
     """One row per false match rate, one column per ordered pair."""
-    fmrs = sorted({p.fmr for c in comparisons for p in (*c.points, *c.refused)}, reverse=True)
+    fmrs = {p.fmr for c in comparisons for p in c.points} | {r.fmr for c in comparisons for r in c.refused}
     heads = "".join(f'<th scope="col" style="color:{LINES[c.name][0]}">{c.name}</th>' for c in comparisons)
     rows = "".join(
         f'<tr><th scope="row">{_percent(fmr)}</th>'
@@ -145,7 +145,7 @@ def _by_fmr(comparisons: tuple[Comparison, ...], caption: str, cell: Callable[[O
             for c in comparisons
         )
         + "</tr>"
-        for fmr in fmrs
+        for fmr in sorted(fmrs, reverse=True)
     )
     return (
         f'<div class="scroll"><table><caption>{caption}</caption>'

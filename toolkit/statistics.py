@@ -134,7 +134,7 @@ def bootstrap(
         cumulative = _impostor_cumulative(scores, weight)
         drawn = _rates(scores, fmrs, weight, cumulative)
         tar[r], balanced[r] = drawn.tar, drawn.tar_balanced
-        fmr[r] = np.concatenate([[0.0], cumulative])[last] if len(last) else 0.0
+        fmr[r] = np.minimum(np.concatenate([[0.0], cumulative])[last], 1.0)
         advance(1)
     return Bootstrap(tar, balanced, fmr)
 
@@ -211,7 +211,7 @@ def _rates(scores: PairScores, fmrs: Doubles, weight: Doubles, cumulative: Doubl
     per_identity = scores.pairing.genuine_per_identity
     drawn /= np.take(per_identity, scores.genuine_identity)
     balanced = np.concatenate([[0.0], np.cumsum(drawn)])
-    return Rates(last, raw[accepted] / raw[-1], balanced[accepted] / weight[per_identity > 0].sum())
+    return Rates(last, raw[accepted] / raw[-1], balanced[accepted] / balanced[-1])
 
 
 def _matching(descending: Floats, thresholds: Doubles) -> Ints:

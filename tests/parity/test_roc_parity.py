@@ -1,0 +1,33 @@
+"""Operating points and equal error rate against scikit-learn's roc_curve."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_curve
+
+from pkd.toolkit.pairs import Pairing, score_pairs
+from pkd.toolkit.statistics import equal_error_rate, fmr_at, rates
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_operating_points_agree_with_scikit_learn(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(40), random.integers(1, 8, 40))
+    centres = random.normal(size=(40, 16))
+    vectors = (centres[labels] + random.normal(size=(len(labels), 16))).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    if seed % 2:
+        vectors = np.round(vectors * 8) / 8  # many equal scores
+    files = np.arange(len(labels))
+    scores = score_pairs(Pairing(labels, labels, files, files, 40, unordered=True), vectors, vectors)
+
+    truth = np.repeat([1, 0], [len(scores.genuine), len(scores.impostor)])
+    false, true, thresholds = roc_curve(
+        truth, np.concatenate([scores.genuine, scores.impostor]), drop_intermediate=False
+    )
+    targets = np.array([0.3, 0.1, 0.03, 0.01, 0.003])
+    best = [true[false <= target].max() for target in targets]
+    assert rates(scores, targets).tar == pytest.approx(best, abs=1e-12)
+    assert equal_error_rate(scores) == pytest.approx(np.maximum(false, 1 - true).min(), abs=1e-12)
+    assert fmr_at(scores, thresholds[1:]) == pytest.approx(false[1:], abs=1e-12)

@@ -1,0 +1,114 @@
+"""Error rates against brute force, on vectors whose products are exact in float32: ties are real ties."""
+
+from __future__ import annotations
+
+import evaluation_oracle as oracle
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pkd.toolkit import pairs as pairs_module
+from pkd.toolkit.pairs import Pairing, score_pairs
+from pkd.toolkit.statistics import equal_error_rate, fmr_at, lowest_impostor, rates
+
+TARGETS = np.array([0.5, 0.25, 0.1, 0.02])
+SETTINGS = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def pairings(draw: st.DrawFn) -> tuple[Pairing, np.ndarray, np.ndarray]:
+    """A small set (or gallery and probe set) with repeated scores, singletons and byte-identical files."""
+    people = draw(st.integers(2, 5))
+    kind = draw(st.sampled_from(["unordered", "ordered", "two sets"]))
+    seed = draw(st.integers(0, 2**32 - 1))
+    random = np.random.default_rng(seed)
+    count = draw(st.integers(3, 12))
+    labels = random.integers(0, people, count)
+    vectors = random.integers(-4, 5, (count, 3)).astype(np.float32) / 8
+    files = np.arange(count)
+    if draw(st.booleans()):
+        files[random.integers(count)] = files[random.integers(count)]
+    if kind != "two sets":
+        pairing = Pairing(labels, labels, files, files, people, unordered=kind == "unordered")
+        return pairing, vectors, vectors
+    other = draw(st.integers(3, 12))
+    gallery = random.integers(-4, 5, (other, 3)).astype(np.float32) / 8
+    gallery_files = np.where(random.random(other) < 0.3, random.integers(0, count, other), np.arange(other) + count)
+    return Pairing(labels, random.integers(0, people, other), files, gallery_files, people), vectors, gallery
+
+
+@given(pairings())
+@SETTINGS
+def test_counts_are_those_of_the_loop(case: tuple[Pairing, np.ndarray, np.ndarray]) -> None:
+    pairing, query, gallery = case
+    found = oracle.all_pairs(pairing, query, gallery)
+    assert pairing.genuine_pairs == sum(p.same for p in found)
+    assert pairing.impostor_pairs == sum(not p.same for p in found)
+    for identity in range(pairing.identities):
+        assert pairing.genuine_per_identity[identity] == sum(p.same and p.query == identity for p in found)
+    if len(pairing.left_out[0]) == (0 if pairing.unordered else len(query)):  # no byte-identical copies
+        assert pairing.identity_pairs == len({frozenset((p.query, p.gallery)) for p in found if not p.same})
+
+
+@given(pairings(), st.integers(0, 2**32 - 1))
+@SETTINGS
+def test_rates_with_drawn_identities_are_those_of_the_loop(
+    case: tuple[Pairing, np.ndarray, np.ndarray], seed: int
+) -> None:
+    pairing, query, gallery = case
+    random = np.random.default_rng(seed)
+    weight = random.integers(0, 3, pairing.identities).astype(np.float64) if seed % 3 else np.ones(pairing.identities)
+    found = oracle.all_pairs(pairing, query, gallery, weight)
+    assume(any(p.same for p in found) and any(not p.same for p in found))
+    assert pairing.impostor_weight(weight) == sum(p.weight for p in found if not p.same)
+
+    made = rates(score_pairs(pairing, query, gallery), TARGETS, weight)
+    for k, target in enumerate(TARGETS):
+        threshold = oracle.threshold_at(found, float(target))
+        assert made.threshold[k] == threshold
+        assert made.tar[k] == pytest.approx(oracle.tar(found, threshold), abs=1e-12)
+        assert made.tar_balanced[k] == pytest.approx(oracle.tar_balanced(found, threshold), abs=1e-12)
+
+
+@given(pairings())
+@SETTINGS
+def test_error_rate_curve_is_that_of_the_loop(case: tuple[Pairing, np.ndarray, np.ndarray]) -> None:
+    pairing, query, gallery = case
+    found = oracle.all_pairs(pairing, query, gallery)
+    assume(any(p.same for p in found) and any(not p.same for p in found))
+    scores = score_pairs(pairing, query, gallery)
+    assert equal_error_rate(scores) == pytest.approx(oracle.equal_error_rate(found), abs=1e-12)
+    thresholds = np.array([-2.0, -0.5, 0.0, 0.125, 0.3, 0.75, 2.0])
+    assert fmr_at(scores, thresholds) == pytest.approx([oracle.fmr(found, t) for t in thresholds], abs=1e-12)
+    assert oracle.fmr(found, lowest_impostor(scores)) == 1.0
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_what_is_kept_of_a_large_set_gives_the_same_tail(seed: int, unordered: bool) -> None:
+    """With small limits a set of 120 images takes the path of a large one: several blocks, a tail and a sample."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 20, 120)
+    vectors = random.normal(size=(120, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    pairing = Pairing(labels, labels, np.arange(120), np.arange(120), 20, unordered)
+    whole = score_pairs(pairing, vectors, vectors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs_module, "KEEP", 300)
+        patch.setattr(pairs_module, "BODY", 500)
+        patch.setattr(pairs_module, "_BLOCK", 120 * 7)
+        part = score_pairs(pairing, vectors, vectors, seed=seed)
+    assert part.cut > -1 and len(part.impostor) < 0.4 * len(whole.impostor)
+    exact = part.impostor >= part.cut
+    assert exact.sum() >= 300
+    np.testing.assert_allclose(part.impostor[exact], whole.impostor[: exact.sum()], atol=1e-6)
+    assert (part.mass[exact] == 1).all()
+    assert part.mass.sum() == pytest.approx(pairing.impostor_pairs)
+    assert part.histogram.sum() == pairing.impostor_pairs
+    np.testing.assert_allclose(part.genuine, whole.genuine, atol=1e-6)
+    targets = np.array([0.02, 0.01])
+    np.testing.assert_allclose(rates(part, targets).threshold, rates(whole, targets).threshold, atol=1e-6)
+    grid = np.linspace(-0.9, 0.9, 30)
+    np.testing.assert_allclose(fmr_at(part, grid), fmr_at(whole, grid), atol=3 / pairing.impostor_pairs)
+    assert equal_error_rate(part) == pytest.approx(equal_error_rate(whole), abs=2e-3)

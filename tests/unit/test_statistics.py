@@ -1,0 +1,117 @@
+"""Intervals, resolution and pair-list accuracy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pkd.toolkit.errors import UnsupportedFmr
+from pkd.toolkit.pairs import Pairing, PairScores, score_pairs
+from pkd.toolkit.statistics import (
+    accuracy_interval,
+    best_threshold,
+    bootstrap,
+    fmr_at,
+    interval,
+    out_of_fold,
+    rates,
+    require_resolved,
+    smallest_fmr,
+)
+
+FMR = np.array([0.05])
+
+
+def people(identities: int, per: int, seed: int) -> PairScores:
+    """Faces as vectors: a centre per person plus noise that differs from person to person."""
+    random = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(identities), per)
+    spread = random.uniform(0.4, 2.0, identities)
+    centres = random.normal(size=(identities, 12)) + 0.5
+    vectors = centres[labels] + spread[labels, None] * random.normal(size=(len(labels), 12))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    files = np.arange(len(labels))
+    return score_pairs(Pairing(labels, labels, files, files, identities, unordered=True), vectors, vectors)
+
+
+def width(ends: tuple[float, float]) -> float:
+    return ends[1] - ends[0]
+
+
+def test_intervals_repeat_with_the_seed_and_change_with_another() -> None:
+    scores = people(40, 4, 0)
+    first, again, other = (bootstrap(scores, FMR, FMR, resamples=50, seed=s) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first.tar, again.tar)
+    np.testing.assert_array_equal(first.fmr, again.fmr)
+    assert (first.tar != other.tar).any()
+
+
+def test_identity_level_interval_is_wider_than_one_that_draws_pairs() -> None:
+    """Pairs that share a person are not independent: drawing pairs pretends to know too much."""
+    scores = people(40, 8, 3)
+    threshold = rates(scores, FMR).threshold
+    ours = bootstrap(scores, FMR, threshold, resamples=400, seed=0)
+    random = np.random.default_rng(0)
+    accepted, false = scores.genuine >= threshold, scores.impostor >= threshold
+    pair_tar = np.array([random.choice(accepted, len(accepted)).mean() for _ in range(400)])
+    pair_fmr = np.array([random.choice(false, len(false)).mean() for _ in range(400)])
+    assert width(interval(ours.tar[:, 0])) > 2 * width(interval(pair_tar))
+    assert width(interval(ours.fmr[:, 0])) > 1.5 * width(interval(pair_fmr))
+
+
+def test_interval_of_the_fmr_covers_the_truth_about_as_often_as_it_says() -> None:
+    """FMR at a fixed threshold over fresh draws of 40 people, against that of 900 people. Loose: 80 trials."""
+    threshold = np.array([0.55])
+    truth = np.mean([fmr_at(people(300, 3, 900 + s), threshold)[0] for s in range(3)])
+    covered = 0
+    for trial in range(80):
+        low, high = interval(bootstrap(people(40, 3, trial), FMR, threshold, resamples=100, seed=trial).fmr[:, 0])
+        covered += bool(low <= truth <= high)
+    assert 0.85 <= covered / 80 <= 1.0
+
+
+def test_smallest_fmr_follows_the_pairs_of_people_and_not_of_images() -> None:
+    few, many = people(46, 2, 0).pairing, people(46, 9, 0).pairing
+    assert few.impostor_pairs * 15 < many.impostor_pairs
+    assert smallest_fmr(few) == smallest_fmr(many) == pytest.approx(10 / (46 * 45 / 2))
+    require_resolved(few, 0.01)
+    with pytest.raises(UnsupportedFmr, match=r"FMR 0.001 is not resolved.*1,035 pairs of different identities.*0.0097"):
+        require_resolved(many, 1e-3)
+
+
+def test_a_draw_without_genuine_pairs_is_drawn_again() -> None:
+    scores = people(2, 2, 0)
+    drawn = bootstrap(scores, np.array([0.5]), np.array([0.0]), resamples=60, seed=0)
+    assert np.isfinite(drawn.tar).all() and np.isfinite(drawn.fmr).all()
+
+
+def test_best_threshold_separates_and_keeps_equal_scores_together() -> None:
+    scores = np.array([0.9, 0.8, 0.4, 0.3], np.float32)
+    assert best_threshold(scores, np.array([True, True, False, False])) == pytest.approx(0.6)
+    tied = np.array([0.9, 0.5, 0.5, 0.5, 0.1], np.float32)
+    threshold = best_threshold(tied, np.array([True, True, True, False, False]))
+    assert 0.1 < threshold < 0.5
+    assert best_threshold(tied, np.array([False] * 5)) > 0.9
+    assert best_threshold(tied, np.array([True] * 5)) < 0.1
+
+
+def test_a_fold_is_decided_at_the_threshold_of_the_others() -> None:
+    """Fold 2's scores lie elsewhere: its own best threshold would give 1.0, the others' gives 0.5."""
+    scores = np.array([0.9, 0.1, 0.8, 0.2, 0.45, 0.35], np.float32)
+    same = np.array([True, False] * 3)
+    fold = np.array([0, 0, 1, 1, 2, 2])
+    right, thresholds = out_of_fold(scores, same, fold)
+    assert thresholds[2] == pytest.approx(0.5)
+    assert right.tolist() == [True, True, True, True, False, True]
+
+
+def test_accuracy_interval_holds_the_accuracy_and_knows_certainty() -> None:
+    random = np.random.default_rng(0)
+    same = np.repeat([True, False], 150)
+    first = random.integers(0, 100, 300)
+    second = np.where(same, first, (first + 1 + random.integers(0, 98, 300)) % 100)
+    right = random.random(300) < 0.9
+    low, high = accuracy_interval(right, same, first, second, resamples=300, seed=0)
+    assert low < right.mean() < high and 0.03 < high - low < 0.2
+    everything = np.ones(300, bool)
+    assert accuracy_interval(everything, same, first, second, resamples=100, seed=0) == (1.0, 1.0)
