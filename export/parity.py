@@ -11,7 +11,7 @@ from rich.table import Table
 from pkd.toolkit.errors import BadVector, GateFailed, InputError
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.record import Record
-from pkd.toolkit.runtime import Embeddings, make_session
+from pkd.toolkit.runtime import Embeddings, make_session, ort_reason
 
 BATCHES = (1, 2, 7, 32)
 MAX_ABS = 5e-5
@@ -80,7 +80,7 @@ def onnx_runner(
     try:
         session = make_session(model, 1)
     except Exception as error:  # onnxruntime's errors share no public base class
-        raise InputError(f"{source}: the exported graph does not load: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{source}: the exported graph does not load: {ort_reason(error)}") from None
     name = session.get_inputs()[0].name
 
     def embed(crops: Rgb) -> NDArray[np.float32]:
@@ -88,7 +88,7 @@ def onnx_runner(
             (rows,) = session.run(None, {name: feed(crops)})
             reason = f"gives {len(rows)} rows."
         except Exception as error:
-            rows, reason = (), str(error).splitlines()[0][:300]
+            rows, reason = (), ort_reason(error)
         if len(rows) != len(crops):
             raise InputError(
                 f"{source}: its graph does not run on a batch of {len(crops)}: {reason} "

@@ -92,7 +92,7 @@ def swap_in(building: Path, path: Path) -> None:
         if not path.exists():
             aside.rename(path)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # what remains, ``recover`` deletes
 
 
 def recover(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -79,7 +80,7 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
     try:
         session = make_session(data, threads)
     except Exception as error:  # onnxruntime's own errors share no public base class
-        raise InputError(f"{path}: onnxruntime cannot load it: {_reason(error)}") from None
+        raise InputError(f"{path}: onnxruntime cannot load it: {ort_reason(error)}") from None
     size = preprocess.size
     taken = session.get_inputs()[0] if len(session.get_inputs()) == 1 else None
     if taken is None:
@@ -94,14 +95,13 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
     try:
         out = np.asarray(session.run(None, {taken.name: preprocess(probe)})[0])
     except Exception as error:
-        raise InputError(f"{path}: does not run on a {size}×{size} crop: {_reason(error)}") from None
+        raise InputError(f"{path}: does not run on a {size}×{size} crop: {ort_reason(error)}") from None
     if out.dtype != np.float32 or out.ndim != 2 or len(out) != count:
         raise InputError(
             f"{path}: its first output is {out.dtype} {out.shape} for {count} crops, expected float32 {count}×D."
         )
-    info = describe(
-        name or path.stem.replace("_", "-"), "teacher", hashlib.sha256(data).hexdigest(), preprocess, out.shape[1]
-    )
+    name = name or re.sub(r"[^\w.]+|_", "-", path.stem)
+    info = describe(name, "teacher", hashlib.sha256(data).hexdigest(), preprocess, out.shape[1])
     encoder = (_FixedBatch if isinstance(taken.shape[0], int) else OnnxEncoder)(info, session, preprocess)
     encoder.path = path
     return encoder
@@ -118,7 +118,7 @@ def open_bundle(bundle: Bundle, *, threads: int = 1) -> OnnxEncoder:
     except BundleError:
         raise
     except Exception as error:
-        raise BundleError(f"{where}: onnxruntime cannot load it: {_reason(error)}") from None
+        raise BundleError(f"{where}: onnxruntime cannot load it: {ort_reason(error)}") from None
     size = info.preprocess.size
     for ports, name, kind, shape in (
         (session.get_inputs(), spec.input_name, "tensor(uint8)", (size, size, 3)),
@@ -139,7 +139,7 @@ def make_session(model: bytes, threads: int) -> ort.InferenceSession:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised; printing them as well would only frighten
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -163,7 +163,8 @@ def _fits(shape: list[object], expected: tuple[int, ...]) -> bool:
     return all(not isinstance(d, int) or d == e for d, e in zip(shape, expected, strict=True))
 
 
-def _reason(error: Exception) -> str:
-    """First line of an onnxruntime error without its prefix of codes."""
+def ort_reason(error: Exception) -> str:
+    """What onnxruntime says, as one short sentence: no codes, no paths of its source files."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
+    first = first.split(" Status Message:")[0]
     return first.rsplit(" : ", 1)[-1][:300].rstrip(".") + "."

@@ -165,4 +165,21 @@ def test_batches_cover_everything_once() -> None:
 
 def test_teacher_names_follow_from_the_file(tmp_path: Path) -> None:
     assert open_onnx(teacher_file(tmp_path / "my_teacher_v2.onnx"), Preprocess()).info.name == "my-teacher-v2"
+    assert open_onnx(teacher_file(tmp_path / "my model (2).onnx"), Preprocess()).info.name == "my-model-2-"
     assert open_onnx(teacher_file(tmp_path / "x.onnx"), Preprocess(), name="y").info.name == "y"
+
+
+def test_a_graph_that_fails_while_running_says_where_and_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = network()
+    model.graph.node[-1].output[0] = "row"
+    model.graph.node.append(helper.make_node("Add", ["row", "wrong"], ["embedding"], name="the_sum"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((2, 5), np.float32), "table"))
+    model.graph.node.insert(0, helper.make_node("Resize", ["table", "", "scales"], ["wrong"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 2], np.float32), "scales"))
+    (tmp_path / "bad.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=r"bad\.onnx: .*(the_sum|shape)") as caught:
+        open_onnx(tmp_path / "bad.onnx", Preprocess())
+    assert "onnxruntime_src" not in str(caught.value)
+    assert capfd.readouterr().err == ""
