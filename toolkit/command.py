@@ -15,6 +15,7 @@ from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
+import cv2
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -48,6 +49,7 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
     """
     args = parser.parse_args(argv)
     console = Console(stderr=True, quiet=args.json, highlight=False)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it has to say, our errors say better
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = body(args, console)

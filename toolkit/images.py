@@ -66,9 +66,10 @@ def write_rgb(path: str | Path, image: Rgb, *, quality: int = 95) -> None:
     path = Path(path)
     flag = {".webp": cv2.IMWRITE_WEBP_QUALITY}.get(path.suffix.lower(), cv2.IMWRITE_JPEG_QUALITY)
     parameters = [] if path.suffix.lower() == ".png" else [flag, quality]
-    done, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), parameters)
-    if not done:
-        raise BadImage(f"{path}: cannot be encoded as {path.suffix}.")
+    try:
+        _, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), parameters)
+    except cv2.error:
+        raise BadImage(f"{path}: cannot be written as {path.suffix!r}. Use .webp, .png or .jpg.") from None
     part = path.with_name(path.name + ".part")
     part.write_bytes(encoded.tobytes())
     part.replace(path)
