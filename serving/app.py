@@ -43,7 +43,7 @@ def create_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
 
     async def embed(request: Request) -> Response:
         """Embed the faces of one or many images."""
-        return answer(await service.embed(await read_embed(request, service.settings.max_images)))
+        return answer(await service.embed(await read_embed(request)))
 
     async def verify(request: Request) -> Response:
         """Decide whether `a` (query) and `b` (gallery) show the same person."""

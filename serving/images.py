@@ -14,7 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from pkd.serving.problems import Problem
-from pkd.serving.schemas import EmbedBody, EmbedOptions
+from pkd.serving.schemas import MAX_IMAGES, MAX_VALUES, EmbedBody, EmbedOptions
 from pkd.toolkit.errors import BadImage
 from pkd.toolkit.images import Rgb, decode_rgb
 
@@ -34,7 +34,7 @@ class EmbedRequest:
     options: EmbedOptions
 
 
-async def read_embed(request: Request, max_images: int) -> EmbedRequest:
+async def read_embed(request: Request) -> EmbedRequest:
     """Read any of the three forms of /v1/embed. Raises Problem."""
     kind = media_type(request)
     images: Sequence[Undecoded]
@@ -44,7 +44,7 @@ async def read_embed(request: Request, max_images: int) -> EmbedRequest:
         images = [item.image_b64 for item in body.inputs]
         fields = body.model_dump(exclude={"inputs"}, exclude_unset=True)
     elif kind == "multipart/form-data":
-        images, fields = await _read_form(request, max_images)
+        images, fields = await _read_form(request)
     elif kind.startswith("image/") or kind == "application/octet-stream":
         images = [await request.body()]
     else:
@@ -52,10 +52,6 @@ async def read_embed(request: Request, max_images: int) -> EmbedRequest:
             "unsupported-media",
             f"content type {kind or 'missing'!r}. Send multipart/form-data with a field `image`, a raw image/* body, "
             'or application/json {"inputs": [{"image_b64": …}]}.',
-        )
-    if len(images) > max_images:
-        raise Problem(
-            "invalid-request", f"{len(images):,} images; at most {max_images} in one request.", limit=max_images
         )
     for name, value in request.query_params.multi_items():
         if name in fields:
@@ -68,7 +64,7 @@ def decode(image: Undecoded) -> Rgb:
     """An image of a request → uint8 H×W×3 RGB, upright. Raises BadImage, ImageTooLarge or a 415 Problem."""
     if isinstance(image, str):
         try:
-            image = base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image, validate=True)
+            image = base64.b64decode(image, validate=True)
         except (binascii.Error, ValueError):
             raise BadImage("image_b64 is not base64.") from None
     foreign = "HEIC or AVIF" if image[4:8] == b"ftyp" else FOREIGN.get(image[:4])
@@ -83,7 +79,10 @@ def media_type(request: Request) -> str:
 
 
 def parse(model: type[Sent], body: bytes) -> Sent:
-    """JSON → ``model``. Raises an invalid-request Problem that names every field at fault."""
+    """JSON → ``model``. Raises an invalid-request Problem that names the fields at fault."""
+    # 8 MB of base64 parse in milliseconds, 8 MB of tiny values in seconds that stall every other request.
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise Problem("invalid-request", f"the JSON holds more than {MAX_VALUES:,} values.", limit=MAX_VALUES)
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -114,8 +113,8 @@ class _InMemory(MultiPartParser):
     spool_max_size = 2**40
 
 
-async def _read_form(request: Request, max_images: int) -> tuple[list[bytes], dict[str, Any]]:
-    parser = _InMemory(request.headers, request.stream(), max_files=max_images, max_fields=20, max_part_size=1000)
+async def _read_form(request: Request) -> tuple[list[bytes], dict[str, Any]]:
+    parser = _InMemory(request.headers, request.stream(), max_files=MAX_IMAGES, max_fields=20, max_part_size=1000)
     try:
         form = await parser.parse()
     except (MultiPartException, ValueError) as error:

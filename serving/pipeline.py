@@ -50,8 +50,8 @@ class Pipeline:
         if not aligned and self.detector is None:
             raise Problem(
                 "no-detector",
-                "this server was started without a face detector. Send 112×112 crops with aligned=true, or start "
-                "pkd-serve with --detector.",
+                "this server was started without a face detector. Send aligned crops (pkd-align) with aligned=true, "
+                "or start pkd-serve with --detector.",
             )
 
     def run(self, image: Undecoded, loaded: Loaded, faces: Faces, aligned: bool, submitted: float) -> Embedded:

@@ -9,7 +9,12 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from pkd.serving.vectors import Encoding
 
 Faces = Literal["largest", "all", "exactly_one"]
-MAX_DIM = 16384
+MAX_DIM = 4096
+"""Longest embedding that is read, numbers; each space then states its own."""
+MAX_IMAGES = 32
+"""Most images in one request."""
+MAX_VALUES = 2 * MAX_DIM + 1000
+"""Most values in one JSON body: two embeddings and everything around them."""
 
 
 class _Sent(BaseModel):
@@ -36,7 +41,7 @@ class ImageInput(_Sent):
 class EmbedBody(EmbedOptions):
     """JSON body of /v1/embed."""
 
-    inputs: list[ImageInput] = Field(min_length=1)
+    inputs: list[ImageInput] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
 class ImageSide(ImageInput):

@@ -30,7 +30,7 @@ def serve(service: Service, listener: socket.socket, keys: ApiKeys | None, ready
         lifespan="on",
         ws="none",
         access_log=False,
-        log_level="warning",
+        log_level="error",
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=service.settings.drain_seconds,

@@ -28,8 +28,6 @@ class Settings:
     """Requests that may wait for a worker; further ones get 429."""
     max_body: int = 8 * 1024 * 1024
     """Largest request body, bytes."""
-    max_images: int = 32
-    """Most images in one request."""
     body_seconds: float = 30.0
     """Longest time in which a request's body must arrive, seconds."""
     drain_seconds: int = 30

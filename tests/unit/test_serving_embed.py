@@ -290,9 +290,21 @@ def test_file_fields_are_named_image_and_are_counted(client):
     many = [("image", made.png(CROPS[0]))] * 33
     problem(client.post("/embed", params=ALIGNED, files=many), 422, "invalid-request")
     inputs = [{"image_b64": base64.b64encode(file).decode()} for _, file in many]
-    assert (
-        problem(client.post("/embed", json={"aligned": True, "inputs": inputs}), 422, "invalid-request")["limit"] == 32
-    )
+    body = problem(client.post("/embed", json={"aligned": True, "inputs": inputs}), 422, "invalid-request")
+    assert "at most 32" in body["detail"]
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        b'{"inputs": [' + b'{"image_b64": ""},' * 99999 + b"{}]}",
+        b"{" + b",".join(b'"x%d": 1' % i for i in range(99999)) + b"}",
+        b'{"inputs": ' + b"[" * 99999,
+    ],
+)
+def test_a_flood_of_tiny_values_is_refused_before_it_is_parsed(client, flood):
+    answer = client.post("/embed", content=flood, headers={"content-type": "application/json"})
+    assert "limit" in problem(answer, 422, "invalid-request")
 
 
 def test_a_large_form_leaves_no_temporary_file(client, monkeypatch):
