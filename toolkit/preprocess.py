@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.record import Record
@@ -17,7 +17,7 @@ from pkd.toolkit.record import Record
 class Preprocess(Record):
     """Crop geometry and pixel scaling: network input = (pixel − mean) / std, in ``channels`` order."""
 
-    size: int = 112
+    size: int = Field(112, ge=8)
     """Height and width of the square crop, pixels."""
     template: str = "arcface5pt"
     """Alignment template the crop was warped to; ``none`` for images that are not faces."""
@@ -27,6 +27,13 @@ class Preprocess(Record):
     """Subtracted from each 0–255 pixel value."""
     std: float = 127.5
     """Divides the difference; 1 with mean 0 where the network normalises by itself."""
+
+    @field_validator("std")
+    @classmethod
+    def _divides(cls, std: float) -> float:
+        if std == 0:
+            raise ValueError("must not be 0")
+        return std
 
     @property
     def name(self) -> str:
@@ -41,7 +48,7 @@ class Preprocess(Record):
             if "=" not in spec:
                 return cls.model_validate(json.loads(Path(spec).read_text()))
             fields = dict(item.split("=", 1) for item in spec.split(","))
-            made = cls.model_validate({key.strip(): value.strip() for key, value in fields.items()})
+            return cls.model_validate({key.strip(): value.strip() for key, value in fields.items()})
         except FileNotFoundError:
             raise InputError(f"preprocessing {spec!r}: no such file. Give a JSON file or fields, {example}.") from None
         except ValidationError as error:
@@ -50,9 +57,6 @@ class Preprocess(Record):
             raise InputError(f"preprocessing {spec!r}: {where}: {first['msg']}. Give fields, {example}.") from None
         except (ValueError, OSError) as error:
             raise InputError(f"preprocessing {spec!r}: {error}. Give a JSON file or fields, {example}.") from None
-        if made.std == 0 or made.size < 8:
-            raise InputError(f"preprocessing {spec!r}: std must not be 0 and size must be at least 8 pixels.")
-        return made
 
     def __call__(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 N×H×W×3 RGB → float32 N×3×H×W. The one numpy implementation; graphs embed the same arithmetic.
