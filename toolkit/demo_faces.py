@@ -1,0 +1,72 @@
+"""The demo's people: three groups without a common identity, drawn or taken from a folder of real crops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pkd.toolkit.errors import InputError
+from pkd.toolkit.faces import FaceSet
+from pkd.toolkit.synthetic import write_faces
+
+SEED = 2011
+TEST_PEOPLE, TEST_IMAGES = 120, 6
+VISITORS, VISITOR_IMAGES = 40, 3
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Who trains the encoders, who measures them, and who comes to the door afterwards. Folders or list files."""
+
+    train: Path
+    test: Path
+    visitors: Path
+
+
+def draw_groups(folder: Path, people: int, images: int, jobs: int, progress: Callable[[int], None]) -> Groups:
+    """Draw synthetic people into ``folder/{train,test,visitors}``."""
+    groups = Groups(folder / "train", folder / "test", folder / "visitors")
+    first = 0
+    for group, count, each in (
+        (groups.train, people, images),
+        (groups.test, TEST_PEOPLE, TEST_IMAGES),
+        (groups.visitors, VISITORS, VISITOR_IMAGES),
+    ):
+        write_faces(group, SEED, count, each, first=first, jobs=jobs, progress=progress)
+        first += count
+    return groups
+
+
+def images_drawn(people: int, images: int) -> int:
+    """How many crops ``draw_groups`` writes."""
+    return people * images + TEST_PEOPLE * TEST_IMAGES + VISITORS * VISITOR_IMAGES
+
+
+def split_groups(folder: Path, source: Path) -> Groups:
+    """Split real crops by identity into list files in ``folder``: visitors 1/8 (at most 40), test 1/4 (at most 300).
+
+    Everyone else trains. Raises InputError with fewer than 32 identities of two or more images.
+    """
+    faces = FaceSet.read(source)
+    counts = np.bincount(faces.labels[faces.labels >= 0], minlength=len(faces.identities))
+    several = np.flatnonzero(counts >= 2)
+    if len(several) < 32:
+        raise InputError(
+            f"{source}: {len(several)} identities have two or more images; the demo trains, measures and tries on "
+            "different people and needs at least 32. Give more people."
+        )
+    several = np.random.default_rng(SEED).permutation(several)
+    visitors = set(several[: min(VISITORS, len(several) // 8)].tolist())
+    test = set(several[len(visitors) :][: min(300, len(several) // 4)].tolist())
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = Groups(folder / "train.txt", folder / "test.txt", folder / "visitors.txt")
+    lines: dict[Path, list[str]] = {groups.train: [], groups.test: [], groups.visitors: []}
+    for path, label in zip(faces.paths, faces.labels.tolist(), strict=True):
+        group = groups.visitors if label in visitors else groups.test if label in test else groups.train
+        lines[group].append(f"{path.resolve()}\n")
+    for group, content in lines.items():
+        group.write_text("".join(content), encoding="utf-8")
+    return groups
