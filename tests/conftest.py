@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. Tests marked ``shared`` are skipped, with the reason, where the real data is missing."""
+"""Fixtures shared by all tests. Where the real data is missing, tests marked ``shared`` are skipped and say so."""
 
 from __future__ import annotations
 
