@@ -149,10 +149,11 @@ def _train(config: DemoConfig, groups: Groups, steps: Steps) -> dict[str, int]:
     if config.teacher is None:
         said = steps.run(
             "teacher", "pkd-distill", "--method", "none", "--student", "mobilefacenet:0.5", "--dim", "128",
-            "--name", "demo-teacher", *RECIPE, *_budget(config, 0.55), *common, "--out", out / "runs/teacher",
+            "--name", "demo-teacher", *_batch(config), *RECIPE, *_budget(config, 0.55), *common, "--out", out / "runs/teacher",
         )  # fmt: skip
         parameters["teacher"] = int(json.loads(said)["parameters"])
-        method = ["--student", "mobilefacenet:0.2", "--name", "demo-student", *RECIPE, *_budget(config, 0.45)]
+        method = ["--student", "mobilefacenet:0.2", "--name", "demo-student", *_batch(config), *RECIPE]
+        method += _budget(config, 0.45)
     else:
         method = ["--head", "means", "--student", "mobilefacenet:0.5", *_budget(config, 1.0)]
     said = steps.run("student", "pkd-distill", *_named(config), *method, *common, "--out", out / "runs/student")
@@ -162,7 +163,7 @@ def _train(config: DemoConfig, groups: Groups, steps: Steps) -> dict[str, int]:
     return parameters
 
 
-RECIPE = ["--batch", "64", "--margin", "cosface:0.2", "--scale", "32", "--augment", "0.2"]
+RECIPE = ["--margin", "cosface:0.2", "--scale", "32", "--augment", "0.2"]
 
 
 def _export(config: DemoConfig, steps: Steps, role: str) -> Bundle:
@@ -188,6 +189,10 @@ def _named(config: DemoConfig) -> list[str | Path]:
     if config.teacher_preprocess:
         named += ["--teacher-preprocess", config.teacher_preprocess]
     return named
+
+
+def _batch(config: DemoConfig) -> list[str]:
+    return ["--batch", str(min(64, config.identities * config.images // 2))]
 
 
 def _budget(config: DemoConfig, share: float) -> list[str]:

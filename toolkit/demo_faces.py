@@ -13,8 +13,10 @@ from pkd.toolkit.faces import FaceSet
 from pkd.toolkit.synthetic import write_faces
 
 SEED = 2011
-TEST_PEOPLE, TEST_IMAGES = 120, 6
-VISITORS, VISITOR_IMAGES = 40, 3
+TEST_SHARE, TEST_IMAGES = 0.4, 6
+"""People who measure the encoders, against those who train them, and images of each."""
+VISITOR_SHARE, VISITOR_IMAGES = 0.125, 3
+MAX_TEST, MAX_VISITORS = 300, 40
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,7 @@ def draw_groups(folder: Path, people: int, images: int, jobs: int, progress: Cal
     """Draw synthetic people into ``folder/{train,test,visitors}``."""
     groups = Groups(folder / "train", folder / "test", folder / "visitors")
     first = 0
-    for group, count, each in (
-        (groups.train, people, images),
-        (groups.test, TEST_PEOPLE, TEST_IMAGES),
-        (groups.visitors, VISITORS, VISITOR_IMAGES),
-    ):
+    for group, (count, each) in zip((groups.train, groups.test, groups.visitors), _sizes(people, images), strict=True):
         write_faces(group, SEED, count, each, first=first, jobs=jobs, progress=progress)
         first += count
     return groups
@@ -42,7 +40,7 @@ def draw_groups(folder: Path, people: int, images: int, jobs: int, progress: Cal
 
 def images_drawn(people: int, images: int) -> int:
     """How many crops ``draw_groups`` writes."""
-    return people * images + TEST_PEOPLE * TEST_IMAGES + VISITORS * VISITOR_IMAGES
+    return sum(count * each for count, each in _sizes(people, images))
 
 
 def split_groups(folder: Path, source: Path) -> Groups:
@@ -59,8 +57,8 @@ def split_groups(folder: Path, source: Path) -> Groups:
             "different people and needs at least 32. Give more people."
         )
     several = np.random.default_rng(SEED).permutation(several)
-    visitors = set(several[: min(VISITORS, len(several) // 8)].tolist())
-    test = set(several[len(visitors) :][: min(300, len(several) // 4)].tolist())
+    visitors = set(several[: min(MAX_VISITORS, len(several) // 8)].tolist())
+    test = set(several[len(visitors) :][: min(MAX_TEST, len(several) // 4)].tolist())
     folder.mkdir(parents=True, exist_ok=True)
     groups = Groups(folder / "train.txt", folder / "test.txt", folder / "visitors.txt")
     lines: dict[Path, list[str]] = {groups.train: [], groups.test: [], groups.visitors: []}
@@ -70,3 +68,9 @@ def split_groups(folder: Path, source: Path) -> Groups:
     for group, content in lines.items():
         group.write_text("".join(content), encoding="utf-8")
     return groups
+
+
+def _sizes(people: int, images: int) -> tuple[tuple[int, int], ...]:
+    """People and images of each, by group."""
+    test, visitors = min(MAX_TEST, round(TEST_SHARE * people)), min(MAX_VISITORS, round(VISITOR_SHARE * people))
+    return (people, images), (max(test, 20), TEST_IMAGES), (max(visitors, 4), VISITOR_IMAGES)
