@@ -6,11 +6,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from bundle_factory import DIM
+from onnx import TensorProto, numpy_helper
 
 from pkd.export.cli import main
-from pkd.export.golden import synthetic_crops
+from pkd.export.golden import TOLERANCE, synthetic_crops
 from pkd.export.parity import onnx_runner
 from pkd.export.source import open_teacher
 from pkd.export.to_onnx import serialise, uint8_graph
@@ -115,3 +117,17 @@ def test_real_teachers_on_real_faces(tmp_path: Path, shared: Path, name: str) ->
     command = ["--teacher", teacher, "--teacher-preprocess", TEACHERS[name], "--json"]
     assert main([*command, "-o", str(tmp_path / "bundle"), "--float-nchw", str(tmp_path / "float.onnx")]) == 0
     compare(open_encoder(teacher, TEACHERS[name]), tmp_path, crops, 1e-6)
+    assert golden_error_in_bf16(Bundle.open(tmp_path / "bundle")) > TOLERANCE
+
+
+def golden_error_in_bf16(bundle: Bundle) -> float:
+    """1 − cosine of the golden crops where a runtime silently rounds the weights to bf16."""
+    model = onnx.load_model_from_string(bundle.read("encoder.onnx"))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            bits = numpy_helper.to_array(tensor).view(np.uint32)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
+    golden = bundle.golden()
+    rows = onnx_runner(model.SerializeToString(), lambda crops: crops, "bf16")(golden.crops)
+    return float(np.max(1 - cosines(rows, golden.embeddings)))
