@@ -201,6 +201,8 @@ def _cells(teacher: Encoder, student: Encoder | None, options: Options, *, with_
     """Query and gallery letter of each comparison. Over one set T–S is S–T transposed."""
     if student is None:
         return [("T", "T")]
+    if student.info.id == teacher.info.id:
+        raise InputError(f"student and teacher are one encoder, {teacher.info.name}. Leave --student out.")
     if not options.any_space:
         require_same_space(teacher.info, student.info)
     if teacher.info.space.dim != student.info.space.dim:

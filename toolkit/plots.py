@@ -71,32 +71,23 @@ def det_curves(comparisons: tuple[Comparison, ...]) -> str:
     return _svg(draw, words, (5.6, 4.2), "det") if drawn else ""
 
 
-def score_histograms(comparison: Comparison) -> str:
-    """Genuine and impostor scores of one ordered pair with its thresholds."""
+def score_histograms(comparison: Comparison, beside: tuple[Comparison, ...]) -> str:
+    """Genuine and impostor scores of one ordered pair with its thresholds, on one scale with those ``beside`` it."""
 
     def draw(axes: Any) -> None:
-        top = 0.0
         for part, colour, name in (
             (comparison.impostor, IMPOSTOR, "impostor"),
             (comparison.genuine, GENUINE, "genuine"),
         ):
-            edges = _edges(part)
-            axes.stairs(part.fractions, edges, fill=True, color=colour, alpha=0.28)
-            axes.stairs(part.fractions, edges, color=colour, lw=1.3, label=f"{name} pairs")
-            top = max(top, *part.fractions)
-        axes.set(ylim=(0, 1.3 * top), xlim=_range(comparison.genuine, comparison.impostor))
-        for k, point in enumerate(comparison.points):
-            axes.axvline(point.threshold, ymax=(1.02 + 0.065 * k) / 1.3, color=INK, lw=1, ls=(0, (2, 2)))
-            axes.text(
-                point.threshold,
-                top * 1.02 + 0.065 * top * k,
-                f" FMR {100 * point.fmr:g} %",
-                color=INK,
-                size=9,
-                ha="left",
-            )
-        axes.set(xlabel="cosine similarity", ylabel="fraction of pairs")
-        axes.set_yticks([])
+            axes.stairs(part.fractions, _edges(part), fill=True, color=colour, alpha=0.28)
+            axes.stairs(part.fractions, _edges(part), color=colour, lw=1.3, label=f"{name} pairs")
+        top = max(*comparison.genuine.fractions, *comparison.impostor.fractions)
+        for place, point in enumerate(reversed(comparison.points)):  # a line ends below the labels to its left
+            height = (1.03 + 0.07 * place) * top
+            axes.plot([point.threshold] * 2, [0, height], color=INK, lw=1, ls=(0, (2, 2)))
+            axes.text(point.threshold, height, f" FMR {100 * point.fmr:g} %", color=INK, size=9, va="center")
+        axes.set(ylim=(0, 1.32 * top), xlim=_range(*(h for c in beside for h in (c.genuine, c.impostor))))
+        axes.set(xlabel="cosine similarity", ylabel="fraction of pairs", yticks=[])
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=10, borderpad=0)
 
     words = f"Histogram of genuine and impostor scores, {comparison.name}, with the threshold of each false match rate"

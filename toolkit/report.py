@@ -180,7 +180,7 @@ def _det(e: Evaluation) -> str:
 
 def _histograms(comparisons: tuple[Comparison, ...]) -> str:
     figures = "".join(
-        f"<figure>{score_histograms(c)}<figcaption><b>{c.name}</b>: {c.genuine_pairs:,} genuine pairs of "
+        f"<figure>{score_histograms(c, comparisons)}<figcaption><b>{c.name}</b>: {c.genuine_pairs:,} genuine pairs of "
         f"{c.genuine_identities:,} identities, {c.impostor_pairs:,} impostor pairs.</figcaption></figure>"
         for c in comparisons
     )

@@ -14,6 +14,7 @@ from evaluation_faces import PREPROCESS, teacher_info, write_people, write_stude
 from pkd.toolkit.certificate import read_certificate
 from pkd.toolkit.cli.evaluate import main
 from pkd.toolkit.evaluation import Evaluation
+from pkd.toolkit.preprocess import Preprocess
 
 COMMAND = Path(sys.executable).with_name("pkd-evaluate")
 IMAGES = [3] * 48 + [1, 2]
@@ -26,6 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_people(folder / "faces", IMAGES)
     write_people(folder / "probe", [4] * 30, seed=0, noise=50)
     write_teacher(folder)
+    (folder / "teacher.preprocess.json").write_text(Preprocess.parse(PREPROCESS).model_dump_json())
     write_student(folder, teacher_info(folder / "teacher.onnx").space)
     write_student(folder, None, noise=5.0, name="alone")
     return folder
@@ -118,6 +120,17 @@ def test_a_control_is_measured_but_not_certified(world: Path, tmp_path: Path) ->
     assert any("different spaces" in note for note in made.notes)
 
 
+def test_a_control_of_another_size_is_measured_alone(world: Path, tmp_path: Path) -> None:
+    write_teacher(tmp_path, dim=24)
+    write_student(tmp_path, None, name="small")
+    given = arguments(world, tmp_path / "e", "--student", tmp_path / "small", "--faces", world / "faces", "--any-space")
+    given[given.index(str(world / "teacher.onnx"))] = str(tmp_path / "teacher.onnx")
+    assert main(given) == 0
+    made = Evaluation.model_validate_json((tmp_path / "e/report.json").read_bytes())
+    assert [c.name for c in made.comparisons] == ["T–T", "S–S"] and made.agreement is None
+    assert "24 and 16 numbers have no cosine" in made.notes[0]
+
+
 def test_mirror_sums_get_no_certificate(world: Path, tmp_path: Path) -> None:
     made = evaluate(world, tmp_path / "e", "--faces", world / "faces", "--flip")
     assert made.flip and made.comparisons[0].points and not list((tmp_path / "e/certificates").iterdir())
@@ -188,6 +201,7 @@ def test_images_without_identity_are_refused(world: Path, tmp_path: Path, capsys
         (["--faces", "{}/faces", "--bootstrap", "10"], "--bootstrap 10"),
         (["--faces", "{}/faces", "--student", "{}/alone"], "their vectors cannot be compared"),
         (["--faces", "{}/faces", "--student", "{}/nothing"], "no such file"),
+        (["--faces", "{}/faces", "--student", "{}/teacher.onnx"], "student and teacher are one encoder"),
         (["--faces", "{}/faces", "--probe", "{}/probe"], "what to compare?"),
         (["--gallery", "{}/faces"], "what to compare?"),
         ([], "what to compare?"),
@@ -218,3 +232,15 @@ def refused(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) 
     assert main(given) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error and error.startswith("pkd-evaluate: ")
+
+
+@pytest.mark.shared
+def test_a_real_teacher_keeps_its_published_accuracy(shared: Path, tmp_path: Path) -> None:
+    """LFW's 1,000 DevTest pairs, threshold from the same pairs. View 2 is known to give 99.4–99.65 %."""
+    protocol = shared / "faces/lfw/protocol"
+    given = ["--teacher", shared / "models/teacher_edgeface_xs_512.onnx", "--teacher-preprocess", PREPROCESS]
+    given += ["--pairs", protocol / "pairsDevTest.txt", "--faces", shared / "faces/lfw/aligned"]
+    given += ["--cache", tmp_path / "cache", "--out", tmp_path / "e"]
+    assert main([str(a) for a in given]) == 0
+    (found,) = Evaluation.model_validate_json((tmp_path / "e/report.json").read_bytes()).pair_accuracies
+    assert found.accuracy >= 0.99 and found.ci95[0] > 0.98
