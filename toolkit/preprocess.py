@@ -17,7 +17,7 @@ from pkd.toolkit.record import Record
 class Preprocess(Record):
     """Crop geometry and pixel scaling: network input = (pixel − mean) / std, in ``channels`` order."""
 
-    size: int = Field(112, ge=8)
+    size: int = Field(default=112, ge=8)
     """Height and width of the square crop, pixels."""
     template: str = "arcface5pt"
     """Alignment template the crop was warped to; ``none`` for images that are not faces."""
