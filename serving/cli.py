@@ -68,7 +68,7 @@ def _serve(args: argparse.Namespace, console: Console) -> Result:
             raise MissingExtra(missing.name, "serve") from None
         raise
     cv2.setNumThreads(1)  # every worker thread has a core of its own
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # a stranger's broken image is no news
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)  # a stranger's broken image is no news
     given = {"target_fmr": args.target_fmr, "threads": args.threads}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     if not is_loopback(args.host) and not args.api_keys and not args.insecure_no_keys:
