@@ -62,16 +62,9 @@ def export(args: argparse.Namespace, console: Console) -> Result:
     source = open_run(args.run) if args.run else open_teacher(args.teacher, args.teacher_preprocess)
     info, preprocess = source.info, source.info.preprocess
     evidence = collect(args.certificates, info)
-
-    network, dim = source.network, info.space.dim
-    if args.float_nchw and (preprocess.size < 112 or preprocess.size % 16 or preprocess.size == 192):
-        raise InputError(
-            f"--float-nchw: insightface takes a {preprocess.size}×{preprocess.size} network for something else than a "
-            "recogniser (it wants a multiple of 16 from 112 on, not 192). Leave --float-nchw out."
-        )
-    graph = uint8_graph(network, preprocess, dim)
-    model = serialise(graph)
-    floats = serialise(float_graph(network, preprocess, dim)) if args.float_nchw else b""
+    graph = uint8_graph(source.network, preprocess, info.space.dim)
+    model, opset = serialise(graph), opset_of(graph)
+    floats = serialise(float_graph(source.network, preprocess, info.space.dim)) if args.float_nchw else b""
 
     with console.status(f"checking {short(info.id)} at batch {', '.join(map(str, BATCHES))}"):
         crops = synthetic_crops(max(BATCHES), preprocess.size)
@@ -82,12 +75,7 @@ def export(args: argparse.Namespace, console: Console) -> Result:
     console.print(parity_table(rows))
     require(rows)
 
-    opset = opset_of(graph)
-    files = {
-        "encoder.onnx": model,
-        "golden.npz": pack_golden(Golden(crops[:COUNT], expected[:COUNT])),
-        **evidence,
-    }
+    golden = pack_golden(Golden(crops[:COUNT], expected[:COUNT]))
     manifest = Manifest(
         encoder=info,
         graph=GraphSpec(opset=opset),
@@ -99,16 +87,12 @@ def export(args: argparse.Namespace, console: Console) -> Result:
         files={},
     )
     with _written_with(args.float_nchw, floats):
+        files = {"encoder.onnx": model, "golden.npz": golden, **evidence}
         bundle = write_bundle(args.out, files, manifest, replace=args.force)
 
     if opset != OPSET:
-        console.print(f"note: the graph stays at opset {opset}, which onnx does not convert to {OPSET}.")
-    certificates = [f"{short(c.query)} against {short(c.gallery)}" for c in bundle.certificates()]
-    console.print(f"{short(info.id)} ({info.role}, {info.space.dim}-d, {len(model) / 1e6:.1f} MB)")
-    console.print(f"certificates: {'; '.join(certificates) or 'none; add them with --certificates EVAL'}")
-    console.print(f"gate: {manifest.gate}")
-    console.print(f"wrote {args.out}" + (f" and {args.float_nchw}" if args.float_nchw else ""))
-    return {
+        console.print(f"note: the graph stays at its own opset {opset}; torch students get {OPSET}.")
+    result = {
         "bundle": str(args.out),
         "float_nchw": str(args.float_nchw) if args.float_nchw else None,
         "encoder": info.id,
@@ -118,9 +102,21 @@ def export(args: argparse.Namespace, console: Console) -> Result:
         "opset": opset,
         "bytes": len(model),
         "parity": [row.model_dump() for row in rows],
-        "certificates": sorted(name for name in files if name.startswith("certificates/")),
+        "certificates": [f"{c.query} against {c.gallery}" for c in bundle.certificates()],
         "gate": manifest.gate,
     }
+    _tell(console, result)
+    return result
+
+
+def _tell(console: Console, result: Result) -> None:
+    """The result in four lines, for people."""
+    certificates = ", ".join(" against ".join(map(short, pair.split(" against "))) for pair in result["certificates"])
+    size = f"{result['bytes'] / 1e6:.1f} MB"
+    console.print(f"{short(result['encoder'])} ({result['role']}, {result['dim']}-d, {size}, opset {result['opset']})")
+    console.print(f"certificates: {certificates or 'none; add them with --certificates EVAL'}")
+    console.print(f"gate: {result['gate']}")
+    console.print("wrote " + " and ".join(path for path in (result["bundle"], result["float_nchw"]) if path))
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -137,6 +133,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
         raise InputError(f"--float-nchw {path}: lies inside the bundle, which holds its own files only. Move it out.")
     if path.is_dir() or (path.exists() and not args.force):
         raise InputError(f"--float-nchw {path} exists already. Choose another path or pass --force.")
+    if args.teacher and path.resolve() == Path(args.teacher).resolve():
+        raise InputError(f"--float-nchw {path}: is the teacher itself. Choose another path.")
 
 
 @contextmanager

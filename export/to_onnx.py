@@ -105,9 +105,15 @@ def float_graph(network: onnx.ModelProto, preprocess: Preprocess, dim: int) -> o
     """``pixels`` float32 N×3×S×S RGB, (value − 127.5) / 127.5 → ``embedding`` float32 N×D, unit rows.
 
     That is what insightface's ArcFaceONNX feeds to a graph without ``Sub…`` and ``Mul…`` among its first node names;
-    the difference to the network's own scaling is in the graph.
+    the difference to the network's own scaling is in the graph. Raises InputError for a crop size that insightface
+    takes for another kind of network.
     """
     size = preprocess.size
+    if size < 112 or size % 16 or size == 192:
+        raise InputError(
+            f"--float-nchw: insightface takes a {size}×{size} network for something else than a recogniser; it wants a "
+            "multiple of 16 from 112 on, but not 192. Leave --float-nchw out."
+        )
     front = _Chain("pixels")
     if preprocess.std != 127.5:
         front.add("Mul", np.float32(127.5 / preprocess.std))

@@ -61,7 +61,7 @@ def test_certificates_and_report_go_into_the_bundle(teacher: list[str], capsys: 
     written = Bundle.open("made")
     assert written.certificates() == [measured]
     assert written.read("report.html") == b"<p>"
-    assert result["certificates"] == [f"certificates/{measured.file_name}"]
+    assert result["certificates"] == [f"{measured.query} against {measured.gallery}"]
 
 
 def test_force_replaces_the_bundle_and_the_float_graph(teacher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +99,9 @@ def test_bad_options_are_refused_in_one_line(
         ([*teacher, "-o", "t.onnx", "--force"], "not a bundle"),
         ([*teacher, *out, "--float-nchw", "float.pb"], r".onnx"),
         ([*teacher, *out, "--float-nchw", "made/float.onnx"], "inside the bundle"),
-        ([*teacher, *out, "--float-nchw", "empty"], "empty"),
+        ([*teacher, *out, "--float-nchw", "empty"], ".onnx"),
+        ([*teacher, *out, "--float-nchw", "t.onnx"], "exists already"),
+        ([*teacher, *out, "--float-nchw", "t.onnx", "--force"], "the teacher itself"),
         ([*teacher, *out, "--certificates", "empty"], "no certificates there"),
     ]:
         assert said in refusal(capsys, command)
