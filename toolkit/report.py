@@ -55,8 +55,9 @@ code { font: .86em ui-monospace, SFMono-Regular, Menlo, monospace; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin: 0 0 .5rem; } th, td { padding-right: .5rem; }
   td small { font-size: .74rem; } }
 @media print { body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
-  figure, tr, .card { break-inside: avoid; }
-  h2 { break-after: avoid; } .scroll { overflow: visible; } .card, .banner { border: 1px solid #94a3b8; } }
+  figure, .scroll, .card { break-inside: avoid; } h2, h2 + p { break-after: avoid; } h2 { margin-top: 1.6rem; }
+  .figures { grid-template-columns: 1fr 1fr; } .wide { max-width: 13cm; } .scroll { overflow: visible; }
+  td, th { padding-top: .25rem; padding-bottom: .25rem; } .card, .banner { border: 1px solid #94a3b8; } }
 """
 
 
@@ -275,8 +276,8 @@ def _method(e: Evaluation) -> str:
             "fraction of pairs of the same person that match. <em>Every identity alike</em> averages over people, so "
             "that no one with many images dominates; <em>every pair alike</em> is the raw fraction.",
             "Each threshold is the smallest at which the measured FMR is no larger than the target. In every resample "
-            "it is found again, so a TAR interval includes the uncertainty of the threshold. The last column of the "
-            "table keeps the threshold and lets the people vary.",
+            "it is found again, so a TAR interval includes the uncertainty of the threshold. The false match "
+            "rates below the thresholds keep the threshold and let the people vary.",
             "A false match rate is reported only where at least ten of the distinct pairs of different people would be "
             "expected to match by chance at it.",
         ]

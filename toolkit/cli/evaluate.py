@@ -170,9 +170,8 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
         console.print(f"mean cosine of teacher and student on the same image: {evaluation.agreement.mean:.3f}")
     for note in evaluation.notes:
         console.print(note)
-    refused = {refusal.reason for comparison in evaluation.comparisons for refusal in comparison.refused}
-    for reason in sorted(refused):
-        console.print(reason)
+    for refusal in evaluation.comparisons[0].refused[:1] if evaluation.comparisons else ():
+        console.print(refusal.reason)  # the report gives all of them
     console.print(f"report: {out / 'report.html'}")
 
 
