@@ -47,7 +47,9 @@ def _candidates(source: Path) -> list[Path]:
     folder = source / "certificates" if (source / "certificates").is_dir() else source
     paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
     if not paths:
-        raise InputError(f"{source}: no certificates there. Give the --out folder of a pkd-evaluate that could write one.")
+        raise InputError(
+            f"{source}: no certificates there. Give the --out folder of a pkd-evaluate that could write one."
+        )
     return paths
 
 
