@@ -65,7 +65,7 @@ def require_resolved(pairing: Pairing, fmr: float) -> None:
     if not smallest * (1 - 1e-9) <= fmr <= 1:
         raise UnsupportedFmr(
             f"FMR {fmr:g} is not resolved: {pairing.impostor_pairs:,} impostor pairs come from "
-            f"{pairing.identity_pairs:,} pairs of different identities, and fewer than {EXPECTED} of those would match. "
+            f"{pairing.identity_pairs:,} pairs of different identities: fewer than {EXPECTED} of those would match. "
             f"Ask for {smallest:.2g} or more, or evaluate on more people."
         )
 
