@@ -149,7 +149,8 @@ def _train(config: DemoConfig, groups: Groups, steps: Steps) -> dict[str, int]:
     if config.teacher is None:
         said = steps.run(
             "teacher", "pkd-distill", "--method", "none", "--student", "mobilefacenet:0.5", "--dim", "128",
-            "--name", "demo-teacher", *_batch(config), *RECIPE, *_budget(config, 0.55), *common, "--out", out / "runs/teacher",
+            "--name", "demo-teacher", *_batch(config), *RECIPE, *_budget(config, 0.55), *common,
+            "--out", out / "runs/teacher",
         )  # fmt: skip
         parameters["teacher"] = int(json.loads(said)["parameters"])
         method = ["--student", "mobilefacenet:0.2", "--name", "demo-student", *_batch(config), *RECIPE]

@@ -23,6 +23,9 @@ from rich.console import Console
 
 from pkd.toolkit.errors import InputError, PkdError
 
+QUIET = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
+"""Set for each command unless the user set it: idle threads sleep. On cores that are shared with others, threads that
+wait actively made a training ten times slower."""
 START_SECONDS = 60.0
 """Longest time in which the server must answer."""
 STOP_SECONDS = 15.0
@@ -163,7 +166,7 @@ def command(name: str) -> Path:
 @contextmanager
 def _process(line: list[str], output: IO[str], errors: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
     """A child in a session of its own, so that Ctrl-C reaches only the demo, which then stops the child."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = QUIET | os.environ
     process = subprocess.Popen(
         line, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment, start_new_session=True
     )
