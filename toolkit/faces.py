@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,12 @@ class FaceSet:
         return crops
 
     def digests(self) -> list[str]:
-        """SHA-256 (hex) of every file's bytes, in order."""
-        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.paths]
+        """SHA-256 (hex) of every file's bytes, in order. Read once."""
+        return list(self._digests)
+
+    @cached_property
+    def _digests(self) -> tuple[str, ...]:
+        return tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in self.paths)
 
     def digest(self) -> str:
         """One SHA-256 over contents and identities, independent of where the files lie and of their order."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +15,7 @@ from pkd.toolkit.bundle import Bundle
 from pkd.toolkit.errors import BadVector, BundleError, InputError
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.space import EncoderInfo, describe
+from pkd.toolkit.space import EncoderInfo, describe, name_of
 
 Embeddings = NDArray[np.float32]
 
@@ -100,7 +99,7 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
         raise InputError(
             f"{path}: its first output is {out.dtype} {out.shape} for {count} crops, expected float32 {count}×D."
         )
-    name = name or re.sub(r"[^\w.]+|_", "-", path.stem)
+    name = name or name_of(path)
     info = describe(name, "teacher", hashlib.sha256(data).hexdigest(), preprocess, out.shape[1])
     encoder = (_FixedBatch if isinstance(taken.shape[0], int) else OnnxEncoder)(info, session, preprocess)
     encoder.path = path

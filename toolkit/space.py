@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 from pkd.toolkit.errors import InputError, SpaceMismatch
@@ -47,8 +49,7 @@ def describe(
     ``weights_digest``: hex SHA-256 of the weights in their source form, so that an equivalent rewrite of the graph
     (folding, another layout) leaves the id alone.
     """
-    if not name or any(c in name for c in "@/\\ \n"):
-        raise InputError(f"encoder name {name!r}: use letters, digits, '.', '-' and '_'.")
+    check_name(name)
     defining = combine([weights_digest, preprocess.digest()])
     if space is None:
         space = EmbeddingSpace(id=f"{name}@sha256:{defining}", dim=dim)
@@ -62,6 +63,17 @@ def describe(
         space=space,
         preprocess=preprocess,
     )
+
+
+def check_name(name: str) -> None:
+    """Raise InputError unless ``name`` can be the first part of an encoder id, and of a file name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(f"encoder name {name!r}: use letters, digits, '.', '-' and '_'.")
+
+
+def name_of(path: Path) -> str:
+    """The encoder name that a weights file gets: its stem, with every other character as ``-``."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", path.stem).strip("-.") or "encoder"
 
 
 def combine(digests: Iterable[str]) -> str:

@@ -165,7 +165,7 @@ def test_batches_cover_everything_once() -> None:
 
 def test_teacher_names_follow_from_the_file(tmp_path: Path) -> None:
     assert open_onnx(teacher_file(tmp_path / "my_teacher_v2.onnx"), Preprocess()).info.name == "my-teacher-v2"
-    assert open_onnx(teacher_file(tmp_path / "my model (2).onnx"), Preprocess()).info.name == "my-model-2-"
+    assert open_onnx(teacher_file(tmp_path / "my model (2).onnx"), Preprocess()).info.name == "my-model-2"
     assert open_onnx(teacher_file(tmp_path / "x.onnx"), Preprocess(), name="y").info.name == "y"
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from pkd.toolkit import command
 from pkd.toolkit.cli.encoders import open_encoder
 from pkd.toolkit.errors import InputError, MissingExtra
+from pkd.toolkit.space import check_name
 
 EXAMPLES = """
   pkd-distill --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --faces crops/ --out runs/student
@@ -107,6 +108,7 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def _validated(values: Mapping[str, Any]) -> Any:
+    from pkd.toolkit.distill.backbones import parse
     from pkd.toolkit.distill.config import DistillConfig
     from pkd.toolkit.distill.margin import Margin
     from pkd.toolkit.distill.methods import WeightedSum
@@ -116,6 +118,9 @@ def _validated(values: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}.") from None
+    parse(config.student)
+    if config.name:
+        check_name(config.name)
     Margin.parse(config.margin)
     WeightedSum.parse(config.method)
     return config

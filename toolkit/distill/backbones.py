@@ -1,7 +1,8 @@
-"""Networks: float32 N×3×112×112, already preprocessed → N×D embeddings, not normalised."""
+"""Networks: float32 N×3×S×S, already preprocessed (S is 112 for faces) → N×D embeddings, not normalised."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ Activation = Callable[[int], nn.Module]
 class MobileFaceNet(nn.Module):
     """MobileFaceNet (Chen et al. 2018, arXiv 1804.07573, table 1); the width multiplies every layer but the last."""
 
-    def __init__(self, dim: int, width: float = 1.0, activation: Activation = nn.PReLU) -> None:
+    def __init__(self, dim: int, width: float = 1.0, activation: Activation = nn.PReLU, size: int = 112) -> None:
         super().__init__()
 
         def scaled(channels: int) -> int:
@@ -35,7 +36,7 @@ class MobileFaceNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.top = nn.Sequential(
             *_conv(channels, last, 1, 1, activation=activation),
-            *_conv(last, last, 7, 1, padding=0, groups=last),
+            *_conv(last, last, _reduced(size), 1, padding=0, groups=last),
             nn.Flatten(),
             nn.Linear(last, dim, bias=False),
             nn.BatchNorm1d(dim),
@@ -43,7 +44,7 @@ class MobileFaceNet(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """N×3×112×112 → N×dim."""
+        """N×3×S×S → N×dim."""
         out: Tensor = self.top(self.blocks(self.stem(x)))
         return out
 
@@ -67,7 +68,7 @@ class _Bottleneck(nn.Module):
 class IResNet(nn.Module):
     """The ResNet of arcface_torch, with its parameter names, so that its checkpoints load (Deng et al. 2019, §3.1)."""
 
-    def __init__(self, dim: int, depths: tuple[int, int, int, int]) -> None:
+    def __init__(self, dim: int, depths: tuple[int, int, int, int], size: int = 112) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64, eps=1e-5)
@@ -78,12 +79,12 @@ class IResNet(nn.Module):
             self.add_module(f"layer{i}", nn.Sequential(*layers))
             channels = outputs
         self.bn2 = nn.BatchNorm2d(512, eps=1e-5)
-        self.fc = nn.Linear(512 * 7 * 7, dim)
+        self.fc = nn.Linear(512 * _reduced(size) ** 2, dim)
         self.features = nn.BatchNorm1d(dim, eps=1e-5)
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """N×3×112×112 → N×dim."""
+        """N×3×S×S → N×dim."""
         x = self.prelu(self.bn1(self.conv1(x)))
         for i in range(1, 5):
             x = self.get_submodule(f"layer{i}")(x)
@@ -126,6 +127,11 @@ def _conv(
     return [convolution, nn.BatchNorm2d(outputs), *([activation(outputs)] if activation else [])]
 
 
+def _reduced(size: int) -> int:
+    """Side of the feature map after four halvings, each rounded up."""
+    return math.ceil(size / 16)
+
+
 def _relu(channels: int) -> nn.Module:
     return nn.ReLU(inplace=True)
 
@@ -138,18 +144,27 @@ def _initialise(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-BACKBONES: dict[str, Callable[[int, float], nn.Module]] = {
-    "mobilefacenet": lambda dim, width: MobileFaceNet(dim, width),
-    "mobilefacenet-relu": lambda dim, width: MobileFaceNet(dim, width, _relu),
-    "iresnet18": lambda dim, width: IResNet(dim, (2, 2, 2, 2)),
-    "iresnet34": lambda dim, width: IResNet(dim, (3, 4, 6, 3)),
-    "iresnet50": lambda dim, width: IResNet(dim, (3, 4, 14, 3)),
-    "iresnet100": lambda dim, width: IResNet(dim, (3, 13, 30, 3)),
+BACKBONES: dict[str, Callable[[int, float, int], nn.Module]] = {
+    "mobilefacenet": lambda dim, width, size: MobileFaceNet(dim, width, size=size),
+    "mobilefacenet-relu": lambda dim, width, size: MobileFaceNet(dim, width, _relu, size),
+    "iresnet18": lambda dim, width, size: IResNet(dim, (2, 2, 2, 2), size),
+    "iresnet34": lambda dim, width, size: IResNet(dim, (3, 4, 6, 3), size),
+    "iresnet50": lambda dim, width, size: IResNet(dim, (3, 4, 14, 3), size),
+    "iresnet100": lambda dim, width, size: IResNet(dim, (3, 13, 30, 3), size),
 }
 
 
-def build(spec: str, dim: int) -> nn.Module:
-    """``mobilefacenet:0.5`` → the network with ``dim`` outputs. The part after the colon is the width multiplier."""
+def build(spec: str, dim: int, size: int = 112) -> nn.Module:
+    """``mobilefacenet:0.5`` → the network for ``size``×``size`` crops with ``dim`` outputs.
+
+    The part after the colon is the width multiplier. Raises InputError for unknown names and widths.
+    """
+    name, width = parse(spec)
+    return BACKBONES[name](dim, width, size)
+
+
+def parse(spec: str) -> tuple[str, float]:
+    """Name and width multiplier of a backbone. Raises InputError."""
     name, _, number = spec.partition(":")
     if name not in BACKBONES:
         raise InputError(f"--student {spec!r}: unknown backbone. Choose one of {', '.join(BACKBONES)}.")
@@ -161,7 +176,7 @@ def build(spec: str, dim: int) -> nn.Module:
         raise InputError(f"--student {spec!r}: the width multiplier must be a number between 0.05 and 4.")
     if width != 1.0 and not name.startswith("mobilefacenet"):
         raise InputError(f"--student {spec!r}: {name} has no width multiplier. Leave the number out.")
-    return BACKBONES[name](dim, width)
+    return name, width
 
 
 def parameters(network: nn.Module) -> int:

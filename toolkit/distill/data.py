@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.toolkit.errors import InputError
 from pkd.toolkit.faces import FaceSet
 from pkd.toolkit.images import Rgb
 
@@ -32,10 +31,6 @@ class Loader:
     """Endless batches of a face set. Batch ``step`` is the same in every run with the same seed."""
 
     def __init__(self, faces: FaceSet, batch: int, size: int, *, augment: float, seed: int, workers: int = 2) -> None:
-        if len(faces) < batch:
-            raise InputError(
-                f"{len(faces):,} images are fewer than --batch {batch}. Give more images or a smaller batch."
-            )
         self.faces = faces
         self.batch = batch
         self.steps_per_epoch = len(faces) // batch

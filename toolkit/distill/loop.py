@@ -31,6 +31,7 @@ from pkd.toolkit.distill.methods import Step, WeightedSum
 from pkd.toolkit.distill.prepare import Prepared
 from pkd.toolkit.distill.student import FILE, load_weights, save_atomically, save_student, weights_digest
 from pkd.toolkit.errors import InputError, TrainingDiverged
+from pkd.toolkit.images import read_rgb
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import Encoder
 from pkd.toolkit.space import EncoderInfo, describe
@@ -49,7 +50,7 @@ class Trainer:
         self.method = WeightedSum.parse(config.method)
         self.margin = Margin.parse(config.margin)
         torch.manual_seed(config.seed)
-        student = build(config.student, dim)
+        student = build(config.student, dim, size)
         self.student = student.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.centres: Tensor | None = None
         if self.method.head == "trained":
@@ -119,7 +120,7 @@ class Trainer:
         matrices = [p for p in self.student.parameters() if p.ndim > 1]
         vectors = [p for p in self.student.parameters() if p.ndim <= 1]
         if self.centres is not None and self.centres.requires_grad:
-            matrices.append(self.centres)  # type: ignore[arg-type]
+            matrices.append(self.centres)
         return [
             {"params": matrices, "weight_decay": self.config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -140,7 +141,7 @@ def distill(config: DistillConfig, prepared: Prepared, teacher: Encoder | None, 
     Raises TrainingDiverged (the last good checkpoint stays) and KeyboardInterrupt (a checkpoint is written first).
     """
     run = config.run
-    size = teacher.info.preprocess.size if teacher else Preprocess().size
+    size = teacher.info.preprocess.size if teacher else len(read_rgb(prepared.faces.paths[0]))
     dim = teacher.info.space.dim if teacher else config.dim or 512
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -198,7 +199,7 @@ def resolve(config: DistillConfig, prepared: Prepared, dim: int, size: int, cons
 def _faster_precision(config: DistillConfig, prepared: Prepared, dim: int, size: int) -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):  # type: ignore[attr-defined]
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "fp32"
     timed = {
         p: _seconds_per_step(config.model_copy(update={"precision": p}), prepared, dim, size) for p in ("bf16", "fp32")

@@ -44,6 +44,8 @@ def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) ->
     if method.needs_teacher and teacher is None:
         raise InputError(f"--method {config.method}: needs --teacher. Without one, --method none trains a teacher.")
     faces = _read_faces(config, method, console)
+    if len(faces) < config.batch:
+        raise InputError(f"{len(faces):,} images are fewer than --batch {config.batch}. Give more or a smaller batch.")
     targets = _targets(config, teacher, faces, console) if teacher else None
     head, labels = None, faces.labels
     found = None

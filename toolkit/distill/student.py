@@ -63,7 +63,7 @@ def load_student(run: str | Path) -> TorchEncoder:
         if content["schema"] != SCHEMA:
             raise InputError(f"{path}: schema {content['schema']}; this pkd reads {SCHEMA}. Upgrade pkd.")
         info = EncoderInfo.model_validate_json(content["info"])
-        module = build(content["backbone"], info.space.dim)
+        module = build(content["backbone"], info.space.dim, info.preprocess.size)
         module.load_state_dict(content["state"])
     except (KeyError, TypeError, RuntimeError, ValidationError) as error:
         raise InputError(f"{path}: not a student of pkd-distill: {str(error).splitlines()[0]}.") from None

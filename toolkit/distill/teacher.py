@@ -12,7 +12,7 @@ from pkd.toolkit.distill.backbones import build
 from pkd.toolkit.distill.student import TorchEncoder, load_weights
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.space import describe
+from pkd.toolkit.space import describe, name_of
 
 _DEPTH_OF_LAYER3 = {2: "iresnet18", 6: "iresnet34", 14: "iresnet50", 30: "iresnet100"}
 
@@ -34,11 +34,11 @@ def open_checkpoint(path: str | Path, preprocess: Preprocess, *, name: str | Non
             f"{'fc.weight is there' if 'fc.weight' in tensors else 'no fc.weight'}. Export the teacher to ONNX instead."
         )
     dim = int(tensors["fc.weight"].shape[0])
-    module = build(backbone, dim)
+    module = build(backbone, dim, preprocess.size)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{path}: not {backbone}: {' '.join(str(error).split())[:300]}") from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    info = describe(name or path.stem.replace("_", "-"), "teacher", digest, preprocess, dim)
+    info = describe(name or name_of(path), "teacher", digest, preprocess, dim)
     return TorchEncoder(info, module, {"source": path.name, "backbone": backbone})

@@ -1,0 +1,59 @@
+"""Backbones: shapes, widths and the parameter names that arcface_torch checkpoints carry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pkd.toolkit.distill.backbones import BACKBONES, build, parameters
+from pkd.toolkit.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("spec", "dim"), [("mobilefacenet:0.25", 128), ("mobilefacenet-relu:0.5", 512), ("iresnet18", 64)]
+)
+def test_crops_become_embeddings(spec: str, dim: int) -> None:
+    network = build(spec, dim).eval()
+    assert network(torch.zeros(2, 3, 112, 112)).shape == (2, dim)
+
+
+@pytest.mark.parametrize("spec", ["mobilefacenet:0.125", "iresnet18"])
+@pytest.mark.parametrize("size", [32, 50, 160])
+def test_other_crop_sizes(spec: str, size: int) -> None:
+    assert build(spec, 8, size).eval()(torch.zeros(1, 3, size, size)).shape == (1, 8)
+
+
+def test_full_width_has_the_papers_size() -> None:
+    """MobileFaceNet's table: 0.99 M parameters with 128 outputs, of which PReLU and batch-norm are a small part."""
+    assert parameters(build("mobilefacenet", 128)) == pytest.approx(0.99e6, rel=0.02)
+
+
+def test_width_shrinks_the_network() -> None:
+    sizes = [parameters(build(f"mobilefacenet:{width}", 128)) for width in (0.25, 0.5, 1, 2)]
+    assert sizes == sorted(sizes) and sizes[0] * 8 < sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("iresnet18", 24.0), ("iresnet34", 34.1), ("iresnet50", 43.6), ("iresnet100", 65.2)]
+)
+def test_iresnet_sizes(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        network = BACKBONES[name](512, 1.0, 112)
+    assert parameters(network) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_iresnet_names() -> None:
+    with torch.device("meta"):
+        names = set(BACKBONES["iresnet50"](512, 1.0, 112).state_dict())
+    expected = {
+        "conv1.weight", "prelu.weight", "layer1.0.bn1.running_mean", "layer1.0.downsample.0.weight",
+        "layer1.0.downsample.1.bias", "layer3.13.conv2.weight", "layer4.2.bn3.num_batches_tracked", "bn2.weight",
+        "fc.bias", "features.running_var",
+    }  # fmt: skip
+    assert expected <= names and "layer3.14.conv1.weight" not in names
+
+
+@pytest.mark.parametrize("spec", ["resnet", "mobilefacenet:0", "mobilefacenet:x", "mobilefacenet:9", "iresnet18:0.5"])
+def test_unknown_backbones_are_refused(spec: str) -> None:
+    with pytest.raises(InputError, match="--student"):
+        build(spec, 128)
