@@ -98,7 +98,7 @@ def run_demo(config: DemoConfig, console: Console) -> Outcome:
     """The whole demo into ``config.out``. Raises StepFailed with the exit code of the command that failed."""
     _check(config)
     start = time.monotonic()
-    with _folder(config.out):
+    with demo_folder(config.out):
         steps = Steps(config.out, console)
         groups = _faces(config, steps, console)
         parameters = _train(config, groups, steps)
@@ -116,7 +116,7 @@ def run_demo(config: DemoConfig, console: Console) -> Outcome:
         ) as server:
             console.print(f"  {server.url}", style="dim")
             with progress(console, "at the door", 1) as advance:
-                attempts = _door(server, bundles["student"], bundles["teacher"], groups.visitors, point.fmr)
+                attempts = at_the_door(server, bundles["student"], bundles["teacher"], groups.visitors, point.fmr)
                 advance(1)
         steps.seconds["total"] = time.monotonic() - start
         outcome = Outcome(
@@ -210,7 +210,7 @@ def _certificate(student: Bundle, teacher: Bundle) -> Certificate:
     raise StepFailed("export: the bundles hold no certificate for student queries against the teacher's gallery.", 1)
 
 
-def _door(server: Client, student: Bundle, teacher: Bundle, visitors: Path, fmr: float) -> list[Attempt]:
+def at_the_door(server: Client, student: Bundle, teacher: Bundle, visitors: Path, fmr: float) -> list[Attempt]:
     """Each visitor's first image is enrolled with the teacher on the server; the others are queries.
 
     A query is embedded here, on the "phone", with nothing but onnxruntime and the student's bundle: its image never
@@ -287,7 +287,7 @@ def _check(config: DemoConfig) -> None:
 
 
 @contextmanager
-def _folder(out: Path) -> Iterator[None]:
+def demo_folder(out: Path) -> Iterator[None]:
     """Make ``out``, or clear what an earlier demo left in it; one demo at a time in a folder."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file. Give a folder with --out.")

@@ -35,8 +35,8 @@ def draw_picture(outcome: Outcome, path: Path) -> None:
         FigureCanvasAgg(figure)
         _heading(figure, outcome)
         genuine, impostor = outcome.of(True), outcome.of(False)
-        _row(figure, outcome, genuine[len(genuine) // 2], 0.595, "same person", genuine + impostor)
-        _row(figure, outcome, impostor[len(impostor) // 2], 0.315, "two different people", genuine + impostor)
+        _row(figure, outcome, genuine[len(genuine) // 2], 0.595, "same person")
+        _row(figure, outcome, impostor[len(impostor) // 2], 0.315, "two different people")
         _scores(figure, outcome)
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
@@ -90,30 +90,30 @@ def _heading(figure: Any, outcome: Outcome) -> None:
         )  # fmt: skip
 
 
-def _row(figure: Any, outcome: Outcome, attempt: Attempt, bottom: float, truth: str, tried: list[Attempt]) -> None:
+def _row(figure: Any, outcome: Outcome, attempt: Attempt, bottom: float, truth: str) -> None:
     """Query crop, score on its scale with the threshold, gallery crop."""
     height = 0.235
     side = height * HEIGHT / WIDTH
     left, right = 0.045, 0.957 - side
     _crop(figure, attempt.query, (left, bottom, side, height), "phone · student")
     _crop(figure, attempt.gallery, (right, bottom, side, height), "server · teacher")
-    colour = GENUINE if attempt.match else IMPOSTOR
     correct = attempt.match is attempt.genuine
+    colour = IMPOSTOR if not correct else GENUINE if attempt.match else INK
     middle, threshold = 0.5, outcome.point.threshold
     verdict = "match" if attempt.match else "no match"
     figure.text(
         middle, bottom + height - 0.012, verdict, size=21, weight="bold", color=colour, ha="center", va="center"
     )
     figure.text(
-        middle, bottom + height - 0.051, f"{truth}: {'right' if correct else 'wrong'}", size=10.5, color=SOFT,
+        middle, bottom + height - 0.051, f"{truth}: {'right' if correct else 'WRONG'}", size=10.5, color=SOFT,
         ha="center", va="center",
     )  # fmt: skip
     start, end = left + side + 0.045, right - 0.045
-    axes = figure.add_axes((start, bottom + 0.095, end - start, 0.05))
-    low, high = _span(outcome, tried)
+    axes = figure.add_axes((start, bottom + 0.085, end - start, 0.05))
+    low, high = _span(outcome)
     axes.axis("off")
     axes.set(xlim=(low, high), ylim=(0, 1))
-    axes.plot([low, threshold], [0.5, 0.5], color="#fecaca", lw=7, solid_capstyle="round")
+    axes.plot([low, threshold], [0.5, 0.5], color="#e2e8f0", lw=7, solid_capstyle="round")
     axes.plot([threshold, high], [0.5, 0.5], color="#99f6e4", lw=7, solid_capstyle="round")
     axes.plot([threshold, threshold], [0.05, 0.95], color=INK, lw=1.6)
     axes.plot([attempt.score], [0.5], "o", color=colour, ms=15, mec=PAPER, mew=2.2, clip_on=False, zorder=3)
@@ -127,10 +127,10 @@ def _row(figure: Any, outcome: Outcome, attempt: Attempt, bottom: float, truth: 
     )  # fmt: skip
     interval = f"95 % interval {_rate(attempt.fmr_ci95[0])} to {_rate(attempt.fmr_ci95[1])}"
     said = f"false match rate at this score {_rate(attempt.fmr_at_score)}  ({interval})"
-    figure.text(middle, bottom + 0.038, said, size=10, color=INK, ha="center", va="center")
+    figure.text(middle, bottom + 0.034, said, size=10, color=INK, ha="center", va="center")
     certificate = outcome.certificate
     figure.text(
-        middle, bottom + 0.010, f"certificate {short(certificate.query)} against {short(certificate.gallery)}: "
+        middle, bottom + 0.008, f"certificate {short(certificate.query)} against {short(certificate.gallery)}: "
         f"{certificate.impostor_pairs:,} impostor pairs", size=8.2, color=SOFT, ha="center", va="center",
     )  # fmt: skip
 
@@ -147,29 +147,25 @@ def _crop(figure: Any, path: Path, place: tuple[float, float, float, float], dev
 
 def _scores(figure: Any, outcome: Outcome) -> None:
     """Histogram of all scores of the demo's own queries."""
-    axes = figure.add_axes((0.045, 0.075, 0.912, 0.135))
+    axes = figure.add_axes((0.045, 0.075, 0.912, 0.125))
     genuine, impostor = outcome.of(True), outcome.of(False)
-    low, high = _span(outcome, genuine + impostor)
+    low, high = _span(outcome)
     bins = np.linspace(low, high, 61)
-    for tried, colour, label in ((impostor, IMPOSTOR, "different people"), (genuine, GENUINE, "same person")):
+    for tried, colour, who in ((genuine, GENUINE, "same person"), (impostor, IMPOSTOR, "different people")):
         scores = np.array([a.score for a in tried])
+        label = f"{who}: {sum(a.match for a in tried):,} of {len(tried):,} matched"
         axes.hist(scores, bins, weights=np.full(len(scores), 1 / len(scores)), color=colour, alpha=0.55, label=label)
     axes.axvline(outcome.point.threshold, color=INK, lw=1.6)
     axes.set(xlim=(low, high), yticks=[])
     axes.spines["left"].set_visible(False)
     axes.tick_params(labelsize=9)
     axes.set_xlabel("cosine similarity of the student's query to the teacher's gallery", size=9.5, color=SOFT)
-    told = (
-        f"same person: {sum(a.match for a in genuine)} of {len(genuine)} matched\n"
-        f"different people: {sum(a.match for a in impostor)} of {len(impostor):,} matched"
-    )
-    axes.text(0.995, 0.93, told, transform=axes.transAxes, size=10, color=INK, ha="right", va="top", linespacing=1.5)
-    axes.legend(loc="upper left", fontsize=9.5, borderaxespad=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=2, fontsize=10, borderaxespad=0, borderpad=0)
 
 
-def _span(outcome: Outcome, tried: list[Attempt]) -> tuple[float, float]:
+def _span(outcome: Outcome) -> tuple[float, float]:
     """Ends of the score scale, rounded outwards to tenths, that hold every score and the threshold."""
-    scores = [a.score for a in tried] + [outcome.point.threshold]
+    scores = [a.score for a in outcome.attempts] + [outcome.point.threshold]
     return float(np.floor(min(scores) * 10 - 0.3) / 10), float(np.ceil(max(scores) * 10 + 0.3) / 10)
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlencode, urlsplit
@@ -71,7 +71,9 @@ class Steps:
         log = self._log("serve")
         line = self._announce("serve", words)
         with log.open("w", encoding="utf-8") as errors, _process(line, errors, errors) as process:
-            yield Client(self._address(process, log))
+            client = Client(self._address(process, log))
+            with closing(client):
+                yield client
 
     def _address(self, process: subprocess.Popen[bytes], log: Path) -> str:
         deadline = time.monotonic() + START_SECONDS
@@ -79,7 +81,7 @@ class Steps:
             if process.poll() is not None:
                 raise StepFailed(f"serve: {_last_line(log)} (log: {log})", process.returncode or 1)
             found = re.search(r"listening on (http\S+)", log.read_text(encoding="utf-8"))
-            if found and Client(found[1]).ready():
+            if found and _ready(found[1]):
                 return found[1]
             time.sleep(0.1)
         raise StepFailed(f"serve: not ready after {START_SECONDS:.0f} s (log: {log})", 1)
@@ -117,9 +119,12 @@ class Client:
             answer = self._connection.getresponse()
             answer.read()
         except OSError:
-            self._connection.close()
             return False
         return answer.status == 200
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
 
     def embed(self, crop: Path, encoder: str) -> Mapping[str, Any]:
         """``POST /embed`` with one aligned crop file → its embedding object for ``verify``."""
@@ -180,6 +185,11 @@ def _process(line: list[str], output: IO[str], errors: IO[str]) -> Iterator[subp
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _ready(url: str) -> bool:
+    with closing(Client(url)) as client:
+        return client.ready()
 
 
 def _last_line(log: Path) -> str:
