@@ -1,0 +1,227 @@
+"""Accuracy on real faces: teachers on LFW View 2, alignment on DevTest, and methods compared at equal budget.
+
+Run as: python benchmarks/real_faces.py            (all of it; the trainings take about 25 minutes of one core each)
+        python benchmarks/real_faces.py --methods l2kd --steps 200
+
+It runs the commands that a user runs, skips what its output folder already holds (an unfinished training is resumed),
+and writes benchmarks/results/real_faces.json and docs/results.md from their reports. It needs the photographs and
+teachers of PKD_SHARED (or ../shared), which are for research only and not part of the project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from pkd.toolkit.distill.student import load_student
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("PKD_SHARED") or ROOT.parent / "shared")
+EDGEFACE = ("teacher_edgeface_xs_512.onnx", "channels=rgb,mean=127.5,std=127.5")
+MOBILEFACENET = ("teacher_mobilefacenet_y1_128.onnx", "channels=rgb,mean=0,std=1")
+FMRS = (1e-2, 1e-3, 1e-4)
+Report = dict[str, Any]
+
+
+def main() -> int:
+    """Measure what is missing, then write the JSON and the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs", help="trainings and evaluations (runs/)")
+    parser.add_argument("--methods", nargs="+", default=["proxylesskd", "l2kd", "none"])
+    parser.add_argument("--student", default="mobilefacenet-relu:0.5")
+    parser.add_argument("--steps", type=int, default=1700)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not (SHARED / "faces").is_dir():
+        print(f"skipped: no photographs in {SHARED}. Set PKD_SHARED to the folder that holds faces/ and models/.")
+        return 0
+    results = {
+        "view2": {name: view2(args.out, name, *which) for name, which in VIEW2.items()},
+        "devtest": devtest(args.out),
+        "settings": {k: getattr(args, k) for k in ("student", "steps", "batch", "seed")},
+        "methods": {method: compare(args, method) for method in args.methods},
+    }
+    target = ROOT / "benchmarks" / "results" / "real_faces.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (ROOT / "docs" / "results.md").write_text(page(results), encoding="utf-8")
+    print(f"wrote {target.relative_to(ROOT)} and docs/results.md")
+    return 0
+
+
+VIEW2: dict[str, tuple[tuple[str, str], list[str]]] = {
+    "EdgeFace-XS, 512-d": (EDGEFACE, []),
+    "EdgeFace-XS, 512-d, flip": (EDGEFACE, ["--flip"]),
+    "MobileFaceNet-Y1, 128-d, flip": (MOBILEFACENET, ["--flip"]),
+}
+
+
+def view2(out: Path, name: str, teacher: tuple[str, str], more: list[str]) -> Report:
+    """Official LFW View 2 of a teacher on the aligned crops."""
+    folder = out / "view2" / name.replace(", ", "-").replace(" ", "-")
+    faces = ["--pairs", str(SHARED / "faces/lfw/protocol/pairs.txt"), "--faces", str(SHARED / "faces/lfw/aligned")]
+    return evaluate(folder, teacher, *faces, *more)["pair_accuracies"][0]
+
+
+def devtest(out: Path) -> Report:
+    """DevTest accuracy of EdgeFace on the given crops and on crops that pkd-align makes from the photographs."""
+    crops = out / "devtest" / "crops"
+    if not (crops / "skipped.csv").is_file():
+        detector = SHARED / "models/yunet_n_dynamic.onnx"
+        command("pkd-align", str(SHARED / "faces/lfw/raw-devtest"), str(crops), "--detector", str(detector))
+    pairs = ["--pairs", str(SHARED / "faces/lfw/protocol/pairsDevTest.txt")]
+    pairs += ["--threshold-pairs", str(SHARED / "faces/lfw/protocol/pairsDevTrain.txt")]
+    given = evaluate(out / "devtest" / "given", EDGEFACE, *pairs, "--faces", str(SHARED / "faces/lfw/aligned"))
+    # The photographs of DevTrain are not there, so the threshold of both comes from the same pairs here.
+    same = ["--pairs", str(SHARED / "faces/lfw/protocol/pairsDevTest.txt")]
+    shared = evaluate(out / "devtest" / "given-same", EDGEFACE, *same, "--faces", str(SHARED / "faces/lfw/aligned"))
+    ours = evaluate(out / "devtest" / "pkd-align", EDGEFACE, *same, "--faces", str(crops))
+    reports = {"given crops, threshold from DevTrain": given, "given crops": shared, "crops of pkd-align": ours}
+    return {name: report["pair_accuracies"][0] for name, report in reports.items()}
+
+
+def compare(args: argparse.Namespace, method: str) -> Report:
+    """Train one method at the common budget and evaluate it on the test split."""
+    run = args.out / "methods" / method
+    splits = SHARED / "faces/splits"
+    if not (run / "student.pt").is_file():
+        resume = ["--resume"] if (run / "checkpoint.pt").is_file() else []
+        command(
+            "pkd-distill", *teacher_options(EDGEFACE), "--faces", str(splits / "train.txt"),
+            "--unlabelled", str(splits / "train_unlabelled.txt"), "--student", args.student, "--method", method,
+            "--steps", str(args.steps), "--batch", str(args.batch), "--lr", "0.02", "--augment", "0.1",
+            "--precision", "fp32", "--threads", "1", "--seed", str(args.seed), "--out", str(run), *resume,
+        )  # fmt: skip
+    more = ["--student", str(run), "--faces", str(splits / "test.txt")]
+    report = evaluate(run / "evaluation", EDGEFACE, *more, *(["--any-space"] if method == "none" else []))
+    agreement = report["agreement"]
+    summary = {
+        comparison["name"]: {
+            "identities": comparison["genuine_identities"],
+            "genuine_pairs": comparison["genuine_pairs"],
+            "impostor_pairs": comparison["impostor_pairs"],
+            "eer": comparison["eer"],
+            "points": comparison["points"],
+        }
+        for comparison in report["comparisons"]
+    }
+    training = dict(load_student(run).training)
+    cosine = agreement and agreement["mean"]
+    return {"training": training, "cosine": cosine, "data": report["data"], "comparisons": summary}
+
+
+def evaluate(folder: Path, teacher: tuple[str, str], *options: str) -> Report:
+    """Run pkd-evaluate into ``folder`` unless its report is there."""
+    if not (folder / "report.json").is_file():
+        command("pkd-evaluate", *teacher_options(teacher), *options, "--out", str(folder))
+    report: Report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def teacher_options(teacher: tuple[str, str]) -> list[str]:
+    """``--teacher`` and ``--teacher-preprocess`` of a file in shared/models."""
+    return ["--teacher", str(SHARED / "models" / teacher[0]), "--teacher-preprocess", teacher[1]]
+
+
+def command(name: str, *options: str) -> None:
+    """Run one of pkd's commands; a failure ends the benchmark with its message."""
+    print("$", name, *options, flush=True)
+    subprocess.run([str(Path(sys.executable).with_name(name)), *options], check=True)
+
+
+def page(results: Report) -> str:
+    """docs/results.md."""
+    settings, methods = results["settings"], results["methods"]
+    one = next(iter(methods.values()))
+    pairs = one["comparisons"]["S–T"]
+    images = settings["steps"] * settings["batch"]
+    lines = [
+        "# Results on real faces",
+        prose(
+            "Made by `python benchmarks/real_faces.py`, which runs the commands that a user runs and needs the "
+            "research-only photographs and teachers of `PKD_SHARED`. Intervals are 95 % identity-level bootstrap "
+            "intervals."
+        ),
+        "## Teachers on LFW View 2",
+        prose(
+            "`pkd-evaluate --pairs pairs.txt`: 6,000 pairs, ten folds, the threshold of each from the nine others; ± "
+            "is the standard deviation over the folds."
+        ),
+        table(
+            ("teacher", "accuracy", "interval"),
+            [
+                (name, f"{r['accuracy']:.2%} ± {r['fold_std']:.2%}", percent(r["ci95"]))
+                for name, r in results["view2"].items()
+            ],
+        ),
+        "## Alignment",
+        prose(
+            "EdgeFace-XS on `pairsDevTest.txt` (1,000 pairs). The second and third row choose the threshold on the "
+            "pairs they report, alike for both, since the photographs of DevTrain are not at hand."
+        ),
+        table(
+            ("crops", "accuracy", "interval"),
+            [(name, f"{r['accuracy']:.2%}", percent(r["ci95"])) for name, r in results["devtest"].items()],
+        ),
+        "## Methods at equal budget",
+        prose(
+            f"Teacher EdgeFace-XS (512-d); student `{settings['student']}` "
+            f"({one['training']['parameters']:,} parameters); {settings['steps']:,} steps of {settings['batch']} images "
+            f"({images:,} in all), peak learning rate 0.02. One seed ({settings['seed']}): differences between seeds "
+            "are not in the intervals. ProxylessKD uses head `means` with `arcface:0.5` at scale 64. Methods that need labels see train.txt only, l2kd "
+            "train_unlabelled.txt as well. `none` is the undistilled control: the same student with its own "
+            "classifier; its space is its own, so that its S–T is chance by design."
+        ),
+        prose(
+            f"Test: {one['data']['images']:,} images of {one['data']['identities']:,} people, none of them in "
+            f"training; {pairs['genuine_pairs']:,} genuine pairs of {pairs['identities']:,} people and "
+            f"{pairs['impostor_pairs']:,} impostor pairs in S–T."
+        ),
+    ]
+    titles = {
+        "tar_balanced": "Every identity weighing the same",
+        "tar": "Every pair weighing the same (two people hold half of the genuine pairs)",
+    }
+    for key, title in titles.items():
+        rows = [row("teacher", "T–T", one["comparisons"]["T–T"], key)]
+        rows += [row(m, pair, r["comparisons"][pair], key) for m, r in methods.items() for pair in ("S–T", "S–S")]
+        lines += [f"**{title}**: TAR at FMR", table(("method", "query–gallery", *(f"{f:g}" for f in FMRS)), rows)]
+    cosines = [f"{m} {r['cosine']:.3f}" for m, r in methods.items() if r["cosine"] is not None]
+    lines.append(f"Mean cosine of student and teacher on the same test image: {', '.join(cosines)}.")
+    return "\n\n".join(lines) + "\n"
+
+
+def prose(text: str) -> str:
+    """A paragraph in lines of at most 120 characters."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows))
+
+
+def row(method: str, pair: str, comparison: Report, key: str) -> tuple[str, ...]:
+    """One line of the table; a rate that the pairs do not resolve stays empty."""
+    cells = []
+    for fmr in FMRS:
+        point = next((p for p in comparison["points"] if abs(p["fmr"] / fmr - 1) < 1e-6), None)
+        low, high = point[f"{key}_ci95"] if point else (0, 0)
+        cells.append(f"{point[key]:.3f} ({low:.3f}–{high:.3f})" if point else "")
+    return (method, pair, *cells)
+
+
+def percent(ci: list[float]) -> str:
+    """``99.30–99.70 %``."""
+    return f"{100 * ci[0]:.2f}–{100 * ci[1]:.2f} %"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
