@@ -173,11 +173,11 @@ def page(results: Report) -> str:
         "## Methods at equal budget",
         prose(
             f"Teacher EdgeFace-XS (512-d); student `{settings['student']}` "
-            f"({one['training']['parameters']:,} parameters); {settings['steps']:,} steps of {settings['batch']} images "
-            f"({images:,} in all), peak learning rate 0.02. One seed ({settings['seed']}): differences between seeds "
-            "are not in the intervals. ProxylessKD uses head `means` with `arcface:0.5` at scale 64. Methods that need labels see train.txt only, l2kd "
-            "train_unlabelled.txt as well. `none` is the undistilled control: the same student with its own "
-            "classifier; its space is its own, so that its S–T is chance by design."
+            f"({one['training']['parameters']:,} parameters); {settings['steps']:,} steps of {settings['batch']} "
+            f"images ({images:,} in all), peak learning rate 0.02. One seed ({settings['seed']}): differences "
+            "between seeds are not in the intervals. ProxylessKD uses head `means` with `arcface:0.5` at scale 64. "
+            "Methods that need labels see train.txt only, l2kd train_unlabelled.txt as well. `none` is the undistilled "
+            "control: the same student with its own classifier; its space is its own, so that its S–T is chance."
         ),
         prose(
             f"Test: {one['data']['images']:,} images of {one['data']['identities']:,} people, none of them in "
