@@ -13,6 +13,8 @@ from pkd.toolkit.faces import FaceSet
 from pkd.toolkit.synthetic import write_faces
 
 SEED = 2011
+DIFFICULTY = 0.6
+"""What networks this small learn in a minute, and still get wrong now and then."""
 TEST_IMAGES, VISITOR_IMAGES = 5, 3
 """Synthetic images of each person who measures the encoders, and of each who comes to the door afterwards."""
 LEAST_TEST, LEAST_VISITORS = 48, 4
@@ -35,7 +37,7 @@ def draw_groups(folder: Path, people: int, images: int, jobs: int, progress: Cal
     groups = Groups(folder / "train", folder / "test", folder / "visitors")
     first = 0
     for group, (count, each) in zip((groups.train, groups.test, groups.visitors), _sizes(people, images), strict=True):
-        write_faces(group, SEED, count, each, first=first, jobs=jobs, progress=progress)
+        write_faces(group, SEED, count, each, first=first, difficulty=DIFFICULTY, jobs=jobs, progress=progress)
         first += count
     return groups
 

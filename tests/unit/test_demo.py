@@ -219,7 +219,7 @@ def test_only_a_demo_s_own_folder_is_cleared(tmp_path: Path) -> None:
 def test_ctrl_c_stops_the_step_in_progress(tmp_path: Path) -> None:
     """SIGINT while faces are drawn or a step runs: exit 130, one line, no process left behind."""
     process = subprocess.Popen(
-        [command("pkd-demo"), "--out", tmp_path / "out", "--identities", "2", "--images", "4", "--steps", "5"],
+        [command("pkd-demo"), "--out", tmp_path / "out", "--identities", "4", "--images", "4", "--steps", "5"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     killer = threading.Timer(50, process.kill)
