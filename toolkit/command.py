@@ -58,8 +58,8 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
     except PkdError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"{parser.prog}: stopped. {stop}".rstrip(), file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

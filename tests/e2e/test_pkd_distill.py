@@ -55,11 +55,12 @@ def test_a_terminated_run_resumes_to_the_very_same_weights(workplace: Path) -> N
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
+    assert "pkd-distill --resume --out" in stderr
     assert not (workplace / "killed" / "student.pt").exists()
     line = run(*options(workplace, "killed", *steps), code=2).stderr
     assert "--resume" in line
     line = run(*options(workplace, "killed", "--resume", "--lr", "0.5"), code=2).stderr
-    assert "--lr 0.5" in line and "started with 0.002" in line
+    assert "--lr 0.5" in line and "started with 0.02" in line
     run(COMMAND, "--resume", "--out", str(workplace / "killed"))
     assert load_student(workplace / "killed").info.id == load_student(workplace / "whole").info.id
     rows = log.read_text().splitlines()

@@ -14,11 +14,13 @@ import torch
 from rich.console import Console
 from training_data import SIZE, make_teacher, write_patterns
 
+from pkd.toolkit.distill.budget import learning_rate, resolve
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.head import read_head
-from pkd.toolkit.distill.loop import Trainer, distill, learning_rate, resolve
+from pkd.toolkit.distill.loop import distill
 from pkd.toolkit.distill.prepare import Prepared, prepare
 from pkd.toolkit.distill.student import TorchEncoder, load_student, weights_digest
+from pkd.toolkit.distill.trainer import Trainer
 from pkd.toolkit.errors import BadHead, InputError, TrainingDiverged
 from pkd.toolkit.runtime import Encoder
 

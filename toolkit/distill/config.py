@@ -46,15 +46,15 @@ class DistillConfig(Record):
     """Optimiser steps."""
     max_minutes: float | None = None
     """Time budget in minutes, turned into steps by a short measurement at the start."""
-    batch: int = 128
+    batch: int = 64
     """Images per step."""
-    lr: float = 2e-3
-    """Peak learning rate of AdamW, reached after the warm-up, then a cosine down to zero."""
+    lr: float = 2e-2
+    """Peak learning rate of AdamW, after the warm-up and before a cosine down to zero; less for small batches."""
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay; not applied to biases, normalisation and PReLU slopes."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises linearly."""
-    augment: float = 0.5
+    augment: float = 0.2
     """Strength of the augmentation, 0 (mirroring only) to 1 (strong light, blur, low resolution, occlusion)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the student's forward and backward pass; auto is bf16 where the CPU or GPU has it."""
