@@ -35,8 +35,11 @@ FILES = ("report.html", "demo.png", "demo.json")
 SMALLER = 4.0
 """The synthetic student must have this many times fewer parameters than its teacher."""
 TARGET_FMR = 1e-2
+STEPS = {"teacher": 400, "student": 600}
+"""Steps and not minutes: on a busy machine the demo takes longer and tells the same."""
+OWN_MINUTES = 3.0
 RECIPE = ["--batch", "16", "--margin", "softmax", "--scale", "20", "--lr", "4e-3", "--augment", "0.1"]
-"""For a minute of training: small batches make many steps, and without a margin the first of them already count."""
+"""For about a minute of training each: small batches make many steps, and without a margin the first of them already count."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ class DemoConfig:
     teacher: str | None = None
     """Spec of the teacher for ``faces``; the demo trains one where left out."""
     teacher_preprocess: str | None = None
-    minutes: float = 2.0
-    """Training time, minutes; with a teacher of your own all of it is the student's."""
+    minutes: float | None = None
+    """Minutes of training a student of your own teacher; ``OWN_MINUTES`` where left out."""
     steps: int | None = None
-    """Optimiser steps of each training, instead of ``minutes``."""
+    """Optimiser steps of each training, instead of the demo's own or of ``minutes``."""
     identities: int = 240
     """Synthetic people to train on."""
     images: int = 12
@@ -151,14 +154,14 @@ def _train(config: DemoConfig, groups: Groups, steps: Steps) -> dict[str, int]:
     if config.teacher is None:
         said = steps.run(
             "teacher", "pkd-distill", "--method", "none", "--student", "mobilefacenet:0.35", "--dim", "128",
-            "--name", "demo-teacher", *RECIPE, *_budget(config, 0.55), *common,
-            "--out", out / "runs/teacher",
+            "--name", "demo-teacher", *RECIPE, *_steps(config, "teacher"),
+            *common, "--out", out / "runs/teacher",
         )  # fmt: skip
         parameters["teacher"] = int(json.loads(said)["parameters"])
         method = ["--student", "mobilefacenet:0.15", "--name", "demo-student", *RECIPE]
-        method += _budget(config, 0.45)
+        method += _steps(config, "student")
     else:
-        method = ["--head", "means", "--student", "mobilefacenet:0.5", *_budget(config, 1.0)]
+        method = ["--head", "means", "--student", "mobilefacenet:0.5", *_own_budget(config)]
     said = steps.run("student", "pkd-distill", *_named(config), *method, *common, "--out", out / "runs/student")
     parameters["student"] = int(json.loads(said)["parameters"])
     if "teacher" in parameters and parameters["teacher"] < SMALLER * parameters["student"]:
@@ -191,10 +194,14 @@ def _named(config: DemoConfig) -> list[str | Path]:
     return named
 
 
-def _budget(config: DemoConfig, share: float) -> list[str]:
+def _steps(config: DemoConfig, role: str) -> list[str]:
+    return ["--steps", str(config.steps or STEPS[role])]
+
+
+def _own_budget(config: DemoConfig) -> list[str]:
     if config.steps is not None:
         return ["--steps", str(config.steps)]
-    return ["--max-minutes", f"{config.minutes * share:.2f}"]
+    return ["--max-minutes", f"{config.minutes or OWN_MINUTES:g}"]
 
 
 def _certificate(student: Bundle, teacher: Bundle) -> Certificate:
@@ -275,7 +282,11 @@ def _check(config: DemoConfig) -> None:
         raise InputError("--teacher-preprocess states how --teacher scales pixels. Give --teacher, too.")
     if config.faces is not None and not config.faces.exists():
         raise InputError(f"{config.faces}: no such folder or list file. Give aligned crops; pkd-align makes them.")
-    if config.minutes <= 0 or (config.steps is not None and config.steps < 1):
+    if config.minutes is not None and config.faces is None:
+        raise InputError("--minutes goes with --faces and --teacher. The synthetic demo trains by --steps.")
+    if config.minutes is not None and config.steps is not None:
+        raise InputError("--minutes and --steps: give one of them.")
+    if min(config.minutes or 1, 1 if config.steps is None else config.steps) <= 0 or config.minutes == 0:
         raise InputError("--minutes and --steps must be above 0.")
     if config.identities < 2 or config.images < 2:
         raise InputError("--identities and --images: give at least 2 people with 2 images each.")
