@@ -39,7 +39,7 @@ STEPS = {"teacher": 400, "student": 600}
 """Steps and not minutes: on a busy machine the demo takes longer and tells the same."""
 OWN_MINUTES = 3.0
 RECIPE = ["--batch", "16", "--margin", "softmax", "--scale", "20", "--lr", "4e-3", "--augment", "0.1"]
-"""For about a minute of training each: small batches make many steps, and without a margin the first of them already count."""
+"""For a minute of training: small batches make many steps, and without a margin the first ones count already."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def _check(config: DemoConfig) -> None:
         raise InputError("--minutes goes with --faces and --teacher. The synthetic demo trains by --steps.")
     if config.minutes is not None and config.steps is not None:
         raise InputError("--minutes and --steps: give one of them.")
-    if min(config.minutes or 1, 1 if config.steps is None else config.steps) <= 0 or config.minutes == 0:
+    if any(given is not None and given <= 0 for given in (config.minutes, config.steps)):
         raise InputError("--minutes and --steps must be above 0.")
     if config.identities < 2 or config.images < 2:
         raise InputError("--identities and --images: give at least 2 people with 2 images each.")

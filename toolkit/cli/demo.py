@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pkd.toolkit.command import Result, make_parser, run
-from pkd.toolkit.demo import DemoConfig, Outcome, run_demo, summary
+from pkd.toolkit.demo import OWN_MINUTES, STEPS, DemoConfig, Outcome, run_demo, summary
 from pkd.toolkit.errors import MissingExtra
 
 EXAMPLES = """
@@ -36,19 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--faces", type=Path, metavar="DIR|LIST", help="your aligned crops, one folder per person (pkd-align)")
     add("--teacher", metavar="SPEC", help="your teacher: FILE.onnx, FILE.pt, insightface:PACK, a bundle or a run")
     add("--teacher-preprocess", metavar="P", help="of FILE.onnx or FILE.pt, for example mean=127.5,std=127.5")
-    add(
-        "--minutes", type=float, default=DemoConfig.minutes, metavar="M", help="training time, all in all (%(default)s)"
-    )
+    add("--minutes", type=float, metavar="M", help=f"of training, with your own faces ({OWN_MINUTES:g})")
     add("--port", type=int, default=DemoConfig.port, metavar="N", help="of the server; 0 picks a free one (0)")
     size = parser.add_argument_group("size of the synthetic demo")
     size.add_argument("--identities", type=int, default=DemoConfig.identities, metavar="N", help="people (%(default)s)")
     size.add_argument("--images", type=int, default=DemoConfig.images, metavar="N", help="of each (%(default)s)")
-    size.add_argument("--steps", type=int, metavar="N", help="optimiser steps of each training, instead of --minutes")
+    usual = " and ".join(map(str, STEPS.values()))
+    size.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps of each training ({usual})")
     return run(parser, _demo, argv)
 
 
 def _demo(args: argparse.Namespace, console: Console) -> Result:
-    for package, extra in (("torch", "train"), ("matplotlib", "train"), ("onnxscript", "export"), ("fastapi", "serve")):
+    for package, extra in (("torch", "train"), ("matplotlib", "train"), ("onnx", "export"), ("fastapi", "serve")):
         if importlib.util.find_spec(package) is None:
             raise MissingExtra(package, extra)
     config = DemoConfig(**{name: value for name, value in vars(args).items() if name != "json"})
