@@ -163,6 +163,20 @@ def test_bf16_trains(tmp_path: Path, faces: Path, teacher: TorchEncoder) -> None
     assert all(t.dtype != torch.bfloat16 for t in load_student(summary["run"]).module.state_dict().values())
 
 
+def test_a_run_starts_from_the_weights_of_another(tmp_path: Path, faces: Path, teacher: TorchEncoder) -> None:
+    first = make_config(tmp_path, faces, method="l2kd", steps=40, lr=5e-3, augment=0.0)
+    before = train(first, teacher)
+    second = make_config(tmp_path, faces, method="l2kd", steps=2, lr=1e-6, init=first.out, out=str(tmp_path / "second"))
+    after = train(second, teacher)
+    assert after["init"] == before["encoder"]
+    weights = dict(load_student(first.run).module.named_parameters())
+    for name, weight in load_student(second.run).module.named_parameters():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-4)
+    wrong = make_config(tmp_path, faces, init=first.out, student="mobilefacenet-relu:0.25", out=str(tmp_path / "wrong"))
+    with pytest.raises(InputError, match="--init"):
+        train(wrong, teacher)
+
+
 def test_what_a_run_leaves_behind(tmp_path: Path, faces: Path, teacher: TorchEncoder) -> None:
     config = make_config(tmp_path, faces)
     train(config, teacher)

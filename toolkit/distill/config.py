@@ -30,6 +30,8 @@ class DistillConfig(Record):
     """Frozen classifier: means (of the teacher's embeddings), FILE.npz, or auto: the teacher run's own, else means."""
     student: str = "mobilefacenet:1.0"
     """Backbone and, after the colon, its width multiplier."""
+    init: str | None = None
+    """Run whose weights to start from, instead of random ones; its backbone must be the same."""
     dim: int | None = None
     """Embedding dimension; only without a teacher, whose space decides otherwise (then 512 if not given)."""
     name: str | None = None

@@ -25,7 +25,7 @@ from pkd.toolkit.distill.head import FILE as HEAD_FILE
 from pkd.toolkit.distill.head import Head, save_head
 from pkd.toolkit.distill.log import RunLog, StepLog
 from pkd.toolkit.distill.prepare import Prepared
-from pkd.toolkit.distill.student import load_weights, save_atomically, save_student, weights_digest
+from pkd.toolkit.distill.student import load_student, load_weights, save_atomically, save_student, weights_digest
 from pkd.toolkit.distill.trainer import Trainer
 from pkd.toolkit.errors import InputError, TrainingDiverged
 from pkd.toolkit.images import read_rgb
@@ -109,6 +109,7 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
         "images": len(prepared.faces),
         "identities": len(prepared.identities),
         "data_digest": prepared.data_digest,
+        "init": load_student(config.init).info.id if config.init else None,
         "steps": config.steps,
         "batch": config.batch,
         "precision": config.precision,

@@ -16,7 +16,8 @@ from pkd.toolkit.distill.data import CropBatch, Loader
 from pkd.toolkit.distill.margin import Margin
 from pkd.toolkit.distill.methods import Step, WeightedSum
 from pkd.toolkit.distill.prepare import Prepared
-from pkd.toolkit.errors import TrainingDiverged
+from pkd.toolkit.distill.student import load_student
+from pkd.toolkit.errors import InputError, TrainingDiverged
 from pkd.toolkit.preprocess import Preprocess
 
 
@@ -31,6 +32,8 @@ class Trainer:
         self.margin = Margin.parse(config.margin)
         torch.manual_seed(config.seed)
         student = build(config.student, dim, size)
+        if config.init is not None:
+            _start_from(student, config)
         self.student = student.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.centres: Tensor | None = None
         if self.method.head == "trained":
@@ -105,3 +108,14 @@ class Trainer:
             {"params": matrices, "weight_decay": self.config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
+
+
+def _start_from(student: nn.Module, config: DistillConfig) -> None:
+    assert config.init is not None
+    try:
+        student.load_state_dict(load_student(config.init).module.state_dict())
+    except RuntimeError:
+        raise InputError(
+            f"--init {config.init}: its weights do not fit {config.student} in the teacher's space. Give a run of the "
+            "same backbone, crop size and dimension."
+        ) from None
