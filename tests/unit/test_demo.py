@@ -224,8 +224,9 @@ def test_ctrl_c_stops_the_step_in_progress(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [command("pkd-demo"), "--out", tmp_path / "out", "--identities", "4", "--images", "4", "--steps", "5"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored
     )  # fmt: skip
-    killer = threading.Timer(50, process.kill)
+    killer = threading.Timer(120, process.kill)
     killer.start()
     log = tmp_path / "out/logs/teacher.log"
     while process.poll() is None and not log.exists():
