@@ -182,7 +182,8 @@ def page(results: Report) -> str:
             "between seeds are not in the intervals. ProxylessKD uses head `means` with `arcface:0.5` at scale 64. "
             "Methods that need labels see train.txt only, l2kd train_unlabelled.txt as well. `none` is the undistilled "
             "control: the same student with its own classifier; its space is its own, so that its S–T is chance. "
-            f"`{CONTINUED}` is l2kd trained on for {MORE_STEPS:,} steps with a second schedule, beyond that budget."
+            f"`{CONTINUED}` is l2kd trained on for {MORE_STEPS:,} steps with a second schedule, beyond that "
+            "budget; it was added after the other rows had been seen."
         ),
         prose(
             f"Test: {one['data']['images']:,} images of {one['data']['identities']:,} people, none of them in "
