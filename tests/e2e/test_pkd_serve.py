@@ -92,8 +92,8 @@ def test_two_at_once_and_json(family):
 def test_answers_on_a_kept_connection_do_not_wait_for_a_delayed_acknowledgement(family):
     """With Nagle's algorithm on, not one of them comes in under 40 ms."""
     with serving(family.folders[0]) as (_, url), httpx.Client(base_url=url) as client:
-        seconds = [client.get("/v1/encoders").elapsed.total_seconds() for _ in range(20)]
-    assert min(seconds) < 0.03
+        seconds = [client.get("/v1/encoders").elapsed.total_seconds() for _ in range(60)]
+    assert min(seconds[40:]) < 0.03  # the first ones are acknowledged at once in any case
 
 
 def test_sigterm_lets_a_request_in_progress_finish(family):
