@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -21,6 +23,24 @@ def test_crops_become_embeddings(spec: str, dim: int) -> None:
 @pytest.mark.parametrize("size", [32, 50, 160])
 def test_other_crop_sizes(spec: str, size: int) -> None:
     assert build(spec, 8, size).eval()(torch.zeros(1, 3, size, size)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("size", [32, 112])
+def test_stages_give_one_feature_map_a_resolution(name: str, size: int) -> None:
+    with torch.device("meta"):
+        network = BACKBONES[name](8, 1.0, size).eval()
+    sides: list[tuple[int, int]] = []
+    for stage in network.stages:
+        network.get_submodule(stage).register_forward_hook(lambda m, i, out: sides.append(tuple(out.shape[2:])))
+    network(torch.zeros(2, 3, size, size, device="meta"))
+    assert sides == [(math.ceil(size / stride),) * 2 for stride in (2, 4, 8, 16)]
+
+
+def test_stages_end_where_the_resolution_changes() -> None:
+    """The last block of each resolution; a change of these names would orphan the adapters of unfinished runs."""
+    assert build("mobilefacenet:0.125", 8, 32).stages == ("stem", "blocks.4", "blocks.11", "blocks.14")
+    assert build("iresnet18", 8, 32).stages == ("layer1", "layer2", "layer3", "layer4")
 
 
 def test_full_width_has_the_papers_size() -> None:

@@ -13,7 +13,13 @@ from pkd.toolkit.errors import InputError
 Activation = Callable[[int], nn.Module]
 
 
-class MobileFaceNet(nn.Module):
+class Backbone(nn.Module):
+    """A network with named stages. ``stages``: submodules whose outputs are N×C×H×W features, each half the last's."""
+
+    stages: tuple[str, ...]
+
+
+class MobileFaceNet(Backbone):
     """MobileFaceNet (Chen et al. 2018, arXiv 1804.07573, table 1); the width multiplies every layer but the last."""
 
     def __init__(self, dim: int, width: float = 1.0, activation: Activation = nn.PReLU, size: int = 112) -> None:
@@ -28,12 +34,16 @@ class MobileFaceNet(nn.Module):
             *_conv(3, a, 3, 2, activation=activation), *_conv(a, a, 3, 1, groups=a, activation=activation)
         )
         blocks: list[nn.Module] = []
+        ends = ["stem"]
         channels = a
         for out, expansion, repeats, stride in stages:
+            if stride == 2 and blocks:
+                ends.append(f"blocks.{len(blocks) - 1}")
             for i in range(repeats):
                 blocks.append(_Bottleneck(channels, out, expansion, stride if i == 0 else 1, activation))
                 channels = out
         self.blocks = nn.Sequential(*blocks)
+        self.stages = (*ends, f"blocks.{len(blocks) - 1}")
         self.top = nn.Sequential(
             *_conv(channels, last, 1, 1, activation=activation),
             *_conv(last, last, _reduced(size), 1, padding=0, groups=last),
@@ -65,8 +75,10 @@ class _Bottleneck(nn.Module):
         return x + out if self.shortcut else out
 
 
-class IResNet(nn.Module):
+class IResNet(Backbone):
     """The ResNet of arcface_torch, with its parameter names, so that its checkpoints load (Deng et al. 2019, §3.1)."""
+
+    stages = ("layer1", "layer2", "layer3", "layer4")
 
     def __init__(self, dim: int, depths: tuple[int, int, int, int], size: int = 112) -> None:
         super().__init__()
@@ -144,7 +156,7 @@ def _initialise(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-BACKBONES: dict[str, Callable[[int, float, int], nn.Module]] = {
+BACKBONES: dict[str, Callable[[int, float, int], Backbone]] = {
     "mobilefacenet": lambda dim, width, size: MobileFaceNet(dim, width, size=size),
     "mobilefacenet-relu": lambda dim, width, size: MobileFaceNet(dim, width, _relu, size),
     "iresnet18": lambda dim, width, size: IResNet(dim, (2, 2, 2, 2), size),
@@ -154,7 +166,7 @@ BACKBONES: dict[str, Callable[[int, float, int], nn.Module]] = {
 }
 
 
-def build(spec: str, dim: int, size: int = 112) -> nn.Module:
+def build(spec: str, dim: int, size: int = 112) -> Backbone:
     """``mobilefacenet:0.5`` → the network for ``size``×``size`` crops with ``dim`` outputs.
 
     The part after the colon is the width multiplier. Raises InputError for unknown names and widths.
