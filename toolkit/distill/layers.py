@@ -1,0 +1,71 @@
+"""What the backbones are built from: the base class, convolutions with batch normalisation, the embedding top."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+
+Activation = Callable[[int], nn.Module]
+"""Number of channels → an activation."""
+
+
+class Backbone(nn.Module):
+    """A network with named stages. ``stages``: submodules whose outputs are N×C×H×W features, each half the last's."""
+
+    stages: tuple[str, ...]
+
+
+def conv(
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    stride: int = 1,
+    *,
+    padding: int | None = None,
+    groups: int = 1,
+    activation: Activation | None = None,
+) -> list[nn.Module]:
+    """Convolution without bias, batch normalisation and, where given, an activation; padded to keep the size."""
+    pad = kernel // 2 if padding is None else padding
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), *([activation(outputs)] if activation else [])]
+
+
+def embedding_top(channels: int, last: int, dim: int, size: int, activation: Activation) -> nn.Sequential:
+    """Features of a ``size``×``size`` crop at stride 16 → N×dim, by a global depthwise convolution.
+
+    Unlike a mean it weighs every position of an aligned crop by itself (Chen et al. 2018, arXiv 1804.07573, §3.1).
+    """
+    return nn.Sequential(
+        *conv(channels, last, 1, activation=activation),
+        *conv(last, last, reduced(size), padding=0, groups=last),
+        nn.Flatten(),
+        nn.Linear(last, dim, bias=False),
+        nn.BatchNorm1d(dim),
+    )
+
+
+def reduced(size: int) -> int:
+    """Side of the feature map after four halvings, each rounded up."""
+    return math.ceil(size / 16)
+
+
+def scaled(channels: int, width: float) -> int:
+    """``channels`` times ``width``, to the nearest multiple of 8."""
+    return max(8, int(channels * width / 8 + 0.5) * 8)
+
+
+def relu(channels: int) -> nn.Module:
+    """ReLU in place, whatever the number of channels."""
+    return nn.ReLU(inplace=True)
+
+
+def initialise(network: nn.Module) -> None:
+    """He et al. 2015, fan-out, for every convolution and linear layer; biases zero."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
