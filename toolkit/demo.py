@@ -221,7 +221,7 @@ def at_the_door(server: Client, student: Bundle, teacher: Bundle, visitors: Path
     faces, phone = FaceSet.read(visitors), open_bundle(student)
     info = phone.info
     by_person = [np.flatnonzero(faces.labels == person) for person in range(len(faces.identities))]
-    gallery = [server.embed(faces.paths[own[0]], teacher.manifest.encoder.id) for own in by_person]
+    gallery = [server.embed(faces.path(own[0]), teacher.manifest.encoder.id) for own in by_person]
     attempts = []
     for person, own in enumerate(by_person):
         for index in own[1:VISITOR_IMAGES]:
@@ -232,7 +232,7 @@ def at_the_door(server: Client, student: Bundle, teacher: Bundle, visitors: Path
                 answer = server.verify(query, gallery[other], fmr)
                 attempts.append(
                     Attempt(
-                        faces.paths[index], faces.paths[by_person[other][0]], offset == 0, bool(answer["match"]),
+                        faces.path(index), faces.path(by_person[other][0]), offset == 0, bool(answer["match"]),
                         float(answer["score"]), float(answer["fmr_at_score"]), tuple(answer["fmr_ci95"]),
                     )
                 )  # fmt: skip

@@ -66,9 +66,9 @@ def split_groups(folder: Path, source: Path) -> Groups:
     folder.mkdir(parents=True, exist_ok=True)
     groups = Groups(folder / "train.txt", folder / "test.txt", folder / "visitors.txt")
     lines: dict[Path, list[str]] = {groups.train: [], groups.test: [], groups.visitors: []}
-    for path, label in zip(faces.paths, faces.labels.tolist(), strict=True):
+    for index, label in enumerate(faces.labels.tolist()):
         group = groups.visitors if label in visitors else groups.test if label in test else groups.train
-        lines[group].append(f"{path.resolve()}\n")
+        lines[group].append(f"{faces.path(index).resolve()}\n")
     for group, content in lines.items():
         group.write_text("".join(content), encoding="utf-8")
     return groups

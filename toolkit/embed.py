@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.toolkit.errors import InputError
 from pkd.toolkit.faces import FaceSet
+from pkd.toolkit.keyed_rows import KeyedRows, Keys, StoredRows
 from pkd.toolkit.runtime import Embeddings, Encoder, batches
+from pkd.toolkit.threads import in_order
 
 Advance = Callable[[int], None]
+Ints = NDArray[np.int64]
 BATCH = 32
+BLOCK = 1 << 16
 
 
 def embed_faces(
@@ -29,41 +30,41 @@ def embed_faces(
     jobs: int | None = None,
     advance: Advance = lambda done: None,
 ) -> Embeddings:
-    """Embed every image of ``faces`` (mirrored left to right with ``flip``) → float32 N×D, unit rows.
+    """Embed every image of ``faces`` (mirrored left to right with ``flip``) → float32 N×D in memory, unit rows.
 
     ``cache``: folder that keeps the vectors by encoder id, image digest and flip, so that each is computed once.
     ``jobs``: threads, by default one per core. ``advance`` is told how many images are done.
     """
-    size = encoder.info.preprocess.size
-    store = _Store(cache, encoder.info.id, encoder.info.space.dim) if cache else None
-    keys = _keys(faces, flip) if store else np.empty(0, np.uint64)
+    if cache is not None:
+        return embed_stored(encoder, faces, flip=flip, cache=cache, jobs=jobs, advance=advance)[:]
     out = np.empty((len(faces), encoder.info.space.dim), np.float32)
-    todo = np.arange(len(faces))
-    if store:
-        rows = store.find(keys)
-        hit = rows >= 0
-        out[hit] = store.vectors()[rows[hit]]
-        advance(int(hit.sum()))
-        todo = np.flatnonzero(~hit)
-
-    def work(chunk: range) -> NDArray[np.int64]:
-        indices: NDArray[np.int64] = todo[chunk.start : chunk.stop]
-        crops = faces.load(indices, size)
-        out[indices] = encoder.embed(np.ascontiguousarray(crops[:, :, ::-1]) if flip else crops)
-        return indices
-
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        pending = [pool.submit(work, chunk) for chunk in batches(len(todo), BATCH)]
-        try:
-            for future in pending:
-                indices = future.result()
-                if store:
-                    store.append(keys[indices], out[indices])
-                advance(len(indices))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    for indices, vectors in _embedded(encoder, faces, np.arange(len(faces)), flip, jobs):
+        out[indices] = vectors
+        advance(len(indices))
     return out
+
+
+def embed_stored(
+    encoder: Encoder,
+    faces: FaceSet,
+    *,
+    flip: bool = False,
+    cache: Path,
+    jobs: int | None = None,
+    advance: Advance = lambda done: None,
+) -> StoredRows:
+    """As ``embed_faces``, but the vectors stay on disk: float32 rows by index, 8 bytes of memory an image."""
+    dim = encoder.info.space.dim
+    store = KeyedRows(cache, hashlib.sha256(encoder.info.id.encode()).hexdigest()[:32], "f32", dim, np.float32)
+    keys = _keys(faces, flip, cache)
+    missing = np.flatnonzero(store.find(keys) < 0)
+    advance(len(keys) - len(missing))
+    first = missing[np.unique(keys[missing], return_index=True)[1]]  # of copies of an image one is enough
+    advance(len(missing) - len(first))
+    for indices, vectors in _embedded(encoder, faces, np.sort(first), flip, jobs):
+        store.append(keys[indices], vectors)
+        advance(len(indices))
+    return StoredRows(store.rows(), store.find(keys))
 
 
 def default_cache() -> Path:
@@ -72,54 +73,25 @@ def default_cache() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pkd"
 
 
-class _Store:
-    """Two growing files per encoder: 8-byte keys and D float32 each. A torn tail of either is ignored."""
+def _embedded(
+    encoder: Encoder, faces: FaceSet, indices: Ints, flip: bool, jobs: int | None
+) -> Iterator[tuple[Ints, Embeddings]]:
+    size = encoder.info.preprocess.size
 
-    def __init__(self, folder: Path, encoder_id: str, dim: int) -> None:
-        name = hashlib.sha256(encoder_id.encode()).hexdigest()[:32]
-        self._keys = folder / f"{name}.keys"
-        self._vectors = folder / f"{name}.f32"
-        self._dim = dim
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._keys.touch()
-            self._vectors.touch()
-        except OSError as error:
-            raise InputError(f"cache {folder}: {error.strerror}. Pass --cache DIR or set PKD_CACHE.") from None
+    def work(chunk: range) -> tuple[Ints, Embeddings]:
+        these = indices[chunk.start : chunk.stop]
+        crops = faces.load(these, size)
+        return these, encoder.embed(np.ascontiguousarray(crops[:, :, ::-1]) if flip else crops)
 
-    def _count(self) -> int:
-        return min(self._keys.stat().st_size // 8, self._vectors.stat().st_size // (4 * self._dim))
-
-    def find(self, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Row of each key, −1 where it is not stored."""
-        known = np.fromfile(self._keys, np.uint64, self._count())
-        if not len(known):
-            return np.full(len(keys), -1, np.int64)
-        order = np.argsort(known, kind="stable")
-        place = np.minimum(np.searchsorted(known[order], keys), len(known) - 1)
-        rows = order[place]
-        return np.where(known[rows] == keys, rows, -1)
-
-    def vectors(self) -> Embeddings:
-        """All stored rows, memory-mapped."""
-        count = self._count()
-        if not count:
-            return np.empty((0, self._dim), np.float32)
-        return np.memmap(self._vectors, np.float32, "r", shape=(count, self._dim))
-
-    def append(self, keys: NDArray[np.uint64], vectors: Embeddings) -> None:
-        with self._keys.open("r+b") as key_file, self._vectors.open("r+b") as vector_file:
-            fcntl.flock(key_file, fcntl.LOCK_EX)  # two runs may share a cache
-            count = self._count()
-            vector_file.seek(count * 4 * self._dim)
-            vector_file.write(vectors.tobytes())
-            vector_file.flush()
-            key_file.seek(count * 8)
-            key_file.write(keys.tobytes())
-            key_file.flush()
+    return in_order(work, batches(len(indices), BATCH), workers=jobs or os.cpu_count() or 1)
 
 
-def _keys(faces: FaceSet, flip: bool) -> NDArray[np.uint64]:
-    tag = "flip" if flip else "as is"
-    raw = b"".join(hashlib.sha256(f"{digest} {tag}".encode()).digest()[:8] for digest in faces.digests())
-    return np.frombuffer(raw, np.uint64)
+def _keys(faces: FaceSet, flip: bool, cache: Path) -> Keys:
+    """First eight bytes of SHA-256 over an image's hex digest and which way round it is."""
+    digests, tag = faces.digests(cache), b" flip" if flip else b" as is"
+    keys = np.empty(len(faces), np.uint64)
+    for start in range(0, len(faces), BLOCK):
+        text = digests[start : start + BLOCK].tobytes().hex().encode()
+        raw = b"".join(hashlib.sha256(text[i : i + 64] + tag).digest()[:8] for i in range(0, len(text), 64))
+        keys[start : start + BLOCK] = np.frombuffer(raw, np.uint64)
+    return keys

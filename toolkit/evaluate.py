@@ -68,7 +68,7 @@ def cross_matrix(
     """
     cells = _cells(teacher, student, options, with_probe=probe is not None)
     query = faces if probe is None else probe
-    data, plain = _pair_up(faces, query, name)
+    data, plain = _pair_up(faces, query, name, options.cache)
     pairings = {True: plain, False: plain}
     if probe is None:
         pairings[True] = Pairing(
@@ -210,7 +210,7 @@ def _cells(teacher: Encoder, student: Encoder | None, options: Options, *, with_
     return [("T", "T"), ("S", "T"), *([("T", "S")] if with_probe else []), ("S", "S")]
 
 
-def _pair_up(gallery: FaceSet, query: FaceSet, name: str) -> tuple[Data, Pairing]:
+def _pair_up(gallery: FaceSet, query: FaceSet, name: str, cache: Path | None) -> tuple[Data, Pairing]:
     """Number the identities and files of both sides alike. Raises InputError where nothing can be measured."""
     for faces in (gallery, query):
         if len(faces.identities) == 0 or (faces.labels < 0).any():
@@ -219,8 +219,8 @@ def _pair_up(gallery: FaceSet, query: FaceSet, name: str) -> tuple[Data, Pairing
     place = {identity: i for i, identity in enumerate(names)}
     owners = [np.array([place[x] for x in faces.identities], np.int64)[faces.labels] for faces in (query, gallery)]
     one_set = query is gallery
-    digests = [query.digests(), gallery.digests()]
-    codes = np.unique(np.concatenate([np.array(d) for d in digests]), return_inverse=True)[1].astype(np.int64)
+    digests = np.concatenate([query.digests(cache)[:], gallery.digests(cache)[:]])
+    codes = np.unique(digests.view("V32").ravel(), return_inverse=True)[1].astype(np.int64)
     files = codes[: len(query)], codes[len(query) :]
     pairing = Pairing(owners[0], owners[1], files[0], files[1], len(names), unordered=False)
     if len(names) < 2:

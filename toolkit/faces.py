@@ -1,135 +1,169 @@
-"""FaceSet: aligned crops on disk with their identities, from a folder per identity or from list files."""
+"""FaceSet: aligned crops with their identities, from folders, list files, RecordIO and tar shards, also mixed."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pkd.toolkit.errors import InputError
-from pkd.toolkit.images import SUFFIXES, Rgb, read_rgb
-from pkd.toolkit.space import combine
+from pkd.toolkit.digests import content_digest, digests_of
+from pkd.toolkit.errors import BadImage, InputError
+from pkd.toolkit.image_files import read_folder, read_list
+from pkd.toolkit.image_source import UNLABELLED, Found, ImageCollection, Ints
+from pkd.toolkit.images import Rgb, decode_rgb
+from pkd.toolkit.keyed_rows import Rows
+from pkd.toolkit.recordio import read_recordio
+from pkd.toolkit.tar_shards import read_tar
 
-UNLABELLED = -1
+READERS = {".rec": read_recordio, ".tar": read_tar}
 
 
 @dataclass(frozen=True)
 class FaceSet:
-    """Image files and what is known of who they show.
+    """Images and what is known of who they show. 16 bytes of memory an image, besides what its source takes.
 
-    ``paths``: N files. ``labels``: int64 N, an index into ``identities`` or −1 for an image without identity.
-    ``names``: N short names (relative paths) for messages and reports.
+    ``rows``: int64 N into ``images``. ``labels``: int64 N, an index into ``identities`` or −1 for an image without
+    identity.
     """
 
-    paths: tuple[Path, ...]
-    names: tuple[str, ...]
-    labels: NDArray[np.int64]
+    images: ImageCollection
+    rows: Ints
+    labels: Ints
     identities: tuple[str, ...]
+    _known: list[Rows] = field(default_factory=list, repr=False, compare=False)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.rows)
 
-    def load(self, indices: Sequence[int] | NDArray[np.int64], size: int) -> Rgb:
+    def name(self, index: int) -> str:
+        """Short name for messages and reports: a path in its folder, list or tar, or ``train.rec#7``."""
+        source, row = self.images.locate(int(self.rows[index]))
+        return source.name(row)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, made on demand."""
+        return tuple(self.name(i) for i in range(len(self)))
+
+    def path(self, index: int) -> Path:
+        """The file that holds this image alone. Raises InputError for one in a .rec or .tar."""
+        source, row = self.images.locate(int(self.rows[index]))
+        if not source.is_file():
+            raise InputError(
+                f"{source.root / source.name(row)}: not a file of its own. Give a folder or a list of files."
+            )
+        return source.root / source.name(row)
+
+    def load(self, indices: Sequence[int] | Ints, size: int) -> Rgb:
         """Read crops → uint8 N×size×size×3 RGB. Raises BadImage (unreadable) or InputError (another size)."""
         crops = np.empty((len(indices), size, size, 3), np.uint8)
-        for row, index in enumerate(indices):
-            image = read_rgb(self.paths[index])
+        for place, index in enumerate(indices):
+            row = int(self.rows[index])
+            image = self._decode(row)
             if image.shape != (size, size, 3):
                 raise InputError(
-                    f"{self.paths[index]}: {image.shape[1]}×{image.shape[0]} pixels, expected an aligned {size}×{size} "
-                    "crop. Run pkd-align on the photographs first."
+                    f"{self.images.where(row)}: {image.shape[1]}×{image.shape[0]} pixels, expected an aligned "
+                    f"{size}×{size} crop. Run pkd-align on the photographs first."
                 )
-            crops[row] = image
+            crops[place] = image
         return crops
 
-    def digests(self) -> list[str]:
-        """SHA-256 (hex) of every file's bytes, in order. Read once."""
-        return list(self._digests)
+    def crop_size(self) -> int:
+        """Height and width of the first image, pixels. Raises InputError if it is not square."""
+        row = int(self.rows[0])
+        height, width = map(int, self._decode(row).shape[:2])
+        if height != width:
+            raise InputError(
+                f"{self.images.where(row)}: {width}×{height} pixels, expected a square crop. Run pkd-align."
+            )
+        return height
 
-    @cached_property
-    def _digests(self) -> tuple[str, ...]:
-        return tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in self.paths)
+    def digests(self, cache: Path | None = None) -> Rows:
+        """SHA-256 of every image's bytes, in order → N rows of 32 uint8, by index. Computed once.
+
+        ``cache``: folder that remembers them by file, size and times, so that the next start need not read the images.
+        """
+        if not self._known:
+            self._known.append(digests_of(self.images, self.rows, cache))
+        return self._known[0]
 
     def digest(self) -> str:
         """One SHA-256 over contents and identities, independent of where the files lie and of their order."""
-        owners = [self.identities[label] if label >= 0 else "" for label in self.labels]
-        return combine(sorted(f"{d} {owner}" for d, owner in zip(self.digests(), owners, strict=True)))
+        return content_digest(self.digests(), self.labels, self.identities)
 
-    def select(self, indices: NDArray[np.int64]) -> FaceSet:
+    def select(self, indices: Ints) -> FaceSet:
         """The images at ``indices``, with the identities relabelled to those that occur."""
         labels = self.labels[indices]
-        kept = sorted(set(labels[labels >= 0].tolist()))
-        new = {old: i for i, old in enumerate(kept)}
-        return FaceSet(
-            paths=tuple(self.paths[i] for i in indices),
-            names=tuple(self.names[i] for i in indices),
-            labels=np.array([new.get(int(label), UNLABELLED) for label in labels], np.int64),
-            identities=tuple(self.identities[i] for i in kept),
-        )
+        kept = np.unique(labels[labels >= 0])
+        relabelled = np.where(labels >= 0, np.searchsorted(kept, labels), UNLABELLED)
+        return FaceSet(self.images, self.rows[indices], relabelled, tuple(self.identities[i] for i in kept))
 
     @classmethod
     def read(cls, *sources: str | Path, labelled: bool = True) -> FaceSet:
-        """Read folders (``<identity>/<image>``) and list files (one path a line, identity = the parent folder).
+        """Read folders (``<identity>/<image>``), lists of paths, ``.rec`` and ``.tar`` files, and folders of these.
 
-        Paths in a list are relative to the list's own folder or to that folder's parent, whichever holds the first.
-        With ``labelled=False`` every image gets label −1 and images may lie anywhere below a folder.
-        Raises InputError naming what is missing.
+        Paths in a list are relative to the list's own folder or to that folder's parent, whichever holds the first;
+        their identity is the parent folder. Class numbers mean the same people in all files of one folder; where there
+        are other sources, too, they are told apart by the name of that folder. With ``labelled=False`` every image
+        gets label −1 and images may lie anywhere below a folder. Raises InputError naming what is missing.
         """
-        found: list[tuple[Path, str, str]] = []
-        for source in map(Path, sources):
-            if source.is_dir():
-                found += _from_folder(source, labelled)
-            elif source.is_file():
-                found += _from_list(source)
-            else:
-                raise InputError(f"{source}: no such folder or list file. Give a folder of aligned crops or a list.")
-        identities = tuple(sorted({identity for _, _, identity in found})) if labelled else ()
+        found = [each for source in sources for each in _open(Path(source), labelled)]
+        names = _distinct(found)
+        identities = tuple(sorted({identity for own in names for identity in own}))
         index = {identity: i for i, identity in enumerate(identities)}
+        images = ImageCollection(tuple(each.images for each in found))
+        labels = []
+        for each, own in zip(found, names, strict=True):
+            place = np.array([*(index[identity] for identity in own), UNLABELLED], np.int64)
+            labels.append(place[each.owners])
         return cls(
-            paths=tuple(path for path, _, _ in found),
-            names=tuple(name for _, name, _ in found),
-            labels=np.array([index.get(identity, UNLABELLED) for _, _, identity in found], np.int64),
+            images=images,
+            rows=np.arange(len(images)),
+            labels=np.concatenate([np.empty(0, np.int64), *labels]),
             identities=identities,
         )
+
+    def _decode(self, row: int) -> Rgb:
+        data = self.images.read(row)
+        try:
+            return decode_rgb(data)
+        except BadImage as error:
+            raise type(error)(f"{self.images.where(row)}: {error}") from None
 
 
 def join(a: FaceSet, b: FaceSet) -> FaceSet:
     """The images of ``a`` and of an unlabelled ``b``."""
     if b.identities:
         raise InputError("only an unlabelled set can be joined to another; read both sources with one FaceSet.read.")
-    return FaceSet(a.paths + b.paths, a.names + b.names, np.concatenate([a.labels, b.labels]), a.identities)
+    images = ImageCollection(a.images.sources + b.images.sources)
+    rows = np.concatenate([a.rows, b.rows + len(a.images)])
+    return FaceSet(images, rows, np.concatenate([a.labels, b.labels]), a.identities)
 
 
-def _from_folder(folder: Path, labelled: bool) -> list[tuple[Path, str, str]]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise InputError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))}).")
-    if labelled and (stray := [p for p in files if p.parent == folder]):
+def _open(source: Path, labelled: bool) -> list[Found]:
+    if source.is_dir():
+        packed = sorted(path for path in source.iterdir() if path.suffix in READERS and path.is_file())
+        if packed:
+            return [READERS[path.suffix](path, labelled) for path in packed]
+        return [read_folder(source, labelled)]
+    if not source.is_file():
         raise InputError(
-            f"{folder}: {len(stray):,} images lie directly in it (first: {stray[0].name}), so they have no identity. "
-            "Put each person's images in a folder of their own, or pass the folder as --unlabelled."
+            f"{source}: no such folder or list file. Give a folder of aligned crops, a list, a .rec or a .tar."
         )
-    return [(p, p.relative_to(folder).as_posix(), p.parent.relative_to(folder).as_posix()) for p in files]
+    return [READERS.get(source.suffix, read_list)(source, labelled)]
 
 
-def _from_list(listing: Path) -> list[tuple[Path, str, str]]:
-    try:
-        lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise InputError(f"{listing}: not a text file. Give a folder, or a list with one image path a line.") from None
-    names = [line for line in lines if line and not line.startswith("#")]
-    if not names:
-        raise InputError(f"{listing}: the list is empty.")
-    roots = (listing.parent, listing.parent.parent, listing.parent.resolve().parent)
-    root = next((r for r in roots if (r / names[0]).is_file()), None)
-    if root is None:
-        raise InputError(f"{listing}: its first image {names[0]!r} lies neither in {roots[0]} nor in {roots[2]}.")
-    missing = [name for name in names if not (root / name).is_file()]
-    if missing:
-        raise InputError(f"{listing}: {len(missing):,} of {len(names):,} images do not exist (first: {missing[0]}).")
-    return [(root / name, name, Path(name).parent.as_posix()) for name in names]
+def _distinct(found: list[Found]) -> list[tuple[str, ...]]:
+    """The identities of each source; class numbers get their folder's name where they could be taken for others."""
+    numbered = {each.folder for each in found if each.numbered}
+    if len(numbered) < 2 and all(each.numbered for each in found):
+        return [each.identities for each in found]
+    clash = len({folder.name for folder in numbered}) < len(numbered)
+    return [
+        tuple(f"{each.folder if clash else each.folder.name}/{number}" for number in each.identities)
+        if each.numbered
+        else each.identities
+        for each in found
+    ]

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.faces import FaceSet
+from pkd.toolkit.image_files import ImageFiles
+from pkd.toolkit.image_source import ImageCollection
 from pkd.toolkit.images import SUFFIXES
+from pkd.toolkit.packed_names import PackedNames
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,14 @@ def read_pair_list(listing: Path, faces: Path) -> PairList:
             f"{faces}: {len(missing):,} of the {len(images):,} images of {listing.name} are missing (first: "
             f"{missing[0]}.*). Pass the folder that holds <name>/<name>_0001.*, with every image aligned."
         )
-    paths = tuple(path for path in found.values() if path is not None)
+    files = PackedNames(path.relative_to(faces).as_posix() for path in found.values() if path is not None)
     names = sorted({name for name, _ in images})
     label = {name: i for i, name in enumerate(names)}
     index = {image: i for i, image in enumerate(images)}
     return PairList(
         faces=FaceSet(
-            paths=paths,
-            names=tuple(path.relative_to(faces).as_posix() for path in paths),
+            images=ImageCollection((ImageFiles(faces, files),)),
+            rows=np.arange(len(images)),
             labels=np.array([label[name] for name, _ in images], np.int64),
             identities=tuple(names),
         ),

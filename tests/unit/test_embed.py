@@ -77,7 +77,7 @@ def test_mirror_images_are_kept_apart(faces: FaceSet, tmp_path: Path) -> None:
 
 def test_a_changed_image_is_computed_again(faces: FaceSet, tmp_path: Path) -> None:
     embed_faces(Grid(), faces, cache=tmp_path / "cache")
-    write_rgb(faces.paths[3], np.full((8, 8, 3), 9, np.uint8))
+    write_rgb(faces.path(3), np.full((8, 8, 3), 9, np.uint8))
     fresh = FaceSet.read(tmp_path / "faces")
     encoder = Grid()
     np.testing.assert_array_equal(embed_faces(encoder, fresh, cache=tmp_path / "cache"), direct(fresh))
@@ -116,7 +116,7 @@ def test_two_processes_share_a_cache(faces: FaceSet, tmp_path: Path) -> None:
 
 
 def test_a_corrupt_image_stops_the_run_with_its_name(faces: FaceSet, tmp_path: Path) -> None:
-    faces.paths[50].write_bytes(b"x")
+    faces.path(50).write_bytes(b"x")
     with pytest.raises(BadImage, match=faces.names[50]):
         embed_faces(Grid(), faces, cache=tmp_path / "cache")
 

@@ -28,7 +28,6 @@ from pkd.toolkit.distill.prepare import Prepared
 from pkd.toolkit.distill.student import load_student, load_weights, save_atomically, save_student, weights_digest
 from pkd.toolkit.distill.trainer import Trainer
 from pkd.toolkit.errors import InputError, TrainingDiverged
-from pkd.toolkit.images import read_rgb
 from pkd.toolkit.runtime import Encoder
 from pkd.toolkit.space import EncoderInfo, describe
 
@@ -42,7 +41,7 @@ def distill(config: DistillConfig, prepared: Prepared, teacher: Encoder | None, 
     Raises TrainingDiverged (the last good checkpoint stays) and KeyboardInterrupt (a checkpoint is written first).
     """
     run = config.run
-    size = teacher.info.preprocess.size if teacher else len(read_rgb(prepared.faces.paths[0]))
+    size = teacher.info.preprocess.size if teacher else prepared.faces.crop_size()
     dim = teacher.info.space.dim if teacher else config.dim or 512
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -61,7 +61,7 @@ def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) ->
 
 
 def _read_faces(config: DistillConfig, method: WeightedSum, console: Console) -> FaceSet:
-    nothing = FaceSet((), (), np.empty(0, np.int64), ())
+    nothing = FaceSet.read()
     faces = FaceSet.read(*config.faces) if config.faces else nothing
     unlabelled = FaceSet.read(*config.unlabelled, labelled=False) if config.unlabelled else nothing
     if method.needs_labels:
