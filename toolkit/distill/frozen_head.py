@@ -7,6 +7,7 @@ arXiv 1805.02867, "online normalizer"; the weighted centre is attention whose ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,9 +17,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, normalize
 
 from pkd.toolkit.errors import BadHead, InputError
-
-CHUNK_BYTES = 2 * 2**20
-"""Logits held at a time: small enough to stay in the cache between the two products of a chunk."""
 
 
 class FrozenHead:
@@ -30,9 +28,8 @@ class FrozenHead:
 
     def __init__(self, centres: Tensor, *, chunk: int | None = None) -> None:
         if centres.ndim != 2 or not len(centres) or centres.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-            raise BadHead(
-                f"centres of shape {tuple(centres.shape)} and {centres.dtype}: a frozen head is C×D, float32 or bfloat16."
-            )
+            shape = tuple(centres.shape)
+            raise BadHead(f"centres of shape {shape} and {centres.dtype}: a frozen head is C×D, float32 or bfloat16.")
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk {chunk}: must be 1 or more class rows.")
         self.centres = centres
@@ -55,8 +52,7 @@ class FrozenHead:
 
     def reduce(self, unit: Tensor, scale: float, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
         """log Σ exp and the softmax-weighted centre, without autograd."""
-        top, total, weighted = stream(unit, self.centres, scale, exclude, self.chunk)
-        return top + total.log(), weighted / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
+        return finish(*stream(unit, self.centres, scale, exclude, self.chunk))
 
 
 def streaming_logsumexp(
@@ -88,7 +84,7 @@ def frozen_cross_entropy(
     ``embeddings``: B×D, any length. ``centres``: C×D unit rows or a FrozenHead. ``labels``: int64 B in 0…C−1. ``psi``:
     B target cosines → B replaced cosines, a ``Margin`` or any differentiable function. ``exclude``: int64 B×2, ranges
     left out of a in place of the own class alone; each should hold its label. Target terms are float32 whatever the
-    head's dtype. Returns a scalar, or B losses with ``reduction="none"``. Raises InputError for labels outside the head.
+    head's dtype. Returns a scalar, or B losses with ``reduction="none"``. Raises InputError for labels outside.
     """
     head = _as_head(centres, chunk)
     _check_labels(labels, head.classes)
@@ -103,29 +99,82 @@ def frozen_cross_entropy(
 def stream(
     unit: Tensor, centres: Tensor, scale: float, exclude: Tensor | None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over the class rows: per sample the largest logit (B), Σ exp(logit − largest) (B), and the sum of the
-    centres with the same weights (B×D). ``exclude`` counts from the first of these rows and may reach beyond them.
+    """One pass over the class rows: per sample the largest logit in bits (B), Σ 2^(logit − largest) (B), and the sum of
+    the centres with the same weights (B×D). Logits are scale · cosine / ln 2, since exp2 costs a third of exp.
+
+    ``exclude`` counts from the first of these rows and may reach beyond them.
     """
-    batch, dim = unit.shape
-    size = min(len(centres), chunk or max(256, CHUNK_BYTES // (4 * max(batch, 1))))
-    queries = unit * scale
+    batch, classes = len(unit), len(centres)
+    size = min(classes, chunk or chunk_rows(batch, unit.device))
+    exact = torch.bfloat16 if centres.dtype == torch.bfloat16 and _fast_bf16(unit) else unit.dtype
+    queries = (unit * (scale / math.log(2))).to(exact)
     top = unit.new_full((batch, 1), torch.finfo(unit.dtype).min)
     total = unit.new_zeros((batch, 1))
-    weighted = unit.new_zeros((batch, dim))
-    logits = unit.new_empty((batch, size))
-    holes = _Holes(exclude, len(centres), size)
-    for index, start in enumerate(range(0, len(centres), size)):
-        rows = centres[start : start + size].to(unit.dtype)
-        part = logits[:, : len(rows)]
-        torch.mm(queries, rows.T, out=part)
-        holes.mask(part, index, start)
-        new = torch.maximum(top, part.amax(dim=1, keepdim=True))
-        fade = (top - new).exp_()
-        part.sub_(new).exp_()
-        total.mul_(fade).add_(part.sum(dim=1, keepdim=True))
-        weighted.mul_(fade).addmm_(part, rows)
+    weighted = torch.zeros_like(unit)
+    buffers = _Buffers(unit, exact, size)
+    holes = _Holes(exclude, classes, size)
+    least = torch.finfo(exact).eps / 2 / math.ceil(classes / size)
+    for index, start in enumerate(range(0, classes, size)):
+        rows = buffers.rows(centres[start : start + size])
+        weights, product = buffers.logits(len(rows))
+        torch.mm(queries, rows.T, out=product)
+        if weights is not product:
+            weights.copy_(product)
+        holes.mask(weights, index, start)
+        new = torch.maximum(top, weights.amax(dim=1, keepdim=True))
+        fade = (top - new).exp2_()
+        sums = weights.sub_(new).exp2_().sum(dim=1, keepdim=True)
+        total.mul_(fade).add_(sums)
+        weighted.mul_(fade)
         top = new
+        heavy = _heavy(sums, total * least)
+        if heavy is not None:  # what is left out adds up to less than half a unit in the last place of the weights
+            weighted.index_add_(0, heavy, (weights[heavy].to(exact) @ rows).to(unit.dtype))
+        elif weights is product:
+            weighted.addmm_(weights, rows)
+        else:
+            weighted.add_(product.copy_(weights) @ rows)
     return top[:, 0], total[:, 0], weighted
+
+
+def finish(top: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``stream`` found, as log Σ exp and the weighted mean of the centres."""
+    return (top + total.log2()) * math.log(2), weighted / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
+
+
+def chunk_rows(batch: int, device: torch.device) -> int:
+    """Class rows at a time: logits that stay in the cache between the two products on a CPU, and enough work for every
+    thread; on a GPU as many as fit 64 MiB.
+    """
+    if device.type == "cpu":
+        return max(256, min(1024 * torch.get_num_threads(), 2**22 // max(batch, 1)))
+    return max(1024, 2**24 // max(batch, 1))
+
+
+class _Buffers:
+    """The memory of one chunk, used again for every chunk."""
+
+    def __init__(self, unit: Tensor, product: torch.dtype, size: int) -> None:
+        self._logits = unit.new_empty(len(unit) * size)
+        self._product = self._logits if product == unit.dtype else torch.empty_like(self._logits, dtype=product)
+        self._rows = torch.empty(0, dtype=product, device=unit.device)
+        self._shape = (size, unit.shape[1])
+        self._batch = len(unit)
+
+    def rows(self, centres: Tensor) -> Tensor:
+        """The chunk's centres in the dtype and on the device of the products; no copy where they have both."""
+        if centres.dtype == self._rows.dtype and centres.device == self._rows.device:
+            return centres
+        if not len(self._rows):
+            self._rows = self._rows.new_empty(self._shape)
+        return self._rows[: len(centres)].copy_(centres)
+
+    def logits(self, count: int) -> tuple[Tensor, Tensor]:
+        """B×count twice: in the dtype of sums and in that of products; one tensor where these are the same."""
+        wide = self._logits[: self._batch * count].view(self._batch, count)
+        if self._product is self._logits:
+            return wide, wide
+        return wide, self._product[: self._batch * count].view(self._batch, count)
 
 
 class _Holes:
@@ -170,6 +219,24 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (centre,) = ctx.saved_tensors
         return centre * (ctx.scale * grad)[:, None], None, None, None
+
+
+def _heavy(sums: Tensor, least: Tensor) -> Tensor | None:
+    """Samples whose weights in this chunk survive rounding. None: nearly all do, or asking would stall a GPU."""
+    if sums.device.type != "cpu":
+        return None
+    heavy = (sums > least)[:, 0]
+    count = int(heavy.count_nonzero())
+    return heavy.nonzero()[:, 0] if 4 * count <= 3 * len(heavy) else None
+
+
+def _fast_bf16(unit: Tensor) -> bool:
+    """Whether products of bfloat16 matrices are worth it: instructions for them, not an emulation."""
+    if unit.dtype == torch.float64:
+        return False
+    if unit.device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return unit.device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _as_head(centres: Tensor | FrozenHead, chunk: int | None) -> FrozenHead:

@@ -14,18 +14,24 @@ from torch import Tensor
 
 from pkd.toolkit.errors import InputError
 
+Gradient = Literal["exact", "straight-through"]
 _CLAMP = 1e-6  # sqrt(1 − c²) has an infinite slope at ±1
 
 
 @dataclass(frozen=True)
 class Margin:
-    """ψ(c), what replaces the target's cosine c. ``size``: radians for arcface, cosine units for cosface."""
+    """ψ(c), what replaces the target's cosine c. ``size``: radians for arcface, cosine units for cosface.
+
+    ``gradient``: exact is dψ/dc, which ArcFace makes large near its centre (sin(θ + m) / sin θ); straight-through takes
+    it as 1, as code does that computes the margin without autograd. The values are the same.
+    """
 
     kind: Literal["softmax", "cosface", "arcface"]
     size: float = 0.0
+    gradient: Gradient = "exact"
 
     @classmethod
-    def parse(cls, spec: str) -> Margin:
+    def parse(cls, spec: str, gradient: Gradient = "exact") -> Margin:
         """``softmax``, ``cosface:0.35`` or ``arcface:0.5``. Raises InputError."""
         kind, _, size = spec.partition(":")
         example = "Use softmax, cosface:0.35 or arcface:0.5."
@@ -36,27 +42,33 @@ class Margin:
         if kind == "softmax":
             if value != 0:
                 raise InputError(f"--margin {spec!r}: softmax has no margin. {example}")
-            return cls("softmax")
+            return cls("softmax", 0.0, gradient)
         if kind == "cosface" and 0 <= value <= 1:
-            return cls("cosface", value)
+            return cls("cosface", value, gradient)
         if kind == "arcface" and 0 <= value < math.pi / 2:
-            return cls("arcface", value)
+            return cls("arcface", value, gradient)
         raise InputError(f"--margin {spec!r}: cosface takes 0 to 1 (cosine), arcface 0 to {math.pi / 2:.2f} (radians).")
 
-    def __call__(self, cosine: Tensor) -> Tensor:
-        """ψ of each cosine, same shape, with its exact gradient. Computed in float32 or better.
+    def __call__(self, cosine: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """ψ of each cosine, same shape. Computed in float32 or better. ``sizes``: a margin per cosine in place of one.
 
         ArcFace is cos(θ + m) while θ + m ≤ π and continues as c − m·sin(π − m), so that it never rises again.
         """
         c = cosine.double() if cosine.dtype == torch.float64 else cosine.float()
+        m = torch.full_like(c, self.size) if sizes is None else sizes.to(c.dtype)
+        if self.gradient == "straight-through":
+            return c + (self._psi(c.detach(), m) - c.detach())
+        return self._psi(c, m)
+
+    def _psi(self, c: Tensor, m: Tensor) -> Tensor:
         if self.kind == "softmax":
             return c
         if self.kind == "cosface":
-            return c - self.size
+            return c - m
         inside = c.clamp(-1 + _CLAMP, 1 - _CLAMP)
         sine = torch.sqrt(1 - inside * inside)
-        turned = inside * math.cos(self.size) - sine * math.sin(self.size)
-        return torch.where(c > math.cos(math.pi - self.size), turned, c - self.size * math.sin(math.pi - self.size))
+        turned = inside * m.cos() - sine * m.sin()
+        return torch.where(c > -m.cos(), turned, c - m * m.sin())
 
 
 def margin_cross_entropy(embeddings: Tensor, centres: Tensor, labels: Tensor, margin: Margin, scale: float) -> Tensor:
