@@ -1,4 +1,4 @@
-"""TorchEncoder, the student file, and arcface_torch checkpoints."""
+"""TorchEncoder and the student file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 
 from pkd.toolkit.distill.backbones import build
 from pkd.toolkit.distill.student import TorchEncoder, load_student, save_student, weights_digest
-from pkd.toolkit.distill.teacher import open_checkpoint
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.space import describe
@@ -72,33 +71,3 @@ def test_files_that_are_no_student(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "student.pt")
     with pytest.raises(InputError, match="expected a dictionary"):
         load_student(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def iresnet() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return build("iresnet18", 16).eval()
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"state_dict_backbone": s}])
-def test_arcface_torch_checkpoints_open(tmp_path: Path, iresnet: torch.nn.Module, prefix: str, wrap) -> None:  # type: ignore[no-untyped-def]
-    path = tmp_path / "backbone.pth"
-    torch.save(wrap({prefix + key: value for key, value in iresnet.state_dict().items()}), path)
-    teacher = open_checkpoint(path, Preprocess())
-    assert teacher.info.role == "teacher" and teacher.info.space.dim == 16
-    with torch.no_grad():
-        raw = iresnet(torch.from_numpy(Preprocess()(CROPS))).numpy()
-    np.testing.assert_allclose(teacher.embed(CROPS), raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=1e-6)
-
-
-def test_other_checkpoints_are_refused(tmp_path: Path, iresnet: torch.nn.Module) -> None:
-    path = tmp_path / "backbone.pth"
-    torch.save({"layer3.0.conv1.weight": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match="not an arcface_torch IResNet"):
-        open_checkpoint(path, Preprocess())
-    state = dict(iresnet.state_dict())
-    del state["layer1.0.conv1.weight"]
-    torch.save(state, path)
-    with pytest.raises(InputError, match=r"layer1\.0\.conv1\.weight"):
-        open_checkpoint(path, Preprocess())

@@ -24,6 +24,7 @@ BACKBONES: dict[str, Callable[[int, float, int], Backbone]] = {
     "iresnet34": lambda dim, width, size: IResNet(dim, (3, 4, 6, 3), size),
     "iresnet50": lambda dim, width, size: IResNet(dim, (3, 4, 14, 3), size),
     "iresnet100": lambda dim, width, size: IResNet(dim, (3, 13, 30, 3), size),
+    "iresnet200": lambda dim, width, size: IResNet(dim, (6, 26, 60, 6), size),
 }
 
 
