@@ -5,6 +5,7 @@ class's ``exit_code``::
 
     PkdError                      1  failed while running
     ├── TrainingDiverged          1  the loss or the weights stopped being finite
+    ├── RankLost                  1  another process of a training over several has ended
     ├── InputError                2  bad usage or input: a path, a file, an image, a vector, an option
     │   ├── BadImage                 an image that cannot be decoded
     │   │   └── ImageTooLarge        an image of more pixels than allowed
@@ -31,6 +32,10 @@ class PkdError(Exception):
 
 class TrainingDiverged(PkdError):
     """The loss or the weights stopped being finite; the last good checkpoint is kept."""
+
+
+class RankLost(PkdError):
+    """Another process of a training over several has ended or is silent."""
 
 
 class InputError(PkdError):

@@ -1,0 +1,154 @@
+"""Two ranks over gloo against one process: loss, embedding gradients, weights after a step; any split of the batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from pkd.toolkit.distill.frozen_head import FrozenHead, frozen_cross_entropy
+from pkd.toolkit.distill.margin import Margin
+from pkd.toolkit.distill.ranks import Ranks, ShardedHead, join_ranks
+from pkd.toolkit.errors import InputError
+
+CLASSES, DIM = 301, 24
+MARGIN = Margin.parse("arcface:0.5")
+
+
+@dataclass(frozen=True)
+class Case:
+    """``sizes``: rows of the batch on each rank. ``labels``: of the whole batch."""
+
+    name: str
+    sizes: tuple[int, int]
+    labels: tuple[int, ...]
+    per_image: bool = False
+    bf16: bool = False
+
+
+CASES = [
+    Case("even", (4, 4), (0, 300, 150, 151, 7, 200, 250, 33)),
+    Case("duplicates", (4, 4), (9, 9, 200, 9, 9, 200, 200, 5)),
+    Case("uneven", (7, 2), (0, 1, 2, 150, 149, 151, 300, 299, 9)),
+    Case("empty", (3, 0), (0, 299, 4)),
+    Case("first-half-alone", (3, 3), (0, 1, 2, 3, 4, 5)),
+    Case("second-half-alone", (3, 3), (160, 170, 180, 190, 200, 210)),
+    Case("unlabelled", (4, 2), (-1, 3, -1, 200, -1, 4)),
+    Case("images", (3, 3), (148, 149, 150, 151, 152, 153), per_image=True),
+    Case("bf16", (4, 4), (0, 300, 150, 151, 7, 200, 250, 33), bf16=True),
+]
+
+
+def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Inputs, centres, labels and excluded ranges; a person's images lie on both sides of the split."""
+    random = torch.Generator().manual_seed(3)
+    centres = normalize(torch.randn(CLASSES, DIM, generator=random))
+    labels = torch.tensor(case.labels)
+    exclude = torch.tensor([[145, 156]] * len(labels)) if case.per_image else None
+    inputs = torch.randn(len(labels), 10, generator=random)
+    return inputs, centres.bfloat16() if case.bf16 else centres, labels, exclude
+
+
+def student() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Linear(10, DIM)
+
+
+def loss_of(embeddings: Tensor, head: FrozenHead, labels: Tensor, exclude: Tensor | None) -> Tensor:
+    """A classification loss over the labelled images, and what kd asks: a sum over all classes."""
+    known = labels >= 0
+    picked = None if exclude is None else exclude[known]
+    loss = frozen_cross_entropy(embeddings[known], head, labels[known], MARGIN, 64, exclude=picked)
+    return loss + 0.1 * head.logsumexp(normalize(embeddings), 8.0)[0].mean()
+
+
+def work(rank: int, port: int, folder: Path) -> None:
+    """One rank: every case, and the refusals; results go to a file."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    found: dict[str, list[Tensor]] = {}
+    with join_ranks() as ranks:
+        assert (ranks.rank, ranks.world, ranks.first) == (rank, 2, rank == 0)
+        for case in CASES:
+            found[case.name] = one_rank(case, ranks)
+        assert ranks.agree(f"rank {rank}") == "rank 0"
+        assert ranks.mean(float(rank), 4.0) == [0.5, 4.0]
+        ranks.require_same("images", "equal")
+        if rank == 0:
+            ranks.require_same("images", "0")
+        else:
+            with pytest.raises(InputError, match="rank 1: its images"):
+                ranks.require_same("images", "1")
+        order: list[int] = []
+        ranks.in_turn(lambda: order.append(rank))
+        assert order == [rank]
+        layer = nn.Linear(2, 2)
+        layer.weight.grad = torch.full((2, 2), float(rank))
+        ranks.average_gradients(list(layer.parameters()))
+        assert bool((layer.weight.grad == 0.5).all())
+    assert not dist.is_initialized()
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def one_rank(case: Case, ranks: Ranks) -> list[Tensor]:
+    inputs, centres, labels, exclude = problem(case)
+    start = sum(case.sizes[: ranks.rank])
+    mine = slice(start, start + case.sizes[ranks.rank])
+    network = DistributedDataParallel(student())
+    embeddings = network(inputs[mine])
+    embeddings.retain_grad()
+    head = ShardedHead.split(centres, ranks, chunk=40)
+    assert head.classes == CLASSES and len(head.centres) in {150, 151}
+    loss = loss_of(ranks.gather(embeddings), head, ranks.gather(labels[mine]), exclude)
+    loss.backward()
+    assert embeddings.grad is not None and network.module.weight.grad is not None
+    return [loss.detach(), embeddings.grad / ranks.world, network.module.weight.grad]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
+    """Results of both ranks, in two processes of their own."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, port, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_ranks_equal_one_process(two_ranks: list[dict[str, list[Tensor]]], case: Case) -> None:
+    inputs, centres, labels, exclude = problem(case)
+    network = student()
+    embeddings = network(inputs)
+    embeddings.retain_grad()
+    loss = loss_of(embeddings, FrozenHead(centres, chunk=40), labels, exclude)
+    loss.backward()
+    tolerance = 1e-2 if case.bf16 else 1e-5  # bfloat16 weights round anew in every chunk
+    parts = [rank[case.name] for rank in two_ranks]
+    for part in parts:
+        assert float(part[0]) == pytest.approx(float(loss.detach()), rel=tolerance)
+        torch.testing.assert_close(part[2], network.weight.grad, rtol=tolerance, atol=tolerance)  # type: ignore[union-attr]
+    gradient = torch.cat([part[1] for part in parts])
+    torch.testing.assert_close(gradient, embeddings.grad, rtol=tolerance, atol=tolerance)
+    assert torch.equal(parts[0][2], parts[1][2])  # the ranks stay together
+
+
+def test_alone_nothing_is_gathered() -> None:
+    ranks, rows = Ranks(), torch.randn(3, 2)
+    assert ranks.gather(rows) is rows and ranks.mean(2.0) == [2.0] and ranks.agree("x") == "x"
+    assert isinstance(ShardedHead.split(rows, ranks), FrozenHead)
