@@ -12,6 +12,7 @@ the first is one more than the last image's key, and records behind the images h
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from pathlib import Path
@@ -104,7 +105,7 @@ def read_recordio(path: Path, labelled: bool) -> Found:
 
 def _read_index(index: Path, path: Path, size: int) -> tuple[Ints, Ints]:
     try:
-        table = np.loadtxt(index, np.int64, comments=None, ndmin=2)
+        table = np.loadtxt(index, np.int64, comments=None, ndmin=2) if index.stat().st_size else np.empty((0, 2))
     except (ValueError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{index}: not an index of 'key<TAB>offset' lines: {str(error)[:120]}.") from None
     if table.size == 0 or table.shape[1] != 2:
@@ -198,7 +199,8 @@ def _announced(path: Path, keys: Ints, offsets: Ints, holds_image: NDArray[np.bo
     if int.from_bytes(data[:4], "little") != 2:
         return None
     (end,) = struct.unpack_from("<f", data, HEADER)
-    return int(end - np.spacing(np.float32(end)) / 2)  # the number was rounded to float32: the least it can mean
+    rounded = float(np.spacing(np.float32(end))) / 2  # the number went through float32: take the least it can mean
+    return math.ceil(end - rounded) - 1
 
 
 def _record(path: Path, at: int) -> bytes:

@@ -25,7 +25,8 @@ from pkd.toolkit.images import SUFFIXES
 from pkd.toolkit.packed_names import PackedNames
 
 BLOCK = 512
-LABELS = frozenset({".cls", ".txt", ".json"})
+LABELS = (".cls", ".json", ".txt")
+"""In this order where a sample has several."""
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 LONGEST_LABEL = 1 << 20
 
@@ -100,6 +101,8 @@ def read_tar(path: Path, labelled: bool) -> Found:
         def images() -> Iterator[str]:
             nonlocal counted
             for sample in _samples(path, data):
+                if labelled and not sample.images:
+                    _refuse_lonely(path, sample)
                 for image in sample.images:
                     identity, is_number = _identity(path, data, sample, image) if labelled else ("", False)
                     if identity:
@@ -125,6 +128,14 @@ def read_tar(path: Path, labelled: bool) -> Found:
         found, np.frombuffer(owners, np.int64), tuple(numbers),
         numbered=counted and bool(numbers), folder=path.parent.resolve(),
     )  # fmt: skip
+
+
+def _refuse_lonely(path: Path, sample: _Sample) -> None:
+    lonely = next((label for label in sample.labels if label.name.endswith(".cls")), None)
+    if lonely is not None:
+        raise InputError(
+            f"{path}: {lonely.name}: no image next to it. The files of one sample must follow each other in the tar."
+        )
 
 
 def _map(path: Path, file: int) -> mmap.mmap:
@@ -156,7 +167,7 @@ def _identity(path: Path, data: mmap.mmap, sample: _Sample, image: _Member) -> t
     """Name of the identity (class numbers with eight digits) and whether it is a class number."""
     if not sample.labels:
         return posixpath.dirname(image.name), False
-    member = sample.labels[0]
+    member = min(sample.labels, key=lambda label: LABELS.index(posixpath.splitext(label.name)[1].lower()))
     where = f"{path}: {member.name}"
     try:
         text = data[member.offset : member.offset + min(member.size, LONGEST_LABEL)].decode().strip()

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from recordio_writer import insightface_records, write_records
 
 from pkd.toolkit.errors import BadImage, InputError
 from pkd.toolkit.faces import UNLABELLED, FaceSet, join
@@ -126,3 +130,101 @@ def test_join_adds_only_unlabelled_images(folder: Path) -> None:
     assert both.labels.tolist() == [0, 0, 1, 2, -1, -1]
     with pytest.raises(InputError, match="only an unlabelled set"):
         join(faces, faces)
+
+
+def encoded(value: int) -> bytes:
+    return cv2.imencode(".png", crop(value, 16))[1].tobytes()
+
+
+@pytest.fixture
+def everywhere(tmp_path: Path) -> dict[str, Path]:
+    """The same four images of two people, as a folder, a list, RecordIO and two tar shards."""
+    people = {"00000003": (10, 20), "00000011": (30, 40)}
+    records, samples = [], []
+    for name, values in people.items():
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        for value in values:
+            (tmp_path / "folder" / name / f"{value}.png").write_bytes(encoded(value))
+            records.append((int(name), encoded(value)))
+            samples.append((f"{value}.png", encoded(value), f"{value}.cls", str(int(name)).encode()))
+    (tmp_path / "list.txt").write_text("".join(f"folder/{n}/{v}.png\n" for n, vs in people.items() for v in vs))
+    (tmp_path / "record").mkdir()
+    write_records(tmp_path / "record/train.rec", insightface_records(records))
+    (tmp_path / "shards").mkdir()
+    for i in (0, 2):
+        with tarfile.open(tmp_path / f"shards/{i}.tar", "w") as tar:
+            for name, data in ((s[k], s[k + 1]) for s in samples[i : i + 2] for k in (0, 2)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return {name: tmp_path / name for name in ("folder", "list.txt", "record", "record/train.rec", "shards")}
+
+
+def test_all_sources_show_the_same_set(everywhere: dict[str, Path]) -> None:
+    reference = FaceSet.read(everywhere["folder"])
+    for name, source in everywhere.items():
+        faces = FaceSet.read(source)
+        assert [i[-8:] for i in faces.identities] == ["00000003", "00000011"], name
+        assert faces.labels.tolist() == [0, 0, 1, 1]
+        np.testing.assert_array_equal(faces.load(range(4), 16), reference.load(range(4), 16))
+        np.testing.assert_array_equal(faces.digests()[:], reference.digests()[:])
+        if name != "list.txt":  # its identities are paths from the list
+            assert faces.digest() == reference.digest()
+        assert faces.crop_size() == 16
+
+
+def test_class_numbers_are_shared_within_a_folder_and_told_apart_between_folders(everywhere: dict[str, Path]) -> None:
+    shards = sorted(everywhere["shards"].glob("*.tar"))
+    assert FaceSet.read(*shards).identities == ("00000003", "00000011")
+    both = FaceSet.read(everywhere["record"], everywhere["shards"])
+    assert both.identities == ("record/00000003", "record/00000011", "shards/00000003", "shards/00000011")
+    assert both.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    mixed = FaceSet.read(everywhere["folder"], everywhere["record"])
+    assert mixed.identities == ("00000003", "00000011", "record/00000003", "record/00000011")
+    np.testing.assert_array_equal(mixed.load([0, 4], 16)[0], mixed.load([0, 4], 16)[1])
+
+
+def test_folders_of_one_name_are_told_apart_by_their_path(everywhere: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other/record"
+    other.parent.mkdir()
+    everywhere["record"].rename(other)
+    write_records(everywhere["record"].parent / "record.rec", [(0, 3.0, encoded(1))])
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record.rec").rename(tmp_path / "record/one.rec")
+    identities = FaceSet.read(other, tmp_path / "record").identities
+    assert len(identities) == 3
+    assert f"{(tmp_path / 'record').resolve()}/00000003" in identities
+
+
+def test_select_and_join_over_several_sources(everywhere: dict[str, Path]) -> None:
+    both = FaceSet.read(everywhere["record"], everywhere["shards"])
+    some = both.select(np.array([7, 0, 4]))
+    assert some.identities == ("record/00000003", "shards/00000003", "shards/00000011")
+    assert some.labels.tolist() == [2, 0, 1]
+    assert some.names == ("40.png", "train.rec#1", "10.png")
+    joined = join(some, FaceSet.read(everywhere["folder"], labelled=False).select(np.array([1])))
+    assert joined.labels.tolist() == [2, 0, 1, -1]
+    assert joined.load(range(4), 16)[:, 0, 0, 0].tolist() == [40, 10, 10, 20]
+    assert joined.path(3) == everywhere["folder"] / "00000003/20.png"
+    with pytest.raises(InputError, match="not a file of its own"):
+        joined.path(1)
+
+
+def test_a_corrupt_image_in_a_record_or_a_tar_is_named(tmp_path: Path) -> None:
+    rec = write_records(tmp_path / "a.rec", [(5, 1.0, b"no image")])
+    with pytest.raises(BadImage, match=r"a\.rec#5: not a JPEG, PNG, WebP or BMP"):
+        FaceSet.read(rec).load([0], 16)
+
+
+def test_an_empty_set_and_an_unlabelled_folder_of_records(everywhere: dict[str, Path]) -> None:
+    assert len(FaceSet.read()) == 0
+    assert FaceSet.read().identities == ()
+    loose = FaceSet.read(everywhere["record"], everywhere["shards"], labelled=False)
+    assert set(loose.labels.tolist()) == {UNLABELLED}
+    assert loose.identities == ()
+
+
+def test_a_crop_that_is_not_square(folder: Path) -> None:
+    write_rgb(folder / "ann/1.png", np.zeros((8, 9, 3), np.uint8))
+    with pytest.raises(InputError, match=r"ann/1\.png: 9×8 pixels, expected a square crop"):
+        FaceSet.read(folder).crop_size()
