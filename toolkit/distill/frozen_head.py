@@ -47,7 +47,7 @@ class FrozenHead:
 
     def logsumexp(self, unit: Tensor, scale: float, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``streaming_logsumexp`` of these centres."""
-        result: tuple[Tensor, Tensor] = _LogSumExp.apply(unit, self, scale, exclude)
+        result: tuple[Tensor, Tensor] = _LogSumExp.apply(unit, self, scale, exclude)  # type: ignore[no-untyped-call]
         return result
 
     def reduce(self, unit: Tensor, scale: float, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -215,7 +215,7 @@ class _LogSumExp(torch.autograd.Function):
         return result, centre
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (centre,) = ctx.saved_tensors
         return centre * (ctx.scale * grad)[:, None], None, None, None
@@ -235,7 +235,7 @@ def _fast_bf16(unit: Tensor) -> bool:
     if unit.dtype == torch.float64:
         return False
     if unit.device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return unit.device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 

@@ -47,7 +47,7 @@ class Ranks:
         """
         if self.world == 1:
             return rows
-        result: Tensor = _Gather.apply(rows, self.rank, self.world)
+        result: Tensor = _Gather.apply(rows, self.rank, self.world)  # type: ignore[no-untyped-call]
         return result
 
     def mean(self, *values: float) -> list[float]:
@@ -199,7 +199,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad[ctx.start : ctx.start + ctx.count] * ctx.world, None, None
 
