@@ -1,0 +1,85 @@
+"""Rows of a head on their way in: read from anywhere in chunks, made unit, kept in memory or mapped from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pkd.toolkit.errors import BadHead
+from pkd.toolkit.keyed_rows import Rows
+
+Float = NDArray[np.float32]
+Int = NDArray[np.int64]
+MEMORY_BYTES = 2 * 2**30
+"""Heads that are larger in float32 are written to disk as bfloat16 and memory-mapped."""
+CHUNK = 8192
+"""Rows read at a time."""
+
+
+def unit_rows(
+    chunks: Iterable[Float],
+    count: int,
+    dim: int,
+    source: str,
+    describe: Callable[[int], str],
+    scratch: Path | None = None,
+) -> Tensor:
+    """Normalise ``count`` rows that come in chunks → C×D: float32 in memory, or above MEMORY_BYTES bfloat16 on disk.
+
+    ``describe``: what a message calls a row. ``scratch``: folder of the file; without one all stays in memory. Raises
+    BadHead for rows that are zero or not finite: they have no direction, and each would join every denominator.
+    """
+    target = _mapped(scratch, count, dim) if scratch and count * dim * 4 > MEMORY_BYTES else torch.empty(count, dim)
+    bad: list[int] = []
+    start = 0
+    for chunk in chunks:
+        with np.errstate(invalid="ignore", over="ignore"):  # such rows are refused below
+            norms = np.linalg.norm(chunk, axis=1, keepdims=True)
+            unit = torch.from_numpy(chunk / np.maximum(norms, 1e-6))
+        bad += (start + np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] >= 1e-6)))).tolist()
+        target[start : start + len(chunk)] = unit
+        start += len(chunk)
+    if bad:
+        raise BadHead(
+            f"head {source}: {len(bad):,} of {count:,} centres are zero or not finite (first: {describe(bad[0])}). "
+            "Such a class would join every denominator: remove it, or pass --head means."
+        )
+    return target
+
+
+def class_sums(plain: Rows, mirrored: Rows, labels: Int, classes: int) -> Iterable[tuple[Int, Float, Float, Float]]:
+    """Walk the labelled images class by class, without ever holding all of them.
+
+    Yields for a run of consecutive classes: the images' indices in class order, their plain and their mirrored rows,
+    and the classes' sums of both (zero where a class has no image). The sums of all runs together are C×D.
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[np.searchsorted(labels[order], 0) :]
+    ends = np.searchsorted(labels[order], np.arange(classes), side="right")
+    first = 0
+    while first < classes:
+        begin = int(ends[first - 1]) if first else 0
+        last = max(first + 1, min(int(np.searchsorted(ends, begin + CHUNK, side="right")), first + CHUNK))
+        indices = order[begin : ends[last - 1]]
+        rows, turned = plain[indices], mirrored[indices]
+        sums = np.zeros((last - first, rows.shape[1]), np.float32)
+        np.add.at(sums, labels[indices] - first, rows + turned)
+        yield indices, rows, turned, sums
+        first = last
+
+
+def _mapped(folder: Path, count: int, dim: int) -> Tensor:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "head.bf16"
+    path.unlink(missing_ok=True)  # whoever has mapped the old file keeps it
+    return torch.from_file(str(path), shared=True, size=count * dim, dtype=torch.bfloat16).view(count, dim)
+
+
+def compute_device() -> torch.device:
+    """Where large products are made before training: a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
