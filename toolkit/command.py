@@ -9,6 +9,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -75,11 +76,13 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
 class StopRequest:
     """Within it, Ctrl-C and SIGTERM only set ``requested``, so that a step ends and a checkpoint is written first.
 
-    A second signal interrupts at once. Outside the main thread, where Python sets no handlers, it does nothing.
+    A second signal interrupts at once; within half a second it is the same wish, told twice by the terminal and by
+    torchrun. Outside the main thread, where Python sets no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -93,9 +96,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and time.monotonic() - self._since > 0.5:
             raise KeyboardInterrupt
-        self.requested = True
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pkd.toolkit.distill.frozen_head import FrozenHead, frozen_cross_entropy
 from pkd.toolkit.distill.margin import Margin
 from pkd.toolkit.distill.ranks import Ranks, ShardedHead, join_ranks
-from pkd.toolkit.errors import InputError
+from pkd.toolkit.errors import BadHead, InputError
 
 CLASSES, DIM = 301, 24
 MARGIN = Margin.parse("arcface:0.5")
@@ -80,7 +80,8 @@ def work(rank: int, port: int, folder: Path) -> None:
         for case in CASES:
             found[case.name] = one_rank(case, ranks)
         assert ranks.agree(f"rank {rank}") == "rank 0"
-        assert ranks.mean(float(rank), 4.0) == [0.5, 4.0]
+        assert ranks.mean(float(rank)) == 0.5 and ranks.any(rank == 1) and not ranks.any(False)
+        assert ranks.share(8) == slice(4 * rank, 4 * rank + 4)
         ranks.require_same("images", "equal")
         if rank == 0:
             ranks.require_same("images", "0")
@@ -92,7 +93,7 @@ def work(rank: int, port: int, folder: Path) -> None:
         assert order == [rank]
         layer = nn.Linear(2, 2)
         layer.weight.grad = torch.full((2, 2), float(rank))
-        ranks.average_gradients(list(layer.parameters()))
+        ranks.average_gradients(layer)
         assert bool((layer.weight.grad == 0.5).all())
     assert not dist.is_initialized()
     torch.save(found, folder / f"{rank}.pt")
@@ -148,7 +149,18 @@ def test_two_ranks_equal_one_process(two_ranks: list[dict[str, list[Tensor]]], c
     assert torch.equal(parts[0][2], parts[1][2])  # the ranks stay together
 
 
+@pytest.mark.parametrize("batch", [3, 2, 65])
+def test_batches_that_do_not_split_are_refused(batch: int) -> None:
+    with pytest.raises(InputError, match=f"--batch {batch}: 2 ranks"):
+        Ranks(0, 2).share(batch)
+
+
+def test_a_head_smaller_than_the_ranks_is_refused() -> None:
+    with pytest.raises(BadHead, match="cannot be split over 4"):
+        ShardedHead.split(torch.eye(3), Ranks(0, 4))
+
+
 def test_alone_nothing_is_gathered() -> None:
     ranks, rows = Ranks(), torch.randn(3, 2)
-    assert ranks.gather(rows) is rows and ranks.mean(2.0) == [2.0] and ranks.agree("x") == "x"
+    assert ranks.gather(rows) is rows and ranks.mean(2.0) == 2 and ranks.agree("x") == "x"
     assert isinstance(ShardedHead.split(rows, ranks), FrozenHead)

@@ -16,6 +16,8 @@ from pkd.toolkit.images import Rgb
 
 AHEAD = 6
 """Batches prepared before they are asked for."""
+WHOLE = slice(None)
+"""The part of every batch that one process alone works on."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,31 @@ class CropBatch:
 
 
 class Loader:
-    """Endless batches of a face set. Batch ``step`` is the same in every run with the same seed."""
+    """Endless batches of a face set. Batch ``step`` is the same in every run with the same seed.
 
-    def __init__(self, faces: FaceSet, batch: int, size: int, *, augment: float, seed: int, workers: int = 2) -> None:
+    ``share``: which images of every batch to yield; all shares together are the batch of one process.
+    """
+
+    def __init__(
+        self,
+        faces: FaceSet,
+        batch: int,
+        size: int,
+        *,
+        augment: float,
+        seed: int,
+        mirror: bool = True,
+        share: slice = WHOLE,
+        workers: int = 2,
+    ) -> None:
         self.faces = faces
         self.batch = batch
         self.steps_per_epoch = len(faces) // batch
         self._size = size
         self._augment = augment
+        self._mirror = mirror
         self._seed = seed
+        self._share = share
         self._workers = workers
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
@@ -46,7 +64,7 @@ class Loader:
             pending: deque[Future[CropBatch]] = deque()
             try:
                 for step in range(start, stop):
-                    pending.append(pool.submit(self.make, step, self._indices(step)))
+                    pending.append(pool.submit(self.make, step, self._indices(step)[self._share]))
                     if len(pending) > AHEAD:
                         yield pending.popleft().result()
                 while pending:
@@ -60,8 +78,8 @@ class Loader:
         crops = self.faces.load(indices, self._size)
         mirrored = np.empty(len(indices), np.bool_)
         for row in range(len(indices)):
-            random = np.random.default_rng((self._seed, step, row))
-            mirrored[row] = random.random() < 0.5
+            random = np.random.default_rng((self._seed, step, (self._share.start or 0) + row))
+            mirrored[row] = (random.random() < 0.5) and self._mirror
             image = crops[row, :, ::-1] if mirrored[row] else crops[row]
             crops[row] = augment(np.ascontiguousarray(image), self._augment, random)
         return CropBatch(crops, indices, mirrored)

@@ -7,6 +7,7 @@ of ranks: means over labelled images, pairs and duplicate labels are those of on
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pkd.toolkit.distill.frozen_head import FrozenHead, finish, stream
@@ -50,18 +51,32 @@ class Ranks:
         result: Tensor = _Gather.apply(rows, self.rank, self.world)  # type: ignore[no-untyped-call]
         return result
 
-    def mean(self, *values: float) -> list[float]:
-        """Mean over the ranks of each value; the same bits on every rank."""
-        if self.world == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=_device())
-        dist.all_reduce(tensor)
-        return [float(v) / self.world for v in tensor]
+    def share(self, batch: int) -> slice:
+        """This rank's images of a batch. Raises InputError for batches that do not split evenly, two or more each."""
+        if batch % self.world or (self.world > 1 and batch < 2 * self.world):
+            raise InputError(
+                f"--batch {batch}: {self.world} ranks need the same number of images each, and at least 2. Give a "
+                f"multiple of {self.world}."
+            )
+        each = batch // self.world
+        return slice(self.rank * each, (self.rank + 1) * each)
 
-    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+    def mean(self, value: float) -> float:
+        """Mean over the ranks; the same bits on every rank."""
+        if self.world == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=_device())
+        dist.all_reduce(total)
+        return float(total) / self.world
+
+    def any(self, value: bool) -> bool:
+        """Whether it is so on any rank."""
+        return self.mean(float(value)) > 0
+
+    def average_gradients(self, module: nn.Module) -> None:
         """For trained layers outside DistributedDataParallel that saw this rank's images alone."""
         if self.world > 1:
-            for parameter in parameters:
+            for parameter in module.parameters():
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= self.world
@@ -113,6 +128,10 @@ class Ranks:
             yield
 
 
+ALONE = Ranks()
+"""One process."""
+
+
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """The ranks that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR in the environment); otherwise this process alone.
@@ -149,12 +168,14 @@ class ShardedHead(FrozenHead):
         self._classes = classes
 
     @classmethod
-    def split(cls, centres: Tensor, ranks: Ranks, *, chunk: int | None = None) -> FrozenHead:
+    def split(
+        cls, centres: Tensor, ranks: Ranks, device: torch.device | str = "cpu", *, chunk: int | None = None
+    ) -> FrozenHead:
         """This rank's share of ``centres`` (C×D, which may be memory-mapped: only the share is read)."""
         if ranks.world == 1:
-            return FrozenHead(centres, chunk=chunk)
+            return FrozenHead(centres.to(device), chunk=chunk)
         first, stop = shard_bounds(len(centres), ranks)
-        return cls(centres[first:stop], first, len(centres), chunk=chunk)
+        return cls(centres[first:stop].to(device), first, len(centres), chunk=chunk)
 
     @property
     def classes(self) -> int:
@@ -223,7 +244,9 @@ def _is_connection(error: RuntimeError) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")[:160]
+    """First sentence of a message, without the place in torch's source that it starts with."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^]]*\] *", "", first).split(". ")[0].strip().rstrip(".")[:160]
 
 
 def _device() -> torch.device:
