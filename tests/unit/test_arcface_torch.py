@@ -8,12 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
+from training_data import make_teacher, write_patterns
 
 from pkd.toolkit.distill.arcface_torch import ArcFaceTorch
 from pkd.toolkit.distill.backbones import BACKBONES, build
+from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.initial import start_from
+from pkd.toolkit.distill.loop import distill
+from pkd.toolkit.distill.prepare import prepare
+from pkd.toolkit.distill.student import load_student
 from pkd.toolkit.distill.teacher import open_checkpoint
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.preprocess import Preprocess
@@ -202,3 +208,19 @@ def test_a_student_that_it_does_not_fit(tmp_path: Path, state: State, student: s
 def test_a_start_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no student\.pt"):
         start_from(str(tmp_path / "none.pth"), torch.nn.Identity(), "iresnet18", DIM, SIZE)
+
+
+def test_a_training_starts_from_it(tmp_path: Path, state: State) -> None:
+    torch.save(state, tmp_path / "r18.pth")
+    faces = write_patterns(tmp_path / "patterns", identities=2, images=4)
+    teacher = make_teacher(DIM)
+    config = DistillConfig(
+        out=str(tmp_path / "run"), faces=(str(faces),), teacher="projection", method="l2kd", student="iresnet18",
+        init=str(tmp_path / "r18.pth"), steps=1, batch=8, lr=1e-9, precision="fp32", cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    quiet = Console(quiet=True)
+    summary = distill(config, prepare(config, teacher, quiet), teacher, quiet)
+    assert str(summary["init"]).startswith("r18@sha256:")
+    trained = load_student(tmp_path / "run").module.state_dict()
+    torch.testing.assert_close(trained["layer2.1.conv2.weight"], state["layer2.1.conv2.weight"], rtol=0, atol=1e-6)
+    assert int(trained["bn1.num_batches_tracked"]) == int(state["bn1.num_batches_tracked"]) + 1
