@@ -44,6 +44,16 @@ def test_without_augmentation_only_the_mirroring_is_left_and_it_is_told(faces: F
         np.testing.assert_array_equal(crop, image[:, ::-1] if mirrored else image)
 
 
+def test_images_that_must_not_be_mirrored_are_not_and_nothing_else_changes(faces: FaceSet) -> None:
+    with_, without = (
+        next(iter(Loader(faces, 10, 112, augment=0.3, seed=1, mirror=m).run(0, 1))) for m in (True, False)
+    )
+    assert not without.mirrored.any()
+    np.testing.assert_array_equal(with_.indices, without.indices)
+    for row in np.flatnonzero(~with_.mirrored):
+        np.testing.assert_array_equal(with_.crops[row], without.crops[row])
+
+
 def test_seeds_differ(faces: FaceSet) -> None:
     a, b = (next(iter(Loader(faces, 8, 112, augment=0.5, seed=s).run(0, 1))) for s in (0, 1))
     assert not np.array_equal(a.crops, b.crops)
