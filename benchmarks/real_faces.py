@@ -158,7 +158,7 @@ def page(results: Report) -> str:
             "`pkd-evaluate --pairs pairs.txt`: 6,000 pairs, ten folds, the threshold of each from the nine others; ± "
             "is the standard deviation over the folds."
         ),
-        table(
+        markdown_table(
             ("teacher", "accuracy", "interval"),
             [
                 (name, f"{r['accuracy']:.2%} ± {r['fold_std']:.2%}", percent(r["ci95"]))
@@ -170,7 +170,7 @@ def page(results: Report) -> str:
             "EdgeFace-XS on `pairsDevTest.txt` (1,000 pairs). The second and third row choose the threshold on the "
             "pairs they report, alike for both, since the photographs of DevTrain are not at hand."
         ),
-        table(
+        markdown_table(
             ("crops", "accuracy", "interval"),
             [(name, f"{r['accuracy']:.2%}", percent(r["ci95"])) for name, r in results["devtest"].items()],
         ),
@@ -198,7 +198,10 @@ def page(results: Report) -> str:
     for key, title in titles.items():
         rows = [row("teacher", "T–T", one["comparisons"]["T–T"], key)]
         rows += [row(m, pair, r["comparisons"][pair], key) for m, r in methods.items() for pair in ("S–T", "S–S")]
-        lines += [f"**{title}**: TAR at FMR", table(("method", "query–gallery", *(f"{f:g}" for f in FMRS)), rows)]
+        lines += [
+            f"**{title}**: TAR at FMR",
+            markdown_table(("method", "query–gallery", *(f"{f:g}" for f in FMRS)), rows),
+        ]
     cosines = [f"{m} {r['cosine']:.3f}" for m, r in methods.items() if r["cosine"] is not None]
     lines.append(f"Mean cosine of student and teacher on the same test image: {', '.join(cosines)}.")
     return "\n\n".join(lines) + "\n"
@@ -209,7 +212,7 @@ def prose(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows))
 

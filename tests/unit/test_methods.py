@@ -1,50 +1,14 @@
-"""Methods: the registry, weighted sums, and the cases where a loss must be exactly zero."""
+"""Methods: the registry, weighted sums and what they need."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pkd.toolkit.distill.margin import Margin, margin_cross_entropy
-from pkd.toolkit.distill.methods import METHODS, Step, WeightedSum
+from distill_step import make_step
+from pkd.toolkit.distill.margin import margin_cross_entropy
+from pkd.toolkit.distill.methods import METHODS, WeightedSum
 from pkd.toolkit.errors import InputError
-
-
-def make_step(labels: list[int], embeddings: torch.Tensor | None = None) -> Step:
-    torch.manual_seed(1)
-    teacher = torch.nn.functional.normalize(torch.randn(len(labels), 16))
-    centres = torch.nn.functional.normalize(torch.randn(5, 16))
-    if embeddings is None:
-        embeddings = torch.randn(len(labels), 16)
-    return Step(embeddings, torch.tensor(labels), teacher, centres, Margin.parse("arcface:0.5"), 32.0)
-
-
-def test_l2kd_is_zero_for_the_teacher_itself_at_any_length() -> None:
-    step = make_step([0, 1, -1])
-    assert step.teacher is not None
-    same = Step(step.teacher * 7, step.labels, step.teacher, None, step.margin, 1)
-    assert float(METHODS["l2kd"].loss(same)) == pytest.approx(0, abs=1e-6)
-
-
-def test_l2kd_is_twice_one_minus_cosine() -> None:
-    step = make_step([0, 1, 2, 3])
-    assert step.teacher is not None
-    cosine = torch.nn.functional.cosine_similarity(step.embeddings, step.teacher).mean()
-    assert float(METHODS["l2kd"].loss(step)) == pytest.approx(float(2 - 2 * cosine), abs=1e-5)
-
-
-def test_unlabelled_rows_do_not_enter_the_classification() -> None:
-    mixed = make_step([0, -1, 3, -1])
-    assert mixed.centres is not None
-    kept = margin_cross_entropy(mixed.embeddings[[0, 2]], mixed.centres, torch.tensor([0, 3]), mixed.margin, 32.0)
-    assert float(METHODS["proxylesskd"].loss(mixed)) == pytest.approx(float(kept), abs=1e-5)
-
-
-def test_a_batch_without_labels_costs_nothing_and_has_a_gradient() -> None:
-    embeddings = torch.randn(3, 16, requires_grad=True)
-    loss = METHODS["proxylesskd"].loss(make_step([-1, -1, -1], embeddings))
-    loss.backward()
-    assert float(loss.detach()) == 0 and embeddings.grad is not None and not bool(embeddings.grad.any())
 
 
 def test_weighted_sum() -> None:
@@ -54,16 +18,67 @@ def test_weighted_sum() -> None:
     assert total == pytest.approx(parts, rel=1e-6)
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "adadistill"])
+def test_every_method_is_finite_and_reaches_the_embeddings_or_the_stages(method: str) -> None:
+    step = make_step([0, 1, 1, -1], requires_grad=True)
+    loss = METHODS[method].loss(step)
+    loss.backward()  # type: ignore[no-untyped-call]
+    reached = [step.embeddings.grad, *(pair.student.grad for pair in step.stages)]
+    assert torch.isfinite(loss)
+    assert any(grad is not None and bool(grad.any()) for grad in reached)
+
+
+@pytest.mark.parametrize("method", ["proxylesskd", "none", "adadistill", "margindistillation"])
+def test_unlabelled_rows_do_not_enter_the_classification(method: str) -> None:
+    mixed, kept = make_step([0, -1, 3, -1]), make_step([0, -1, 3, -1], rows=[0, 2])
+    assert float(METHODS[method].loss(mixed).detach()) == pytest.approx(float(METHODS[method].loss(kept).detach()), 1e-6)
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.labels])
+def test_a_batch_without_labels_costs_nothing_and_has_a_gradient(method: str) -> None:
+    step = make_step([-1, -1, -1], requires_grad=True)
+    loss = METHODS[method].loss(step)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(loss.detach()) == 0 and step.embeddings.grad is not None and not bool(step.embeddings.grad.any())
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.labels])
+def test_methods_without_need_of_labels_look_at_every_image(method: str) -> None:
+    known, unknown = make_step([0, 1, 2, 3]), make_step([-1, -1, -1, -1])
+    assert float(METHODS[method].loss(known).detach()) == float(METHODS[method].loss(unknown).detach())
+
+
+def test_proxylesskd_equals_the_plain_margin_softmax() -> None:
+    step = make_step([0, 4, 3])
+    assert step.head is not None
+    plain = margin_cross_entropy(step.embeddings, step.head.centres, step.labels, step.margin, step.scale)
+    assert float(METHODS["proxylesskd"].loss(step)) == pytest.approx(float(plain), rel=1e-6)
+
+
 def test_needs() -> None:
-    assert WeightedSum.parse("proxylesskd+l2kd").head == "frozen"
-    assert not WeightedSum.parse("proxylesskd+l2kd").needs_labels
+    both = WeightedSum.parse("proxylesskd+l2kd")
+    assert both.head == "frozen" and not both.needs_labels and both.ties and not both.stages
     assert WeightedSum.parse("proxylesskd").needs_labels
-    assert not WeightedSum.parse("none").needs_teacher and WeightedSum.parse("none").head == "trained"
+    control = WeightedSum.parse("none")
+    assert not control.needs_teacher and control.head == "trained" and not control.ties
     assert WeightedSum.parse("l2kd").head == "none"
+    assert WeightedSum.parse("adadistill").head == "moving"
+    assert WeightedSum.parse("l2kd+fsp").stages == 2 and WeightedSum.parse("l2kd+fsp").ties
+
+
+@pytest.mark.parametrize("method", ["fitnets", "at", "fsp", "rkd", "cckd"])
+def test_what_was_published_beside_a_classifier_gets_the_students_own(method: str) -> None:
+    alone = WeightedSum.parse(method)
+    assert str(alone) == f"none+{method}:{METHODS[method].beside:g}" and alone.head == "trained"
+    assert alone.needs_teacher and not alone.ties
+    beside = WeightedSum.parse(f"proxylesskd+{method}:3")
+    assert str(beside) == f"proxylesskd+{method}:3" and beside.head == "frozen" and beside.ties
+    assert WeightedSum.parse(str(alone)) == alone
 
 
 @pytest.mark.parametrize(
-    "spec", ["proxyless", "l2kd:0", "l2kd:-1", "l2kd:inf", "l2kd:x", "none+proxylesskd", "l2kd+l2kd", ""]
+    "spec",
+    ["proxyless", "l2kd:0", "l2kd:-1", "l2kd:inf", "l2kd:x", "none+proxylesskd", "adadistill+kd", "l2kd+l2kd", ""],
 )
 def test_bad_sums_are_refused(spec: str) -> None:
     with pytest.raises(InputError, match="--method"):

@@ -1,4 +1,4 @@
-"""Duplicates: classes that are one person under two labels. Their centres nearly coincide; found, listed, merged."""
+"""Duplicates: classes that are one identity under two labels. Their centres nearly coincide; found, listed, merged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pkd.toolkit.distill.head_rows import Int, compute_device
 from pkd.toolkit.record import Record
 
 SUSPECT = 0.7
-"""Cosine of two class centres from which they are reported as one person; what the messages propose to merge at."""
+"""Cosine of two class centres from which they are reported as one identity; what the messages propose to merge at."""
 EXACT = 30_000
 """Classes up to which every pair is compared; above, only classes that share one of their nearest pivots."""
 NEIGHBOURS = 16
@@ -36,7 +36,7 @@ class Pair(Record):
     cosine: float
 
 
-class SamePerson(Record):
+class Duplicates(Record):
     """Classes whose centres have a cosine of ``threshold`` or more, and the nearest pairs."""
 
     threshold: float
@@ -106,9 +106,9 @@ class Merge:
     merged: tuple[Merged, ...]
 
 
-def same_person(
+def report_duplicates(
     found: Neighbours, identities: tuple[str, ...], images: Int, threshold: float, merge: Merge | None
-) -> SamePerson:
+) -> Duplicates:
     """Report: how many pairs reach ``threshold``, and the nearest. ``images``: int64 C, image counts."""
     near = found.above(threshold)
     nearest = [
@@ -116,14 +116,14 @@ def same_person(
         for a, b, c in zip(found.first[:SHOWN], found.second[:SHOWN], found.cosine[:SHOWN], strict=True)
     ]
     apart = None if merge is None else int((merge.classes[near.first] != merge.classes[near.second]).sum())
-    return SamePerson(threshold=threshold, pairs=len(near.first), left_apart=apart, nearest=tuple(nearest))
+    return Duplicates(threshold=threshold, pairs=len(near.first), left_apart=apart, nearest=tuple(nearest))
 
 
 def merge(centres: Tensor, found: Neighbours, identities: tuple[str, ...], images: Int, threshold: float) -> Merge:
     """Join classes whose centres reach ``threshold``. A group takes the name of its class with the most images.
 
     Pairs are joined nearest first, but two groups only if every class of one reaches ``threshold`` with every class of
-    the other (complete linkage). So a chain a–b–c whose ends are apart does not become one person.
+    the other (complete linkage). So a chain a–b–c whose ends are apart does not become one class.
     """
     group: dict[int, list[int]] = {}
     near = found.above(threshold)

@@ -25,9 +25,11 @@ from pkd.toolkit.distill.head import FILE as HEAD_FILE
 from pkd.toolkit.distill.head import Head, save_head
 from pkd.toolkit.distill.log import RunLog, StepLog
 from pkd.toolkit.distill.prepare import Prepared
-from pkd.toolkit.distill.student import load_student, load_weights, save_atomically, save_student, weights_digest
+from pkd.toolkit.distill.ranks import ALONE, Ranks
+from pkd.toolkit.distill.student import load_weights, save_atomically, save_student, weights_digest
 from pkd.toolkit.distill.trainer import Trainer
 from pkd.toolkit.errors import InputError, TrainingDiverged
+from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import Encoder
 from pkd.toolkit.space import EncoderInfo, describe
 
@@ -35,33 +37,49 @@ CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.json"
 
 
-def distill(config: DistillConfig, prepared: Prepared, teacher: Encoder | None, console: Console) -> dict[str, Any]:
+def distill(
+    config: DistillConfig, prepared: Prepared, teacher: Encoder | None, console: Console, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """Train and write the run folder. Continues from its checkpoint if there is one. Returns the run's summary.
 
-    Raises TrainingDiverged (the last good checkpoint stays) and KeyboardInterrupt (a checkpoint is written first).
+    Raises TrainingDiverged, RankLost (the last good checkpoint stays) and KeyboardInterrupt (one is written first).
     """
+    with ranks.watch(lambda: _go_on(config.run, ranks)):
+        return _distill(config, prepared, teacher, console, ranks)
+
+
+def _distill(
+    config: DistillConfig, prepared: Prepared, teacher: Encoder | None, console: Console, ranks: Ranks
+) -> dict[str, Any]:
     run = config.run
     size = teacher.info.preprocess.size if teacher else prepared.faces.crop_size()
     dim = teacher.info.space.dim if teacher else config.dim or 512
     if config.threads:
         torch.set_num_threads(config.threads)
-    config = resolve(config, prepared, dim, size, console)
+    ranks.require_same("images", prepared.data_digest)
+    config = resolve(config, prepared, dim, size, console, ranks)
     with ExitStack() as stack:
-        stack.enter_context(_exclusive(run))
-        trainer = Trainer(config, prepared, dim, size)
+        if ranks.first:
+            stack.enter_context(_exclusive(run))
+        trainer = Trainer(config, prepared, dim, size, ranks)
         start = _restore(trainer, run, prepared.data_digest)
+        ranks.require_same("checkpoints", str(start))
+        stop = stack.enter_context(StopRequest())
+        if not ranks.first:
+            _train(trainer, start, run, None, stop)
+            return ranks.agree({})
         _write_json(run / CONFIG, json.loads(config.model_dump_json()))
         if prepared.audit:
             _write_json(run / "audit.json", json.loads(prepared.audit.model_dump_json()))
         log = stack.enter_context(RunLog(run, start, config.steps or 0, config.batch, console))
-        stop = stack.enter_context(StopRequest())
         _train(trainer, start, run, log, stop)
-        return _finish(trainer, run, teacher, log.last)
+        return ranks.agree(_finish(trainer, run, teacher, log.last))
 
 
-def _train(trainer: Trainer, start: int, run: Path, log: RunLog, stop: StopRequest) -> None:
-    config, steps = trainer.config, trainer.config.steps or 0
-    saved = time.monotonic()
+def _train(trainer: Trainer, start: int, run: Path, log: RunLog | None, stop: StopRequest) -> None:
+    """All steps from ``start`` on. ``log``: of the first rank, which alone writes to the run folder."""
+    config, steps, ranks = trainer.config, trainer.config.steps or 0, trainer.ranks
+    saved = -math.inf if ranks.world > 1 else time.monotonic()  # a lost rank always leaves something to resume
     trainer.student.train()
     for step, batch in enumerate(trainer.loader.run(start, steps), start=start):
         lr = learning_rate(step, steps, config)
@@ -69,16 +87,17 @@ def _train(trainer: Trainer, start: int, run: Path, log: RunLog, stop: StopReque
             loss, cosine = trainer.step(batch, lr)
         except TrainingDiverged as error:
             raise _diverged(f"{error} at step {step + 1:,} of {steps:,}", run) from None
-        log.write(StepLog(step + 1, loss, cosine, lr))
-        last = step + 1 == steps
-        if last or stop.requested or time.monotonic() - saved > config.checkpoint_seconds:
+        last, stopping = step + 1 == steps, ranks.any(stop.requested)
+        if log:
+            log.write(StepLog(step + 1, loss, cosine, lr))
+        if ranks.first and (last or stopping or time.monotonic() - saved > config.checkpoint_seconds):
             if not trainer.finite():
                 raise _diverged(f"a weight is not finite after step {step + 1:,} of {steps:,}", run)
             content = {"step": step + 1, "data": trainer.prepared.data_digest, "state": trainer.state()}
             save_atomically(content, run / CHECKPOINT)
             saved = time.monotonic()
-        if stop.requested and not last:
-            raise KeyboardInterrupt(f"Step {step + 1:,} of {steps:,} is saved: pkd-distill --resume --out {run}")
+        if stopping and not last:
+            raise KeyboardInterrupt(f"Step {step + 1:,} of {steps:,} is saved: {_command(ranks)} --resume --out {run}")
 
 
 def _restore(trainer: Trainer, run: Path, data_digest: str) -> int:
@@ -99,7 +118,7 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
     training: dict[str, str | int | float | bool | None] = {
         "tool": tool_version(),
         "teacher": teacher.info.id if teacher else None,
-        "method": config.method,
+        "method": str(trainer.method),
         "margin": config.margin if trainer.method.head != "none" else None,
         "scale": config.scale if trainer.method.head != "none" else None,
         "head": Path(prepared.head.source).name if prepared.head else trainer.method.head,
@@ -108,15 +127,14 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
         "images": len(prepared.faces),
         "identities": len(prepared.identities),
         "data_digest": prepared.data_digest,
-        "init": load_student(config.init).info.id if config.init else None,
+        "init": trainer.started_from,
         "steps": config.steps,
         "batch": config.batch,
         "precision": config.precision,
         "seed": config.seed,
     }
-    if trainer.method.head == "trained":
-        assert trainer.centres is not None
-        centres = normalize(trainer.centres.detach().float()).cpu().numpy()
+    if trainer.own is not None:
+        centres = normalize(trainer.own.detach().float()).cpu()
         save_head(Head(centres, prepared.identities, "trained"), run / HEAD_FILE)
     save_student(run, student, config.student, info, training)
     cosine = last.cosine if last and math.isfinite(last.cosine) else None
@@ -128,11 +146,23 @@ def _identify(trainer: Trainer, student: nn.Module, teacher: Encoder | None) -> 
     name = config.name or f"{config.student}-{config.method}".replace(":", "-").replace("+", "-")
     digest = weights_digest(student.state_dict())
     dim = teacher.info.space.dim if teacher else config.dim or 512
-    if trainer.method.needs_teacher and teacher:
-        preprocess = trainer.preprocess.model_copy(update={"template": teacher.info.preprocess.template})
+    template = teacher.info.preprocess.template if teacher else config.template or Preprocess().template
+    preprocess = trainer.preprocess.model_copy(update={"template": template})
+    if trainer.method.ties and teacher:
         return describe(name, "student", digest, preprocess, dim, space=teacher.info.space)
-    own = describe(name, "teacher", digest, trainer.preprocess, dim)  # nothing tied it to a teacher: a space of its own
+    own = describe(name, "teacher", digest, preprocess, dim)  # nothing tied it to a teacher: a space of its own
     return own if teacher is None else own.model_copy(update={"role": "student"})
+
+
+def _go_on(run: Path, ranks: Ranks) -> str:
+    if (run / CHECKPOINT).is_file():
+        return f"The last checkpoint is kept: {_command(ranks)} --resume --out {run}"
+    return "No checkpoint was written yet."
+
+
+def _command(ranks: Ranks) -> str:
+    one = "pkd-distill"
+    return one if ranks.world == 1 else f"torchrun --nproc_per_node {ranks.world} -m pkd.toolkit.cli.distill"
 
 
 def _diverged(what: str, run: Path) -> TrainingDiverged:

@@ -1,64 +1,53 @@
-"""Distillation methods: what a student's embedding is trained towards. METHODS is the whole registry."""
+"""Distillation methods: what a student is trained towards. METHODS is the whole registry; a sum of them is a recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from pkd.toolkit.distill.margin import Margin, margin_cross_entropy
+from pkd.toolkit.distill.class_losses import adadistill, kd, margindistillation, own_classifier, proxylesskd
+from pkd.toolkit.distill.embedding_losses import cckd, l2kd, rkd
+from pkd.toolkit.distill.stage_losses import at, fitnets, fsp
+from pkd.toolkit.distill.step import Step
 from pkd.toolkit.errors import InputError
 
-
-@dataclass(frozen=True)
-class Step:
-    """What a loss sees of one batch.
-
-    ``embeddings``: student output B×D, not normalised. ``labels``: int64 B, −1 where unknown. ``teacher``: B×D unit
-    rows of the teacher for the same (mirrored) images. ``centres``: C×D unit rows, frozen or trainable.
-    """
-
-    embeddings: Tensor
-    labels: Tensor
-    teacher: Tensor | None
-    centres: Tensor | None
-    margin: Margin
-    scale: float
+Classifier = Literal["frozen", "moving", "trained", "none"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A loss and what it needs. ``head``: frozen (the teacher's), trained (its own) or none."""
+    """A loss and what it needs."""
 
     loss: Callable[[Step], Tensor]
-    teacher: bool
-    head: str
-
-
-def classify(step: Step) -> Tensor:
-    """Margin softmax against the step's centres, over the images with a label.
-
-    With the teacher's frozen centres this is ProxylessKD (Shi et al. 2020, arXiv 2011.00265, §3.3).
-    """
-    assert step.centres is not None
-    known = step.labels >= 0
-    if not bool(known.any()):
-        return step.embeddings.sum() * 0.0
-    return margin_cross_entropy(step.embeddings[known], step.centres, step.labels[known], step.margin, step.scale)
-
-
-def l2kd(step: Step) -> Tensor:
-    """Mean squared distance ‖x̂ − t̂‖² of unit embeddings: plain regression onto the teacher. Needs no label."""
-    assert step.teacher is not None
-    return (normalize(step.embeddings.float()) - step.teacher).square().sum(dim=1).mean()
+    head: Classifier = "none"
+    """Whose class centres it reads: the teacher's, frozen; the teacher's, moving; its own, trained; none."""
+    teacher: bool = True
+    """Whether it reads the teacher at all."""
+    labels: bool = False
+    """Whether images without identity are idle in it."""
+    ties: bool = False
+    """Whether it alone puts the student into the teacher's space, so that a query can meet the teacher's gallery."""
+    stages: int = 0
+    """How many resolutions student and teacher must have in common."""
+    beside: float | None = None
+    """Its weight beside the student's own classifier, as it was published; None for a loss that stands alone."""
 
 
 METHODS: dict[str, Method] = {
-    "proxylesskd": Method(classify, teacher=True, head="frozen"),
-    "l2kd": Method(l2kd, teacher=True, head="none"),
-    "none": Method(classify, teacher=False, head="trained"),
+    "proxylesskd": Method(proxylesskd, head="frozen", labels=True, ties=True),
+    "l2kd": Method(l2kd, ties=True),
+    "kd": Method(kd, head="frozen", ties=True),
+    "adadistill": Method(adadistill, head="moving", labels=True, ties=True),
+    "margindistillation": Method(margindistillation, head="frozen", labels=True, ties=True),
+    "fitnets": Method(fitnets, stages=1, beside=10.0),
+    "at": Method(at, stages=1, beside=10.0),
+    "fsp": Method(fsp, stages=2, beside=10.0),
+    "rkd": Method(rkd, beside=25.0),
+    "cckd": Method(cckd, beside=100.0),
+    "none": Method(own_classifier, head="trained", teacher=False, labels=True),
 }
 
 
@@ -70,39 +59,62 @@ class WeightedSum:
 
     @classmethod
     def parse(cls, spec: str) -> WeightedSum:
-        """Raises InputError for unknown methods, weights that are no positive numbers, and sums with ``none``."""
+        """``at`` alone means ``none+at:10``: beside the student's own classifier, as such methods were published.
+
+        Raises InputError for unknown methods, weights that are no positive numbers, and terms that exclude each other.
+        """
         terms: list[tuple[str, float]] = []
         for term in spec.split("+"):
             name, _, number = term.strip().partition(":")
             if name not in METHODS:
                 raise InputError(f"--method {spec!r}: unknown method {name!r}. Choose from {', '.join(METHODS)}.")
+            usual = METHODS[name].beside or 1.0
             try:
-                weight = float(number) if number else 1.0
+                weight = float(number) if number else usual
             except ValueError:
                 weight = 0.0
             if not 0 < weight < float("inf"):
                 raise InputError(f"--method {spec!r}: the weight {number!r} is not a positive number.")
             terms.append((name, weight))
-        if len({METHODS[name].head for name, _ in terms} - {"none"}) > 1:
-            raise InputError(f"--method {spec!r}: none trains its own classifier and cannot join a frozen one.")
         if len({name for name, _ in terms}) != len(terms):
             raise InputError(f"--method {spec!r}: names a method twice. Add up its weights.")
+        if all(METHODS[name].beside is not None for name, _ in terms):
+            terms.insert(0, ("none", 1.0))
+        classifiers = {METHODS[name].head: name for name, _ in terms if METHODS[name].head != "none"}
+        if len(classifiers) > 1:
+            raise InputError(
+                f"--method {spec!r}: {' and '.join(classifiers.values())} need different classifiers "
+                f"({', '.join(classifiers)}). Choose one of them."
+            )
         return cls(tuple(terms))
+
+    def __str__(self) -> str:
+        return "+".join(name if weight == 1 else f"{name}:{weight:g}" for name, weight in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term looks at the teacher's embeddings or centres."""
+        """Whether any term looks at the teacher's embeddings, stages or centres."""
         return any(METHODS[name].teacher for name, _ in self.terms)
 
     @property
-    def head(self) -> str:
-        """``frozen``, ``trained`` or ``none``."""
+    def ties(self) -> bool:
+        """Whether the student ends up in the teacher's space; otherwise in one of its own."""
+        return any(METHODS[name].ties for name, _ in self.terms)
+
+    @property
+    def head(self) -> Classifier:
+        """The one classifier that the terms read."""
         return next((METHODS[name].head for name, _ in self.terms if METHODS[name].head != "none"), "none")
 
     @property
     def needs_labels(self) -> bool:
         """Whether every term needs labels, so that unlabelled images would be idle."""
-        return all(METHODS[name].head != "none" for name, _ in self.terms)
+        return all(METHODS[name].labels for name, _ in self.terms)
+
+    @property
+    def stages(self) -> int:
+        """How many resolutions student and teacher must have in common."""
+        return max(METHODS[name].stages for name, _ in self.terms)
 
     def loss(self, step: Step) -> Tensor:
         """The weighted sum, a scalar."""

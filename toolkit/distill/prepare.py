@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,32 +11,39 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from pkd.toolkit.command import progress
+from pkd.toolkit.distill.backbones import build
 from pkd.toolkit.distill.config import DistillConfig
-from pkd.toolkit.distill.head import FILE as HEAD_FILE
-from pkd.toolkit.distill.head import Audit, Head, audit, class_means, read_head, require_sound
+from pkd.toolkit.distill.head import Head
+from pkd.toolkit.distill.head_audit import Audit
+from pkd.toolkit.distill.head_choice import Classes, HeadChoice, resolve_head
 from pkd.toolkit.distill.methods import WeightedSum
-from pkd.toolkit.embed import default_cache, embed_faces
-from pkd.toolkit.errors import InputError
+from pkd.toolkit.distill.stages import StagePlan, plan_stages
+from pkd.toolkit.embed import default_cache, embed_stored
+from pkd.toolkit.errors import BadHead, InputError
 from pkd.toolkit.faces import FaceSet, join
+from pkd.toolkit.keyed_rows import Rows
 from pkd.toolkit.runtime import Encoder
-
-Float = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """``targets``: the teacher's unit embeddings of every image, plain and mirrored, each N×D; None without a teacher.
+    """``targets``: the teacher's unit embeddings of every image, plain and mirrored, each N×D and read by index from
+    disk; None without a teacher.
 
-    ``labels``: int64 N into the head's classes (or the identities, where the head is trained), −1 where unknown.
+    ``labels``: int64 N into the head's rows (or the identities, where the head is trained), −1 where unknown.
+    ``exclude``: int64 C×2 by row of the head, the range of rows that a sample's denominator leaves out; None where that
+    is its own row alone.
     """
 
     faces: FaceSet
     labels: NDArray[np.int64]
     data_digest: str
-    targets: tuple[Float, Float] | None
+    targets: tuple[Rows, Rows] | None
     head: Head | None
     audit: Audit | None
     identities: tuple[str, ...]
+    exclude: NDArray[np.int64] | None = None
+    stages: StagePlan | None = None
 
 
 def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) -> Prepared:
@@ -43,32 +51,39 @@ def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) ->
     method = WeightedSum.parse(config.method)
     if method.needs_teacher and teacher is None:
         raise InputError(f"--method {config.method}: needs --teacher. Without one, --method none trains a teacher.")
-    faces = _read_faces(config, method, console)
+    stages = _plan(config, teacher, method.stages) if teacher and method.stages else None
+    choice = HeadChoice.parse(config.head, config.teacher) if method.head in {"frozen", "moving"} else None
+    faces = _read_faces(config, method, choice, console)
     if len(faces) < config.batch:
         raise InputError(f"{len(faces):,} images are fewer than --batch {config.batch}. Give more or a smaller batch.")
     targets = _targets(config, teacher, faces, console) if teacher else None
-    head, labels = None, faces.labels
-    found = None
-    if method.head == "frozen":
-        assert teacher is not None and targets is not None
-        head = _resolve_head(config, targets, faces, teacher.info.space.dim)
-        row = {identity: i for i, identity in enumerate(head.identities)}
-        remap = np.array([row[identity] for identity in faces.identities] + [-1], np.int64)
-        labels = remap[faces.labels]
-        found = audit(head, *targets, labels)
-        require_sound(found, teacher.info.space.dim)
-    return Prepared(faces, labels, faces.digest(), targets, head, found, faces.identities)
+    classes = Classes(None, faces.labels, faces.identities, None)
+    if teacher and targets:
+        key = f"{teacher.info.id} {faces.digest()}{'' if config.mirror else ' not mirrored'}"
+        classes = resolve_head(config, choice, targets, faces.labels, faces.identities, key, console)
+    if classes.audit and classes.audit.fault and choice:
+        raise BadHead(classes.audit.fault)
+    exclude = classes.head.exclude if classes.head else None
+    return Prepared(
+        faces, classes.labels, faces.digest(), targets, classes.head, classes.audit, classes.identities, exclude, stages
+    )
 
 
-def _read_faces(config: DistillConfig, method: WeightedSum, console: Console) -> FaceSet:
+def _plan(config: DistillConfig, teacher: Encoder, least: int) -> StagePlan:
+    size = teacher.info.preprocess.size
+    student = build(config.student, teacher.info.space.dim, size)
+    return plan_stages(teacher, config.teacher_stages, student, size, least, config.threads or os.cpu_count() or 1)
+
+
+def _read_faces(config: DistillConfig, method: WeightedSum, choice: HeadChoice | None, console: Console) -> FaceSet:
     nothing = FaceSet.read()
     faces = FaceSet.read(*config.faces) if config.faces else nothing
     unlabelled = FaceSet.read(*config.unlabelled, labelled=False) if config.unlabelled else nothing
-    if method.needs_labels:
+    if method.needs_labels and not (choice and choice.kind == "images"):
         if len(faces.identities) < 2:
             raise InputError(
                 f"{' '.join(config.faces) or '--faces'}: {len(faces.identities)} identities; --method {config.method} "
-                "classifies people and needs at least 2. Give --faces with a folder per person, or --method l2kd."
+                "classifies them and needs at least 2. Give --faces with a folder for each, or --method l2kd."
             )
         if len(unlabelled):
             console.print(f"--method {config.method} uses labels only: {len(unlabelled):,} unlabelled images left out.")
@@ -76,18 +91,11 @@ def _read_faces(config: DistillConfig, method: WeightedSum, console: Console) ->
     return join(faces, unlabelled)
 
 
-def _targets(config: DistillConfig, teacher: Encoder, faces: FaceSet, console: Console) -> tuple[Float, Float]:
+def _targets(config: DistillConfig, teacher: Encoder, faces: FaceSet, console: Console) -> tuple[Rows, Rows]:
     cache = Path(config.cache) if config.cache else default_cache()
-    with progress(console, "teacher embeddings", 2 * len(faces)) as advance:
-        plain = embed_faces(teacher, faces, cache=cache, jobs=config.threads, advance=advance)
-        mirrored = embed_faces(teacher, faces, flip=True, cache=cache, jobs=config.threads, advance=advance)
+    with progress(console, "teacher embeddings", (1 + config.mirror) * len(faces)) as advance:
+        plain = embed_stored(teacher, faces, cache=cache, jobs=config.threads, advance=advance)
+        if not config.mirror:
+            return plain, plain
+        mirrored = embed_stored(teacher, faces, flip=True, cache=cache, jobs=config.threads, advance=advance)
     return plain, mirrored
-
-
-def _resolve_head(config: DistillConfig, targets: tuple[Float, Float], faces: FaceSet, dim: int) -> Head:
-    own = Path(config.teacher or "") / HEAD_FILE
-    if config.head == "auto" and own.is_file():
-        return read_head(own, faces.identities, dim)
-    if config.head in {"auto", "means"}:
-        return class_means(*targets, faces.labels, faces.identities)
-    return read_head(config.head, faces.identities, dim)

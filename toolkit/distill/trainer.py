@@ -7,41 +7,73 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
 
 from pkd.toolkit.distill.backbones import build
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.data import CropBatch, Loader
+from pkd.toolkit.distill.frozen_head import FrozenHead
+from pkd.toolkit.distill.initial import start_from
 from pkd.toolkit.distill.margin import Margin
-from pkd.toolkit.distill.methods import Step, WeightedSum
+from pkd.toolkit.distill.methods import WeightedSum
+from pkd.toolkit.distill.moving_head import MovingHead
 from pkd.toolkit.distill.prepare import Prepared
-from pkd.toolkit.distill.student import load_student
-from pkd.toolkit.errors import InputError, TrainingDiverged
+from pkd.toolkit.distill.ranks import ALONE, Ranks, ShardedHead
+from pkd.toolkit.distill.stage_losses import ADAPTED, adapters
+from pkd.toolkit.distill.stages import Taps
+from pkd.toolkit.distill.step import StagePair, Step
+from pkd.toolkit.errors import TrainingDiverged
 from pkd.toolkit.preprocess import Preprocess
 
 
 class Trainer:
-    """One training in memory. The same config and data give the same weights, step by step."""
+    """One training in memory. The same config and data give the same weights, step by step.
 
-    def __init__(self, config: DistillConfig, prepared: Prepared, dim: int, size: int) -> None:
+    Over several ranks each sees its share of every batch; the losses see the whole batch on every rank, the frozen head
+    is split, and moving or trained centres are kept whole and stay equal, since all ranks make the same update.
+    """
+
+    def __init__(
+        self, config: DistillConfig, prepared: Prepared, dim: int, size: int, ranks: Ranks = ALONE
+    ) -> None:
         self.config = config
+        self.ranks = ranks
         self.prepared = prepared
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.method = WeightedSum.parse(config.method)
-        self.margin = Margin.parse(config.margin)
+        self.margin = Margin.parse(config.margin, config.gradient)
         torch.manual_seed(config.seed)
         student = build(config.student, dim, size)
-        if config.init is not None:
-            _start_from(student, config)
+        self.started_from = start_from(config.init, student, config.student, dim, size) if config.init else None
         self.student = student.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.centres: Tensor | None = None
+        self.head: FrozenHead | None = None
+        self.moving: MovingHead | None = None
+        self.own: nn.Parameter | None = None
         if self.method.head == "trained":
-            self.centres = nn.Parameter(torch.randn(len(prepared.identities), dim, device=self.device) * 0.05)
-        elif prepared.head is not None:
-            self.centres = torch.from_numpy(prepared.head.centres).to(self.device)
+            self.own = nn.Parameter(torch.randn(len(prepared.identities), dim, device=self.device) * 0.05)
+        elif self.method.head in {"frozen", "moving"}:
+            assert prepared.head is not None
+            centres = torch.as_tensor(prepared.head.centres)
+            if self.method.head == "frozen":
+                self.head = ShardedHead.split(centres, ranks, self.device)
+            else:
+                self.moving = MovingHead(centres.to(self.device))
+        self.plan = prepared.stages
+        self.taps = Taps(self.student, student.stages) if self.plan else None
+        self.adapters = nn.ModuleDict()
+        if self.plan:
+            needed = [name for name, _ in self.method.terms if name in ADAPTED]
+            self.adapters.update({name: adapters(name, self.plan.channels) for name in needed})
+        self.adapters.to(self.device)
+        self.network: nn.Module = self.student if ranks.world == 1 else DistributedDataParallel(self.student)
         self.optimiser = torch.optim.AdamW(self._groups(), lr=config.lr, betas=(0.9, 0.999))
-        self.loader = Loader(prepared.faces, config.batch, size, augment=config.augment, seed=config.seed)
+        self.loader = Loader(
+            prepared.faces, config.batch, size, augment=config.augment, seed=config.seed, mirror=config.mirror,
+            share=ranks.share(config.batch),
+        )  # fmt: skip
         self.preprocess = Preprocess(size=size)
         self.bf16 = config.precision == "bf16"
 
@@ -52,70 +84,86 @@ class Trainer:
         pixels = torch.from_numpy(batch.crops).to(self.device).permute(0, 3, 1, 2)  # channels last, no copy
         inputs = (pixels.float() - self.preprocess.mean) / self.preprocess.std
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            embeddings = self.student(inputs)
-        embeddings = embeddings.float()
-        teacher = self._targets(batch)
-        centres = self.centres
-        if centres is not None and centres.requires_grad:
-            centres = normalize(centres)
-        labels = torch.from_numpy(self.prepared.labels[batch.indices]).to(self.device)
-        loss = self.method.loss(Step(embeddings, labels, teacher, centres, self.margin, self.config.scale))
-        value = float(loss.detach())
+            embeddings = self.network(inputs)
+        step = self._step(batch, embeddings.float())
+        loss = self.method.loss(step)
+        cosine = math.nan
+        if step.teacher is not None:
+            cosine = float((normalize(step.embeddings.detach()) * step.teacher).sum(dim=1).mean())
+        value = self.ranks.mean(float(loss.detach()))  # stages are seen by their own rank alone
         if not math.isfinite(value):
             raise TrainingDiverged(f"the loss is {value}")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        self.ranks.average_gradients(self.adapters)
         self.optimiser.step()
-        if teacher is None:
-            return value, math.nan
-        return value, float((normalize(embeddings.detach()) * teacher).sum(dim=1).mean())
+        return value, cosine
+
+    def _step(self, batch: CropBatch, embeddings: Tensor) -> Step:
+        """The whole batch, of all ranks, apart from stage features, which stay with the rank that made them."""
+        drawn = torch.from_numpy(np.stack([batch.indices, batch.mirrored], axis=1)).to(self.device)
+        indices, mirrored = self.ranks.gather(drawn).cpu().numpy().T
+        labels = self.prepared.labels[indices]
+        exclude = self.prepared.exclude
+        return Step(
+            embeddings=self.ranks.gather(embeddings),
+            labels=torch.from_numpy(labels).to(self.device),
+            margin=self.margin,
+            scale=self.config.scale,
+            teacher=self._targets(indices, mirrored),
+            head=self.head,
+            moving=self.moving,
+            trained=None if self.own is None else normalize(self.own),
+            exclude=None if exclude is None else torch.from_numpy(exclude[labels]).to(self.device),
+            temperature=self.config.temperature,
+            stages=self._stages(batch),
+            adapters=self.adapters,
+        )
+
+    def _stages(self, batch: CropBatch) -> tuple[StagePair, ...]:
+        if self.plan is None or self.taps is None:
+            return ()
+        student, teacher = self.taps.take(), self.plan.teacher(batch.crops)
+        return tuple(StagePair(student[i], teacher[j].to(self.device)) for i, j in self.plan.pairs)
 
     def finite(self) -> bool:
         """Whether every weight, running statistic and centre is finite."""
-        tensors = [*self.student.state_dict().values(), *([self.centres] if self.centres is not None else [])]
-        return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+        kept = [*self.student.state_dict().values(), *self.adapters.state_dict().values()]
+        kept += [] if self.own is None else [self.own]
+        kept += [] if self.moving is None else [self.moving.units]
+        return all(bool(torch.isfinite(t).all()) for t in kept if t.is_floating_point())
 
     def state(self) -> dict[str, Any]:
         """All that a bit-for-bit continuation needs; order and augmentation follow from the step alone."""
-        state = {"student": self.student.state_dict(), "optimiser": self.optimiser.state_dict()}
-        if self.method.head == "trained":
-            assert self.centres is not None
-            state["centres"] = self.centres.detach()
+        state: dict[str, Any] = {"student": self.student.state_dict(), "optimiser": self.optimiser.state_dict()}
+        state["adapters"] = self.adapters.state_dict()
+        if self.own is not None:
+            state["centres"] = self.own.detach()
+        if self.moving is not None:
+            state["moving"] = self.moving.state()
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of ``state``."""
         self.student.load_state_dict(state["student"])
         self.optimiser.load_state_dict(state["optimiser"])
-        if self.method.head == "trained":
-            assert self.centres is not None
+        self.adapters.load_state_dict(state["adapters"])
+        if self.own is not None:
             with torch.no_grad():
-                self.centres.copy_(state["centres"])
+                self.own.copy_(state["centres"])
+        if self.moving is not None:
+            self.moving.restore(state["moving"])
 
-    def _targets(self, batch: CropBatch) -> Tensor | None:
+    def _targets(self, indices: NDArray[np.int64], mirrored: NDArray[np.int64]) -> Tensor | None:
         if self.prepared.targets is None:
             return None
-        plain, mirrored = self.prepared.targets
-        rows = np.where(batch.mirrored[:, None], mirrored[batch.indices], plain[batch.indices])
+        plain, turned = self.prepared.targets
+        rows = np.where(mirrored[:, None], turned[indices], plain[indices])
         return torch.from_numpy(rows).to(self.device)
 
     def _groups(self) -> list[dict[str, Any]]:
-        matrices = [p for p in self.student.parameters() if p.ndim > 1]
-        vectors = [p for p in self.student.parameters() if p.ndim <= 1]
-        if self.centres is not None and self.centres.requires_grad:
-            matrices.append(self.centres)
+        trained = [*self.student.parameters(), *self.adapters.parameters(), *([] if self.own is None else [self.own])]
         return [
-            {"params": matrices, "weight_decay": self.config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-
-
-def _start_from(student: nn.Module, config: DistillConfig) -> None:
-    assert config.init is not None
-    try:
-        student.load_state_dict(load_student(config.init).module.state_dict())
-    except RuntimeError:
-        raise InputError(
-            f"--init {config.init}: its weights do not fit {config.student} in the teacher's space. Give a run of the "
-            "same backbone, crop size and dimension."
-        ) from None
