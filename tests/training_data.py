@@ -41,6 +41,33 @@ def make_teacher(dim: int = 16, seed: int = 0) -> TorchEncoder:
     return TorchEncoder(info, network, {})
 
 
+class Pyramid(nn.Module):
+    """Three stages at half, a quarter and an eighth of the side."""
+
+    stages = ("fine", "middle", "coarse")
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU())
+        self.middle = nn.Sequential(nn.Conv2d(5, 6, 3, 2, 1), nn.ReLU())
+        self.coarse = nn.Sequential(nn.Conv2d(6, 7, 3, 2, 1), nn.ReLU())
+        self.top = nn.Linear(7 * (SIZE // 8) ** 2, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """N×3×32×32 → N×dim."""
+        out: torch.Tensor = self.top(self.coarse(self.middle(self.fine(x))).flatten(1))
+        return out
+
+
+def make_pyramid(dim: int = 16, seed: int = 0) -> TorchEncoder:
+    """A random convolutional teacher with stages."""
+    torch.manual_seed(seed)
+    network = Pyramid(dim)
+    preprocess = Preprocess(size=SIZE, template="none")
+    info = describe("pyramid", "teacher", weights_digest(network.state_dict()), preprocess, dim)
+    return TorchEncoder(info, network, {})
+
+
 def write_teacher(path: Path, dim: int = 16) -> None:
     """The same kind of teacher as an ONNX file: float n×3×32×32 → n×dim."""
     weights = np.random.default_rng(0).normal(size=(48, dim)).astype(np.float32)

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from distill_step import make_step
 from torch.nn.functional import cosine_similarity, normalize
 
-from distill_step import make_step
 from pkd.toolkit.distill.embedding_losses import cckd, l2kd, rkd
 
 LABELS = [0, 1, 2, 3, -1]
@@ -39,9 +39,7 @@ def test_rkd_against_numpy() -> None:
     assert step.teacher is not None
     student = relations(normalize(step.embeddings).numpy())
     teacher = relations(step.teacher.numpy())
-    distance, angle = (
-        float(np.mean([huber(d) for d in (s - t).flat])) for s, t in zip(student, teacher, strict=True)
-    )
+    distance, angle = (float(np.mean([huber(d) for d in (s - t).flat])) for s, t in zip(student, teacher, strict=True))
     assert float(rkd(step)) == pytest.approx(distance + 2 * angle, rel=1e-9)
 
 

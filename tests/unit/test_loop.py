@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from training_data import SIZE, make_teacher, write_patterns
+from training_data import SIZE, make_pyramid, make_teacher, write_patterns
 
 from pkd.toolkit.distill.budget import learning_rate, resolve
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.head import read_head
 from pkd.toolkit.distill.loop import distill
+from pkd.toolkit.distill.methods import METHODS, WeightedSum
 from pkd.toolkit.distill.prepare import Prepared, prepare
 from pkd.toolkit.distill.student import TorchEncoder, load_student, weights_digest
 from pkd.toolkit.distill.trainer import Trainer
@@ -57,18 +58,32 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
     assert rates[-1] < 1e-4
 
 
-@pytest.mark.parametrize("method", ["proxylesskd", "l2kd", "none", "proxylesskd+l2kd:0.5"])
-def test_every_method_learns(tmp_path: Path, faces: Path, teacher: TorchEncoder, method: str) -> None:
+@pytest.mark.parametrize("method", [*METHODS, "proxylesskd+l2kd:30", "l2kd+fsp:0.1+rkd:1"])
+def test_every_method_learns(tmp_path: Path, faces: Path, method: str) -> None:
+    teacher = make_pyramid()
     config = make_config(tmp_path, faces, method=method, steps=40, scale=16.0, lr=5e-3, augment=0.0)
     summary = train(config, teacher)
     with (config.run / "log.csv").open() as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     assert len(losses) == 40 and np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     student = load_student(config.run)
-    assert student.info.id == summary["encoder"]
-    assert (student.info.space == teacher.info.space) == (method != "none")
-    if method != "none":
-        assert summary["cosine"] > (0.5 if method == "l2kd" else 0.2)
+    assert student.info.id == summary["encoder"] and summary["method"] == str(WeightedSum.parse(method))
+    ties = WeightedSum.parse(method).ties
+    assert (student.info.space == teacher.info.space) == ties
+    if ties:
+        assert summary["cosine"] > (0.5 if "l2kd" in method else 0.2)
+
+
+def test_methods_that_the_teacher_cannot_serve_are_refused_before_any_work(
+    tmp_path: Path, faces: Path, teacher: TorchEncoder
+) -> None:
+    with pytest.raises(InputError, match="names no stages"):
+        prepare(make_config(tmp_path, faces, method="fitnets"), teacher, QUIET)
+    with pytest.raises(InputError, match="needs --teacher"):
+        prepare(make_config(tmp_path, faces, method="rkd", teacher=None), None, QUIET)
+    with pytest.raises(InputError, match="margin softmax has none"):
+        prepare(make_config(tmp_path, faces, method="margindistillation", margin="softmax"), teacher, QUIET)
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
 
 
 def test_a_teacher_is_trained_with_its_classifier_and_a_student_inherits_it(tmp_path: Path, faces: Path) -> None:
@@ -88,19 +103,23 @@ def test_a_teacher_is_trained_with_its_classifier_and_a_student_inherits_it(tmp_
     assert load_student(student.run).info.space == trained.info.space
 
 
-def test_the_frozen_head_stays_and_the_trained_one_moves(tmp_path: Path, faces: Path, teacher: TorchEncoder) -> None:
-    for method, moves in (("proxylesskd", False), ("none", True)):
+def test_the_frozen_head_stays_and_the_others_move(tmp_path: Path, faces: Path, teacher: TorchEncoder) -> None:
+    def centres(trainer: Trainer) -> torch.Tensor:
+        kept = (trainer.head and trainer.head.centres, trainer.moving and trainer.moving.units, trainer.own)
+        return next(tensor for tensor in kept if tensor is not None).detach().clone()
+
+    for method, moves in (("proxylesskd", False), ("adadistill", True), ("none", True)):
         config = make_config(tmp_path, faces, method=method)
         trainer = Trainer(config, prepare(config, teacher, QUIET), 16, SIZE)
-        assert trainer.centres is not None
-        before = trainer.centres.detach().clone()
+        before = centres(trainer)
         for batch in trainer.loader.run(0, 2):
             trainer.step(batch, 1e-2)
-        assert bool((trainer.centres != before).any()) == moves
+        assert bool((centres(trainer) != before).any()) == moves
 
 
-@pytest.mark.parametrize("method", ["proxylesskd", "none"])
-def test_continuation_is_bit_for_bit(tmp_path: Path, faces: Path, teacher: TorchEncoder, method: str) -> None:
+@pytest.mark.parametrize("method", ["proxylesskd", "none", "adadistill", "l2kd+fsp"])
+def test_continuation_is_bit_for_bit(tmp_path: Path, faces: Path, method: str) -> None:
+    teacher = make_pyramid()
     torch.set_num_threads(1)
     config = make_config(tmp_path, faces, method=method, steps=8)
     prepared = prepare(config, teacher, QUIET)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from distill_step import make_step
+
 from pkd.toolkit.distill.margin import margin_cross_entropy
 from pkd.toolkit.distill.methods import METHODS, WeightedSum
 from pkd.toolkit.errors import InputError
@@ -31,7 +31,9 @@ def test_every_method_is_finite_and_reaches_the_embeddings_or_the_stages(method:
 @pytest.mark.parametrize("method", ["proxylesskd", "none", "adadistill", "margindistillation"])
 def test_unlabelled_rows_do_not_enter_the_classification(method: str) -> None:
     mixed, kept = make_step([0, -1, 3, -1]), make_step([0, -1, 3, -1], rows=[0, 2])
-    assert float(METHODS[method].loss(mixed).detach()) == pytest.approx(float(METHODS[method].loss(kept).detach()), 1e-6)
+    assert float(METHODS[method].loss(mixed).detach()) == pytest.approx(
+        float(METHODS[method].loss(kept).detach()), 1e-6
+    )
 
 
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.labels])

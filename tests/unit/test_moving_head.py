@@ -40,7 +40,7 @@ def test_the_average_runs_over_vectors_that_are_not_normalised_again() -> None:
 
 
 def test_a_student_that_knows_nothing_is_taught_the_teachers_own_embedding() -> None:
-    head, student, teacher = make(1)
+    head, _, teacher = make(1)
     head.update(-teacher, teacher, torch.tensor([2]))
     assert torch.allclose(head.units[2], teacher[0], atol=1e-5)
 

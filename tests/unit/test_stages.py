@@ -8,43 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from training_data import SIZE, make_pyramid, make_teacher, write_teacher
 
 from pkd.toolkit.distill.backbones import build
 from pkd.toolkit.distill.stages import Taps, open_stages, plan_stages
-from pkd.toolkit.distill.student import TorchEncoder, weights_digest
+from pkd.toolkit.distill.student import TorchEncoder
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import open_onnx
-from pkd.toolkit.space import describe
-from training_data import make_teacher, write_teacher
-
-SIZE = 32
-
-
-class Pyramid(nn.Module):
-    """Three stages at sides 16, 8 and 4."""
-
-    stages = ("fine", "middle", "coarse")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fine = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU())
-        self.middle = nn.Sequential(nn.Conv2d(5, 6, 3, 2, 1), nn.ReLU())
-        self.coarse = nn.Sequential(nn.Conv2d(6, 7, 3, 2, 1), nn.ReLU())
-        self.top = nn.Linear(7 * 16, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.top(self.coarse(self.middle(self.fine(x))).flatten(1))
-        return out
 
 
 @pytest.fixture
 def teacher() -> TorchEncoder:
-    torch.manual_seed(0)
-    network = Pyramid()
-    info = describe("pyramid", "teacher", weights_digest(network.state_dict()), Preprocess(size=SIZE), 16)
-    return TorchEncoder(info, network, {})
+    return make_pyramid()
 
 
 @pytest.fixture
@@ -103,7 +79,7 @@ def test_a_teacher_without_stages_says_what_to_use_instead(tmp_path: Path) -> No
         open_stages(make_teacher(), ())
     write_teacher(tmp_path / "flat.onnx")
     flat = open_onnx(tmp_path / "flat.onnx", Preprocess(size=SIZE))
-    with pytest.raises(InputError, match="shows no stage features.*rkd"):
+    with pytest.raises(InputError, match=r"shows no stage features.*rkd"):
         open_stages(flat, ())
 
 
@@ -115,5 +91,5 @@ def test_unknown_names_are_answered_with_those_that_exist(teacher: TorchEncoder,
 
 
 def test_too_few_common_resolutions_are_refused_before_training(teacher: TorchEncoder) -> None:
-    with pytest.raises(InputError, match="1 resolutions in common, at least 2.*l2kd"):
+    with pytest.raises(InputError, match=r"1 resolutions in common, at least 2.*l2kd"):
         plan_stages(teacher, ("middle",), build("mobilefacenet:0.25", 16, SIZE), SIZE, least=2)

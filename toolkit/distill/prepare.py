@@ -16,6 +16,7 @@ from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.head import Head
 from pkd.toolkit.distill.head_audit import Audit
 from pkd.toolkit.distill.head_choice import Classes, HeadChoice, resolve_head
+from pkd.toolkit.distill.margin import Margin
 from pkd.toolkit.distill.methods import WeightedSum
 from pkd.toolkit.distill.stages import StagePlan, plan_stages
 from pkd.toolkit.embed import default_cache, embed_stored
@@ -51,6 +52,8 @@ def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) ->
     method = WeightedSum.parse(config.method)
     if method.needs_teacher and teacher is None:
         raise InputError(f"--method {config.method}: needs --teacher. Without one, --method none trains a teacher.")
+    if "margindistillation" in dict(method.terms) and Margin.parse(config.margin).kind == "softmax":
+        raise InputError(f"--method {config.method}: varies a margin and --margin softmax has none. Use arcface:0.5.")
     stages = _plan(config, teacher, method.stages) if teacher and method.stages else None
     choice = HeadChoice.parse(config.head, config.teacher) if method.head in {"frozen", "moving"} else None
     faces = _read_faces(config, method, choice, console)
