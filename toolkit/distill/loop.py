@@ -24,6 +24,7 @@ from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.head import FILE as HEAD_FILE
 from pkd.toolkit.distill.head import Head, save_head
 from pkd.toolkit.distill.log import RunLog, StepLog
+from pkd.toolkit.distill.memory import keep_freed_memory
 from pkd.toolkit.distill.prepare import Prepared
 from pkd.toolkit.distill.ranks import ALONE, Ranks
 from pkd.toolkit.distill.student import load_weights, save_atomically, save_student, weights_digest
@@ -56,6 +57,7 @@ def _distill(
     dim = teacher.info.space.dim if teacher else config.dim or 512
     if config.threads:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     ranks.require_same("images", prepared.data_digest)
     config = resolve(config, prepared, dim, size, console, ranks)
     with ExitStack() as stack:

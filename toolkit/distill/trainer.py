@@ -82,7 +82,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         pixels = torch.from_numpy(batch.crops).to(self.device).permute(0, 3, 1, 2)  # channels last, no copy
-        inputs = (pixels.float() - self.preprocess.mean) / self.preprocess.std
+        inputs = pixels.float().sub_(self.preprocess.mean).div_(self.preprocess.std)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             embeddings = self.network(inputs)
         step = self._step(batch, embeddings.float())
