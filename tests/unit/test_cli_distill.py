@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,11 @@ def options(place: Path, *more: str) -> list[str]:
         (("--head", "wide.npz"), "the teacher's space has 16 dimensions"),
         (("--head", "random.npz"), "nearest to their own centre"),
         (("--head", "nowhere.npz"), "nowhere.npz"),
+        (("--head", "empty"), "empty: holds none of checkpoint_gpu_*.pt"),
+        (("--head", "images:2"), "--head images:2: the share"),
+        (("--head", "zero.npz", "--head-labels", "crops"), "crops: Is a directory"),
+        (("--merge-duplicates", "70"), "--merge-duplicates 70.0: a cosine between 0 and 1"),
+        (("--teacher", "-", "--method", "none", "--merge-duplicates", "0.7"), "needs --teacher"),
         (("--method", "magic"), "unknown method 'magic'"),
         (("--margin", "arcface:9"), "--margin"),
         (("--student", "vgg"), "unknown backbone"),
@@ -86,3 +92,22 @@ def test_help_states_every_default(capfd: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     text = " ".join(capfd.readouterr().out.split())
     assert "[proxylesskd]" in text and "[arcface:0.5]" in text and "--max-minutes" in text and "examples:" in text
+
+
+def test_duplicates_are_printed_then_merged(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    crops = write_patterns(place / "twice", images=6)
+    (crops / "again").mkdir()
+    for k in (3, 4, 5):
+        (crops / "id-02" / f"{k}.png").rename(crops / "again" / f"{k}.png")
+
+    def shown(*more: str) -> str:
+        assert main(options(place, "--faces", "twice", "--head", "fit", *more)) == 0
+        return " ".join(capfd.readouterr().err.replace("│", " ").split())
+
+    assert "1: probably the same, --merge-duplicates 0.7 merges them" in shown("--out", str(place / "apart"))
+    text = shown("--out", str(place / "merged"), "--merge-duplicates", "0.7")
+    assert "1: 1 classes merged into 1; 0 pairs left apart" in text and "alike: again, id-02" in text
+    (group,) = json.loads((place / "merged" / "audit.json").read_text())["merged"]
+    assert {group["identity"], *group["others"]} == {"again", "id-02"} and group["images"] == 6
+    assert len(np.load(place / "merged" / "head.npz")["centres"]) == 6
+    assert json.loads((place / "merged" / "config.json").read_text())["merge_duplicates"] == 0.7

@@ -8,7 +8,7 @@ import torch
 from head_data import unit
 
 from pkd.toolkit.distill import duplicates
-from pkd.toolkit.distill.duplicates import merge, neighbours, same_person
+from pkd.toolkit.distill.duplicates import merge, neighbours, report_duplicates
 
 
 def planted(classes: int, dim: int, pairs: int, cosine: float, seed: int = 0) -> torch.Tensor:
@@ -64,9 +64,9 @@ def test_a_chain_is_not_one_person() -> None:
     done = merge(rows, neighbours(rows, 0.7), names(4), np.array([1, 2, 3, 4]), 0.7)
     assert [(m.identity, m.others, m.images) for m in done.merged] == [("p1", ("p0",), 3)]
     assert done.classes.tolist() == [0, 0, 1, 2] and done.identities == ("p1", "p2", "p3")
-    report = same_person(neighbours(rows, 0.7), names(4), np.array([1, 2, 3, 4]), 0.7, done)
+    report = report_duplicates(neighbours(rows, 0.7), names(4), np.array([1, 2, 3, 4]), 0.7, done)
     assert (report.pairs, report.left_apart) == (2, 1)
-    assert same_person(neighbours(rows, 0.7), names(4), np.ones(4, np.int64), 0.7, None).left_apart is None
+    assert report_duplicates(neighbours(rows, 0.7), names(4), np.ones(4, np.int64), 0.7, None).left_apart is None
 
 
 def test_groups_keep_the_distance_they_promise() -> None:

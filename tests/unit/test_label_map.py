@@ -64,6 +64,7 @@ def test_numbers_are_rows_and_need_not_all_occur() -> None:
     assert class_names(None, ("0", "10", "2"), 12, "h", None) == tuple(map(str, range(12)))
     with pytest.raises(BadHead, match=r"no centre for 1 of 2 identities \(first: 12\).*all shards"):
         class_names(None, ("0", "12"), 1, "h", None)
+    assert class_names(None, ("00000000", "00000010"), 12, "h", None)[10] == "00000010"  # RecordIO and tar shards
     assert class_names(None, ("00", "01"), 2, "h", None) == ("00", "01")  # folder names, not labels
 
 

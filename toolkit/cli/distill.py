@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -19,12 +19,17 @@ from pkd.toolkit.cli.encoders import open_encoder
 from pkd.toolkit.errors import InputError, MissingExtra
 from pkd.toolkit.space import check_name
 
+if TYPE_CHECKING:
+    from pkd.toolkit.distill.head_audit import Audit
+    from pkd.toolkit.distill.ranks import Ranks
+
 EXAMPLES = """
   pkd-distill --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --faces crops/ --out runs/student
   pkd-distill --teacher insightface:buffalo_l --faces list.txt --unlabelled u/ --method l2kd --max-minutes 60 --out RUN
   pkd-distill --method none --faces crops/ --student iresnet18 --out runs/teacher     (a teacher with its classifier)
   pkd-distill --teacher runs/teacher --faces crops/ --out runs/student                (inherits that classifier)
   pkd-distill --resume --out runs/student
+  torchrun --nproc_per_node 2 -m pkd.toolkit.cli.distill OPTIONS                      (over several processes or GPUs)
 """
 
 
@@ -44,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = command.make_parser("pkd-distill", __doc__ or "", EXAMPLES)
     for name, field in DistillConfig.model_fields.items():
-        default = "" if field.default is None or field.is_required() or field.default == () else f" [{field.default}]"
+        default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+        default = "" if default in {None, ""} or field.is_required() else f" [{default}]"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             required=name == "out",
@@ -62,23 +68,37 @@ def _kind(annotation: Any) -> dict[str, Any]:
         annotation = next(a for a in get_args(annotation) if a is not type(None))
     if get_origin(annotation) is tuple:
         return {"nargs": "+", "metavar": "PATH"}
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
     return {"type": annotation, "metavar": {int: "N", float: "X"}.get(annotation, "VALUE")}
 
 
 def _run(args: argparse.Namespace, console: Console) -> Mapping[str, Any]:
+    from pkd.toolkit.distill.ranks import join_ranks
+
+    with join_ranks() as ranks:
+        if not ranks.first:  # one voice is enough
+            args.json, console.quiet = False, True
+        return _distill(args, console, ranks)
+
+
+def _distill(args: argparse.Namespace, console: Console, ranks: Ranks) -> Mapping[str, Any]:
     from pkd.toolkit.distill.loop import distill
     from pkd.toolkit.distill.prepare import prepare
 
     config = _config(args)
+    ranks.share(config.batch)
     if (config.run / "student.pt").is_file():
         raise InputError(f"{config.out}: holds a finished run. Choose another --out, or delete it.")
     teacher = open_encoder(config.teacher, config.teacher_preprocess) if config.teacher else None
-    prepared = prepare(config, teacher, console)
+    prepared = ranks.in_turn(lambda: prepare(config, teacher, console))
     if prepared.audit:
         console.print(_audit_table(prepared.audit))
-    summary = distill(config, prepared, teacher, console)
+        if prepared.audit.fault:  # the method does not classify by these labels, or it would have been refused
+            console.print(f"warning: {prepared.audit.fault}")
+    summary = distill(config, prepared, teacher, console, ranks)
     console.print(f"wrote {config.out}: {summary['encoder']}, {summary['parameters']:,} parameters")
     return summary
 
@@ -110,6 +130,7 @@ def _config(args: argparse.Namespace) -> Any:
 def _validated(values: Mapping[str, Any]) -> Any:
     from pkd.toolkit.distill.backbones import parse
     from pkd.toolkit.distill.config import DistillConfig
+    from pkd.toolkit.distill.head_choice import HeadChoice
     from pkd.toolkit.distill.margin import Margin
     from pkd.toolkit.distill.methods import WeightedSum
 
@@ -123,6 +144,7 @@ def _validated(values: Mapping[str, Any]) -> Any:
         check_name(config.name)
     Margin.parse(config.margin)
     WeightedSum.parse(config.method)
+    HeadChoice.parse(config.head, config.teacher)
     return config
 
 
@@ -130,14 +152,36 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
 
-def _audit_table(audit: Any) -> Table:
+def _audit_table(audit: Audit) -> Table:
     def shown(value: float | None, form: str) -> str:
         return "not measurable: every class has one image" if value is None else format(value, form)
 
     table = Table(title=f"head audit: {audit.source}, {audit.classes:,} classes", show_header=False)
     table.add_row("mean cosine to the own centre", shown(audit.mean_cosine, ".3f"))
     table.add_row("nearest centre is the own", shown(audit.top1, ".1%"))
-    table.add_row("images judged", f"{audit.audited_images:,}")
+    sample = f", nearest centre of {audit.top1_images:,}" if audit.top1_images < audit.audited_images else ""
+    table.add_row("images judged", f"{audit.audited_images:,} of {audit.images:,}{sample}")
+    if audit.empty_classes:
+        table.add_row("classes without an image", f"{audit.empty_classes:,}")
     for worst in audit.worst[:5]:
         table.add_row(f"worst: {worst.identity}", f"{worst.cosine:.3f} over {worst.images} images")
+    if same := audit.duplicates:
+        table.add_row(f"pairs of classes at {same.threshold:g} or more", _duplicates(audit))
+        for pair in same.nearest[:5]:
+            images = " and ".join(f"{count:,}" for count in pair.images)
+            table.add_row(f"alike: {pair.identities[0]}, {pair.identities[1]}", f"{pair.cosine:.3f}, {images} images")
     return table
+
+
+def _duplicates(audit: Audit) -> str:
+    same = audit.duplicates
+    assert same is not None
+    if same.left_apart is None:
+        remedy = f": probably the same, --merge-duplicates {same.threshold:g} merges them" if same.pairs else ""
+        return f"{same.pairs:,}{remedy}"
+    gone = sum(len(m.others) for m in audit.merged)
+    return f"{same.pairs:,}: {gone:,} classes merged into {len(audit.merged):,}; {same.left_apart:,} pairs left apart"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

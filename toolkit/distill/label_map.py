@@ -9,6 +9,9 @@ from pathlib import Path
 
 from pkd.toolkit.errors import BadHead
 
+NUMBERS = ("08d", "d")
+"""How class numbers are written: as the readers of packed images name them, and plainly."""
+
 
 def read_label_map(path: str | Path) -> tuple[str, ...]:
     """Identities in order of the class rows: text with one a line, a JSON list, or a JSON object identity → row.
@@ -36,10 +39,10 @@ def class_names(
 ) -> tuple[str, ...]:
     """Names of a head's rows: ``given`` if a map was, else numbers if the identities are, else the identities' order.
 
-    Identities that are plain integers are those of RecordIO, where the label is the row. Raises BadHead for a map of
-    another length, and for identities of the images that have no row.
+    Identities that are class numbers are those of RecordIO and tar shards, where the label is the row. Raises BadHead
+    for a map of another length, and for identities of the images that have no row.
     """
-    numbers = [int(i) for i in identities if i.isdecimal() and i == str(int(i))]
+    number = next((form for form in NUMBERS if identities and all(_is_number(i, form) for i in identities)), None)
     if given is not None:
         if len(given) != classes:
             raise BadHead(
@@ -47,8 +50,8 @@ def class_names(
                 "map and all shards of the same training."
             )
         names = given
-    elif identities and len(numbers) == len(identities):
-        names = tuple(map(str, range(classes)))
+    elif number:
+        names = tuple(format(row, number) for row in range(classes))
     elif len(identities) == classes:
         names = tuple(identities)
     else:
@@ -62,6 +65,10 @@ def class_names(
             f"{_whole(classes, len(identities))}"
         )
     return names
+
+
+def _is_number(identity: str, form: str) -> bool:
+    return identity.isascii() and identity.isdecimal() and format(int(identity), form) == identity
 
 
 def _whole(classes: int, identities: int) -> str:
