@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import cv2
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 
 from pkd.toolkit.faces import FaceSet
 from pkd.toolkit.images import Rgb
+from pkd.toolkit.threads import in_order
 
 AHEAD = 6
 """Batches prepared before they are asked for."""
@@ -60,18 +59,8 @@ class Loader:
 
     def run(self, start: int, stop: int) -> Iterator[CropBatch]:
         """Batches ``start`` … ``stop − 1``, prepared in threads and yielded in order."""
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="decode") as pool:
-            pending: deque[Future[CropBatch]] = deque()
-            try:
-                for step in range(start, stop):
-                    pending.append(pool.submit(self.make, step, self._indices(step)[self._share]))
-                    if len(pending) > AHEAD:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+        drawn = ((step, self._indices(step)[self._share]) for step in range(start, stop))
+        return in_order(lambda each: self.make(*each), drawn, workers=self._workers, ahead=AHEAD)
 
     def make(self, step: int, indices: NDArray[np.int64]) -> CropBatch:
         """Decode and augment one batch."""
