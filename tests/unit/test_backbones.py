@@ -12,14 +12,15 @@ from pkd.toolkit.errors import InputError
 
 
 @pytest.mark.parametrize(
-    ("spec", "dim"), [("mobilefacenet:0.25", 128), ("mobilefacenet-relu:0.5", 512), ("iresnet18", 64)]
+    ("spec", "dim"),
+    [("mobilefacenet:0.25", 128), ("mobilefacenet-relu:0.5", 512), ("mobilenetv4:0.6", 512), ("iresnet18", 64)],
 )
 def test_crops_become_embeddings(spec: str, dim: int) -> None:
     network = build(spec, dim).eval()
     assert network(torch.zeros(2, 3, 112, 112)).shape == (2, dim)
 
 
-@pytest.mark.parametrize("spec", ["mobilefacenet:0.125", "iresnet18"])
+@pytest.mark.parametrize("spec", ["mobilefacenet:0.125", "mobilenetv4:0.25", "iresnet18"])
 @pytest.mark.parametrize("size", [32, 50, 160])
 def test_other_crop_sizes(spec: str, size: int) -> None:
     assert build(spec, 8, size).eval()(torch.zeros(1, 3, size, size)).shape == (1, 8)
@@ -40,6 +41,7 @@ def test_stages_give_one_feature_map_a_resolution(name: str, size: int) -> None:
 def test_stages_end_where_the_resolution_changes() -> None:
     """The last block of each resolution; a change of these names would orphan the adapters of unfinished runs."""
     assert build("mobilefacenet:0.125", 8, 32).stages == ("stem", "blocks.4", "blocks.11", "blocks.14")
+    assert build("mobilenetv4:0.25", 8, 32).stages == ("stem", "stage1", "stage2", "stage3")
     assert build("iresnet18", 8, 32).stages == ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -48,8 +50,9 @@ def test_full_width_has_the_papers_size() -> None:
     assert parameters(build("mobilefacenet", 128)) == pytest.approx(0.99e6, rel=0.02)
 
 
-def test_width_shrinks_the_network() -> None:
-    sizes = [parameters(build(f"mobilefacenet:{width}", 128)) for width in (0.25, 0.5, 1, 2)]
+@pytest.mark.parametrize("name", ["mobilefacenet", "mobilenetv4"])
+def test_width_shrinks_the_network(name: str) -> None:
+    sizes = [parameters(build(f"{name}:{width}", 128)) for width in (0.25, 0.5, 1, 2)]
     assert sizes == sorted(sizes) and sizes[0] * 8 < sizes[2]
 
 
