@@ -61,7 +61,7 @@ class FaceSet:
         crops = np.empty((len(indices), size, size, 3), np.uint8)
         for place, index in enumerate(indices):
             row = int(self.rows[index])
-            image = self._decode(row, size)
+            image = self._decode(row)
             if image.shape != (size, size, 3):
                 raise InputError(
                     f"{self.images.where(row)}: {image.shape[1]}×{image.shape[0]} pixels, expected an aligned "
@@ -125,10 +125,10 @@ class FaceSet:
             identities=identities,
         )
 
-    def _decode(self, row: int, size: int | None = None) -> Rgb:
+    def _decode(self, row: int) -> Rgb:
         data = self.images.read(row)
         try:
-            return decode_rgb(data, size=size)
+            return decode_rgb(data)
         except BadImage as error:
             raise type(error)(f"{self.images.where(row)}: {error}") from None
 

@@ -5,13 +5,12 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from pkd.toolkit.errors import BadImage, ImageTooLarge
-from pkd.toolkit.images import decode_rgb, read_rgb, stated_size, write_rgb
+from pkd.toolkit.images import decode_rgb, read_rgb, write_rgb
 
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP"]
 
@@ -137,35 +136,3 @@ def test_write_and_read_back(tmp_path: Path, name: str, limit: float) -> None:
 def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match=r"\.xyz"):
         write_rgb(tmp_path / "a.xyz", scene())
-
-
-@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
-def test_the_size_that_a_header_states(suffix: str) -> None:
-    """Against OpenCV, which wrote it and reads it; and every cut of the header is left to Pillow."""
-    for width, height in ((112, 112), (1, 300), (517, 3)):
-        image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-        data = cv2.imencode(suffix, image, [cv2.IMWRITE_WEBP_QUALITY, 92])[1].tobytes()
-        assert stated_size(data) == (width, height)
-        assert all(stated_size(data[:n]) in (None, (width, height)) for n in range(200))
-    for other in (b"", b"x" * 100, b"\xff\xd8" + b"\xff" * 50, cv2.imencode(".bmp", image)[1].tobytes()):
-        assert stated_size(other) is None
-
-
-@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg", ".bmp"])
-def test_knowing_the_size_changes_no_pixel_and_no_error(suffix: str) -> None:
-    image = np.random.default_rng(1).integers(0, 256, (24, 24, 3), np.uint8)
-    data = cv2.imencode(suffix, image)[1].tobytes()
-    for size in (24, 25):
-        np.testing.assert_array_equal(decode_rgb(data, size=size), decode_rgb(data))
-    with pytest.raises(BadImage, match=r"corrupt|not a JPEG"):
-        decode_rgb(data[:60], size=24)
-
-
-def test_a_jpeg_that_exif_turns_is_turned_either_way() -> None:
-    image = np.random.default_rng(2).integers(0, 256, (24, 24, 3), np.uint8)
-    stream = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(image).save(stream, "JPEG", exif=exif)
-    assert stated_size(stream.getvalue()) == (24, 24)
-    np.testing.assert_array_equal(decode_rgb(stream.getvalue(), size=24), decode_rgb(stream.getvalue()))
