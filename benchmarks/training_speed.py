@@ -42,36 +42,35 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PKD_SHARED") or ROOT.parent / "shared")
 RESULT = ROOT / "benchmarks" / "results" / "training_speed.json"
 DIM, SIZE = 512, 112
-CASES = (
-    ("mobilefacenet-relu:0.5", 64, "fp32", 2),
-    ("mobilefacenet:1.0", 64, "bf16", 1),
-    ("iresnet18", 16, "bf16", 1),
-)
-"""Student, batch, the faster arithmetic of the two on a CPU with bf16 instructions, steps a turn."""
+CASES = {
+    "mobilefacenet-relu:0.5": (64, "fp32", 2),
+    "mobilefacenet:1.0": (64, "bf16", 1),
+    "iresnet18": (16, "bf16", 1),
+}
+"""Student: batch, the faster arithmetic of the two on a CPU with bf16 instructions, steps a turn."""
 Report = dict[str, Any]
 
 
 def main() -> int:
-    """Measure and write the JSON."""
+    """Measure and write the JSON; students that are not measured keep the rows they have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5, help="turns of each, of which the median counts (5)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each, of which the median counts (3)")
     parser.add_argument("--method", default="proxylesskd+l2kd")
+    parser.add_argument("--students", nargs="+", default=list(CASES), choices=list(CASES))
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
         faces, kind = crops(Path(folder))
-        pages = {name: step_cost(name, batch, precision) for name, batch, precision, _ in CASES}
+        unkept = {student: step_cost(student, *CASES[student][:2]) for student in args.students}
         keep_freed_memory()
-        results: Report = {
-            "crops": kind,
-            "method": args.method,
-            "loader": loader_cost(faces),
-            "students": [
-                case(Path(folder), faces, args.method, *each, turns=args.turns) | {"unkept_ms": pages[each[0]]}
-                for each in CASES
-            ],
+        rows = {
+            student: case(Path(folder), faces, args.method, student, turns=args.turns) | {"unkept_ms": unkept[student]}
+            for student in args.students
         }
+        loader = loader_cost(faces)
+    before = json.loads(RESULT.read_text(encoding="utf-8"))["students"] if RESULT.is_file() else {}
+    results: Report = {"crops": kind, "method": args.method, "loader": loader, "students": before | rows}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(table(results))
@@ -87,14 +86,14 @@ def crops(folder: Path) -> tuple[FaceSet, str]:
     return FaceSet.read(folder / "faces"), "synthetic"
 
 
-def case(
-    folder: Path, faces: FaceSet, method: str, student: str, batch: int, precision: str, steps: int, *, turns: int
-) -> Report:
+def case(folder: Path, faces: FaceSet, method: str, student: str, *, turns: int) -> Report:
     """One student: CPU milliseconds of an image, bare and in training, by turns."""
+    batch, precision, steps = CASES[student]
     trainer = Trainer(_config(folder, student, method, precision, batch), prepared(folder, faces), DIM, SIZE)
     trainer.student.train()
     bare, training = [], []
-    with RunLog(folder / student, 0, 10**6, batch, Console(quiet=True)) as log:
+    trainer.config.run.mkdir()
+    with RunLog(trainer.config.run, 0, 10**6, batch, Console(quiet=True)) as log:
         run = _trainer_steps(trainer, log, steps)
         for turn in range(turns + 1):
             here, there = _cpu(lambda: bare_steps(trainer, steps)), _cpu(lambda turn=turn: run(turn))
@@ -102,7 +101,6 @@ def case(
                 bare.append(here / steps / batch * 1e3)
                 training.append(there / steps / batch * 1e3)
     return {
-        "student": student,
         "batch": batch,
         "precision": precision,
         "bare_ms": statistics.median(bare),
@@ -135,7 +133,7 @@ def step_cost(student: str, batch: int, precision: str) -> float:
         out.float().square().mean().backward()
         network.zero_grad(set_to_none=True)
 
-    return statistics.median([_cpu(step) for _ in range(4)][1:]) / batch * 1e3
+    return statistics.median([_cpu(step) for _ in range(3)][1:]) / batch * 1e3
 
 
 def loader_cost(faces: FaceSet) -> Report:
@@ -170,9 +168,9 @@ def table(results: Report) -> str:
         "| student | batch | arithmetic | bare network, CPU ms an image | training | of bare speed | memory kept |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in results["students"]:
+    for student, row in results["students"].items():
         lines.append(
-            f"| {row['student']} | {row['batch']} | {row['precision']} | {row['bare_ms']:.2f} "
+            f"| {student} | {row['batch']} | {row['precision']} | {row['bare_ms']:.2f} "
             f"| {row['training_ms']:.2f} | {row['ratio']:.1%} | {row['unkept_ms'] / row['bare_ms']:.2f}× as fast |"
         )
     loader = results["loader"]
