@@ -73,11 +73,26 @@ def class_sums(plain: Rows, mirrored: Rows, labels: Int, classes: int) -> Iterab
         first = last
 
 
+def map_rows(path: Path, count: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """C×D rows in a file of nothing but their values, memory-mapped: pages are read when used and can be dropped again,
+    so that a head may be larger than memory. A missing file is made, full of zeros; writing to the tensor writes to it.
+
+    Raises BadHead for a file of another size.
+    """
+    expected = count * dim * dtype.itemsize
+    if path.exists() and path.stat().st_size != expected:
+        raise BadHead(
+            f"{path}: holds {path.stat().st_size:,} bytes, {count:,} rows of {dim} in {dtype} are {expected:,}. "
+            "Give the file of this head, or delete it."
+        )
+    return torch.from_file(str(path), shared=True, size=count * dim, dtype=dtype).view(count, dim)
+
+
 def _mapped(folder: Path, count: int, dim: int) -> Tensor:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "head.bf16"
     path.unlink(missing_ok=True)  # whoever has mapped the old file keeps it
-    return torch.from_file(str(path), shared=True, size=count * dim, dtype=torch.bfloat16).view(count, dim)
+    return map_rows(path, count, dim)
 
 
 def compute_device() -> torch.device:
