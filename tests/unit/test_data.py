@@ -74,3 +74,11 @@ def test_augmentation_keeps_shape_and_type_and_changes_more_with_strength(size: 
 def test_light_is_gain_around_mid_grey_plus_offset() -> None:
     image = np.array([[[0, 100, 255]]], np.uint8)
     np.testing.assert_array_equal(light(image, np.array([1.0, 0.5, 2.0]), 10), [[[10, 123, 255]]])
+
+
+def test_the_shares_of_two_ranks_are_the_batch_of_one(faces: FaceSet) -> None:
+    whole = next(iter(Loader(faces, 8, 112, augment=0.5, seed=2).run(1, 2)))
+    parts = [next(iter(Loader(faces, 8, 112, augment=0.5, seed=2, share=s).run(1, 2))) for s in (slice(4), slice(4, 8))]
+    np.testing.assert_array_equal(whole.crops, np.concatenate([p.crops for p in parts]))
+    np.testing.assert_array_equal(whole.indices, np.concatenate([p.indices for p in parts]))
+    np.testing.assert_array_equal(whole.mirrored, np.concatenate([p.mirrored for p in parts]))
