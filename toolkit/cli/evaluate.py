@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--teacher", required=True, metavar="SPEC", help="bundle, run, FILE.onnx, FILE.pt or insightface:PACK")
     add("--teacher-preprocess", metavar="P", help="of FILE.onnx or FILE.pt, for example mean=127.5,std=127.5")
     add("--student", metavar="SPEC", help="bundle or run of a student of this teacher")
-    add("--faces", type=Path, metavar="DIR|LIST", help="aligned crops, one folder per identity; or a list of such")
+    add("--faces", type=Path, metavar="DIR|LIST", help="aligned crops: a folder per identity, a list, .rec or .tar")
     add("--gallery", type=Path, metavar="DIR|LIST", help="gallery side, where it has other images than the probe side")
     add("--probe", type=Path, metavar="DIR|LIST", help="probe (query) side")
     add("--pairs", type=Path, metavar="FILE", help="LFW pairs.txt or pairsDevTest.txt; its images lie in --faces DIR")
