@@ -50,7 +50,7 @@ class ImageFiles:
         return np.array([key for key, _ in found], np.uint64), np.array([settled for _, settled in found], np.bool_)
 
     def _path(self, row: int) -> str:
-        return f"{self.root}/{self._names[row]}" if self._names[row][:1] != "/" else self._names[row]
+        return posixpath.join(self.root, self._names[row])
 
 
 def read_folder(folder: Path, labelled: bool) -> Found:
@@ -94,7 +94,7 @@ def read_list(listing: Path, labelled: bool) -> Found:
     root = next((r for r in roots if (r / names[0]).is_file()), None)
     if root is None:
         raise InputError(f"{listing}: its first image {names[0]!r} lies neither in {roots[0]} nor in {roots[2]}.")
-    missing = [row for row in range(len(names)) if not os.path.isfile(f"{root}/{names[row]}")]  # noqa: PTH113
+    missing = [row for row in range(len(names)) if not os.path.isfile(posixpath.join(root, names[row]))]  # noqa: PTH113
     if missing:
         raise InputError(
             f"{listing}: {len(missing):,} of {len(names):,} images do not exist (first: {names[missing[0]]})."

@@ -76,6 +76,16 @@ def test_lists_beside_or_below_the_faces(folder: Path) -> None:
         assert faces.load([1], 112).shape[0] == 1
 
 
+def test_a_list_of_absolute_paths(folder: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "elsewhere/list.txt"
+    listing.parent.mkdir()
+    listing.write_text("".join(f"{folder}/{name}\n" for name in ("ann/1.png", "bob/1.png")))
+    faces = FaceSet.read(listing)
+    assert faces.path(1) == folder / "bob/1.png"
+    assert faces.load([1, 0], 112).shape[0] == 2
+    assert len(set(faces.digests()[:, 0])) == 2
+
+
 def test_a_folder_and_a_list_share_identities(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     (folder / "more.txt").write_text("ann/1.png\n")
