@@ -22,6 +22,7 @@ PARTS = {
     "ten_million": "One step with ten million identities",
     "two_ranks": "Two ranks, half of the head each",
     "training_speed": "Training speed",
+    "image_store": "Ten million images",
     "backbones": "Backbones",
     "method_table": "Methods at equal budget",
     "inheritance": "A teacher's own classifier against heads made from its embeddings",
