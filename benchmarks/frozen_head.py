@@ -19,7 +19,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,23 +46,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0, help="turns of every contender [7 at 100,000, 3 above]")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"classes": {}}
-    found |= {"torch": torch.__version__, "batch": BATCH, "dim": DIM, "scale": SCALE, "threads": 1}
     for classes in args.classes:
         print(f"{classes:,} classes", file=sys.stderr)
         names = [n for n in CONTENDERS if not (n in TRAINED and classes > TRAINED_UP_TO)]
-        measured = take_turns(names, classes, args.rounds or (7 if classes <= 100_000 else 3))
-        found["classes"][str(classes)] = {
-            name: {
-                "seconds": [turn.seconds for turn in turns],
-                "median_seconds": statistics.median(turn.seconds for turn in turns),
-                "extra_mb": statistics.median(turn.extra_mb for turn in turns),
-            }
-            for name, turns in measured.items()
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(table(found))
+        for turns in rounds_of(names, classes, args.rounds or (7 if classes <= 100_000 else 3)):
+            write(classes, turns)  # after every round, so that a stopped run has not measured for nothing
+    print(table(json.loads(RESULTS.read_text(encoding="utf-8"))))
     return 0
 
 
@@ -207,8 +196,8 @@ class Turn:
     extra_mb: float
 
 
-def take_turns(names: list[str], classes: int, rounds: int) -> dict[str, list[Turn]]:
-    """Every contender in turn, ``rounds`` times."""
+def rounds_of(names: list[str], classes: int, rounds: int) -> Iterator[dict[str, list[Turn]]]:
+    """Every contender in turn, ``rounds`` times; yields all turns so far after each round."""
     heads = {dtype: make_head(classes, dtype) for dtype in (torch.float32, torch.bfloat16)}
     for make, dtype in CONTENDERS.values():
         make(heads[dtype][:2048].clone())()  # what the libraries keep for themselves
@@ -216,7 +205,24 @@ def take_turns(names: list[str], classes: int, rounds: int) -> dict[str, list[Tu
     for _ in range(rounds):
         for name in names:
             turns[name].append(forked(name, heads[CONTENDERS[name][1]]))
-    return turns
+        yield turns
+
+
+def write(classes: int, turns: dict[str, list[Turn]]) -> None:
+    """Put the figures of so many classes into the JSON beside the others."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"classes": {}}
+    found |= {"torch": torch.__version__, "batch": BATCH, "dim": DIM, "scale": SCALE, "threads": 1}
+    found["classes"][str(classes)] = {
+        name: {
+            "seconds": [turn.seconds for turn in each],
+            "median_seconds": statistics.median(turn.seconds for turn in each),
+            "extra_mb": statistics.median(turn.extra_mb for turn in each),
+        }
+        for name, each in turns.items()
+    }
+    found["classes"] = dict(sorted(found["classes"].items(), key=lambda item: int(item[0])))
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def forked(name: str, head: Tensor) -> Turn:

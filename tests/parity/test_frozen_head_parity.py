@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pkd.toolkit.distill.frozen_head import frozen_cross_entropy
+from pkd.toolkit.distill import frozen_head
+from pkd.toolkit.distill.frozen_head import frozen_cross_entropy, streaming_logsumexp
 from pkd.toolkit.distill.margin import Margin, margin_cross_entropy
 
 SPECS = ["softmax", "cosface:0.35", "arcface:0.5"]
@@ -81,5 +82,23 @@ def test_without_a_margin_it_is_torchs_linear_cross_entropy(problem: tuple[Tenso
     loss = peer(64 * normalize(leaf), centres, labels)
     (gradient,) = torch.autograd.grad(loss, leaf)
     found = loss_and_gradient(x, centres, labels, "softmax", plain=False)
-    assert float(found[0]) == pytest.approx(float(loss), rel=2e-6)
+    assert float(found[0]) == pytest.approx(float(loss.detach()), rel=2e-6)
     assert distance(found[1], gradient) < 1e-5
+
+
+def test_a_bf16_head_without_bf16_instructions_is_widened_chunk_by_chunk(
+    problem: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, centres, labels = problem
+    head = centres.bfloat16()
+    expected = loss_and_gradient(x, head.float(), labels, "cosface:0.35", plain=False)
+    monkeypatch.setattr(frozen_head, "_fast_bf16", lambda unit: False)
+    found = loss_and_gradient(x, head, labels, "cosface:0.35", plain=False)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_half_precision_embeddings_are_summed_in_float32(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    unit = normalize(problem[0]).bfloat16()
+    found, centre = streaming_logsumexp(unit, problem[1], 64)
+    assert found.dtype == centre.dtype == torch.float32
+    torch.testing.assert_close(found, torch.logsumexp(64 * unit.float() @ problem[1].T, dim=1))

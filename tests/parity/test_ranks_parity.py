@@ -10,13 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
+from training_data import SIZE, make_pyramid, write_patterns
 
+from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.frozen_head import FrozenHead, frozen_cross_entropy
 from pkd.toolkit.distill.margin import Margin
-from pkd.toolkit.distill.ranks import Ranks, ShardedHead, join_ranks
+from pkd.toolkit.distill.prepare import prepare
+from pkd.toolkit.distill.ranks import ALONE, Ranks, ShardedHead, join_ranks
+from pkd.toolkit.distill.trainer import Trainer
 from pkd.toolkit.errors import BadHead, InputError
 
 CLASSES, DIM = 301, 24
@@ -70,6 +75,31 @@ def loss_of(embeddings: Tensor, head: FrozenHead, labels: Tensor, exclude: Tenso
     return loss + 0.1 * head.logsumexp(normalize(embeddings), 8.0)[0].mean()
 
 
+METHODS = ("proxylesskd+l2kd:30", "none+rkd", "adadistill", "l2kd+at:10")
+NORMALISED = "l2kd+fitnets"
+"""Its adapter has batch normalisation, whose statistics are a rank's own: close to one process, not equal."""
+
+
+def trained(method: str, folder: Path, ranks: Ranks) -> dict[str, Tensor]:
+    """Gradients and moved centres of a real trainer's second step; batch normalisation in eval mode."""
+    config = DistillConfig(
+        out=str(folder / "run"), faces=(str(folder / "faces"),), student="mobilefacenet-relu:0.125", batch=8,
+        precision="fp32", threads=1, cache=str(folder / "cache"), teacher="pyramid", method=method, augment=0.3,
+    )  # fmt: skip
+    prepared = prepare(config, make_pyramid(), Console(quiet=True))
+    trainer = Trainer(config, prepared, 16, SIZE, ranks)
+    trainer.student.eval()
+    losses = [trainer.step(batch, 1e-9)[0] for batch in trainer.loader.run(0, 2)]
+    kept = {name: p.grad for name, p in trainer.student.named_parameters() if p.grad is not None}
+    kept |= {f"adapters.{name}": p.grad for name, p in trainer.adapters.named_parameters() if p.grad is not None}
+    kept["losses"] = torch.tensor(losses)
+    if trainer.own is not None and trainer.own.grad is not None:
+        kept["own"] = trainer.own.grad
+    if trainer.moving is not None:
+        kept["moving"] = trainer.moving.units
+    return kept
+
+
 def work(rank: int, port: int, folder: Path) -> None:
     """One rank: every case, and the refusals; results go to a file."""
     torch.set_num_threads(1)
@@ -79,6 +109,8 @@ def work(rank: int, port: int, folder: Path) -> None:
         assert (ranks.rank, ranks.world, ranks.first) == (rank, 2, rank == 0)
         for case in CASES:
             found[case.name] = one_rank(case, ranks)
+        for method in (*METHODS, NORMALISED):
+            torch.save(trained(method, folder, ranks), folder / f"{method}.{rank}.pt")
         assert ranks.agree(f"rank {rank}") == "rank 0"
         assert ranks.mean(float(rank)) == 0.5 and ranks.any(rank == 1) and not ranks.any(False)
         assert ranks.share(8) == slice(4 * rank, 4 * rank + 4)
@@ -115,9 +147,16 @@ def one_rank(case: Case, ranks: Ranks) -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both ranks find pictures and leave results."""
+    made = tmp_path_factory.mktemp("ranks")
+    write_patterns(made / "faces", identities=4, images=5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> list[dict[str, list[Tensor]]]:
     """Results of both ranks, in two processes of their own."""
-    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -126,7 +165,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[T
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -147,6 +186,25 @@ def test_two_ranks_equal_one_process(two_ranks: list[dict[str, list[Tensor]]], c
     gradient = torch.cat([part[1] for part in parts])
     torch.testing.assert_close(gradient, embeddings.grad, rtol=tolerance, atol=tolerance)
     assert torch.equal(parts[0][2], parts[1][2])  # the ranks stay together
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step_over_two_ranks_equals_one_process(folder: Path, method: str) -> None:
+    alone = trained(method, folder, ALONE)
+    first, second = (torch.load(folder / f"{method}.{rank}.pt", weights_only=True) for rank in range(2))
+    assert alone.keys() == first.keys() == second.keys() and len(alone) > 20
+    for name, expected in alone.items():
+        assert torch.equal(first[name], second[name]), name  # the ranks stay together
+        close = 1e-5 * max(float(expected.abs().max()), 1)
+        torch.testing.assert_close(first[name], expected, rtol=1e-4, atol=close, msg=f"{name} differs")
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_ranks_stay_together_where_each_normalises_its_own_batch(folder: Path) -> None:
+    first, second = (torch.load(folder / f"{NORMALISED}.{rank}.pt", weights_only=True) for rank in range(2))
+    assert any(name.startswith("adapters.") for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("batch", [3, 2, 65])

@@ -47,7 +47,8 @@ class FrozenHead:
 
     def logsumexp(self, unit: Tensor, scale: float, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``streaming_logsumexp`` of these centres."""
-        result: tuple[Tensor, Tensor] = _LogSumExp.apply(unit, self, scale, exclude)  # type: ignore[no-untyped-call]
+        wide = unit if unit.dtype == torch.float64 else unit.float()
+        result: tuple[Tensor, Tensor] = _LogSumExp.apply(wide, self, scale, exclude)  # type: ignore[no-untyped-call]
         return result
 
     def reduce(self, unit: Tensor, scale: float, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -236,7 +237,8 @@ def _fast_bf16(unit: Tensor) -> bool:
         return False
     if unit.device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return unit.device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not public; a torch without it converts chunks
+    return unit.device.type == "cpu" and asked is not None and bool(asked())
 
 
 def _as_head(centres: Tensor | FrozenHead, chunk: int | None) -> FrozenHead:

@@ -36,9 +36,7 @@ class Trainer:
     is split, and moving or trained centres are kept whole and stay equal, since all ranks make the same update.
     """
 
-    def __init__(
-        self, config: DistillConfig, prepared: Prepared, dim: int, size: int, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, config: DistillConfig, prepared: Prepared, dim: int, size: int, ranks: Ranks = ALONE) -> None:
         self.config = config
         self.ranks = ranks
         self.prepared = prepared
