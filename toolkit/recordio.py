@@ -105,7 +105,9 @@ def read_recordio(path: Path, labelled: bool) -> Found:
 
 def _read_index(index: Path, path: Path, size: int) -> tuple[Ints, Ints]:
     try:
-        table = np.loadtxt(index, np.int64, comments=None, ndmin=2) if index.stat().st_size else np.empty((0, 2))
+        table = (
+            np.loadtxt(index, np.int64, comments=None, ndmin=2) if index.stat().st_size else np.empty((0, 2), np.int64)
+        )
     except (ValueError, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{index}: not an index of 'key<TAB>offset' lines: {str(error)[:120]}.") from None
     if table.size == 0 or table.shape[1] != 2:
@@ -198,7 +200,7 @@ def _announced(path: Path, keys: Ints, offsets: Ints, holds_image: NDArray[np.bo
     data = _record(path, int(offsets[0]))
     if int.from_bytes(data[:4], "little") != 2:
         return None
-    (end,) = struct.unpack_from("<f", data, HEADER)
+    end = float(struct.unpack_from("<f", data, HEADER)[0])
     rounded = float(np.spacing(np.float32(end))) / 2  # the number went through float32: take the least it can mean
     return math.ceil(end - rounded) - 1
 
