@@ -59,7 +59,7 @@ def options(place: Path, *more: str) -> list[str]:
         (("--head", "wide.npz"), "the teacher's space has 16 dimensions"),
         (("--head", "random.npz"), "nearest to their own centre"),
         (("--head", "nowhere.npz"), "nowhere.npz"),
-        (("--head", "empty"), "empty: holds none of checkpoint_gpu_*.pt"),
+        (("--head", "empty"), "empty: holds none of head.npz, checkpoint_gpu_*.pt"),
         (("--head", "images:2"), "--head images:2: the share"),
         (("--head", "zero.npz", "--head-labels", "crops"), "crops: Is a directory"),
         (("--merge-duplicates", "70"), "--merge-duplicates 70.0: a cosine between 0 and 1"),

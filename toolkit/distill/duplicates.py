@@ -24,8 +24,8 @@ PROBES = 8
 BLOCK = 2048
 SHOWN = 10
 """Nearest pairs that are reported, near or not."""
-MOST = 2_000_000
-"""Classes above which duplicates are looked for only when they are to be merged: it takes hours without a GPU."""
+MOST = 500_000
+"""Classes above which duplicates are looked for only when they are to be merged: without a GPU that takes long."""
 
 
 class Pair(Record):

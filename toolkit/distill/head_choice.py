@@ -99,15 +99,16 @@ def resolve_head(
     if merged and merged.merged:
         labels, identities = _renumber(labels, merged.classes), merged.identities
         means = class_means(*targets, labels, identities, config.run)
+    found = audit(means, *targets, labels)
+    found = found.model_copy(update={"duplicates": same, "merged": merged.merged if merged else ()})
+    if choice is None:
+        return Classes(
+            None, labels, identities, found.model_copy(update={"source": "class means, to check the labels"})
+        )
+    if found.fault:  # nothing made of such labels is worth the time
+        return Classes(None, labels, identities, found)
     head, rows = _make(config, choice, means, targets, labels, key, console)
-    found = audit(means, *targets, labels).model_copy(
-        update={
-            "source": head.source if head else "class means, as a check of the labels",
-            "duplicates": same,
-            "merged": merged.merged if merged else (),
-        }
-    )
-    return Classes(head, rows, identities, found)
+    return Classes(head, rows, identities, found.model_copy(update={"source": head.source}))
 
 
 def _inherit(
@@ -133,15 +134,13 @@ def _inherit(
 
 def _make(
     config: DistillConfig,
-    choice: HeadChoice | None,
+    choice: HeadChoice,
     means: Head,
     targets: tuple[Rows, Rows],
     labels: Int,
     key: str,
     console: Console,
-) -> tuple[Head | None, Int]:
-    if choice is None:
-        return None, labels
+) -> tuple[Head, Int]:
     if choice.kind == "images":
         return image_centres(*targets, labels, means.identities, choice.share, config.run)
     if choice.kind == "means":
@@ -162,7 +161,7 @@ def _fit(
         head = fit_head(means, *targets, labels, config.seed, advance)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_head(head, path, digest)
-    return head
+    return _stored(path, digest, means) or head  # what the resumed run will read, to the last bit
 
 
 def _stored(path: Path, digest: str, means: Head) -> Head | None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from pkd.toolkit.distill.head_rows import CHUNK, Float
 from pkd.toolkit.errors import BadHead
 
-PATTERNS = ("checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt", "rank_*_softmax_weight.pt")
-"""What a folder is searched for, newest layout first."""
+PATTERNS = ("head.npz", "checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt", "rank_*_softmax_weight.pt")
+"""What a folder is searched for: the head of a run of pkd-distill, then shards, newest layout first."""
 NESTED = ("state_dict_softmax_fc", "state_dict_head", "head", "state_dict")
 NAMES = ("weight", "kernel", "head.weight", "head.kernel")
 """Where the centres are in a state dict. ``weight`` is C×D, ``kernel`` D×C, as is the custom."""

@@ -128,6 +128,7 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
         "parameters": parameters(student),
         "images": len(prepared.faces),
         "identities": len(prepared.identities),
+        "merged_identities": sum(len(group.others) for group in prepared.audit.merged) if prepared.audit else 0,
         "data_digest": prepared.data_digest,
         "init": trainer.started_from,
         "steps": config.steps,
