@@ -48,10 +48,10 @@ class Pyramid(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fine = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.ReLU())
-        self.middle = nn.Sequential(nn.Conv2d(5, 6, 3, 2, 1), nn.ReLU())
-        self.coarse = nn.Sequential(nn.Conv2d(6, 7, 3, 2, 1), nn.ReLU())
-        self.top = nn.Linear(7 * (SIZE // 8) ** 2, dim)
+        self.fine = nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1, bias=False), nn.Tanh())
+        self.middle = nn.Sequential(nn.Conv2d(5, 6, 3, 2, 1, bias=False), nn.Tanh())
+        self.coarse = nn.Sequential(nn.Conv2d(6, 7, 3, 2, 1, bias=False), nn.Tanh())
+        self.top = nn.Linear(7 * (SIZE // 8) ** 2, dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """N×3×32×32 → N×dim."""
@@ -60,7 +60,7 @@ class Pyramid(nn.Module):
 
 
 def make_pyramid(dim: int = 16, seed: int = 0) -> TorchEncoder:
-    """A random convolutional teacher with stages."""
+    """A random convolutional teacher with stages, without biases, so that it separates the patterns."""
     torch.manual_seed(seed)
     network = Pyramid(dim)
     preprocess = Preprocess(size=SIZE, template="none")
