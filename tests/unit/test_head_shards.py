@@ -36,6 +36,13 @@ def test_shards_of_any_world_size_equal_the_whole_head(tmp_path: Path, layout: s
         assert head.identities == NAMES and len(head.parts) == (world if world > 1 else 0)
 
 
+def test_momentum_beside_the_shards_is_left_out_and_a_count_of_gpus_is_no_rank(tmp_path: Path) -> None:
+    write_shards(tmp_path, WEIGHT, 3, "rank")
+    np.testing.assert_allclose(read([str(p) for p in tmp_path.iterdir()]).centres, unit(WEIGHT), atol=1e-6)
+    torch.save(LIKE, tmp_path / "ms1mv3_gpu8_head.pt")
+    np.testing.assert_allclose(read(tmp_path / "ms1mv3_gpu8_head.pt").centres, unit(WEIGHT), atol=1e-6)
+
+
 def test_a_label_map_goes_with_the_rows(tmp_path: Path) -> None:
     write_shards(tmp_path / "s", WEIGHT, 3)
     (tmp_path / "map.txt").write_text("\n".join(reversed(NAMES)))

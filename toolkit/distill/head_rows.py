@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -90,9 +91,9 @@ def map_rows(path: Path, count: int, dim: int, dtype: torch.dtype = torch.bfloat
 
 def _mapped(folder: Path, count: int, dim: int) -> Tensor:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "head.bf16"
-    path.unlink(missing_ok=True)  # whoever has mapped the old file keeps it
-    return map_rows(path, count, dim)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="head.", suffix=".bf16") as file:
+        file.truncate(count * dim * 2)
+        return map_rows(Path(file.name), count, dim)  # the name goes now, the rows when nobody holds them any more
 
 
 def compute_device() -> torch.device:

@@ -51,8 +51,8 @@ def expand(specs: Sequence[str]) -> list[Path]:
         if not matches:
             what = "holds none of " + ", ".join(PATTERNS) if spec.is_dir() else "matches no file"
             raise BadHead(f"{spec}: {what}. Name the files of the head, or pass --head means.")
-        found += [m for m in matches if len(matches) == 1 or not m.stem.endswith("_mom")]
-    return found
+        found += matches
+    return found if len(found) == 1 else [path for path in found if not path.stem.endswith("_mom")]
 
 
 def read_shards(paths: Sequence[Path], dim: int) -> list[Shard]:
@@ -99,7 +99,7 @@ def starts(shards: Sequence[Shard]) -> list[int]:
 
 
 def _rank(path: Path) -> int | None:
-    found = re.search(r"(?:gpu|rank)_?(\d+)", path.stem)
+    found = re.search(r"(?:^|_)(?:gpu|rank)_(\d+)(?:_|$)", path.stem)
     return int(found[1]) if found else None
 
 
