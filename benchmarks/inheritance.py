@@ -1,6 +1,6 @@
 """The paper's central case: a teacher that has its classifier, and students that inherit it, or do without.
 
-Run as: python benchmarks/inheritance.py       (about 10 minutes of one core for the teacher, 5 for each student)
+Run as: python benchmarks/inheritance.py       (about 8 minutes of one core for the teacher, 4 for each student)
 
 Public teachers carry no classifier. So a small teacher is trained here with its own (`--method none` on train.txt, on
 from the weights of runs/methods/l2kd-continued, which benchmarks/real_faces.py trains). Students half its width then
@@ -23,8 +23,8 @@ from pkd.toolkit.distill.student import load_student
 RESULTS = ROOT / "benchmarks" / "results" / "inheritance.json"
 LOSS = ["--margin", "cosface:0.2", "--scale", "32"]
 COMMON = ["--batch", "64", "--augment", "0.1", "--precision", "fp32", "--threads", "1", "--seed", "0"]
-TEACHER = ["--student", "mobilefacenet-relu:0.5", "--method", "none", "--steps", "600", "--lr", "0.01", *LOSS, *COMMON]
-STUDENT = ["--student", "mobilefacenet-relu:0.25", "--steps", "500", "--lr", "0.02", *LOSS, *COMMON]
+TEACHER = ["--student", "mobilefacenet-relu:0.5", "--method", "none", "--steps", "500", "--lr", "0.01", *LOSS, *COMMON]
+STUDENT = ["--student", "mobilefacenet-relu:0.25", "--steps", "400", "--lr", "0.02", *LOSS, *COMMON]
 ROWS = {
     "proxylesskd, its own classifier": ["--method", "proxylesskd", "--head", "auto"],
     "proxylesskd, class means": ["--method", "proxylesskd", "--head", "means"],
