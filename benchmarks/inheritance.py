@@ -71,7 +71,8 @@ def table(results: dict[str, Report]) -> str:
     text = prose(
         f"A teacher of {one['teacher_parameters']:,} parameters with its own classifier "
         f"({one['training']['identities']:,} people of train.txt), and students of {one['training']['parameters']:,}, "
-        f"{one['training']['steps']:,} steps of {one['training']['batch']} images each, CosFace 0.2 at scale 32 for teacher and students, one seed. TAR on "
+        f"{one['training']['steps']:,} steps of {one['training']['batch']} images each, CosFace 0.2 at scale 32 for "
+        "teacher and students, one seed. TAR on "
         "test.txt, every identity weighing the same, with 95 % identity-level bootstrap intervals. Audit: share of "
         "training images whose teacher embedding is nearest to its own centre."
     )
