@@ -95,6 +95,15 @@ def test_shifted_rows_are_told_apart_from_permuted_ones(shift: int) -> None:
     assert found.fault is not None and f"{abs(shift)} row" in found.fault and side in found.fault
 
 
+def test_rows_that_are_partly_permuted_are_counted() -> None:
+    centres = class_means(PLAIN, MIRRORED, LABELS, NAMES).centres.clone()
+    assert audit(Head(centres, NAMES, "good.npz"), PLAIN, MIRRORED, LABELS).misplaced_classes == 0
+    centres[[3, 8, 5, 30, 11]] = centres[[8, 3, 30, 11, 5]]
+    found = audit(Head(centres, NAMES, "partly.npz"), PLAIN, MIRRORED, LABELS)
+    assert found.misplaced_classes == 5 and found.fault is None
+    assert {w.identity for w in found.worst[:5]} == {NAMES[i] for i in (3, 8, 5, 30, 11)}
+
+
 def test_shards_in_the_wrong_order_are_named(tmp_path: Path) -> None:
     head = class_means(PLAIN, MIRRORED, LABELS, NAMES)
     paths = write_shards(tmp_path, head.centres.numpy(), 4)

@@ -161,6 +161,8 @@ def _audit_table(audit: Audit) -> Table:
     table.add_row("nearest centre is the own", shown(audit.top1, ".1%"))
     sample = f", nearest centre of {audit.top1_images:,}" if audit.top1_images < audit.audited_images else ""
     table.add_row("images judged", f"{audit.audited_images:,} of {audit.images:,}{sample}")
+    if audit.misplaced_classes:
+        table.add_row("classes with no image nearest to their centre", f"{audit.misplaced_classes:,}")
     if audit.empty_classes:
         table.add_row("classes without an image", f"{audit.empty_classes:,}")
     for worst in audit.worst[:5]:

@@ -48,6 +48,8 @@ class Audit(Record):
     """Images whose nearest centre was looked up: all that could be judged, or a sample where that would take long."""
     top1: float | None
     """Share of those whose nearest centre is their own."""
+    misplaced_classes: int
+    """Classes with two or more such images of which none is nearest to the own centre: wrong rows, or mixed images."""
     nearest_cosine: float | None
     """Mean cosine to the nearest centre, whichever it is."""
     worst: tuple[ClassAudit, ...]
@@ -83,7 +85,7 @@ def audit(
     found = Audit(
         source=head.source, classes=len(head.centres), images=known, unlabelled_images=len(labels) - known,
         empty_classes=int((counts == 0).sum()), audited_images=len(judged.indices), mean_cosine=None,
-        top1_images=0, top1=None, nearest_cosine=None, worst=(),
+        top1_images=0, top1=None, misplaced_classes=0, nearest_cosine=None, worst=(),
     )  # fmt: skip
     if not len(judged.indices):
         return found
@@ -95,6 +97,7 @@ def audit(
             "mean_cosine": float(judged.own.mean()),
             "top1_images": len(looked),
             "top1": float(np.mean(own > other)),
+            "misplaced_classes": _misplaced(labels[looked], own > other),
             "nearest_cosine": float(np.maximum(own, other).mean()),
             "worst": _worst(head, judged, labels, worst),
         }
@@ -163,6 +166,11 @@ def _worst(head: Head, judged: _Judged, labels: Int, worst: int) -> tuple[ClassA
     np.divide(totals, seen, out=mean, where=seen > 0)
     order = [int(c) for c in np.argsort(mean, kind="stable")[:worst] if seen[c]]
     return tuple(ClassAudit(identity=head.identities[c], images=int(seen[c]), cosine=float(mean[c])) for c in order)
+
+
+def _misplaced(labels: Int, right: NDArray[np.bool_]) -> int:
+    images, hits = np.bincount(labels), np.bincount(labels, right)
+    return int(((images >= 2) & (hits == 0)).sum())
 
 
 def _fault(found: Audit, head: Head, labels: Int, nearest: Int) -> str | None:
