@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from pkd.toolkit.distill.budget import learning_rate
 from pkd.toolkit.distill.config import DistillConfig
@@ -92,11 +93,12 @@ def case(folder: Path, faces: FaceSet, method: str, student: str, *, turns: int)
     trainer = Trainer(_config(folder, student, method, precision, batch), prepared(folder, faces), DIM, SIZE)
     trainer.student.train()
     bare, training = [], []
+    noise = torch.randn(batch, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
     trainer.config.run.mkdir()
     with RunLog(trainer.config.run, 0, 10**6, batch, Console(quiet=True)) as log:
         run = _trainer_steps(trainer, log, steps)
         for turn in range(turns + 1):
-            here, there = _cpu(lambda: bare_steps(trainer, steps)), _cpu(lambda turn=turn: run(turn))
+            here, there = _cpu(lambda: bare_steps(trainer, noise, steps)), _cpu(lambda turn=turn: run(turn))
             if turn:  # the first is for caches and memory
                 bare.append(here / steps / batch * 1e3)
                 training.append(there / steps / batch * 1e3)
@@ -109,10 +111,8 @@ def case(folder: Path, faces: FaceSet, method: str, student: str, *, turns: int)
     }
 
 
-def bare_steps(trainer: Trainer, steps: int) -> None:
-    """Forward and backward on random tensors; nothing else."""
-    shape = (trainer.config.batch, 3, SIZE, SIZE)
-    inputs = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+def bare_steps(trainer: Trainer, inputs: Tensor, steps: int) -> None:
+    """Forward and backward on a random tensor; nothing else."""
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=trainer.bf16):
             out = trainer.student(inputs)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.toolkit.image_source import ImageCollection, Ints
-from pkd.toolkit.keyed_rows import KeyedRows, Rows, StoredRows
+from pkd.toolkit.keyed_rows import KeyedRows, Rows
 from pkd.toolkit.threads import in_order
 
 BYTES = 32
@@ -34,12 +34,11 @@ def digests_of(images: ImageCollection, rows: Ints, cache: Path | None) -> Rows:
     missing = missing[np.argsort(rows[missing], kind="stable")]  # containers are read from front to back
     for part, found in _hashed(images, rows[missing]):
         store.append(keys[missing[part]], found)
-    places = store.find(keys)
     young = np.flatnonzero(~settled)
     if not len(young):
-        return StoredRows(store.rows(), places)
+        return store.view(keys)
     found = np.empty((len(rows), BYTES), np.uint8)
-    found[settled] = store.rows()[places[settled]]
+    found[settled] = store.view(keys[settled])[:]
     found[young] = _hash(images, rows[young])
     return found
 

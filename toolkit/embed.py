@@ -64,7 +64,7 @@ def embed_stored(
     for indices, vectors in _embedded(encoder, faces, np.sort(first), flip, jobs):
         store.append(keys[indices], vectors)
         advance(len(indices))
-    return StoredRows(store.rows(), store.find(keys))
+    return store.view(keys)
 
 
 def default_cache() -> Path:

@@ -61,6 +61,16 @@ class KeyedRows:
             return np.empty((0, self._width), self._dtype)
         return np.memmap(self._rows, self._dtype, "r", shape=(count, self._width))
 
+    def view(self, keys: Keys) -> StoredRows:
+        """The rows of keys that are all stored, by index, memory-mapped. Raises InputError if any has gone."""
+        places = self.find(keys)
+        if len(lost := np.flatnonzero(places < 0)):
+            raise InputError(
+                f"{self._rows}: {len(lost):,} of {len(keys):,} rows that were just written are gone; something else "
+                "changed the file. Delete it, or pass another --cache."
+            )
+        return StoredRows(self.rows(), places)
+
     def append(self, keys: Keys, rows: NDArray[Any]) -> None:
         """Store rows. They are on disk before their keys are."""
         with self._keys.open("r+b") as key_file, self._rows.open("r+b") as row_file:

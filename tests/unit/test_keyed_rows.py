@@ -74,3 +74,13 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="Pass --cache DIR or set PKD_CACHE"):
         KeyedRows(tmp_path / "file", "x", "f32", 2, np.float32)
+
+
+def test_a_view_of_what_is_gone_is_refused(tmp_path: Path) -> None:
+    store = KeyedRows(tmp_path, "x", "f32", 2, np.float32)
+    keys = np.arange(3, dtype=np.uint64)
+    store.append(keys, np.ones((3, 2), np.float32))
+    assert store.view(keys[::-1]).shape == (3, 2)
+    (tmp_path / "x.f32").write_bytes(b"")
+    with pytest.raises(InputError, match=r"x\.f32: 3 of 3 rows that were just written are gone"):
+        store.view(keys)
