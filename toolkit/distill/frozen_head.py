@@ -106,8 +106,8 @@ def stream(
     ``exclude`` counts from the first of these rows and may reach beyond them.
     """
     batch, classes = len(unit), len(centres)
-    size = min(classes, chunk or chunk_rows(batch, unit.device))
     exact = torch.bfloat16 if centres.dtype == torch.bfloat16 and _fast_bf16(unit) else unit.dtype
+    size = min(classes, chunk or chunk_rows(batch, unit.device, exact))
     queries = (unit * (scale / math.log(2))).to(exact)
     top = unit.new_full((batch, 1), torch.finfo(unit.dtype).min)
     total = unit.new_zeros((batch, 1))
@@ -143,12 +143,12 @@ def finish(top: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor
     return (top + total.log2()) * math.log(2), weighted / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
 
 
-def chunk_rows(batch: int, device: torch.device) -> int:
+def chunk_rows(batch: int, device: torch.device, product: torch.dtype = torch.float32) -> int:
     """Class rows at a time: logits that stay in the cache between the two products on a CPU, and enough work for every
     thread; on a GPU as many as fit 64 MiB.
     """
     if device.type == "cpu":
-        return max(256, min(1024 * torch.get_num_threads(), 2**22 // max(batch, 1)))
+        return max(256, min(4096 // product.itemsize * torch.get_num_threads(), 2**22 // max(batch, 1)))
     return max(1024, 2**24 // max(batch, 1))
 
 
