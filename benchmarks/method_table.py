@@ -96,8 +96,8 @@ def table(results: dict[str, Report]) -> str:
         f"{pairs['genuine_pairs']:,} genuine and {pairs['impostor_pairs']:,} impostor pairs), every identity weighing "
         "the same, with 95 % identity-level bootstrap intervals; the last column is the raw TAR, in which two people "
         "hold half of the genuine pairs. fitnets, at, fsp, rkd and cckd stand beside the student's own classifier, as "
-        "published: they leave it in a space of its own, so their S–T is chance by design. The head is `means`, margin ArcFace "
-        "0.5 at scale 64 where a row does not say otherwise."
+        "published: they leave it in a space of its own, so their S–T is chance by design. The head is `means`, the "
+        "margin ArcFace 0.5 at scale 64 where a row does not say otherwise."
     )
     rows = [("teacher", "T–T", *points(one["comparisons"]["T–T"]), "")]
     for name, result in results.items():
