@@ -102,12 +102,14 @@ def case(folder: Path, faces: FaceSet, method: str, student: str, *, turns: int)
             if turn:  # the first is for caches and memory
                 bare.append(here / steps / batch * 1e3)
                 training.append(there / steps / batch * 1e3)
+    ratios = [b / t for b, t in zip(bare, training, strict=True)]
     return {
         "batch": batch,
         "precision": precision,
         "bare_ms": statistics.median(bare),
         "training_ms": statistics.median(training),
-        "ratio": statistics.median(b / t for b, t in zip(bare, training, strict=True)),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
     }
 
 

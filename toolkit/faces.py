@@ -109,7 +109,7 @@ class FaceSet:
         are other sources, too, they are told apart by the name of that folder. With ``labelled=False`` every image
         gets label −1 and images may lie anywhere below a folder. Raises InputError naming what is missing.
         """
-        found = [each for source in sources for each in _open(Path(source), labelled)]
+        found = [each for source in sources for each in _found(Path(source), labelled)]
         names = _distinct(found)
         identities = tuple(sorted({identity for own in names for identity in own}))
         index = {identity: i for i, identity in enumerate(identities)}
@@ -140,6 +140,13 @@ def join(a: FaceSet, b: FaceSet) -> FaceSet:
     images = ImageCollection(a.images.sources + b.images.sources)
     rows = np.concatenate([a.rows, b.rows + len(a.images)])
     return FaceSet(images, rows, np.concatenate([a.labels, b.labels]), a.identities)
+
+
+def _found(source: Path, labelled: bool) -> list[Found]:
+    try:
+        return _open(source, labelled)
+    except OSError as error:
+        raise InputError(f"{error.filename or source}: {error.strerror or error}. Make it readable.") from None
 
 
 def _open(source: Path, labelled: bool) -> list[Found]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -238,3 +239,15 @@ def test_a_crop_that_is_not_square(folder: Path) -> None:
     write_rgb(folder / "ann/1.png", np.zeros((8, 9, 3), np.uint8))
     with pytest.raises(InputError, match=r"ann/1\.png: 9×8 pixels, expected a square crop"):
         FaceSet.read(folder).crop_size()
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Path) -> None:
+    for loop in ("a", "b"):
+        (folder / loop).symlink_to(folder / {"a": "b", "b": "a"}[loop])
+    assert len(FaceSet.read(folder)) == 4  # links that lead nowhere are no images
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    (folder / "ann").chmod(0)
+    with pytest.raises(InputError, match="ann: Permission denied"):
+        FaceSet.read(folder)
+    (folder / "ann").chmod(0o755)

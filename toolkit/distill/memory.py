@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep memory that it has freed. False where the C library is not glibc; then nothing changes.
 
     glibc takes each large activation straight from the kernel, which clears it page by page, and returns it after use.
-    A step of a small student spends a fifth of its CPU time on that (benchmarks/training_speed.py). Results are the
+    A small student's step spends up to a third of its CPU time on that (benchmarks/training_speed.py). Results are the
     same to the bit; the process stays as large as its largest step.
     """
     try:
