@@ -28,13 +28,13 @@ from real_faces import table as markdown
 from torch import nn
 from torch.nn.functional import normalize
 
-from pkd.export.to_onnx import serialise, torch_network, uint8_graph
+from pkd.export.source import open_run
+from pkd.export.to_onnx import serialise, uint8_graph
 from pkd.toolkit.distill.backbones import build, parameters
-from pkd.toolkit.distill.student import load_student
 from pkd.toolkit.runtime import make_session
 
 RESULTS = ROOT / "benchmarks" / "results" / "backbones.json"
-STUDENTS = ("mobilefacenet-relu:0.5", "mobilenetv4:0.6", "repvit:0.67", "starnet:0.33")
+STUDENTS = ("mobilefacenet-relu:0.5", "repvit:0.67")
 DIM, SIZE, BATCH = 512, 112, 64
 
 
@@ -115,11 +115,8 @@ def milliseconds(runs: dict[str, Path], rounds: int = 100) -> dict[str, float]:
     """Median CPU time of one crop through the exported graph, one thread, the students by turns."""
     sessions = {}
     for student, run in runs.items():
-        encoder = load_student(run)
-        for part in encoder.module.modules():
-            if hasattr(part, "fuse"):
-                part.fuse()
-        graph = uint8_graph(torch_network(encoder.module, SIZE), encoder.info.preprocess, DIM)
+        source = open_run(str(run))
+        graph = uint8_graph(source.network, source.info.preprocess, DIM)
         sessions[student] = make_session(serialise(graph), 1)
     crop = np.random.default_rng(0).integers(0, 256, (1, SIZE, SIZE, 3), dtype=np.uint8)
     times: dict[str, list[float]] = {student: [] for student in runs}

@@ -9,16 +9,12 @@ from torch import nn
 from pkd.toolkit.distill.iresnet import IResNet
 from pkd.toolkit.distill.layers import Backbone, relu
 from pkd.toolkit.distill.mobilefacenet import MobileFaceNet
-from pkd.toolkit.distill.mobilenetv4 import MobileNetV4
 from pkd.toolkit.distill.repvit import RepViT
-from pkd.toolkit.distill.starnet import StarNet
 from pkd.toolkit.errors import InputError
 
 BACKBONES: dict[str, Callable[[int, float, int], Backbone]] = {
     "mobilefacenet": lambda dim, width, size: MobileFaceNet(dim, width, size=size),
     "mobilefacenet-relu": lambda dim, width, size: MobileFaceNet(dim, width, relu, size),
-    "mobilenetv4": lambda dim, width, size: MobileNetV4(dim, width, size),
-    "starnet": lambda dim, width, size: StarNet(dim, width, size),
     "repvit": lambda dim, width, size: RepViT(dim, width, size),
     "iresnet18": lambda dim, width, size: IResNet(dim, (2, 2, 2, 2), size),
     "iresnet34": lambda dim, width, size: IResNet(dim, (3, 4, 6, 3), size),

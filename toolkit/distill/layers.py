@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,25 @@ class Backbone(nn.Module):
     """A network with named stages. ``stages``: submodules whose outputs are N×C×H×W features, each half the last's."""
 
     stages: tuple[str, ...]
+
+
+class Fusible(nn.Module):
+    """A part that trains with several branches and runs as fewer operators."""
+
+    def fuse(self) -> None:
+        """Turn into what runs, in eval mode and in place. The outputs stay the same; training is over."""
+        raise NotImplementedError
+
+
+def fused(network: nn.Module) -> nn.Module:
+    """``network`` as it should run: a copy with every Fusible part fused, or itself where there is none."""
+    if not any(isinstance(part, Fusible) for part in network.modules()):
+        return network
+    made = copy.deepcopy(network)
+    for part in list(made.modules()):
+        if isinstance(part, Fusible):
+            part.fuse()
+    return made
 
 
 def conv(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pkd.toolkit.distill.layers import Backbone, conv, embedding_top, initialise, relu, scaled
+from pkd.toolkit.distill.layers import Backbone, Fusible, conv, embedding_top, initialise, relu, scaled
 
 _STAGES = ((48, 2), (96, 8), (192, 2))
 
@@ -36,7 +36,7 @@ class RepViT(Backbone):
         return out
 
 
-class _Mixer(nn.Module):
+class _Mixer(Fusible):
     def __init__(self, channels: int, attend: bool) -> None:
         super().__init__()
         self.wide = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels, bias=False)
