@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from real_faces import EDGEFACE, ROOT, SHARED, Report, command, evaluate, prose, teacher_options
-from real_faces import table as markdown
+from real_faces import markdown_table as markdown
 from torch import nn
 from torch.nn.functional import normalize
 
