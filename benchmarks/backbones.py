@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from real_faces import EDGEFACE, ROOT, SHARED, Report, command, evaluate, prose, teacher_options
-from real_faces import markdown_table as markdown
+from real_faces import EDGEFACE, ROOT, SHARED, Report, command, evaluate, markdown_table, prose, teacher_options
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -186,7 +185,7 @@ def table(results: Report) -> str:
         "TAR at FMR 1e-2", "TAR at FMR 1e-3", "mean cosine to the teacher",
     )  # fmt: skip
     best = sorted(rows.items(), key=lambda item: -point(item[1], 1e-2)["tar_balanced"])
-    return f"{text}\n\n{markdown(head, [cells(student, row) for student, row in best])}"
+    return f"{text}\n\n{markdown_table(head, [cells(student, row) for student, row in best])}"
 
 
 def cells(student: str, row: Report) -> tuple[str, ...]:
