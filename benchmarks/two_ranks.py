@@ -3,7 +3,7 @@
 Run as: python benchmarks/two_ranks.py                           (about two minutes; 500,000 classes, B=128, D=512)
 
 Both start as fresh processes with one thread each; the ranks talk over gloo on this machine and gather a batch of which
-each made half. Times are CPU time of a process (waiting for the other rank does not count), medians over the steps.
+each made half. Times are CPU time of the thread that computes (waiting for the other rank does not count), medians over the steps.
 Memory is resident: what the process holds in steady state, and its peak. Writes benchmarks/results/two_ranks.json.
 """
 
@@ -81,11 +81,11 @@ def measure(classes: int, count: int, ranks: Ranks) -> dict[str, Any]:
     margin = Margin("arcface", 0.5)
     cpu: list[float] = []
     for step in range(count + 1):
-        before = time.process_time()
+        before = time.thread_time()
         loss = frozen_cross_entropy(ranks.gather(own), head, ranks.gather(labels[mine]), margin, 64)
         torch.autograd.grad(loss, own)
         if step:
-            cpu.append(time.process_time() - before)
+            cpu.append(time.thread_time() - before)
     return {
         "cpu_seconds": cpu, "rows": stop - first, "loss": float(loss.detach()),
         "resident_mb": (kilobytes("VmRSS") - base) / 1024, "peak_mb": (kilobytes("VmHWM") - base) / 1024,
