@@ -3,8 +3,9 @@
 Run as: python benchmarks/two_ranks.py                           (about two minutes; 500,000 classes, B=128, D=512)
 
 Both start as fresh processes with one thread each; the ranks talk over gloo on this machine and gather a batch of which
-each made half. Times are CPU time of the thread that computes (waiting for the other rank does not count), medians over the steps.
-Memory is resident: what the process holds in steady state, and its peak. Writes benchmarks/results/two_ranks.json.
+each made half. Times are CPU time of the thread that computes (waiting for the other rank does not count), medians over
+the steps. Memory is resident: what the process holds in steady state, and its peak. Writes
+benchmarks/results/two_ranks.json.
 """
 
 from __future__ import annotations
