@@ -33,7 +33,7 @@ class DistillConfig(Record):
     head_labels: str | None = None
     """Label map of the head's files: identities in order of the class rows, one a line, or JSON."""
     merge_duplicates: float | None = None
-    """Cosine of class centres from which classes count as one person and are merged, for example 0.7."""
+    """Cosine of class centres from which classes count as one identity and are merged, for example 0.7."""
     student: str = "mobilefacenet:1.0"
     """Backbone and, after the colon, its width multiplier."""
     init: str | None = None
@@ -110,7 +110,7 @@ class DistillConfig(Record):
         if self.merge_duplicates is not None and not 0 < self.merge_duplicates < 1:
             raise InputError(f"--merge-duplicates {self.merge_duplicates}: a cosine between 0 and 1, for example 0.7.")
         if self.merge_duplicates is not None and self.teacher is None:
-            raise InputError("--merge-duplicates: needs --teacher, whose embeddings tell which classes are one person.")
+            raise InputError("--merge-duplicates: needs --teacher, whose embeddings tell which classes are one identity.")
         if self.teacher is not None and self.dim is not None:
             raise InputError(f"--dim {self.dim}: the teacher's space decides the dimension. Leave --dim out.")
         if self.teacher is not None and self.template is not None:
