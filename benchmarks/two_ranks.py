@@ -75,7 +75,7 @@ def measure(classes: int, count: int, ranks: Ranks) -> dict[str, Any]:
     base = kilobytes("VmRSS")
     rows = make_rows(first, stop)
     head = ShardedHead(rows, first, classes) if ranks.world > 1 else FrozenHead(rows)
-    torch.manual_seed(1)
+    torch.manual_seed(10**9)  # no seed of a block of rows: an embedding that is a centre would be a special case
     embeddings, labels = torch.randn(BATCH, DIM), torch.randint(0, classes, (BATCH,))
     mine = ranks.share(BATCH)
     own = embeddings[mine].requires_grad_()
