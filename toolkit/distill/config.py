@@ -110,7 +110,7 @@ class DistillConfig(Record):
         if self.merge_duplicates is not None and not 0 < self.merge_duplicates < 1:
             raise InputError(f"--merge-duplicates {self.merge_duplicates}: a cosine between 0 and 1, for example 0.7.")
         if self.merge_duplicates is not None and self.teacher is None:
-            raise InputError("--merge-duplicates: needs --teacher, whose embeddings tell which classes are one identity.")
+            raise InputError("--merge-duplicates: needs --teacher, whose embeddings tell which classes are the same.")
         if self.teacher is not None and self.dim is not None:
             raise InputError(f"--dim {self.dim}: the teacher's space decides the dimension. Leave --dim out.")
         if self.teacher is not None and self.template is not None:
