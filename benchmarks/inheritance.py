@@ -52,7 +52,8 @@ def main() -> int:
         run = args.out / "inheritance" / name.replace(", ", "-").replace(" ", "-")
         measured = distil_and_evaluate(run, (str(teacher), None), [*STUDENT, *ROWS[name]])
         measured["teacher_parameters"] = load_student(teacher).training["parameters"]
-        measured["audit"] = json.loads((run / "audit.json").read_text(encoding="utf-8"))
+        audit = json.loads((run / "audit.json").read_text(encoding="utf-8"))
+        measured["audit"] = {key: audit[key] for key in ("classes", "audited_images", "mean_cosine", "top1")}
         found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
         found[name] = measured
         ordered = {each: found[each] for each in ROWS if each in found}

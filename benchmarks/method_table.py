@@ -27,6 +27,7 @@ ROWS: dict[str, list[str]] = {
     "l2kd": ["--method", "l2kd"],
     "kd": ["--method", "kd"],
     "proxylesskd, ArcFace": ["--method", "proxylesskd"],
+    "proxylesskd, straight-through": ["--method", "proxylesskd", "--gradient", "straight-through"],
     "margindistillation": ["--method", "margindistillation"],
     "adadistill": ["--method", "adadistill"],
     "fitnets": ["--method", "fitnets"],
