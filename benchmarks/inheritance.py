@@ -75,8 +75,8 @@ def table(results: dict[str, Report]) -> str:
         f"{one['training']['steps']:,} steps of {one['training']['batch']} images each, CosFace 0.2 at scale 32 for "
         "teacher and students, one seed. TAR on "
         "test.txt, every identity weighing the same, with 95 % identity-level bootstrap intervals. Audit: share of "
-        "training images whose teacher embedding is nearest to its own centre; where the teacher's classifier is not used, "
-        "of the class means, each image left out of its own."
+        "training images whose teacher embedding is nearest to its own centre; where the teacher's classifier is not "
+        "used, of the class means, each image left out of its own."
     )
     return f"{text}\n\n{markdown_table(('student', 'query–gallery', 'audit', 'FMR 1e-2', 'FMR 1e-3'), rows)}"
 
