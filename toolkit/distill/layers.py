@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from torch import nn
@@ -18,12 +19,12 @@ class Backbone(nn.Module):
     stages: tuple[str, ...]
 
 
-class Fusible(nn.Module):
+class Fusible(nn.Module, ABC):
     """A part that trains with several branches and runs as fewer operators."""
 
+    @abstractmethod
     def fuse(self) -> None:
         """Turn into what runs, in eval mode and in place. The outputs stay the same; training is over."""
-        raise NotImplementedError
 
 
 def fused(network: nn.Module) -> nn.Module:
