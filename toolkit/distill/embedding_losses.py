@@ -35,7 +35,7 @@ def rkd(step: Step) -> Tensor:
 
 
 def cckd(step: Step) -> Tensor:
-    """Mean squared difference of the two correlation matrices (Peng et al. 2019, arXiv 1904.01802, eq. 7 to 9).
+    """Mean squared difference of the two correlation matrices (Peng et al. 2019, arXiv 1904.01802).
 
     Correlation: Gaussian kernel of unit embeddings, expanded to second order in their cosine.
     """
