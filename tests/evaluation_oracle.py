@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkd.toolkit.pairs import Pairing
+from pkd.toolkit.evaluation.pairs import Pairing
 
 
 @dataclass

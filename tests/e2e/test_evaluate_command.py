@@ -13,7 +13,7 @@ from evaluation_faces import PREPROCESS, teacher_info, write_people, write_stude
 
 from pkd.toolkit.certificate import read_certificate
 from pkd.toolkit.cli.evaluate import main
-from pkd.toolkit.evaluation import Evaluation
+from pkd.toolkit.evaluation.results import Evaluation
 from pkd.toolkit.preprocess import Preprocess
 
 COMMAND = Path(sys.executable).with_name("pkd-evaluate")
@@ -201,7 +201,7 @@ def test_images_without_identity_are_refused(world: Path, tmp_path: Path, capsys
         (["--faces", "{}/faces", "--bootstrap", "10"], "--bootstrap 10"),
         (["--faces", "{}/faces", "--student", "{}/alone"], "their vectors cannot be compared"),
         (["--faces", "{}/faces", "--student", "{}/nothing"], "no such file"),
-        (["--faces", "{}/faces", "--student", "{}/teacher.onnx"], "student and teacher are one encoder"),
+        (["--faces", "{}/faces", "--student", "{}/teacher.onnx"], "given twice"),
         (["--faces", "{}/faces", "--probe", "{}/probe"], "what to compare?"),
         (["--gallery", "{}/faces"], "what to compare?"),
         ([], "what to compare?"),

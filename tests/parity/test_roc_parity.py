@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_curve
 
-from pkd.toolkit.pairs import Pairing, score_pairs
-from pkd.toolkit.statistics import equal_error_rate, fmr_at, rates
+from pkd.toolkit.evaluation.pairs import Pairing, score_pairs
+from pkd.toolkit.evaluation.rates import equal_error_rate, fmr_at, rates
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from pkd.toolkit.certificate import Calibration, Certificate
 from pkd.toolkit.errors import BadVector, UnsupportedFmr
-from pkd.toolkit.evaluation import Data
-from pkd.toolkit.measure import certify, measure
-from pkd.toolkit.pairs import Pairing, score_pairs
+from pkd.toolkit.evaluation.measure import certify, measure
+from pkd.toolkit.evaluation.pairs import Pairing, score_pairs
+from pkd.toolkit.evaluation.results import Data
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.space import describe
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit import pairs as pairs_module
-from pkd.toolkit.pairs import Pairing, score_pairs
-from pkd.toolkit.statistics import equal_error_rate, fmr_at, lowest_impostor, rates
+from pkd.toolkit.evaluation import pairs as pairs_module
+from pkd.toolkit.evaluation.pairs import Pairing, score_pairs
+from pkd.toolkit.evaluation.rates import equal_error_rate, fmr_at, lowest_impostor, rates
 
 TARGETS = np.array([0.5, 0.25, 0.1, 0.02])
 SETTINGS = settings(max_examples=60, deadline=None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pkd.toolkit.errors import InputError
-from pkd.toolkit.pair_list import read_pair_list
+from pkd.toolkit.evaluation.pair_list import read_pair_list
 
 TWO_FOLDS = "2 1\nAda\t1\t2\nAda\t1\tBob\t1\nCy\t1\t3\nCy\t3\tBob\t2\n"
 

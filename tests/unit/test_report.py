@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from pkd.toolkit.errors import MissingExtra
-from pkd.toolkit.evaluation import Agreement, Comparison, Data, Evaluation, PairAccuracy
-from pkd.toolkit.measure import histogram, measure
-from pkd.toolkit.pairs import Pairing, score_pairs
-from pkd.toolkit.plots import require_plots
+from pkd.toolkit.evaluation.measure import histogram, measure
+from pkd.toolkit.evaluation.pairs import Pairing, score_pairs
+from pkd.toolkit.evaluation.plots import require_plots
+from pkd.toolkit.evaluation.report import render
+from pkd.toolkit.evaluation.results import Agreement, Comparison, Data, Evaluation, PairAccuracy
 from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.report import render
 from pkd.toolkit.space import describe
 
 TEACHER = describe("teacher", "teacher", "1" * 64, Preprocess(), 8)

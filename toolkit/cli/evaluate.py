@@ -16,12 +16,14 @@ from pkd.toolkit.cli.encoders import open_encoder
 from pkd.toolkit.command import Result, make_parser, progress, run
 from pkd.toolkit.embed import default_cache
 from pkd.toolkit.errors import InputError
-from pkd.toolkit.evaluate import Options, cross_matrix, pair_list_accuracy
-from pkd.toolkit.evaluation import Evaluation
+from pkd.toolkit.evaluation.cross_matrix import cross_matrix
+from pkd.toolkit.evaluation.lineup import Lineup
+from pkd.toolkit.evaluation.pair_accuracy import pair_list_accuracy
+from pkd.toolkit.evaluation.pair_list import read_pair_list
+from pkd.toolkit.evaluation.protocol import Options
+from pkd.toolkit.evaluation.report import render, require_plots
+from pkd.toolkit.evaluation.results import Evaluation
 from pkd.toolkit.faces import FaceSet
-from pkd.toolkit.pair_list import read_pair_list
-from pkd.toolkit.report import render, require_plots
-from pkd.toolkit.runtime import Encoder
 
 EXAMPLES = """
   pkd-evaluate --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --student run --faces test --out eval
@@ -95,12 +97,10 @@ def _measure(
     if args.pairs:
         pairs = read_pair_list(args.pairs, args.faces)
         threshold_pairs = read_pair_list(args.threshold_pairs, args.faces) if args.threshold_pairs else None
-        teacher, student = _open(args)
         evaluation = pair_list_accuracy(
             pairs,
             args.pairs.name,
-            teacher,
-            student,
+            _open(args),
             options,
             bar,
             threshold_pairs=threshold_pairs,
@@ -112,13 +112,14 @@ def _measure(
     else:
         faces, probe = FaceSet.read(args.gallery), FaceSet.read(args.probe)
         name = f"{_name(args.gallery)} (gallery), {_name(args.probe)} (probe)"
-    teacher, student = _open(args)
-    return cross_matrix(faces, name, teacher, student, options, bar, probe=probe)
+    return cross_matrix(faces, name, _open(args), options, bar, probe=probe)
 
 
-def _open(args: argparse.Namespace) -> tuple[Encoder, Encoder | None]:
-    teacher = open_encoder(args.teacher, args.teacher_preprocess)
-    return teacher, open_encoder(args.student) if args.student else None
+def _open(args: argparse.Namespace) -> Lineup:
+    return Lineup(
+        teacher=open_encoder(args.teacher, args.teacher_preprocess),
+        student=open_encoder(args.student) if args.student else None,
+    )
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -10,21 +10,19 @@ import numpy as np
 from pkd.toolkit.certificate import Calibration, Certificate, OperatingPoint
 from pkd.toolkit.command import tool_version
 from pkd.toolkit.errors import UnsupportedFmr
-from pkd.toolkit.evaluation import Comparison, Data, Det, Histogram, Refusal
-from pkd.toolkit.pairs import BINS, Doubles, Floats, Pairing, PairScores, bin_of
-from pkd.toolkit.space import EmbeddingSpace, EncoderInfo
-from pkd.toolkit.statistics import (
-    Bootstrap,
+from pkd.toolkit.evaluation.bootstrap import Bootstrap, bootstrap, interval
+from pkd.toolkit.evaluation.pairs import BINS, Doubles, Floats, Pairing, PairScores, bin_of
+from pkd.toolkit.evaluation.rates import (
     Rates,
-    bootstrap,
     equal_error_rate,
     fmr_at,
-    interval,
     lowest_impostor,
     rates,
     require_resolved,
     smallest_fmr,
 )
+from pkd.toolkit.evaluation.results import Comparison, Data, Det, Histogram, Refusal
+from pkd.toolkit.space import EmbeddingSpace, EncoderInfo
 
 PLOT_BINS = 100
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pkd.toolkit.errors import MissingExtra
-from pkd.toolkit.evaluation import Agreement, Comparison, Histogram
+from pkd.toolkit.evaluation.results import Agreement, Comparison, Histogram
 
 LINES = {
     "T–T": ("#475569", (0, ())),

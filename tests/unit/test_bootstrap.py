@@ -6,18 +6,10 @@ import numpy as np
 import pytest
 
 from pkd.toolkit.errors import UnsupportedFmr
-from pkd.toolkit.pairs import Pairing, PairScores, score_pairs
-from pkd.toolkit.statistics import (
-    accuracy_interval,
-    best_threshold,
-    bootstrap,
-    fmr_at,
-    interval,
-    out_of_fold,
-    rates,
-    require_resolved,
-    smallest_fmr,
-)
+from pkd.toolkit.evaluation.bootstrap import accuracy_interval, bootstrap, interval
+from pkd.toolkit.evaluation.folds import best_threshold, out_of_fold
+from pkd.toolkit.evaluation.pairs import Pairing, PairScores, score_pairs
+from pkd.toolkit.evaluation.rates import fmr_at, rates, require_resolved, smallest_fmr
 
 FMR = np.array([0.05])
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from html import escape
 
 from pkd.toolkit.certificate import Interval, OperatingPoint
-from pkd.toolkit.evaluation import Comparison, Evaluation, PairAccuracy
-from pkd.toolkit.plots import LINES, agreement_histogram, det_curves, require_plots, score_histograms
+from pkd.toolkit.evaluation.plots import LINES, agreement_histogram, det_curves, require_plots, score_histograms
+from pkd.toolkit.evaluation.results import Comparison, Evaluation, PairAccuracy
 from pkd.toolkit.space import EncoderInfo, short
 
 __all__ = ["render", "require_plots"]
