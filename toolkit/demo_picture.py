@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from pkd.toolkit.errors import PkdError
-from pkd.toolkit.evaluation.plots import FAINT, GENUINE, IMPOSTOR, INK, STYLE, require_plots
+from pkd.toolkit.evaluation.drawing import FAINT, GENUINE, IMPOSTOR, INK, STYLE, require_plots
 from pkd.toolkit.images import read_rgb
 from pkd.toolkit.space import short
 

@@ -1,77 +1,117 @@
-"""The report's figures as inline SVG. matplotlib is imported when a figure is drawn, and no global state is touched."""
+"""The pictures of a report: error trade-offs, distances and scores of every ordered pair of encoders."""
 
 from __future__ import annotations
 
-import html
-import io
-import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pkd.toolkit.errors import MissingExtra
-from pkd.toolkit.evaluation.results import Agreement, Comparison, Histogram
+from pkd.toolkit.evaluation.drawing import GENUINE, IMPOSTOR, INK, SOFT, Picture, on_axes
+from pkd.toolkit.evaluation.pairs import Doubles
+from pkd.toolkit.evaluation.results import Agreement, Comparison, Det, Evaluation, Histogram
 
-LINES = {
+if TYPE_CHECKING:
+    from pkd.toolkit.evaluation.results import Distances
+
+LINES: dict[str, tuple[str, Any]] = {
     "T–T": ("#475569", (0, ())),
     "S–T": ("#0b63c5", (0, ())),
     "T–S": ("#0f766e", (0, (6, 2))),
-    "S–S": ("#b45309", (0, (3, 2))),
+    "S–S": ("#b45309", (0, (4, 2))),
+    "R–T": ("#a21caf", (0, (7, 2, 1, 2))),
+    "P–T": ("#6d28d9", (0, (3, 1, 1, 1))),
+    "C–C": ("#4d7c0f", (0, (2, 2))),
+    "C–T": ("#9f1239", (0, (1, 1.5))),
 }
 """Colour and dash pattern of each ordered pair: told apart in print, too."""
-GENUINE, IMPOSTOR = "#0f766e", "#b91c1c"
-INK, FAINT = "#334155", "#cbd5e1"
-STYLE: Any = {
-    "font.size": 11,
-    "font.family": "sans-serif",
-    "svg.fonttype": "none",
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelcolor": INK,
-    "grid.color": "#e2e8f0",
-    "legend.frameon": False,
-}
+USED = 2e-5
+"""Fraction of pairs from which on a bin counts as used."""
 
 
-def require_plots() -> None:
-    """Raise MissingExtra without matplotlib, before minutes are spent on what cannot be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtra("matplotlib", "evaluate") from None
+def pictures(e: Evaluation) -> dict[str, Picture]:
+    """Every picture of a report, by name. Empty where nothing can be drawn."""
+    drawn = [scores_of(c, e.comparisons) for c in e.comparisons]
+    if any(c.det.fmr for c in e.comparisons):
+        drawn.append(det_curves({c.name: c.det for c in e.comparisons}, title="query–gallery"))
+    if e.comparisons and hasattr(e.comparisons[0], "distances"):
+        drawn.append(distance_distributions([(c.name, c) for c in e.comparisons]))
+    if e.agreement:
+        drawn.append(agreement_histogram(e.agreement))
+    return {picture.name: picture for picture in drawn}
 
 
-def det_curves(comparisons: tuple[Comparison, ...]) -> str:
-    """FNMR against FMR on log axes with bands, down to the smallest resolved FMR."""
+def file_name(cell: str) -> str:
+    """A cell's name in ASCII: ``S–T`` → ``S-T``."""
+    return cell.replace("–", "-")
+
+
+def det_curves(
+    curves: dict[str, Det], *, title: str, lines: dict[str, tuple[str, Any]] = LINES, name: str = "det"
+) -> Picture:
+    """FNMR against FMR on log axes with bands, each curve down to the smallest FMR that its set resolves."""
+    curves = {label: det for label, det in curves.items() if det.fmr}
 
     def draw(axes: Any) -> None:
-        floor = _floor(comparisons)
-        for c in comparisons:
-            colour, dashes = LINES[c.name]
-            axes.fill_between(
-                c.det.fmr, np.maximum(c.det.low, floor), np.maximum(c.det.high, floor), color=colour, alpha=0.13, lw=0
-            )
-            axes.plot(c.det.fmr, np.maximum(c.det.fnmr, floor), color=colour, ls=dashes, lw=2, label=c.name)
-            marks = [p for p in c.points if 1 - p.tar_balanced > 0]
-            axes.plot([p.fmr for p in marks], [1 - p.tar_balanced for p in marks], "o", color=colour, ms=5)
-        axes.set(xscale="log", yscale="log", ylim=(floor, 1.0), xlim=(min(c.min_fmr for c in comparisons), 1.0))
+        floor = _floor(curves.values())
+        band = 0.13 if len(curves) <= 4 else 0.08
+        for label, det in curves.items():
+            colour, dashes = lines[label]
+            low, high, rate = (np.maximum(x, floor) for x in (det.low, det.high, det.fnmr))
+            axes.fill_between(det.fmr, low, high, color=colour, alpha=band, lw=0)
+            axes.plot(det.fmr, rate, color=colour, ls=dashes, lw=2, label=label)
+        axes.set(xscale="log", yscale="log", ylim=(floor, 1.0))
+        axes.set_xlim(min(min(det.fmr) for det in curves.values()), 1.0)
         axes.set(xlabel="false match rate (FMR)", ylabel="false non-match rate (FNMR)")
         axes.grid(True, which="major")
+        axes.grid(True, which="minor", lw=0.4, alpha=0.6)
         _percent_ticks(axes.yaxis)
         _percent_ticks(axes.xaxis)
-        axes.legend(loc="upper right", title="query–gallery")
+        handles, labels = axes.get_legend_handles_labels()
+        worst_first = sorted(range(len(labels)), key=lambda i: -_at_end(curves[labels[i]]))
+        axes.legend(
+            [handles[i] for i in worst_first], [labels[i] for i in worst_first],
+            loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, handlelength=2.6, borderpad=0.1,
+            alignment="left",
+        )  # fmt: skip
 
-    drawn = [c for c in comparisons if c.det.fmr]
-    words = "Detection error trade-off on log axes for " + ", ".join(c.name for c in comparisons)
-    return _svg(draw, words, (5.6, 4.2), "det") if drawn else ""
+    words = "Detection error trade-off on log axes for " + ", ".join(curves)
+    return Picture(name, words, (6.6, 4.3), on_axes(draw))
 
 
-def score_histograms(comparison: Comparison, beside: tuple[Comparison, ...]) -> str:
+def distance_distributions(rows: Sequence[tuple[str, Comparison]], *, name: str = "distances") -> Picture:
+    """Densities of the Euclidean distance of genuine and impostor pairs, a row each on one axis, with their means.
+
+    ``rows``: label and comparison. The distance of two unit vectors is √(2 − 2·cosine), 0 to 2.
+    """
+
+    def draw(figure: Any) -> None:
+        plots = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+        used = [
+            i for _, c in rows for h in (c.genuine, c.impostor) for i in np.flatnonzero(np.array(h.fractions) > 1e-3)
+        ]
+        edges = _distances(rows[0][1].genuine)
+        for (label, c), axes in zip(rows, plots, strict=True):
+            for part, colour in ((c.impostor, IMPOSTOR), (c.genuine, GENUINE)):
+                density = np.array(part.fractions) / -np.diff(_distances(part))
+                axes.stairs(density[::-1], _distances(part)[::-1], fill=True, color=colour, alpha=0.3)
+                axes.stairs(density[::-1], _distances(part)[::-1], color=colour, lw=1.2)
+            axes.set(ylim=(0, None), yticks=[], xlim=(edges[max(used) + 1] - 0.03, edges[min(used)] + 0.03))
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="x", length=3)
+            axes.grid(True, axis="x")
+            _means(axes, c.distances)
+            axes.set_title(label, loc="left", size=11, weight="bold", color=INK, pad=3)
+            axes.set_title(_said(c.distances), loc="right", size=9, color=SOFT, pad=3)
+        plots[-1].set_xlabel("Euclidean distance of unit embeddings")
+
+    words = "Distributions of the distance between embeddings of one person and of two, for " + ", ".join(
+        label for label, _ in rows
+    )
+    return Picture(name, words, (6.0, 0.55 + 1.12 * len(rows)), draw)
+
+
+def scores_of(comparison: Comparison, beside: tuple[Comparison, ...]) -> Picture:
     """Genuine and impostor scores of one ordered pair with its thresholds, on one scale with those ``beside`` it."""
 
     def draw(axes: Any) -> None:
@@ -91,10 +131,10 @@ def score_histograms(comparison: Comparison, beside: tuple[Comparison, ...]) -> 
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=10, borderpad=0)
 
     words = f"Histogram of genuine and impostor scores, {comparison.name}, with the threshold of each false match rate"
-    return _svg(draw, words, (5.0, 3.1), comparison.name)
+    return Picture(f"scores-{file_name(comparison.name)}", words, (5.0, 3.1), on_axes(draw))
 
 
-def agreement_histogram(agreement: Agreement) -> str:
+def agreement_histogram(agreement: Agreement) -> Picture:
     """Cosine between teacher and student on the same image."""
 
     def draw(axes: Any) -> None:
@@ -102,58 +142,54 @@ def agreement_histogram(agreement: Agreement) -> str:
         axes.stairs(agreement.histogram.fractions, edges, fill=True, color=LINES["S–T"][0], alpha=0.28)
         axes.stairs(agreement.histogram.fractions, edges, color=LINES["S–T"][0], lw=1.3)
         axes.axvline(agreement.mean, color=INK, lw=1, ls=(0, (2, 2)))
+        axes.set(xlim=_range(agreement.histogram), ylim=(0, 1.12 * max(agreement.histogram.fractions)))
         axes.text(agreement.mean, axes.get_ylim()[1], f" mean {agreement.mean:.3f}", color=INK, size=9, va="top")
-        axes.set(
-            xlim=_range(agreement.histogram), ylim=(0, None), xlabel="cosine similarity", ylabel="fraction of images"
-        )
-        axes.set_yticks([])
+        axes.set(xlabel="cosine similarity", ylabel="fraction of images", yticks=[])
 
-    return _svg(
-        draw, "Histogram of the cosine between teacher and student embedding of the same image", (5.0, 2.6), "a"
+    words = "Histogram of the cosine between teacher and student embedding of the same image"
+    return Picture("agreement", words, (5.0, 2.6), on_axes(draw))
+
+
+def _means(axes: Any, distances: Distances) -> None:
+    top = axes.get_ylim()[1]
+    for mean, colour in ((distances.genuine_mean, GENUINE), (distances.impostor_mean, IMPOSTOR)):
+        axes.plot([mean, mean], [0, top], color=colour, lw=1.2, ls=(0, (2, 2)))
+
+
+def _said(d: Distances) -> str:
+    return (
+        f"intra {d.genuine_mean:.2f} ± {d.genuine_std:.2f}   inter {d.impostor_mean:.2f} ± {d.impostor_std:.2f}   "
+        f"d′ {d.d_prime:.2f}"
     )
 
 
-def _svg(draw: Callable[[Any], None], words: str, size: tuple[float, float], salt: str) -> str:
-    require_plots()
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    with rc_context({**STYLE, "svg.hashsalt": f"pkd {salt}"}):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots()
-        axes.set_axisbelow(True)
-        draw(axes)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Two figures of one page must not share an id: a clip path of one would cut the other.
-    key = re.sub(r"\W", "", salt.encode("ascii", "xmlcharrefreplace").decode())
-    svg = re.sub(r'\bid="', f'id="{key}-', svg)
-    svg = svg.replace("url(#", f"url(#{key}-").replace('href="#', f'href="#{key}-')
-    return re.sub(r'^<svg width="[^"]*" height="[^"]*"|^<svg ', lambda m: _labelled(m.group(), words), svg, count=1)
-
-
-def _labelled(opening: str, words: str) -> str:
-    return f'<svg role="img" aria-label="{html.escape(words)}" '
-
-
-def _edges(histogram: Histogram) -> Any:
+def _edges(histogram: Histogram) -> Doubles:
     return np.linspace(-1, 1, len(histogram.fractions) + 1)
+
+
+def _distances(histogram: Histogram) -> Doubles:
+    """The histogram's edges as distances: from 2 (opposite) down to 0 (equal)."""
+    distances: Doubles = np.sqrt(np.maximum(2 - 2 * _edges(histogram), 0))
+    return distances
 
 
 def _range(*histograms: Histogram) -> tuple[float, float]:
     """The cosines that occur, with a little room."""
-    used = [np.flatnonzero(np.array(h.fractions) > 2e-5) for h in histograms]
+    used = [np.flatnonzero(np.array(h.fractions) > USED) for h in histograms]
     edges = _edges(histograms[0])
     return float(edges[max(0, min(u[0] for u in used) - 2)]), float(
         edges[min(len(edges) - 1, max(u[-1] for u in used) + 3)]
     )
 
 
-def _floor(comparisons: tuple[Comparison, ...]) -> float:
+def _at_end(det: Det) -> float:
+    """FNMR at the smallest FMR."""
+    return det.fnmr[-1]
+
+
+def _floor(curves: Any) -> float:
     """Lower end of the FNMR axis: one decade step below the smallest rate that is drawn, and never 0."""
-    positive = [rate for c in comparisons for rate in c.det.fnmr if rate > 0]
+    positive = [rate for det in curves for rate in det.fnmr if rate > 0]
     return float(10 ** np.floor(np.log10(max(min(positive, default=0.1) * 0.8, 1e-4))))
 
 

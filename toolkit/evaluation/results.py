@@ -104,6 +104,37 @@ class Agreement(Record):
     histogram: Histogram
 
 
+class LinearMap(Record):
+    """A linear map from the control's embeddings into the teacher's space, fitted on other people."""
+
+    letter: str
+    """Its place in the names of cells: ``P`` or ``R``."""
+    kind: str
+    """``orthogonal Procrustes`` or ``affine ridge``."""
+    encoder: str
+    """Encoder id of control and map together."""
+    penalty: float | None
+    """λ of the ridge: the loss is the mean squared error over the images plus λ‖W‖². None without one."""
+    fit_cosine: float
+    """Mean cosine to the teacher's embeddings of the images that the map was fitted on."""
+    held_out_cosine: float
+    """The same over people that were left out, by a map fitted without them; λ was chosen on these."""
+
+
+class Control(Record):
+    """An encoder that was not distilled from the teacher, and what was done to bring it into the teacher's space."""
+
+    encoder: EncoderInfo
+    fit: Data | None = None
+    """The images the maps were fitted on; None without maps."""
+    held_out_identities: int = 0
+    maps: tuple[LinearMap, ...] = ()
+
+
+Training = dict[str, str | int | float | bool | None]
+"""What a run or a bundle says of how an encoder was trained."""
+
+
 class Evaluation(Record):
     """A whole run of pkd-evaluate."""
 
@@ -120,6 +151,9 @@ class Evaluation(Record):
     seed: int
     teacher: EncoderInfo
     student: EncoderInfo | None
+    control: Control | None = None
+    training: dict[str, Training] = {}
+    """By letter, of those encoders whose run or bundle tells."""
     comparisons: tuple[Comparison, ...] = ()
     pair_accuracies: tuple[PairAccuracy, ...] = ()
     agreement: Agreement | None = None

@@ -1,0 +1,84 @@
+"""The report's scores: error trade-off, distances, histograms, agreement on one image, and the worst pairs by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pkd.toolkit.evaluation.page import figure, percent, section
+from pkd.toolkit.evaluation.plots import file_name
+from pkd.toolkit.evaluation.results import Evaluation
+
+
+def trade_off(e: Evaluation, drawn: Mapping[str, str]) -> str:
+    """DET curves of every ordered pair."""
+    if "det" not in drawn:
+        return ""
+    errors = ", ".join(f"{c.name} {percent(c.eer, 2)}" for c in e.comparisons)
+    return section(
+        "Detection error trade-off",
+        figure(
+            drawn["det"],
+            "Every identity weighs the same. Lower is better. Bands: 95 % intervals. A curve ends where the impostor "
+            "pairs of this set stop resolving the rate.",
+            "wide",
+        ),
+        f"<p>Equal error rate, every pair alike: {errors}.</p>",
+    )
+
+
+def distances(e: Evaluation, drawn: Mapping[str, str]) -> str:
+    """Distributions of the distances within and between people, a row for each ordered pair."""
+    if "distances" not in drawn:
+        return ""
+    return section(
+        "Distances within and between people",
+        "<p>How far apart embeddings of one person lie (intra-class, green) and those of two people (inter-class, "
+        "red), on one axis for all. The further the two stand apart, and the narrower each is, the fewer the errors: "
+        "d′ is the distance of their means in standard deviations. After Figure 1 of Shi et al. 2020.</p>",
+        figure(
+            drawn["distances"],
+            "Euclidean distance of unit embeddings, √(2 − 2 · cosine): 0 for equal ones, 1.41 for unrelated ones. "
+            "Every pair alike. Dashed: means.",
+            "wide",
+        ),
+    )
+
+
+def scores(e: Evaluation, drawn: Mapping[str, str]) -> str:
+    """Histograms of genuine and impostor scores, one for each ordered pair."""
+    if not e.comparisons:
+        return ""
+    figures = "".join(
+        figure(
+            drawn[f"scores-{file_name(c.name)}"],
+            f"<b>{c.name}</b>: {c.genuine_pairs:,} genuine pairs of {c.genuine_identities:,} identities, "
+            f"{c.impostor_pairs:,} impostor pairs.",
+        )
+        for c in e.comparisons
+    )
+    return section(
+        "Scores",
+        "<p>Each ordered pair of encoders has its own distribution, and so its own thresholds (dashed, one per false "
+        f'match rate).</p><div class="figures">{figures}</div>',
+    )
+
+
+def agreement(e: Evaluation, drawn: Mapping[str, str]) -> str:
+    """Cosine of teacher and student on one and the same image."""
+    if e.agreement is None:
+        return ""
+    a = e.agreement
+    return section(
+        "Teacher and student on the same image",
+        figure(
+            drawn["agreement"],
+            f"Mean cosine {a.mean:.3f}, median {a.median:.3f}, 5th percentile {a.low:.3f}, standard deviation "
+            f"{a.std:.3f}.",
+            "half",
+        ),
+    )
+
+
+def worst(e: Evaluation) -> str:
+    """The false matches with the highest and the false non-matches with the lowest scores."""
+    return ""
