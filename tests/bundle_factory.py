@@ -96,7 +96,13 @@ def bundle(folder: Path, name: str = "bundle", preprocess: Preprocess | None = N
 
 def certificate(query: str, gallery: str, space: str, *, data_name: str = "test") -> Certificate:
     """A well-formed certificate of the ordered pair."""
-    rate = {"fmr_ci95": (0.0, 0.02), "tar": 0.9, "tar_ci95": (0.8, 1.0), "tar_balanced": 0.9}
+    rate = {
+        "fmr_ci95": (0.0, 0.02),
+        "prediction95": (0.0, 0.03),
+        "tar": 0.9,
+        "tar_ci95": (0.8, 1.0),
+        "tar_balanced": 0.9,
+    }
     point = OperatingPoint(fmr=0.01, threshold=0.3, tar_balanced_ci95=(0.8, 1.0), **rate)
     return Certificate(
         query=query,

@@ -7,17 +7,26 @@ for another.
 
 from __future__ import annotations
 
+import json
 import math
 from bisect import bisect_right
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pkd.toolkit.errors import BadVector, BundleError, UnsupportedFmr
+from pkd.toolkit.groups import Attribute
+from pkd.toolkit.groups import Interval as Interval
 from pkd.toolkit.record import Record
-from pkd.toolkit.space import short
+from pkd.toolkit.signing import Signature, signature_beside
+from pkd.toolkit.space import Role, short
 
-Interval = tuple[float, float]
+SCHEMA = 2
+SLACK = 1.1
+"""How far the calibration's rate at an operating point may lie above the point's: above a few per cent it is counted
+on a grid of scores, while the threshold is exact."""
 
 
 class OperatingPoint(Record):
@@ -28,7 +37,10 @@ class OperatingPoint(Record):
     threshold: float
     """Cosine similarity at and above which a pair matches."""
     fmr_ci95: Interval
-    """What the threshold's false match rate may be on other people."""
+    """The threshold's false match rate over all people like these: how well it is known."""
+    prediction95: Interval
+    """What a fresh, equally large set of such people would measure as false match rate at this threshold, in 95 of 100
+    cases: wider, for the fresh set has a chance of its own, and the threshold's is in it, too."""
     tar: float
     """True accept rate over genuine pairs, every pair weighing the same."""
     tar_ci95: Interval
@@ -66,29 +78,62 @@ class Calibration(Record):
         return self.score[right - 1] + share * (self.score[right] - self.score[right - 1])
 
 
-class Certificate(Record):
-    """Queries from ``query`` may be matched against a gallery of ``gallery``, with these error rates."""
+class ScoreRate(NamedTuple):
+    """What a certificate says of one score."""
 
-    schema_version: int = 1
+    fmr: float
+    """False match rate of a threshold at this score."""
+    ci95: Interval
+    """95 % interval of it."""
+    is_upper_bound: bool
+    """True past the last resolved score: the rate there is at most ``fmr``, and nobody measured how much less."""
+
+
+class Certificate(Record):
+    """Queries from ``query`` may be matched against a gallery of ``gallery``, with these error rates.
+
+    Format and rules: docs/certificate.md. Raises ValidationError where its parts contradict one another.
+    """
+
+    schema_version: int = SCHEMA
     query: str
     """Encoder id of the query (probe) side."""
+    query_role: Role
     gallery: str
     """Encoder id of the gallery side."""
+    gallery_role: Role
     space: str
     """Id of the embedding space that both share."""
+    protocol: str
+    """Which images were compared with which."""
     points: tuple[OperatingPoint, ...]
     """Operating points, from the largest false match rate to the smallest."""
     calibration: Calibration
-    min_fmr: float
-    """Smallest false match rate that the impostor pairs resolve."""
-    identities: int
-    images: int
-    genuine_pairs: int
-    impostor_pairs: int
+    resolved_scores: Interval
+    """Scores between which the calibration is resolved: its first and its last."""
+    min_fmr: float = Field(gt=0)
+    """Smallest false match rate that the pairs of different identities resolve."""
+    identities: int = Field(ge=2)
+    genuine_identities: int = Field(ge=1)
+    """Identities with genuine pairs: what the balanced rates average over."""
+    identity_pairs: int = Field(ge=1)
+    """Pairs of different identities that were compared."""
+    images: int = Field(ge=2)
+    genuine_pairs: int = Field(ge=1)
+    impostor_pairs: int = Field(ge=1)
+    demographics: tuple[Attribute, ...] = ()
+    """Error rates per group, where labels were given."""
+    labels_digest: str | None = None
+    """SHA-256 of the file of labels."""
     data_name: str
     data_digest: str
+    """SHA-256 over contents and identities of the images."""
     synthetic: bool = False
     """True where the faces were procedural: the rates say nothing about people."""
+    intervals: str
+    """How the 95 % intervals were made."""
+    resamples: int = Field(ge=1)
+    seed: int
     tool: str
     created: str
     """ISO 8601, UTC."""
@@ -100,10 +145,28 @@ class Certificate(Record):
                 raise ValueError("operating points must go from the largest FMR to the smallest, thresholds rising")
         return self
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Certificate:
+        """A threshold that was changed no longer lies on the calibration, with or without a signature."""
+        c = self.calibration
+        if self.resolved_scores != (c.score[0], c.score[-1]):
+            raise ValueError("resolved_scores must be the calibration's first and last score")
+        rate = dict(zip(c.score, c.fmr, strict=True))
+        for point in self.points:
+            if point.threshold not in rate:
+                raise ValueError(f"the threshold {point.threshold:g} at FMR {point.fmr:g} is no score of the calibration")
+            if not self.min_fmr * (1 - 1e-9) <= point.fmr <= 1:
+                raise ValueError(f"the operating point FMR {point.fmr:g} lies below min_fmr {self.min_fmr:g}, or above 1")
+            if rate[point.threshold] > SLACK * point.fmr:
+                raise ValueError(
+                    f"at the threshold of FMR {point.fmr:g} the calibration says {rate[point.threshold]:g}"
+                )
+        return self
+
     @property
     def file_name(self) -> str:
         """``query__gallery.json`` with shortened ids, so that one folder holds every ordered pair."""
-        return f"{short(self.query)}__{short(self.gallery)}.json"
+        return file_name(self.query, self.gallery)
 
     def threshold(self, fmr: float) -> float:
         """Smallest score whose false match rate is at most ``fmr``.
@@ -125,44 +188,78 @@ class Certificate(Record):
         upper = min(point.threshold for point in self.points if point.fmr < fmr)
         return min(max(self.calibration.score_at(fmr), lower), upper)
 
-    def fmr_at(self, score: float) -> tuple[float, Interval]:
-        """False match rate at ``score`` and its 95 % interval.
+    def fmr_at(self, score: float) -> ScoreRate:
+        """False match rate at ``score``: straight in log FMR between measured scores.
 
-        Past the last measured score the last rate is kept: no rate is claimed that the impostor pairs do not resolve.
-        Raises BadVector for NaN.
+        Past the last resolved score its rate is an upper bound, for no rate is claimed that the pairs do not resolve.
+        Below the first one every impostor pair matches. Raises BadVector for NaN.
         """
         if math.isnan(score):
             raise BadVector("score is NaN: an embedding holds NaN. Embed the image again.")
         c = self.calibration
         right = bisect_right(c.score, score)
-        if right in (0, len(c.score)):
-            end = min(right, len(c.score) - 1)
-            return c.fmr[end], (c.low[end], c.high[end])
+        if right == 0:
+            return ScoreRate(c.fmr[0], (c.low[0], c.high[0]), False)
+        if right == len(c.score):
+            beyond = score > c.score[-1]
+            return ScoreRate(c.fmr[-1], (0.0 if beyond else c.low[-1], c.high[-1]), beyond)
         share = (score - c.score[right - 1]) / (c.score[right] - c.score[right - 1])
         fmr, low, high = (_between(column[right - 1], column[right], share) for column in (c.fmr, c.low, c.high))
-        return fmr, (low, high)
+        return ScoreRate(fmr, (low, high), False)
+
+
+@dataclass(frozen=True)
+class CertificateFile:
+    """A certificate as it lies on disk: its exact bytes, and the signature beside it, unchecked."""
+
+    path: Path
+    data: bytes
+    certificate: Certificate
+    signature: Signature | None
+
+    @classmethod
+    def read(cls, path: Path) -> CertificateFile:
+        """Raises BundleError for what is no certificate, NotTrusted for what is no signature."""
+        data = _read(path)
+        return cls(path, data, parse_certificate(data, path), signature_beside(path))
+
+
+def file_name(query: str, gallery: str) -> str:
+    """The file name of the certificate of this ordered pair of encoder ids."""
+    return f"{short(query)}__{short(gallery)}.json"
 
 
 def read_certificate(path: str | Path) -> Certificate:
     """Read and validate one certificate file. Raises BundleError naming the file."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path}: not a certificate: {error.strerror}.") from None
-    return parse_certificate(data, path)
+    return parse_certificate(_read(path), path)
 
 
 def parse_certificate(data: bytes, path: str | Path) -> Certificate:
     """Validate the bytes of a certificate file; ``path`` is what errors name. Raises BundleError."""
     try:
+        version = json.loads(data)["schema_version"]  # first of all: another version has other fields
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BundleError(f"{path}: not a certificate: it states no schema_version.") from None
+    if version != SCHEMA:
+        remedy = "Evaluate again with this pkd." if version == 1 else "Upgrade pkd."
+        raise BundleError(f"{path}: certificate schema {version!r}; this pkd reads {SCHEMA}. {remedy}")
+    try:
         certificate = Certificate.model_validate_json(data)
     except ValidationError as error:
-        raise BundleError(f"{path}: not a certificate: {error.errors()[0]['msg']}.") from None
-    if certificate.schema_version != 1:
-        raise BundleError(f"{path}: certificate schema {certificate.schema_version}; this pkd reads 1. Upgrade pkd.")
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        what = f"{field}: {first['msg']}" if field else first["msg"].removeprefix("Value error, ")
+        raise BundleError(f"{path}: not a certificate: {what}.") from None
     if not certificate.points:
         raise BundleError(f"{path}: a certificate without operating points certifies nothing. Evaluate on more people.")
     return certificate
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: not a certificate: {error.strerror}.") from None
 
 
 def _between(a: float, b: float, share: float) -> float:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_curve
 
-from pkd.toolkit.evaluation.pairs import Pairing, score_pairs
+from pkd.toolkit.evaluation.pairs import Pairing
 from pkd.toolkit.evaluation.rates import equal_error_rate, fmr_at, rates
+from pkd.toolkit.evaluation.scores import score_pairs
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from pkd.toolkit.certificate import Calibration, Certificate
 from pkd.toolkit.errors import BadVector, UnsupportedFmr
 from pkd.toolkit.evaluation.measure import certify, measure
-from pkd.toolkit.evaluation.pairs import Pairing, score_pairs
+from pkd.toolkit.evaluation.pairs import Pairing
 from pkd.toolkit.evaluation.results import Data
+from pkd.toolkit.evaluation.scores import score_pairs
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.space import describe
 

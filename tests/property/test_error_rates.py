@@ -8,9 +8,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit.evaluation import pairs as pairs_module
-from pkd.toolkit.evaluation.pairs import Pairing, score_pairs
-from pkd.toolkit.evaluation.rates import equal_error_rate, fmr_at, lowest_impostor, rates
+from pkd.toolkit.evaluation import scores as scores_module
+from pkd.toolkit.evaluation.pairs import Pairing
+from pkd.toolkit.evaluation.rates import (
+    drawn_rates,
+    equal_error_rate,
+    fmr_at,
+    impostor_cumulative,
+    lowest_impostor,
+    rates,
+)
+from pkd.toolkit.evaluation.scores import BINS, bin_edges, bin_of, score_pairs
 
 TARGETS = np.array([0.5, 0.25, 0.1, 0.02])
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -63,7 +71,10 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(
     assume(any(p.same for p in found) and any(not p.same for p in found))
     assert pairing.impostor_weight(weight) == sum(p.weight for p in found if not p.same)
 
-    made = rates(score_pairs(pairing, query, gallery), TARGETS, weight)
+    scores = score_pairs(pairing, query, gallery)
+    made = drawn_rates(scores, TARGETS, weight, impostor_cumulative(scores, weight))
+    if (weight == 1).all():
+        np.testing.assert_array_equal(made.threshold, rates(scores, TARGETS).threshold)
     for k, target in enumerate(TARGETS):
         threshold = oracle.threshold_at(found, float(target))
         assert made.threshold[k] == threshold
@@ -84,32 +95,51 @@ def test_error_rate_curve_is_that_of_the_loop(case: tuple[Pairing, np.ndarray, n
     assert oracle.fmr(found, lowest_impostor(scores)) == 1.0
 
 
-@given(st.integers(0, 2**32 - 1), st.booleans())
-@settings(max_examples=15, deadline=None)
-def test_what_is_kept_of_a_large_set_gives_the_same_tail(seed: int, unordered: bool) -> None:
-    """With small limits a set of 120 images takes the path of a large one: several blocks, a tail and a sample."""
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.integers(5, 64))
+@settings(max_examples=25, deadline=None)
+def test_what_is_kept_of_a_large_set_gives_the_same_rates(seed: int, unordered: bool, tile: int) -> None:
+    """With small limits a set of 120 images takes the path of a large one: tiles, strata, both ways of sampling."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 20, 120)
     vectors = random.normal(size=(120, 8)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    pairing = Pairing(labels, labels, np.arange(120), np.arange(120), 20, unordered)
+    files = np.where(random.random(120) < 0.05, 7, np.arange(120))
+    pairing = Pairing(labels, labels, files, files, 20, unordered)
     whole = score_pairs(pairing, vectors, vectors)
+    assert len(whole.impostor) == pairing.impostor_pairs and np.isneginf(whole.cut)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairs_module, "KEEP", 300)
-        patch.setattr(pairs_module, "BODY", 500)
-        patch.setattr(pairs_module, "_BLOCK", 120 * 7)
+        patch.setattr(scores_module, "KEEP", 100)
+        patch.setattr(scores_module, "TILE", tile)
+        patch.setattr(scores_module, "FEW", 1 / 4)
         part = score_pairs(pairing, vectors, vectors, seed=seed)
     assert part.cut > -1 and len(part.impostor) < 0.4 * len(whole.impostor)
     exact = part.impostor >= part.cut
-    assert exact.sum() >= 300
+    assert 50 <= exact.sum() <= 200
     np.testing.assert_allclose(part.impostor[exact], whole.impostor[: exact.sum()], atol=1e-6)
-    assert (part.mass[exact] == 1).all()
+    assert part.mass[exact] == pytest.approx(1)
     assert part.mass.sum() == pytest.approx(pairing.impostor_pairs)
     assert part.histogram.sum() == pairing.impostor_pairs
     np.testing.assert_allclose(part.genuine, whole.genuine, atol=1e-6)
-    targets = np.array([0.02, 0.01])
-    np.testing.assert_allclose(rates(part, targets).threshold, rates(whole, targets).threshold, atol=1e-6)
+    query, gallery = vectors[part.impostor_query], vectors[part.impostor_gallery]
+    np.testing.assert_allclose(part.impostor, np.einsum("nd,nd->n", query, gallery), atol=1e-6)
+    targets = np.array([0.9, 0.5, 0.2, 0.02, 0.005])
+    np.testing.assert_allclose(rates(part, targets).threshold, rates(whole, targets).threshold, atol=2e-5)
+    assert rates(part, targets).tar == pytest.approx(rates(whole, targets).tar, abs=0.01)
+    drawn = random.multinomial(20, np.full(20, 0.05)).astype(np.float64)
+    sampled = drawn_rates(part, targets[2:], drawn, impostor_cumulative(part, drawn))
+    all_kept = drawn_rates(whole, targets[2:], drawn, impostor_cumulative(whole, drawn))
+    assert sampled.threshold == pytest.approx(all_kept.threshold, abs=0.15)
     grid = np.linspace(-0.9, 0.9, 30)
-    # Below the tail the rate is interpolated between sampled scores: a matter of a few pairs, whichever the seed.
-    np.testing.assert_allclose(fmr_at(part, grid), fmr_at(whole, grid), rtol=0, atol=20 / pairing.impostor_pairs)
+    np.testing.assert_allclose(fmr_at(part, grid), fmr_at(whole, grid), rtol=0, atol=3 / pairing.impostor_pairs)
     assert equal_error_rate(part) == pytest.approx(equal_error_rate(whole), abs=2e-3)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_the_histogram_bins_a_score_where_bin_of_says(seed: int) -> None:
+    """Scores on the edges, just beside them, and just beyond −1 and 1."""
+    random = np.random.default_rng(seed)
+    edges = bin_edges()[random.integers(0, BINS, 50)].astype(np.float32)
+    scores = np.concatenate([edges, np.nextafter(edges, np.float32(-2)), np.float32([1, -1, 1.000001, -1.000001, 0])])
+    counts = scores_module._fold(scores_module._count(scores[None]))
+    np.testing.assert_array_equal(counts, np.bincount(bin_of(scores), minlength=BINS))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkd.toolkit.evaluation.pairs import Doubles, Ints, Mask, PairScores
-from pkd.toolkit.evaluation.rates import impostor_cumulative, matching, rates_from
+from pkd.toolkit.evaluation.pairs import Doubles, Ints, Mask
+from pkd.toolkit.evaluation.rates import drawn_rates, impostor_cumulative, matching
+from pkd.toolkit.evaluation.scores import PairScores
 
 LEVELS = (2.5, 97.5)
 """Percentiles of a 95 % interval."""
@@ -28,6 +29,8 @@ class Bootstrap:
     """R×F, every identity weighing the same."""
     fmr: Doubles
     """R×K: FMR at each fixed threshold."""
+    fresh_fmr: Doubles
+    """(R−1)×F: FMR in one resample at the threshold that another resample found for each target."""
 
 
 def bootstrap(
@@ -52,16 +55,21 @@ def bootstrap(
     has_genuine = pairing.genuine_per_identity > 0
     tar, balanced = np.empty((resamples, len(fmrs))), np.empty((resamples, len(fmrs)))
     fmr = np.empty((resamples, len(thresholds)))
+    fresh, before = np.empty((resamples - 1, len(fmrs))), np.zeros(len(fmrs), np.int64)
     for r in range(resamples):
         weight = random.multinomial(pairing.identities, even).astype(np.float64)
         while not (pairing.impostor_weight(weight) > 0 and weight[has_genuine].any()):
             weight = random.multinomial(pairing.identities, even).astype(np.float64)
         cumulative = impostor_cumulative(scores, weight)
-        drawn = rates_from(scores, fmrs, weight, cumulative)
+        drawn = drawn_rates(scores, fmrs, weight, cumulative)
         tar[r], balanced[r] = drawn.tar, drawn.tar_balanced
-        fmr[r] = np.minimum(np.concatenate([[0.0], cumulative])[last], 1.0)
+        rate = np.minimum(np.concatenate([[0.0], cumulative]), 1.0)
+        fmr[r] = rate[last]
+        if r:
+            fresh[r - 1] = rate[before]
+        before = np.searchsorted(-scores.impostor, -drawn.last_rejected, "left")
         advance(1)
-    return Bootstrap(tar, balanced, fmr)
+    return Bootstrap(tar, balanced, fmr, fresh)
 
 
 def interval(samples: Doubles) -> tuple[float, float]:
@@ -70,10 +78,8 @@ def interval(samples: Doubles) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def accuracy_interval(
-    right: Mask, same: Mask, first: Ints, second: Ints, *, resamples: int, seed: int
-) -> tuple[float, float]:
-    """95 % identity-level bootstrap interval of the accuracy of a pair list, the list's mix of kinds held.
+def drawn_accuracies(right: Mask, same: Mask, first: Ints, second: Ints, *, resamples: int, seed: int) -> Doubles:
+    """Accuracy of a pair list in each of the resamples of its identities, the list's mix of kinds held.
 
     ``right``, ``same``: bool, one per pair. ``first``, ``second``: int64 identities of its images.
     """
@@ -87,4 +93,4 @@ def accuracy_interval(
         weight = np.where(same, drawn[first], drawn[first] * drawn[second])
         parts = [(part, f) for part, f in ((same, share), (~same, 1 - share)) if weight[part].any()]
         found[r] = sum(f * (weight[p] @ right[p]) / weight[p].sum() for p, f in parts) / sum(f for _, f in parts)
-    return interval(found)
+    return found

@@ -8,12 +8,15 @@ import numpy as np
 
 from pkd.toolkit.certificate import Certificate
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.evaluation.draws import Draws, drawn_from
 from pkd.toolkit.evaluation.lineup import Lineup
-from pkd.toolkit.evaluation.measure import certify, measure
-from pkd.toolkit.evaluation.pairs import Pairing, score_pairs
+from pkd.toolkit.evaluation.measure import certify, measure, worst
+from pkd.toolkit.evaluation.outcome import Outcome
+from pkd.toolkit.evaluation.pairs import Doubles, Pairing
 from pkd.toolkit.evaluation.protocol import Bar, Options, agree, common, describe_data, embed, notes_on
 from pkd.toolkit.evaluation.rates import require_resolved
 from pkd.toolkit.evaluation.results import Comparison, Data, Evaluation
+from pkd.toolkit.evaluation.scores import score_pairs
 from pkd.toolkit.faces import FaceSet
 from pkd.toolkit.runtime import Embeddings
 from pkd.toolkit.space import combine
@@ -30,7 +33,7 @@ def cross_matrix(
     bar: Bar,
     *,
     probe: FaceSet | None = None,
-) -> tuple[Evaluation, list[Certificate]]:
+) -> Outcome:
     """Every pair of ``faces``, or every image of ``probe`` against every image of the gallery ``faces``.
 
     Raises InputError for a set without genuine pairs or identities, SpaceMismatch, UnsupportedFmr.
@@ -54,13 +57,14 @@ def cross_matrix(
 
     comparisons: list[Comparison] = []
     certificates: list[Certificate] = []
+    values: dict[str, Doubles] = {}
     for q, g in cells:
         label = f"{q}–{g}"
         pairing = pairings[q == g]
-        with bar(f"scoring {label}", 2 * len(query)) as advance:
+        with bar(f"scoring {label}", len(query)) as advance:
             scores = score_pairs(pairing, vectors[q, True], vectors[g, False], seed=options.seed, advance=advance)
         with bar(f"intervals {label}", options.resamples) as advance:
-            comparison = measure(
+            comparison, drawn = measure(
                 scores,
                 label,
                 encoders[q].info,
@@ -70,24 +74,23 @@ def cross_matrix(
                 seed=options.seed,
                 advance=advance,
             )
-        same_space = encoders[q].info.space == encoders[g].info.space
-        if comparison.points and same_space and not options.flip:
+        values |= drawn
+        comparison = comparison.model_copy(update={"worst": worst(scores, query.name, faces.name)})
+        if comparison.points and lineup.certifies(q, g) and not options.flip:
             certificate = certify(comparison, encoders[g].info.space, data, synthetic=options.synthetic)
             certificates.append(certificate)
             comparison = comparison.model_copy(update={"certificate": certificate.file_name})
         comparisons.append(comparison)
 
-    return (
-        Evaluation(
-            protocol="all pairs of one set" if probe is None else "probe images against gallery images",
-            data=data,
-            comparisons=tuple(comparisons),
-            agreement=agree(vectors["T", False], vectors["S", False]) if ("S", "T") in cells else None,
-            notes=notes_on(lineup, options, comparisons),
-            **common(lineup, options),
-        ),
-        certificates,
+    evaluation = Evaluation(
+        protocol="all pairs of one set" if probe is None else "probe images against gallery images",
+        data=data,
+        comparisons=tuple(comparisons),
+        agreement=agree(vectors["T", False], vectors["S", False]) if ("S", "T") in cells else None,
+        notes=notes_on(lineup, options, comparisons),
+        **common(lineup, options),
     )
+    return Outcome(evaluation, Draws(drawn_from(evaluation), values), tuple(certificates))
 
 
 def _pair_up(gallery: FaceSet, query: FaceSet, name: str, cache: Path | None) -> tuple[Data, Pairing]:

@@ -11,7 +11,7 @@ from pkd.toolkit.certificate import Calibration, Certificate, OperatingPoint
 from pkd.toolkit.command import tool_version
 from pkd.toolkit.errors import UnsupportedFmr
 from pkd.toolkit.evaluation.bootstrap import Bootstrap, bootstrap, interval
-from pkd.toolkit.evaluation.pairs import BINS, Doubles, Floats, Pairing, PairScores, bin_of
+from pkd.toolkit.evaluation.pairs import Doubles, Floats, Pairing
 from pkd.toolkit.evaluation.rates import (
     Rates,
     equal_error_rate,
@@ -21,10 +21,13 @@ from pkd.toolkit.evaluation.rates import (
     require_resolved,
     smallest_fmr,
 )
-from pkd.toolkit.evaluation.results import Comparison, Data, Det, Histogram, Refusal
+from pkd.toolkit.evaluation.results import Comparison, Data, Det, Distances, Histogram, PairOfFiles, Refusal, Worst
+from pkd.toolkit.evaluation.scores import BINS, Ids, PairScores, bin_edges, bin_of
 from pkd.toolkit.space import EmbeddingSpace, EncoderInfo
 
-PLOT_BINS = 100
+PLOT_BINS = 128
+WORST = 10
+"""Pairs of each kind that are named."""
 
 
 def measure(
@@ -37,8 +40,11 @@ def measure(
     resamples: int,
     seed: int,
     advance: Callable[[int], None] = lambda done: None,
-) -> Comparison:
-    """Operating points at those of ``fmrs`` that are resolved, calibration and DET curve, with intervals."""
+) -> tuple[Comparison, dict[str, Doubles]]:
+    """Operating points at those of ``fmrs`` that are resolved, calibration and DET curve, with intervals.
+
+    Also the values of every resample, by name, for ``Draws``.
+    """
     pairing = scores.pairing
     refused = [r for fmr in sorted(fmrs, reverse=True) if (r := _refusal(pairing, fmr))]
     targets = np.array(sorted(set(fmrs) - {r.fmr for r in refused}, reverse=True))
@@ -46,7 +52,8 @@ def measure(
     full = rates(scores, grid)
     knots = np.concatenate([[lowest_impostor(scores)], full.threshold])
     drawn = bootstrap(scores, grid, knots, resamples=resamples, seed=seed, advance=advance)
-    return Comparison(
+    places = [int(np.flatnonzero(grid == fmr)[0]) for fmr in targets]
+    comparison = Comparison(
         name=name,
         query=query.id,
         gallery=gallery.id,
@@ -55,13 +62,36 @@ def measure(
         impostor_pairs=pairing.impostor_pairs,
         identity_pairs=pairing.identity_pairs,
         min_fmr=smallest_fmr(pairing),
-        points=tuple(_point(grid, full, drawn, int(np.flatnonzero(grid == fmr)[0])) for fmr in targets),
+        points=tuple(_point(grid, full, drawn, k) for k in places),
         refused=tuple(refused),
         eer=equal_error_rate(scores),
         det=_det(grid, full, drawn),
         genuine=histogram(scores.genuine),
         impostor=Histogram(fractions=_coarser(scores.histogram)),
+        distances=_distances(scores),
         calibration=_calibrate(scores, grid, knots, drawn),
+    )
+    values = {
+        f"{name}/{statistic}/{grid[k]:g}": samples[:, k]
+        for statistic, samples in (("tar_balanced", drawn.tar_balanced), ("tar", drawn.tar))
+        for k in places
+    }
+    return comparison, values
+
+
+def worst(scores: PairScores, query_name: Callable[[int], str], gallery_name: Callable[[int], str]) -> Worst:
+    """The ``WORST`` highest impostor and lowest genuine scores, by the names of their images."""
+
+    def named(rows: Ids, columns: Ids, values: Floats) -> tuple[PairOfFiles, ...]:
+        triples = zip(rows, columns, values, strict=True)
+        return tuple(PairOfFiles(query=query_name(i), gallery=gallery_name(j), score=float(s)) for i, j, s in triples)
+
+    genuine = slice(None, -WORST - 1, -1)
+    return Worst(
+        false_matches=named(scores.impostor_query[:WORST], scores.impostor_gallery[:WORST], scores.impostor[:WORST]),
+        false_non_matches=named(
+            scores.genuine_query[genuine], scores.genuine_gallery[genuine], scores.genuine[genuine]
+        ),
     )
 
 
@@ -105,6 +135,7 @@ def _point(grid: Doubles, full: Rates, drawn: Bootstrap, k: int) -> OperatingPoi
         fmr=float(grid[k]),
         threshold=float(full.threshold[k]),
         fmr_ci95=interval(drawn.fmr[:, k + 1]),
+        prediction95=interval(drawn.fresh_fmr[:, k]),
         tar=float(full.tar[k]),
         tar_ci95=interval(drawn.tar[:, k]),
         tar_balanced=float(full.tar_balanced[k]),
@@ -143,6 +174,27 @@ def _refusal(pairing: Pairing, fmr: float) -> Refusal | None:
     except UnsupportedFmr as error:
         return Refusal(fmr=fmr, reason=str(error))
     return None
+
+
+def _distances(scores: PairScores) -> Distances:
+    """Impostors from the histogram: exact to a bin."""
+    within = _euclidean(scores.genuine.astype(np.float64))
+    between, count = _euclidean(bin_edges() + 1 / BINS), scores.histogram / scores.histogram.sum()
+    mean = float(between @ count)
+    variance = float((between - mean) ** 2 @ count)
+    spread = np.sqrt((within.var() + variance) / 2)
+    return Distances(
+        genuine_mean=float(within.mean()),
+        genuine_std=float(within.std()),
+        impostor_mean=mean,
+        impostor_std=float(np.sqrt(variance)),
+        d_prime=float(abs(within.mean() - mean) / spread) if spread > 0 else 0.0,
+    )
+
+
+def _euclidean(cosine: Doubles) -> Doubles:
+    distance: Doubles = np.sqrt(np.maximum(2 - 2 * cosine, 0))
+    return distance
 
 
 def _coarser(bins: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> tuple[float, ...]:

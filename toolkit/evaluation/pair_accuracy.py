@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pkd.toolkit.evaluation.bootstrap import accuracy_interval
+from pkd.toolkit.evaluation.bootstrap import drawn_accuracies, interval
+from pkd.toolkit.evaluation.draws import Draws, drawn_from
 from pkd.toolkit.evaluation.folds import best_threshold, out_of_fold
 from pkd.toolkit.evaluation.lineup import Lineup
+from pkd.toolkit.evaluation.outcome import Outcome
 from pkd.toolkit.evaluation.pair_list import PairList
-from pkd.toolkit.evaluation.pairs import Floats
+from pkd.toolkit.evaluation.pairs import Doubles, Floats
 from pkd.toolkit.evaluation.protocol import Bar, Options, agree, common, describe_data, embed, notes_on
 from pkd.toolkit.evaluation.results import Evaluation, PairAccuracy
 from pkd.toolkit.runtime import Embeddings
@@ -23,18 +25,19 @@ def pair_list_accuracy(
     *,
     threshold_pairs: PairList | None = None,
     threshold_name: str = "",
-) -> Evaluation:
+) -> Outcome:
     """Accuracy on an official pair list: each fold at the threshold that is best on the others.
 
     A list of one fold takes its threshold from ``threshold_pairs``, or else from the same pairs (and says so).
     """
-    cells = lineup.cells(with_probe=False, any_space=options.any_space)
+    cells = lineup.cells(with_probe=pairs.sides_differ, any_space=options.any_space)
     encoders = lineup.encoders
     vectors = {letter: embed(encoder, pairs.faces, options, bar) for letter, encoder in encoders.items()}
     other = threshold_pairs and {
         letter: embed(encoder, threshold_pairs.faces, options, bar) for letter, encoder in encoders.items()
     }
     found = []
+    values: dict[str, Doubles] = {}
     for q, g in cells:
         scores = _pair_scores(pairs, vectors[q], vectors[g])
         if threshold_pairs and other:
@@ -51,6 +54,14 @@ def pair_list_accuracy(
             right, thresholds = (scores >= tuned) == pairs.same, np.full(pairs.folds, tuned)
         labels = pairs.faces.labels
         per_fold = np.bincount(pairs.fold, right) / np.bincount(pairs.fold)
+        values[f"{q}–{g}/accuracy"] = drawn_accuracies(
+            right,
+            pairs.same,
+            labels[pairs.first],
+            labels[pairs.second],
+            resamples=options.resamples,
+            seed=options.seed,
+        )
         found.append(
             PairAccuracy(
                 name=f"{q}–{g}",
@@ -58,14 +69,7 @@ def pair_list_accuracy(
                 gallery=encoders[g].info.id,
                 accuracy=float(per_fold.mean()),
                 fold_std=float(per_fold.std()) if pairs.folds > 1 else None,
-                ci95=accuracy_interval(
-                    right,
-                    pairs.same,
-                    labels[pairs.first],
-                    labels[pairs.second],
-                    resamples=options.resamples,
-                    seed=options.seed,
-                ),
+                ci95=interval(values[f"{q}–{g}/accuracy"]),
                 fold_accuracy=tuple(per_fold.tolist()),
                 fold_threshold=tuple(thresholds.tolist()),
                 threshold_from=source,
@@ -73,14 +77,15 @@ def pair_list_accuracy(
                 impostor_pairs=int((~pairs.same).sum()),
             )
         )
-    return Evaluation(
+    evaluation = Evaluation(
         protocol=f"pair list of {pairs.folds} folds" if pairs.folds > 1 else "pair list",
         data=describe_data(name, pairs.faces.digest(), pairs.faces.labels),
         pair_accuracies=tuple(found),
         agreement=agree(vectors["T"], vectors["S"]) if ("S", "T") in cells else None,
-        notes=notes_on(lineup, options, []),
+        notes=(*pairs.notes, *notes_on(lineup, options, [])),
         **common(lineup, options),
     )
+    return Outcome(evaluation, Draws(drawn_from(evaluation), values))
 
 
 def _pair_scores(pairs: PairList, query: Embeddings, gallery: Embeddings) -> Floats:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pkd.toolkit.errors import UnsupportedFmr
-from pkd.toolkit.evaluation.pairs import Doubles, Floats, Ints, Pairing, PairScores, bin_edges, bin_of
+from pkd.toolkit.evaluation.pairs import Doubles, Floats, Ints, Pairing
+from pkd.toolkit.evaluation.scores import PairScores, bin_edges, bin_of
 
 EXPECTED = 10
 """An FMR is resolved where at least this many pairs of different identities are expected above its threshold."""
@@ -19,17 +20,17 @@ EXPECTED = 10
 
 @dataclass(frozen=True)
 class Rates:
-    """What a set of target false match rates leads to. All float64, one entry per target."""
+    """What a set of target false match rates leads to: one entry per target."""
 
-    last_rejected: Doubles
-    """Highest impostor score that must not match; −inf where all may."""
+    last_rejected: Floats
+    """Highest score that must not match; −inf where all may."""
     tar: Doubles
     tar_balanced: Doubles
 
     @property
     def threshold(self) -> Doubles:
         """Smallest float32 threshold whose false match rate is at most the target."""
-        above: Doubles = np.nextafter(self.last_rejected.astype(np.float32), np.float32(np.inf)).astype(np.float64)
+        above: Doubles = np.nextafter(self.last_rejected, np.float32(np.inf)).astype(np.float64)
         return above
 
 
@@ -52,17 +53,34 @@ def require_resolved(pairing: Pairing, fmr: float) -> None:
         )
 
 
-def rates(scores: PairScores, fmrs: Doubles, weight: Doubles | None = None) -> Rates:
-    """TAR at each target FMR. ``weight``: how often each identity was drawn (all once if None).
+def rates(scores: PairScores, fmrs: Doubles) -> Rates:
+    """TAR at each target FMR.
 
-    The threshold is the smallest with FMR ≤ target, so that of several impostors with one score all match or none.
+    The threshold is the smallest with FMR ≤ target, so that of several impostors with one score all match or none:
+    exact where all impostors are kept, else the next edge of the histogram above it.
     """
-    weight = np.ones(scores.pairing.identities) if weight is None else weight
-    return rates_from(scores, fmrs, weight, impostor_cumulative(scores, weight))
+    allowed = np.floor(fmrs * (1 + 1e-9) * scores.pairing.impostor_pairs).astype(np.int64)
+    exact = np.searchsorted(-scores.impostor, np.float32(-scores.cut), "right")
+    last = np.append(scores.impostor, np.float32(-np.inf))[np.minimum(allowed, exact)]
+    if exact < len(scores.impostor):
+        below = allowed >= exact
+        above = np.append(np.cumsum(scores.histogram[::-1])[::-1], 0)
+        edge = len(above) - 1 - np.searchsorted(above[::-1], allowed[below], "right") + 1
+        last[below] = np.nextafter(np.append(bin_edges(), 1.0)[edge].astype(np.float32), np.float32(-np.inf))
+    return rates_from(scores, last, np.ones(scores.pairing.identities))
+
+
+def drawn_rates(scores: PairScores, fmrs: Doubles, weight: Doubles, cumulative: Doubles) -> Rates:
+    """As ``rates`` with every identity as often as it was drawn, from the kept impostors.
+
+    ``cumulative``: of ``impostor_cumulative`` with the same ``weight``.
+    """
+    place = np.searchsorted(cumulative, fmrs * (1 + 1e-9), "right")  # the first impostor that is one too many
+    return rates_from(scores, np.append(scores.impostor, np.float32(-np.inf))[place], weight)
 
 
 def fmr_at(scores: PairScores, thresholds: Doubles) -> Doubles:
-    """FMR at each threshold: exact where all impostors are kept, else on the histogram's grid (1e-5)."""
+    """FMR at each threshold: exact where all impostors are kept, else on the histogram's grid (1.5e-5)."""
     kept = matching(scores.impostor, thresholds).astype(np.float64)
     below = thresholds < scores.cut
     if below.any():
@@ -89,23 +107,21 @@ def lowest_impostor(scores: PairScores) -> float:
 
 def impostor_cumulative(scores: PairScores, weight: Doubles) -> Doubles:
     """FMR at each kept impostor score (descending), with the identities weighted."""
-    mass = np.take(weight, scores.impostor_query)
-    mass *= np.take(weight, scores.impostor_gallery)
+    query, gallery = scores.impostor_identities
+    mass = np.take(weight, query)
+    mass *= np.take(weight, gallery)
     mass *= scores.mass
     cumulative: Doubles = np.cumsum(mass, out=mass)
     cumulative /= scores.pairing.impostor_weight(weight)
     return cumulative
 
 
-def rates_from(scores: PairScores, fmrs: Doubles, weight: Doubles, cumulative: Doubles) -> Rates:
-    place = np.searchsorted(cumulative, fmrs * (1 + 1e-9), "right")  # the first impostor that is one too many
-    last = np.append(scores.impostor, -np.inf)[place].astype(np.float64)
-    accepted = np.searchsorted(-scores.genuine, -last.astype(np.float32), "left")  # strictly above it
-
+def rates_from(scores: PairScores, last: Floats, weight: Doubles) -> Rates:
+    """Rates where the scores above ``last`` match. ``weight``: how often each identity was drawn."""
+    accepted = np.searchsorted(-scores.genuine, -last, "left")
     drawn = np.take(weight, scores.genuine_identity)
     raw = np.concatenate([[0.0], np.cumsum(drawn)])
-    per_identity = scores.pairing.genuine_per_identity
-    drawn /= np.take(per_identity, scores.genuine_identity)
+    drawn /= np.take(scores.pairing.genuine_per_identity, scores.genuine_identity)
     balanced = np.concatenate([[0.0], np.cumsum(drawn)])
     return Rates(last, raw[accepted] / raw[-1], balanced[accepted] / balanced[-1])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from pkd.toolkit.certificate import Calibration, Interval, OperatingPoint
 from pkd.toolkit.record import Record
 from pkd.toolkit.space import EncoderInfo
@@ -43,6 +45,34 @@ class Histogram(Record):
     fractions: tuple[float, ...]
 
 
+class Distances(Record):
+    """Euclidean distance √(2 − 2·score) of unit embeddings: within people (genuine pairs) and between (impostors)."""
+
+    genuine_mean: float
+    genuine_std: float
+    impostor_mean: float
+    impostor_std: float
+    d_prime: float
+    """|difference of the means| / √(mean of the variances)."""
+
+
+class PairOfFiles(Record):
+    """Two images by their names in the list or folder."""
+
+    query: str
+    gallery: str
+    score: float
+
+
+class Worst(Record):
+    """The pairs that the encoders get most wrong, worst first."""
+
+    false_matches: tuple[PairOfFiles, ...]
+    """Impostor pairs with the highest scores."""
+    false_non_matches: tuple[PairOfFiles, ...]
+    """Genuine pairs with the lowest scores."""
+
+
 class Comparison(Record):
     """One cell of the cross matrix: queries of one encoder against a gallery of another, over all pairs."""
 
@@ -67,7 +97,9 @@ class Comparison(Record):
     det: Det
     genuine: Histogram
     impostor: Histogram
+    distances: Distances
     calibration: Calibration
+    worst: Worst | None = None
     certificate: str | None = None
     """File in ``certificates/``; None where this cell is not certified."""
 
@@ -152,7 +184,7 @@ class Evaluation(Record):
     teacher: EncoderInfo
     student: EncoderInfo | None
     control: Control | None = None
-    training: dict[str, Training] = {}
+    training: dict[str, Training] = Field(default_factory=dict)
     """By letter, of those encoders whose run or bundle tells."""
     comparisons: tuple[Comparison, ...] = ()
     pair_accuracies: tuple[PairAccuracy, ...] = ()
