@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper, numpy_helper, shape_inference, version_converter
 
+from pkd.export.rewrite import fold_batch_norm
 from pkd.toolkit.errors import InputError, MissingExtra, PkdError
 from pkd.toolkit.preprocess import Preprocess
 
@@ -32,8 +33,8 @@ BATCH = "batch"
 
 
 def torch_network(module: nn.Module, size: int) -> onnx.ModelProto:
-    """Trace ``module``: float32 N×3×S×S → N×D. Batch normalisation after a convolution is folded into it,
-    and parallel branches (RepViT's) into one convolution.
+    """Trace ``module``: float32 N×3×S×S → N×D. Batch normalisation is folded into the
+    linear operator beside it, and parallel branches (RepViT's) into one convolution.
 
     The TorchScript exporter is used on purpose: for these networks it gives the plainer graph (IR 8, exactly the opset
     asked for) in 0.3 s instead of 7 s, in every torch that pkd allows. Raises InputError in train mode.
@@ -65,11 +66,12 @@ def torch_network(module: nn.Module, size: int) -> onnx.ModelProto:
         network = onnx.load(str(traced))
     if opset_of(network) != OPSET:
         raise PkdError(f"torch exported opset {opset_of(network)} instead of {OPSET}. Use torch 2.6 to 2.13.")
-    return network
+    return fold_batch_norm(network)
 
 
 def onnx_network(path: str | Path) -> onnx.ModelProto:
-    """Read an ONNX encoder (one float N×3×S×S input; its first output counts) and free its batch dimension.
+    """Read an ONNX encoder (one float N×3×S×S input; its first output counts), free its batch dimension and fold
+    its batch normalisations.
 
     Raised to ``OPSET`` where onnx can convert it, else left at its own. Raises InputError for a file that is neither
     convertible nor recent enough.
@@ -86,7 +88,7 @@ def onnx_network(path: str | Path) -> onnx.ModelProto:
     network.ir_version = max(network.ir_version, 4)  # from here on weights need not be inputs
     network = _raise_opset(network, str(path))
     _free_batch(network)
-    return network
+    return fold_batch_norm(network)
 
 
 def uint8_graph(network: onnx.ModelProto, preprocess: Preprocess, dim: int) -> onnx.ModelProto:
