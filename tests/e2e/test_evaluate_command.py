@@ -206,7 +206,7 @@ def test_images_without_identity_are_refused(world: Path, tmp_path: Path, capsys
         (["--gallery", "{}/faces"], "what to compare?"),
         ([], "what to compare?"),
         (["--pairs", "{}/none.txt", "--faces", "{}/faces"], "none.txt: No such file"),
-        (["--pairs", "{}/none.txt"], "--pairs FILE needs --faces DIR"),
+        (["--pairs", "{}/none.txt"], "Give LFW's pairs.txt, CFP's"),
         (["--faces", "{}/faces", "--threshold-pairs", "{}/x"], "--threshold-pairs goes with --pairs"),
         (["--faces", "{}/faces", "--out", "{}/teacher.onnx"], "is a file"),
     ],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pkd.toolkit.errors import InputError
-from pkd.toolkit.evaluation.pair_list import read_pair_list
+from pkd.toolkit.evaluation.lfw import read_lfw
 
 TWO_FOLDS = "2 1\nAda\t1\t2\nAda\t1\tBob\t1\nCy\t1\t3\nCy\t3\tBob\t2\n"
 
@@ -30,7 +30,7 @@ def listing(faces: Path, text: str) -> Path:
 
 
 def test_folds_kinds_and_images_whatever_their_suffix(faces: Path) -> None:
-    pairs = read_pair_list(listing(faces, TWO_FOLDS), faces)
+    pairs = read_lfw(listing(faces, TWO_FOLDS), faces)
     assert pairs.folds == 2
     assert pairs.fold.tolist() == [0, 0, 1, 1]
     assert pairs.same.tolist() == [True, False, True, False]
@@ -46,7 +46,7 @@ def test_folds_kinds_and_images_whatever_their_suffix(faces: Path) -> None:
 
 
 def test_a_list_without_folds_is_one_fold(faces: Path) -> None:
-    pairs = read_pair_list(listing(faces, "1\nAda 1 2\nAda 1 Bob 2\n"), faces)
+    pairs = read_lfw(listing(faces, "1\nAda 1 2\nAda 1 Bob 2\n"), faces)
     assert (pairs.folds, len(pairs.same)) == (1, 2)
 
 
@@ -66,21 +66,21 @@ def test_a_list_without_folds_is_one_fold(faces: Path) -> None:
 )
 def test_what_is_wrong_is_named(faces: Path, text: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        read_pair_list(listing(faces, text), faces)
+        read_lfw(listing(faces, text), faces)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_missing_list_or_folder_is_named(faces: Path) -> None:
     with pytest.raises(InputError, match=r"none\.txt: No such file"):
-        read_pair_list(faces / "none.txt", faces)
+        read_lfw(faces / "none.txt", faces)
     with pytest.raises(InputError, match="no such folder"):
-        read_pair_list(listing(faces, TWO_FOLDS), faces / "none")
+        read_lfw(listing(faces, TWO_FOLDS), faces / "none")
 
 
 @pytest.mark.shared
 def test_the_official_lists_read_as_published(shared: Path) -> None:
     protocol, aligned = shared / "faces/lfw/protocol", shared / "faces/lfw/aligned"
-    view2 = read_pair_list(protocol / "pairs.txt", aligned)
+    view2 = read_lfw(protocol / "pairs.txt", aligned)
     assert (view2.folds, len(view2.same), view2.same.sum()) == (10, 6000, 3000)
-    develop = read_pair_list(protocol / "pairsDevTest.txt", aligned)
+    develop = read_lfw(protocol / "pairsDevTest.txt", aligned)
     assert (develop.folds, len(develop.same), len(develop.faces)) == (1, 1000, 1549)

@@ -17,6 +17,8 @@ from pkd.toolkit.evaluation.scores import PairScores
 
 LEVELS = (2.5, 97.5)
 """Percentiles of a 95 % interval."""
+METHOD = "percentile bootstrap over identities; pairs between copies of one identity left out"
+"""How every interval is made, in words: what a certificate states."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,10 @@ def drawn_accuracies(right: Mask, same: Mask, first: Ints, second: Ints, *, resa
     share = same.mean()
     found = np.empty(resamples)
     for r in range(resamples):
-        drawn = random.multinomial(count, even).astype(np.float64)
-        weight = np.where(same, drawn[first], drawn[first] * drawn[second])
+        weight = np.zeros(len(right))
+        while not weight.any():  # a draw without any pair, possible only in tiny lists, is drawn again
+            drawn = random.multinomial(count, even).astype(np.float64)
+            weight = np.where(first == second, drawn[first], drawn[first] * drawn[second])
         parts = [(part, f) for part, f in ((same, share), (~same, 1 - share)) if weight[part].any()]
         found[r] = sum(f * (weight[p] @ right[p]) / weight[p].sum() for p, f in parts) / sum(f for _, f in parts)
     return found

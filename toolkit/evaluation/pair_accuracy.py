@@ -85,7 +85,7 @@ def pair_list_accuracy(
         notes=(*pairs.notes, *notes_on(lineup, options, [])),
         **common(lineup, options),
     )
-    return Outcome(evaluation, Draws(drawn_from(evaluation), values))
+    return Outcome(evaluation, Draws({**drawn_from(evaluation), "pairs": pairs.digest()}, values))
 
 
 def _pair_scores(pairs: PairList, query: Embeddings, gallery: Embeddings) -> Floats:
