@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +37,8 @@ class OnnxEncoder:
 
     path: Path | None = None
     """The ONNX file it was opened from; None for the graph of a bundle."""
+    training: Mapping[str, str | int | float | bool | None] = MappingProxyType({})
+    """What a bundle's manifest says of how it was trained."""
 
     def __init__(self, info: EncoderInfo, session: ort.InferenceSession, feed: Callable[[Rgb], NDArray[np.generic]]):
         self.info = info
@@ -129,7 +132,9 @@ def open_bundle(bundle: Bundle, *, threads: int = 1) -> OnnxEncoder:
                 f"{where}: has {found}, expected one {kind} {name!r} of shape N×{'×'.join(map(str, shape))}. "
                 "Export the bundle again."
             )
-    return OnnxEncoder(info, session, lambda crops: crops)
+    encoder = OnnxEncoder(info, session, lambda crops: crops)
+    encoder.training = bundle.manifest.training
+    return encoder
 
 
 def make_session(model: bytes, threads: int) -> ort.InferenceSession:

@@ -10,11 +10,14 @@ from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import Encoder, open_bundle, open_onnx
 
 
-def open_encoder(spec: str, preprocess: str | None = None, *, threads: int = 1) -> Encoder:
+def open_encoder(
+    spec: str, preprocess: str | None = None, *, threads: int = 1, option: str = "--teacher-preprocess"
+) -> Encoder:
     """Open a bundle folder, a pkd-distill run, FILE.onnx, FILE.pt (arcface_torch) or ``insightface:PACK``.
 
     ``preprocess``: as Preprocess.parse; needed for FILE.onnx and FILE.pt unless FILE.preprocess.json lies beside them.
-    ``threads``: of onnxruntime, per call. Raises InputError, BundleError or MissingExtra.
+    ``threads``: of onnxruntime, per call. ``option``: which states the preprocessing, for errors. Raises InputError,
+    BundleError or MissingExtra.
     """
     path = Path(spec)
     if spec.startswith("insightface:"):
@@ -32,23 +35,23 @@ def open_encoder(spec: str, preprocess: str | None = None, *, threads: int = 1) 
     if not path.exists():
         raise InputError(f"{spec}: no such file. Give a bundle, a run folder, FILE.onnx, FILE.pt or insightface:PACK.")
     if path.suffix == ".onnx":
-        return open_onnx(path, _stated(path, preprocess), threads=threads)
+        return open_onnx(path, _stated(path, preprocess, option), threads=threads)
     if path.suffix in {".pt", ".pth"}:
         _need_torch()
         from pkd.toolkit.distill.teacher import open_checkpoint
 
-        return open_checkpoint(path, _stated(path, preprocess))
+        return open_checkpoint(path, _stated(path, preprocess, option))
     raise InputError(f"{spec}: not an encoder. Give a bundle, a run folder, FILE.onnx, FILE.pt or insightface:PACK.")
 
 
-def _stated(path: Path, preprocess: str | None) -> Preprocess:
+def _stated(path: Path, preprocess: str | None, option: str) -> Preprocess:
     if preprocess:
         return Preprocess.parse(preprocess)
     beside = path.with_suffix(".preprocess.json")
     if beside.is_file():
         return Preprocess.parse(str(beside))
     raise InputError(
-        f"{path}: its preprocessing is not stated, and a guess would ruin accuracy silently. Pass --teacher-preprocess "
+        f"{path}: its preprocessing is not stated, and a guess would ruin accuracy silently. Pass {option} "
         f"channels=rgb,mean=127.5,std=127.5 (or what it was trained with), or write {beside.name} beside it."
     )
 

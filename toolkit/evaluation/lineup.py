@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.evaluation.results import Control, Training
 from pkd.toolkit.runtime import Encoder
 from pkd.toolkit.space import require_same_space
 
@@ -21,12 +22,25 @@ class Lineup:
     control: Encoder | None = None
     maps: dict[str, Encoder] = field(default_factory=dict)
     """Letter → the control behind a linear map into the teacher's space."""
+    baseline: Control | None = None
+    """What report.json says of control and maps, where there are maps."""
 
     @property
     def encoders(self) -> dict[str, Encoder]:
         """Letter → encoder, in the order of the report."""
         named = {"T": self.teacher, "S": self.student, "C": self.control}
         return {letter: encoder for letter, encoder in named.items() if encoder} | self.maps
+
+    @property
+    def training(self) -> dict[str, Training]:
+        """Letter → what a run or a bundle says of how that encoder was trained."""
+        told = {letter: dict(getattr(encoder, "training", {})) for letter, encoder in self.encoders.items()}
+        return {letter: training for letter, training in told.items() if training}
+
+    def certifies(self, query: str, gallery: str) -> bool:
+        """Whether this ordered pair may get a certificate: teacher and student do where they share a space."""
+        encoders = self.encoders
+        return {query, gallery} <= {"T", "S"} and encoders[query].info.space == encoders[gallery].info.space
 
     def cells(self, *, with_probe: bool, any_space: bool) -> list[Cell]:
         """The ordered pairs to compare. Over one set T–S is S–T transposed, so it is left out.

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pkd.toolkit.evaluation.drawing import GENUINE, IMPOSTOR, INK, SOFT, Picture, on_axes
 from pkd.toolkit.evaluation.pairs import Doubles
-from pkd.toolkit.evaluation.results import Agreement, Comparison, Det, Evaluation, Histogram
-
-if TYPE_CHECKING:
-    from pkd.toolkit.evaluation.results import Distances
+from pkd.toolkit.evaluation.results import Agreement, Comparison, Det, Distances, Evaluation, Histogram
 
 LINES: dict[str, tuple[str, Any]] = {
     "T–T": ("#475569", (0, ())),
@@ -34,7 +31,7 @@ def pictures(e: Evaluation) -> dict[str, Picture]:
     drawn = [scores_of(c, e.comparisons) for c in e.comparisons]
     if any(c.det.fmr for c in e.comparisons):
         drawn.append(det_curves({c.name: c.det for c in e.comparisons}, title="query–gallery"))
-    if e.comparisons and hasattr(e.comparisons[0], "distances"):
+    if e.comparisons:
         drawn.append(distance_distributions([(c.name, c) for c in e.comparisons]))
     if e.agreement:
         drawn.append(agreement_histogram(e.agreement))

@@ -13,10 +13,11 @@ import numpy as np
 
 from pkd.toolkit.command import tool_version
 from pkd.toolkit.embed import embed_faces
+from pkd.toolkit.evaluation.linear_maps import LinearMapEncoder
 from pkd.toolkit.evaluation.lineup import Lineup
 from pkd.toolkit.evaluation.measure import histogram
 from pkd.toolkit.evaluation.pairs import Ints
-from pkd.toolkit.evaluation.results import Agreement, Comparison, Data
+from pkd.toolkit.evaluation.results import Agreement, Comparison, Control, Data, Training
 from pkd.toolkit.faces import FaceSet
 from pkd.toolkit.runtime import Embeddings, Encoder, unit_rows
 from pkd.toolkit.space import EncoderInfo
@@ -44,6 +45,9 @@ class Options:
 
 
 def embed(encoder: Encoder, faces: FaceSet, options: Options, bar: Bar) -> Embeddings:
+    """float32 N×D unit rows. A mapped control is mapped from its own embeddings, which are cached."""
+    if isinstance(encoder, LinearMapEncoder):
+        return encoder.map(embed(encoder.base, faces, options, bar))
     sums = np.zeros((len(faces), encoder.info.space.dim), np.float32)
     for flip in (False, True) if options.flip else (False,):
         label = f"embedding with {encoder.info.name}{', mirrored' if flip else ''}"
@@ -84,6 +88,8 @@ class Common(TypedDict):
     seed: int
     teacher: EncoderInfo
     student: EncoderInfo | None
+    control: Control | None
+    training: dict[str, Training]
 
 
 def common(lineup: Lineup, options: Options) -> Common:
@@ -96,6 +102,8 @@ def common(lineup: Lineup, options: Options) -> Common:
         seed=options.seed,
         teacher=lineup.teacher.info,
         student=lineup.student.info if lineup.student else None,
+        control=lineup.baseline or (Control(encoder=lineup.control.info) if lineup.control else None),
+        training=lineup.training,
     )
 
 
@@ -112,6 +120,8 @@ def notes_on(lineup: Lineup, options: Options, comparisons: Sequence[Comparison]
                 else f", and {teacher.info.space.dim} and {student.info.space.dim} numbers have no cosine."
             )
         )
+    if lineup.control:
+        notes.append("The control, mapped or not, is there for comparison and gets no certificate.")
     if options.flip and comparisons:
         notes.append("Embeddings are sums over image and mirror image, which no server computes: no certificate.")
     if uncertified := [c.name for c in comparisons if not c.points]:

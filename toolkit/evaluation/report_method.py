@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from pkd.toolkit.evaluation.page import bullets, facts, section
-from pkd.toolkit.evaluation.results import Comparison, Evaluation
+from pkd.toolkit.evaluation.results import Comparison, Evaluation, Training
 from pkd.toolkit.space import EncoderInfo, short
 
 
@@ -17,20 +17,43 @@ def not_claimed(e: Evaluation) -> str:
 
 
 def provenance(e: Evaluation) -> str:
-    """The images, the encoders and the run."""
+    """The images, the encoders with how they were trained, and the run."""
     single = f"; {e.data.single_image_identities:,} of them with one image" if e.data.single_image_identities else ""
+    control = e.control
     rows = [
         ("Images", f"{e.data.images:,} of {e.data.identities:,} identities{single}"),
         ("Set", f"{escape(e.data.name)}{' (synthetic)' if e.synthetic else ''}"),
         ("Digest", f"<code>{e.data.content_digest}</code>"),
-        ("Teacher", _encoder(e.teacher)),
-        *([("Student", _encoder(e.student))] if e.student else []),
+        *(
+            (name, _encoder(info) + _training(e.training.get(name[0])))
+            for name, info in (("Teacher", e.teacher), ("Student", e.student), ("Control", control and control.encoder))
+            if info
+        ),
+        *(
+            [("Maps fitted on", f"{escape(control.fit.name)}<br><code>{control.fit.content_digest}</code>")]
+            if control and control.fit
+            else []
+        ),
         ("Embedding", "image + mirror image" if e.flip else "image as it is"),
         ("Intervals", f"{e.resamples:,} resamples of the identities, seed {e.seed}"),
         ("Certificates", "<br>".join(_certificate(c) for c in e.comparisons) or "none: a pair list certifies nothing"),
         ("Made", f"{escape(e.created)} by {escape(e.tool)}"),
     ]
     return section("Data and encoders", facts(rows))
+
+
+def _training(told: Training | None) -> str:
+    """What a run or a bundle says of the training; plain where nothing is known."""
+    if not told:
+        return "<br><small>training unknown: the file does not tell</small>"
+    items = ", ".join(
+        f"{escape(name.replace('_', ' '))} {escape(_value(value))}" for name, value in told.items() if value is not None
+    )
+    return f"<br><small>trained: {items}</small>"
+
+
+def _value(value: str | int | float | bool | None) -> str:
+    return short(value) if isinstance(value, str) else f"{value:,}" if type(value) is int else str(value)
 
 
 def _certificate(c: Comparison) -> str:
@@ -49,8 +72,11 @@ def how_measured(e: Evaluation) -> str:
     lines = [
         "The score of a pair is the cosine of the two embeddings; it matches when the score is at or above the "
         "threshold.",
-        "Intervals come from drawing the <em>identities</em> again with replacement, not the pairs: pairs that share a "
-        "person are not independent. Pairs between two copies of one drawn person are left out.",
+        "<b>A 95 % interval</b> says how far a rate could lie from the measured one had other people like these been "
+        "photographed: of a hundred such intervals about 95 hold the rate over everyone like them. They come from "
+        "drawing the <em>identities</em> again with replacement, not the pairs: pairs that share a person are not "
+        "independent, and intervals that take them to be are too narrow. Pairs between two copies of one drawn person "
+        "are left out. No interval covers people or cameras unlike these.",
     ]
     if e.comparisons:
         lines += [
@@ -60,8 +86,11 @@ def how_measured(e: Evaluation) -> str:
             "fraction of pairs of the same person that match. <em>Every identity alike</em> averages over people, so "
             "that no one with many images dominates; <em>every pair alike</em> is the raw fraction.",
             "Each threshold is the smallest at which the measured FMR is no larger than the target. In every resample "
-            "it is found again, so a TAR interval includes the uncertainty of the threshold. The false match "
-            "rates below the thresholds keep the threshold and let the people vary.",
+            "it is found again, so a TAR interval includes the uncertainty of the threshold. The intervals of the "
+            "false match rates keep the threshold and let the people vary.",
+            "<b>New people</b> is a prediction: the false match rate that a fresh set of as many people would itself "
+            "<em>measure</em> at this threshold, in 95 of 100 cases. It is wider than the interval, since the fresh "
+            "set has a chance of its own on top of this one’s. Compare your own measurement with it.",
             "A false match rate is reported only where at least ten of the distinct pairs of different people would be "
             "expected to match by chance at it.",
         ]

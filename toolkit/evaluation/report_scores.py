@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 
-from pkd.toolkit.evaluation.page import figure, percent, section
+from pkd.toolkit.evaluation.page import figure, percent, section, table
 from pkd.toolkit.evaluation.plots import file_name
-from pkd.toolkit.evaluation.results import Evaluation
+from pkd.toolkit.evaluation.results import Evaluation, PairOfFiles
+
+TOLD = ("S–T", "T–S", "T–T", "S–S")
+"""Ordered pairs whose worst pairs of images are on the page; those of all are in report.json."""
 
 
 def trade_off(e: Evaluation, drawn: Mapping[str, str]) -> str:
@@ -80,5 +84,23 @@ def agreement(e: Evaluation, drawn: Mapping[str, str]) -> str:
 
 
 def worst(e: Evaluation) -> str:
-    """The false matches with the highest and the false non-matches with the lowest scores."""
-    return ""
+    """The false matches with the highest and the false non-matches with the lowest scores, of teacher and student."""
+    cells = {c.name: c for c in e.comparisons}
+    told = [(cells[name], found) for name in TOLD if name in cells and (found := cells[name].worst)]
+    if not told:
+        return ""
+    return section(
+        "The pairs it gets most wrong",
+        "<p>File names only, worst first. They may name people: mind who is given this page. Look at the images before "
+        "you believe the labels: the highest false matches are often one person under two names.</p>",
+        *(
+            f"<h3>{c.name}</h3>{_files('False matches: two people, highest scores', found.false_matches)}"
+            + _files("False non-matches: one person, lowest scores", found.false_non_matches)
+            for c, found in told
+        ),
+    )
+
+
+def _files(caption: str, pairs: tuple[PairOfFiles, ...]) -> str:
+    rows = [[f"{pair.score:.3f}", f"{escape(pair.query)}", f"{escape(pair.gallery)}"] for pair in pairs]
+    return table(["score", "query", "gallery"], rows, caption=caption, kind="text")
