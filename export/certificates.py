@@ -6,35 +6,39 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pkd.toolkit.bundle import require_about
-from pkd.toolkit.certificate import Certificate, parse_certificate
+from pkd.toolkit.certificate import CertificateFile
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.signing import SUFFIX
 from pkd.toolkit.space import EncoderInfo, short
 
 
 def collect(sources: Sequence[Path], encoder: EncoderInfo) -> dict[str, bytes]:
-    """Bundle files from evaluations: the certificates that name ``encoder``, and the first report.html.
+    """Bundle files from evaluations: the certificates that name ``encoder``, signatures, and the first report.html.
 
     ``sources``: pkd-evaluate folders, folders of certificates, or certificate files. Raises InputError for a source
     without a certificate about ``encoder``, and where two differ about one ordered pair.
     """
     files: dict[str, bytes] = {}
     for source in sources:
-        found = {path: _read(path) for path in _candidates(source)}
-        own = {path: c for path, (c, _) in found.items() if encoder.id in (c.query, c.gallery)}
+        found = [CertificateFile.read(path) for path in _candidates(source)]
+        own = [file for file in found if encoder.id in (file.certificate.query, file.certificate.gallery)]
         if not own:
-            ids = sorted({short(i) for c, _ in found.values() for i in (c.query, c.gallery)})
+            ids = sorted({short(i) for f in found for i in (f.certificate.query, f.certificate.gallery)})
             raise InputError(
                 f"{source}: no certificate there is about {short(encoder.id)}; they are about {', '.join(ids)}. "
                 "Evaluate this very encoder with pkd-evaluate."
             )
-        for path, certificate in own.items():
-            require_about(certificate, encoder, path)
-            name, data = f"certificates/{certificate.file_name}", found[path][1]
-            if files.setdefault(name, data) != data:
+        for file in own:
+            certificate = file.certificate
+            require_about(certificate, encoder, file.path)
+            name = f"certificates/{certificate.file_name}"
+            if files.setdefault(name, file.data) != file.data:
                 raise InputError(
-                    f"{path}: a second certificate of {short(certificate.query)} against {short(certificate.gallery)}. "
-                    "Pass one evaluation per ordered pair."
+                    f"{file.path}: a second certificate of {short(certificate.query)} against "
+                    f"{short(certificate.gallery)}. Pass one evaluation per ordered pair."
                 )
+            if file.signature and files.setdefault(name + SUFFIX, file.signature.text()) != file.signature.text():
+                raise InputError(f"{file.path}: is signed by two keys in what was given. Pass one of the two.")
         report = source / "report.html"
         if report.is_file():
             files.setdefault("report.html", report.read_bytes())
@@ -51,11 +55,3 @@ def _candidates(source: Path) -> list[Path]:
             f"{source}: no certificates there. Give the --out folder of a pkd-evaluate that could write one."
         )
     return paths
-
-
-def _read(path: Path) -> tuple[Certificate, bytes]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}. Give the --out folder of pkd-evaluate.") from None
-    return parse_certificate(data, path), data

@@ -101,7 +101,7 @@ def _add_catalogue(app: FastAPI, service: Service) -> None:
     @app.get("/v1/certificates", responses=refused)
     async def certificates() -> dict[str, list[Certificate]]:
         """The ordered encoder pairs that may be compared, with their thresholds and calibration."""
-        return {"certificates": list(service.encoders.certificates.values())}
+        return {"certificates": service.encoders.certificates}
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from pkd.toolkit.command import Result, make_parser, run
 from pkd.toolkit.errors import InputError, MissingExtra, UnsupportedFmr
+from pkd.toolkit.signing import TrustedKeys
 from pkd.toolkit.space import short
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ EXAMPLES = """
   pkd-serve bundles/teacher bundles/student --detector yunet.onnx
   curl -F image=@photo.jpg 'localhost:8000/embed?encoding=b64_f16'
   key=$(openssl rand -hex 32); printf %s "$key" | sha256sum > keys.txt
-  pkd-serve bundles/teacher --host 0.0.0.0 --api-keys keys.txt
+  pkd-serve bundles/teacher --host 0.0.0.0 --api-keys keys.txt --trust-key evidence.pub.pem
 """
 
 
@@ -46,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--insecure-no-keys", action="store_true", help="listen beyond loopback without keys, for anyone to use"
+    )
+    parser.add_argument(
+        "--trust-key",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="PUB.pem",
+        help="ed25519 public key; refuse certificates that no such key has signed; repeatable",
     )
     return run(parser, _serve, argv)
 
@@ -77,7 +87,8 @@ def _serve(args: argparse.Namespace, console: Console) -> Result:
             "Pass --api-keys FILE, or --insecure-no-keys to let anyone in."
         )
     keys = ApiKeys.read(args.api_keys) if args.api_keys else None
-    encoders = Encoders.open(args.bundles)
+    trusted = TrustedKeys.read(args.trust_key) if args.trust_key else None
+    encoders = Encoders.open(args.bundles, trusted)
     detector = open_detector(args.detector, settings.detector_score) if args.detector else None
     _introduce(console, encoders, settings.target_fmr, bool(detector), keys)
     listener = listen(args.host, args.port)
@@ -93,19 +104,23 @@ def _introduce(console: Console, encoders: Encoders, fmr: float, detector: bool,
         info = loaded.encoder.info
         state = f"{info.space.dim}-d, {info.preprocess.name}{', default' if loaded is encoders.default else ''}"
         console.print(f"{info.role} {short(info.id)}: {state}", markup=False, soft_wrap=True)
-    for certificate in encoders.certificates.values():
+    for file in encoders.files.values():
+        certificate = file.certificate
         pair = f"{short(certificate.query)} → {short(certificate.gallery)}"
         try:
             state = f"threshold {certificate.threshold(fmr):.4f} at FMR {fmr:g}"
         except UnsupportedFmr:
             smallest, largest = certificate.points[-1].fmr, certificate.points[0].fmr
             state = f"FMR {fmr:g} not covered, requests must state one of {smallest:g} to {largest:g}"
+        signed = f", signed by {file.signature.key[:17]}…" if file.signature and encoders.keys else ""
         console.print(
-            f"certified {pair}: {state}{' (synthetic faces)' if certificate.synthetic else ''}",
+            f"certified {pair}: {state}{' (synthetic faces)' if certificate.synthetic else ''}{signed}",
             markup=False,
             soft_wrap=True,
         )
-    if not encoders.certificates:
+    if encoders.files and not encoders.keys:
+        console.print("no --trust-key: certificates may come from anyone")
+    if not encoders.files:
         console.print("no certificate in these bundles: /verify will refuse every pair")
     if not detector:
         console.print("no --detector: only aligned crops are taken (aligned=true)")

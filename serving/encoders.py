@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pkd.serving.problems import Problem
 from pkd.toolkit.bundle import Bundle, self_test
-from pkd.toolkit.certificate import Certificate
+from pkd.toolkit.certificate import Certificate, CertificateFile
 from pkd.toolkit.errors import BundleError
 from pkd.toolkit.runtime import OnnxEncoder, open_bundle
+from pkd.toolkit.signing import TrustedKeys
 from pkd.toolkit.space import short
 
 
@@ -29,21 +30,27 @@ class Loaded:
 class Encoders:
     """What this server can embed with (loaded bundles) and decide about (certificates)."""
 
-    def __init__(self, loaded: Sequence[Loaded]) -> None:
+    def __init__(self, loaded: Sequence[Loaded], keys: TrustedKeys | None = None) -> None:
         self.loaded = {item.encoder.info.id: item for item in loaded}
         teachers = [item for item in loaded if item.encoder.info.role == "teacher"]
         self.default = (teachers or list(loaded))[0]
         """The first teacher on the command line; without one, the first bundle."""
-        self.certificates = _strongest(c for item in loaded for c in item.bundle.certificates())
+        self.files = _strongest(file for item in loaded for file in item.bundle.certificate_files())
+        """Ordered pair of encoder ids → its certificate, with the signature beside it."""
+        self.keys = keys
+        """Whose signatures are believed; None: nobody was asked to check any."""
         self._spaces = {id: item.encoder.info.space.id for id, item in self.loaded.items()}
         self._dims = {item.encoder.info.space.id: item.encoder.info.space.dim for item in loaded}
-        for certificate in self.certificates.values():
+        for certificate in self.certificates:
             for id in (certificate.query, certificate.gallery):
                 self._spaces.setdefault(id, certificate.space)
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path]) -> Encoders:
-        """Open bundles, each on one intra-op thread. Raises BundleError; two bundles of one encoder are refused."""
+    def open(cls, paths: Sequence[str | Path], keys: TrustedKeys | None = None) -> Encoders:
+        """Open bundles, each on one intra-op thread. Raises BundleError; two bundles of one encoder are refused.
+
+        With ``keys`` every certificate must be signed by one of them. Raises NotTrusted naming the file.
+        """
         owners: dict[str, Path] = {}
         spaces: dict[str, int] = {}
         loaded = []
@@ -54,11 +61,19 @@ class Encoders:
                 raise BundleError(f"{path}: holds {short(info.id)}, as does {owners[info.id]}. Pass one of them.")
             if spaces.setdefault(info.space.id, info.space.dim) != info.space.dim:
                 raise BundleError(f"{path}: gives {info.space.dim} numbers, other bundles of its space do not.")
+            if keys:
+                for file in bundle.certificate_files():
+                    keys.require(file.data, file.signature, file.path)
             owners[info.id] = bundle.path
             loaded.append(Loaded(bundle, open_bundle(bundle)))
         if not loaded:
             raise BundleError("no bundle to serve. Make one with pkd-export.")
-        return cls(loaded)
+        return cls(loaded, keys)
+
+    @property
+    def certificates(self) -> list[Certificate]:
+        """One per ordered pair of encoders."""
+        return [file.certificate for file in self.files.values()]
 
     def get(self, spec: str | None) -> Loaded:
         """The loaded encoder with this id, short id or name; the default one for None. 404 where there is none."""
@@ -89,15 +104,15 @@ class Encoders:
         """Dimension of a space, known where a bundle of it is loaded."""
         return self._dims.get(space) if space else None
 
-    def certificate(self, query: str, gallery: str) -> Certificate:
+    def certificate(self, query: str, gallery: str) -> CertificateFile:
         """The certificate of this ordered pair. 409 space-mismatch or not-certified, naming what would work."""
-        found = self.certificates.get((query, gallery))
+        found = self.files.get((query, gallery))
         if found:
             return found
         spaces = self.space_of(query), self.space_of(gallery)
         works = {
-            "queries": sorted(q for q, g in self.certificates if g == gallery),
-            "galleries": sorted(g for q, g in self.certificates if q == query),
+            "queries": sorted(q for q, g in self.files if g == gallery),
+            "galleries": sorted(g for q, g in self.files if q == query),
         }
         got = {"query": query, "gallery": gallery}
         if None not in spaces and spaces[0] != spaces[1]:
@@ -112,21 +127,21 @@ class Encoders:
             "not-certified",
             f"no certificate covers queries of {short(query)} against a gallery of {short(gallery)}; the order counts. "
             "Measure the pair with pkd-evaluate and export it into a bundle, or use an encoder in `works`.",
-            expected=[{"query": q, "gallery": g} for q, g in self.certificates],
+            expected=[{"query": q, "gallery": g} for q, g in self.files],
             got=got,
             works=works,
         )
 
 
-def _strongest(certificates: Iterable[Certificate]) -> dict[tuple[str, str], Certificate]:
+def _strongest(files: Iterable[CertificateFile]) -> dict[tuple[str, str], CertificateFile]:
     """One certificate per ordered pair: measured on people before synthetic, then most impostor pairs, then newest."""
 
     def rank(c: Certificate) -> tuple[bool, int, str]:
         return not c.synthetic, c.impostor_pairs, c.created
 
-    kept: dict[tuple[str, str], Certificate] = {}
-    for c in certificates:
-        pair = (c.query, c.gallery)
-        if pair not in kept or rank(c) > rank(kept[pair]):
-            kept[pair] = c
+    kept: dict[tuple[str, str], CertificateFile] = {}
+    for file in files:
+        pair = (file.certificate.query, file.certificate.gallery)
+        if pair not in kept or rank(file.certificate) > rank(kept[pair].certificate):
+            kept[pair] = file
     return kept

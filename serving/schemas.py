@@ -133,6 +133,11 @@ class EmbedAnswer(BaseModel):
     timing_ms: Timing
 
 
+class SignatureAnswer(BaseModel):
+    key: str = Field(description="Fingerprint of the ed25519 key that is said to have signed the certificate")
+    verified: bool = Field(description="True: checked at start. False: the server was started without trusted keys")
+
+
 class CertificateAnswer(BaseModel):
     query: str
     gallery: str
@@ -142,6 +147,7 @@ class CertificateAnswer(BaseModel):
     data_name: str
     synthetic: bool = Field(description="True: measured on procedural faces; the rates say nothing about people")
     created: str
+    signature: SignatureAnswer | None = Field(description="null where the certificate is not signed")
 
 
 class VerifyAnswer(BaseModel):
@@ -150,5 +156,9 @@ class VerifyAnswer(BaseModel):
     threshold: float
     target_fmr: float | None = Field(description="What the threshold was chosen for; null where the request stated one")
     fmr_at_score: float = Field(description="Share of impostor pairs that score at least this high")
-    fmr_ci95: tuple[float, float]
+    fmr_ci95: tuple[float, float] = Field(description="95 % interval of it over people")
+    fmr_is_upper_bound: bool = Field(
+        description="True where the score lies above the last one whose rate the evaluation resolved: the share is at "
+        "most fmr_at_score"
+    )
     certificate: CertificateAnswer

@@ -22,6 +22,8 @@ class Terms:
     """What was settled before anything is embedded: the certificate and the threshold."""
 
     certificate: Certificate
+    signature: dict[str, Any] | None
+    """Who signed it, and whether that was checked; None where it is not signed."""
     threshold: float
     target_fmr: float | None
 
@@ -38,12 +40,15 @@ def settle(encoders: Encoders, a: Side, b: Side, policy: Policy | None, default_
                 expected={"space": known},
                 got={"encoder": id, "space": side.space},
             )
-    certificate = encoders.certificate(query, gallery)
+    file = encoders.certificate(query, gallery)
+    certificate, signature = file.certificate, None
+    if file.signature:
+        signature = {"key": file.signature.key, "verified": encoders.keys is not None}
     if policy is not None and policy.threshold is not None:
-        return Terms(certificate, policy.threshold, None)
+        return Terms(certificate, signature, policy.threshold, None)
     fmr = default_fmr if policy is None or policy.target_fmr is None else policy.target_fmr
     try:
-        return Terms(certificate, certificate.threshold(fmr), fmr)
+        return Terms(certificate, signature, certificate.threshold(fmr), fmr)
     except UnsupportedFmr as error:
         points = certificate.points
         raise Problem("unsupported-fmr", str(error), smallest=points[-1].fmr, largest=points[0].fmr, got=fmr) from None
@@ -70,15 +75,16 @@ def decide(terms: Terms, a: NDArray[np.floating], b: NDArray[np.floating]) -> di
     if len(a) != len(b):
         raise BadVector(f"a has {len(a):,} numbers and b has {len(b):,}; embeddings of one space have the same size.")
     score = float(np.clip(np.dot(a, b), -1.0, 1.0))
-    fmr, interval = terms.certificate.fmr_at(score)
+    rate = terms.certificate.fmr_at(score)
     c = terms.certificate
     return {
         "match": score >= terms.threshold,
         "score": score,
         "threshold": terms.threshold,
         "target_fmr": terms.target_fmr,
-        "fmr_at_score": fmr,
-        "fmr_ci95": interval,
+        "fmr_at_score": rate.fmr,
+        "fmr_ci95": rate.ci95,
+        "fmr_is_upper_bound": rate.is_upper_bound,
         "certificate": {
             "query": c.query,
             "gallery": c.gallery,
@@ -88,5 +94,6 @@ def decide(terms: Terms, a: NDArray[np.floating], b: NDArray[np.floating]) -> di
             "data_name": c.data_name,
             "synthetic": c.synthetic,
             "created": c.created,
+            "signature": terms.signature,
         },
     }

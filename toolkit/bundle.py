@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from pkd.toolkit.bundle_folder import aside_of, build_folder, check_name, list_files, read_file, recover, swap_in
-from pkd.toolkit.certificate import Certificate, parse_certificate
+from pkd.toolkit.certificate import Certificate, CertificateFile, parse_certificate
 from pkd.toolkit.errors import BundleError
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.record import Record
+from pkd.toolkit.signing import SUFFIX, Signature
 from pkd.toolkit.space import EncoderInfo, short
 
 SCHEMA = 1
@@ -107,13 +108,27 @@ class Bundle:
             raise BundleError(f"{where}: {wrong}. Export the bundle again.")
         return golden
 
-    def certificates(self) -> list[Certificate]:
-        """Every certificate in the bundle. Raises BundleError for one that does not name this encoder."""
-        names = sorted(name for name in self.manifest.files if name.startswith("certificates/"))
-        found = [parse_certificate(self.read(name), self.path / name) for name in names]
-        for name, certificate in zip(names, found, strict=True):
-            require_about(certificate, self.manifest.encoder, self.path / name)
+    def certificate_files(self) -> list[CertificateFile]:
+        """Every certificate in the bundle and its signature, unchecked.
+
+        Raises BundleError for one that does not name this encoder, NotTrusted for what is no signature.
+        """
+        names = {name for name in self.manifest.files if name.startswith("certificates/")}
+        signatures = {name for name in names if name.endswith(SUFFIX)}
+        if orphans := sorted(name for name in signatures if name.removesuffix(SUFFIX) not in names - signatures):
+            raise BundleError(f"{self.path / orphans[0]}: signs a file that is not in the bundle. Export it again.")
+        found = []
+        for name in sorted(names - signatures):
+            data, where, signed = self.read(name), self.path / name, name + SUFFIX
+            certificate = parse_certificate(data, where)
+            require_about(certificate, self.manifest.encoder, where)
+            signature = Signature.parse(self.read(signed), self.path / signed) if signed in signatures else None
+            found.append(CertificateFile(where, data, certificate, signature))
         return found
+
+    def certificates(self) -> list[Certificate]:
+        """Every certificate in the bundle. Raises as ``certificate_files``."""
+        return [file.certificate for file in self.certificate_files()]
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:

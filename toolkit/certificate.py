@@ -154,9 +154,13 @@ class Certificate(Record):
         rate = dict(zip(c.score, c.fmr, strict=True))
         for point in self.points:
             if point.threshold not in rate:
-                raise ValueError(f"the threshold {point.threshold:g} at FMR {point.fmr:g} is no score of the calibration")
+                raise ValueError(
+                    f"the threshold {point.threshold:g} of FMR {point.fmr:g} is not on the calibration"
+                )
             if not self.min_fmr * (1 - 1e-9) <= point.fmr <= 1:
-                raise ValueError(f"the operating point FMR {point.fmr:g} lies below min_fmr {self.min_fmr:g}, or above 1")
+                raise ValueError(
+                    f"an operating point at FMR {point.fmr:g}, below min_fmr {self.min_fmr:g} or above 1"
+                )
             if rate[point.threshold] > SLACK * point.fmr:
                 raise ValueError(
                     f"at the threshold of FMR {point.fmr:g} the calibration says {rate[point.threshold]:g}"

@@ -18,7 +18,8 @@ class's ``exit_code``::
     │   ├── UnsupportedFmr           a false match rate that the impostor pairs cannot resolve
     │   └── MissingExtra             an optional package is not installed
     ├── TargetUnavailable         3  a runtime or a device that this machine lacks
-    └── GateFailed                4  the result is worse than what was asked for
+    ├── GateFailed                4  the result is worse than what was asked for
+    └── NotTrusted                4  a file that is unsigned, changed, or signed by a key that is not trusted
 """
 
 from __future__ import annotations
@@ -95,5 +96,11 @@ class TargetUnavailable(PkdError):
 
 class GateFailed(PkdError):
     """The result is worse than the gate allows."""
+
+    exit_code = 4
+
+
+class NotTrusted(PkdError):
+    """A file that is unsigned, changed, or signed by a key that is not trusted."""
 
     exit_code = 4

@@ -12,15 +12,27 @@ from pydantic import ValidationError
 
 from pkd.toolkit.certificate import Calibration, Certificate
 from pkd.toolkit.errors import BadVector, UnsupportedFmr
-from pkd.toolkit.evaluation.measure import certify, measure
+from pkd.toolkit.evaluation.certify import certify
+from pkd.toolkit.evaluation.measure import measure
 from pkd.toolkit.evaluation.pairs import Pairing
-from pkd.toolkit.evaluation.results import Data
+from pkd.toolkit.evaluation.results import Data, Evaluation
 from pkd.toolkit.evaluation.scores import score_pairs
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.space import describe
 
 ENCODER = describe("tiny", "teacher", "0" * 64, Preprocess(), 6)
-DATA = Data(name="drawn", content_digest="0" * 64, images=1, identities=1, single_image_identities=0)
+EVALUATION = Evaluation(
+    tool="pkd test",
+    created="2026-01-01T00:00:00+00:00",
+    protocol="all pairs of one set",
+    data=Data(name="drawn", content_digest="0" * 64, images=120, identities=60, single_image_identities=0),
+    synthetic=True,
+    flip=False,
+    resamples=100,
+    seed=0,
+    teacher=ENCODER,
+    student=None,
+)
 
 
 def measured(seed: int, coarse: bool) -> Certificate:
@@ -32,9 +44,9 @@ def measured(seed: int, coarse: bool) -> Certificate:
     vectors = (np.round(vectors * 4) / 4 if coarse else vectors).astype(np.float32)
     files = np.arange(len(labels))
     scores = score_pairs(Pairing(labels, labels, files, files, 60, unordered=True), vectors, vectors)
-    found = measure(scores, "T–T", ENCODER, ENCODER, fmrs=(0.1, 0.03, 0.01, 1e-3), resamples=100, seed=0)
+    found, _ = measure(scores, "T–T", ENCODER, ENCODER, fmrs=(0.1, 0.03, 0.01, 1e-3), resamples=100, seed=0)
     assert [r.fmr for r in found.refused] == [1e-3]
-    return certify(found, ENCODER.space, DATA, synthetic=True)
+    return certify(found, EVALUATION)
 
 
 CERTIFICATES = [measured(seed, coarse) for seed in range(3) for coarse in (False, True)]
@@ -45,8 +57,9 @@ FINE = [c for i, c in enumerate(CERTIFICATES) if i % 2 == 0]
 @settings(deadline=None)
 def test_the_rate_never_rises_with_the_score(certificate: Certificate, a: float, b: float) -> None:
     low, high = sorted((a, b))
-    rate, (bottom, top) = certificate.fmr_at(low)
-    assert rate >= certificate.fmr_at(high)[0] >= certificate.min_fmr * (1 - 1e-9)
+    rate, (bottom, top), bound = certificate.fmr_at(low)
+    assert rate >= certificate.fmr_at(high).fmr >= certificate.min_fmr * (1 - 1e-9)
+    assert bound == (low > certificate.resolved_scores[1]) <= certificate.fmr_at(high).is_upper_bound
     assert 0 <= bottom <= rate * (1 + 1e-9) and rate <= top * (1 + 1e-9) and top <= 1 + 1e-9
 
 
@@ -75,8 +88,13 @@ def test_at_a_measured_point_the_threshold_is_the_measured_one(certificate: Cert
     for point in certificate.points:
         assert certificate.threshold(point.fmr) == point.threshold
         assert certificate.fmr_at(point.threshold)[0] <= point.fmr * (1 + 1e-9)
-    assert certificate.fmr_at(-2.0)[0] == 1.0
-    assert certificate.fmr_at(math.inf)[0] == certificate.calibration.fmr[-1]
+    first, last = certificate.resolved_scores
+    assert certificate.fmr_at(-2.0) == certificate.fmr_at(first)
+    assert certificate.fmr_at(first).fmr == 1.0
+    measured, beyond = certificate.fmr_at(last), certificate.fmr_at(math.nextafter(last, 2))
+    assert not measured.is_upper_bound and measured.fmr == certificate.calibration.fmr[-1]
+    assert beyond.is_upper_bound and beyond.fmr == measured.fmr and beyond == certificate.fmr_at(math.inf)
+    assert beyond.ci95 == (0.0, measured.ci95[1])
     assert Certificate.model_validate_json(certificate.model_dump_json()) == certificate
 
 
@@ -119,3 +137,28 @@ def test_points_in_a_wrong_order_are_refused() -> None:
     fields = CERTIFICATES[0].model_dump()
     with pytest.raises(ValidationError, match="largest FMR to the smallest"):
         Certificate(**{**fields, "points": fields["points"][::-1]})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"threshold": 0.987654321}, "not on the calibration"), ({"fmr": 1e-9}, "below min_fmr")]
+)
+def test_a_changed_point_contradicts_the_calibration(change: dict[str, float], said: str) -> None:
+    fields = FINE[0].model_dump()
+    points = fields["points"]
+    with pytest.raises(ValidationError, match=said):
+        Certificate(**{**fields, "points": (*points[:-1], {**points[-1], **change})})
+
+
+def test_a_threshold_moved_to_a_lower_score_of_the_calibration_is_refused() -> None:
+    """As a patient forger would: the number is on the curve, and the curve says what it leads to."""
+    fields = FINE[0].model_dump()
+    lower = next(s for s, rate in zip(*(fields["calibration"][c] for c in ("score", "fmr")), strict=True) if rate < 0.5)
+    changed = {**fields["points"][0], "threshold": lower}
+    with pytest.raises(ValidationError, match="the calibration says"):
+        Certificate(**{**fields, "points": (changed, *fields["points"][1:])})
+
+
+def test_resolved_scores_are_the_ends_of_the_calibration() -> None:
+    fields = FINE[0].model_dump()
+    with pytest.raises(ValidationError, match="first and last score"):
+        Certificate(**{**fields, "resolved_scores": (-1.0, 1.0)})

@@ -11,19 +11,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pkd.toolkit.certificate import Certificate, Interval
+from pkd.toolkit.certificate import Interval
 from pkd.toolkit.cli.encoders import open_encoder
 from pkd.toolkit.command import Result, make_parser, progress, run
 from pkd.toolkit.embed import default_cache
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.evaluation.baselines import require_control, with_maps
 from pkd.toolkit.evaluation.cross_matrix import cross_matrix
+from pkd.toolkit.evaluation.draws import write_draws
+from pkd.toolkit.evaluation.labels import read_labels
 from pkd.toolkit.evaluation.lineup import Lineup
+from pkd.toolkit.evaluation.outcome import Outcome
 from pkd.toolkit.evaluation.pair_accuracy import pair_list_accuracy
-from pkd.toolkit.evaluation.pair_list import read_pair_list
-from pkd.toolkit.evaluation.protocol import Options
-from pkd.toolkit.evaluation.report import render, require_plots
+from pkd.toolkit.evaluation.pair_sources import read_pairs
+from pkd.toolkit.evaluation.protocol import Bar, Options
+from pkd.toolkit.evaluation.report import render, require_plots, write_figures
 from pkd.toolkit.evaluation.results import Evaluation
 from pkd.toolkit.faces import FaceSet
+from pkd.toolkit.signing import SigningKey, write_signed
 
 EXAMPLES = """
   pkd-evaluate --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --student run --faces test --out eval
@@ -45,17 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--teacher", required=True, metavar="SPEC", help="bundle, run, FILE.onnx, FILE.pt or insightface:PACK")
     add("--teacher-preprocess", metavar="P", help="of FILE.onnx or FILE.pt, for example mean=127.5,std=127.5")
     add("--student", metavar="SPEC", help="bundle or run of a student of this teacher")
+    add("--control", metavar="SPEC", help="encoder that was not distilled from the teacher, to compare with")
+    add("--control-preprocess", metavar="P", help="of a control that is FILE.onnx or FILE.pt")
+    add("--fit-faces", type=Path, metavar="DIR|LIST", help="other people, to fit linear maps from control to teacher")
     add("--faces", type=Path, metavar="DIR|LIST", help="aligned crops: a folder per identity, a list, .rec or .tar")
     add("--gallery", type=Path, metavar="DIR|LIST", help="gallery side, where it has other images than the probe side")
     add("--probe", type=Path, metavar="DIR|LIST", help="probe (query) side")
-    add("--pairs", type=Path, metavar="FILE", help="LFW pairs.txt or pairsDevTest.txt; its images lie in --faces DIR")
+    add("--pairs", type=Path, metavar="FILE", help="LFW's pairs.txt or CFP's Protocol/Split/FP, of --faces DIR; or a .bin")
     add("--threshold-pairs", type=Path, metavar="FILE", help="list that the threshold of a one-fold --pairs is from")
     add("--fmr", type=float, nargs="+", metavar="F", help="target false match rates (1e-2 to 1e-5 where resolved)")
+    add("--demographics", type=Path, metavar="FILE.csv", help="identity,<attribute>[,…]: also measure each group")
     add("--flip", action="store_true", help="add each embedding to its mirror image's; no certificates then")
     add("--any-space", action="store_true", help="allow a student that was not distilled from the teacher (a control)")
     add("--synthetic", action="store_true", help="the faces are procedural: say so in report and certificates")
     add("--bootstrap", type=int, default=Options.resamples, metavar="N", help="resamples of the identities (1000)")
     add("--seed", type=int, default=Options.seed, help="of the resampling (0)")
+    add("--sign", type=Path, metavar="KEY.pem", help="ed25519 private key: sign the certificates and report.json")
     add("--cache", type=Path, metavar="DIR", help="keeps embeddings between runs ($PKD_CACHE or ~/.cache/pkd)")
     add("--jobs", type=int, metavar="N", help="threads (one per core)")
     add("--out", type=Path, required=True, metavar="EVAL", help="folder for the report and the certificates")
@@ -65,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(args: argparse.Namespace, console: Console) -> Result:
     """Run the protocol that the arguments ask for and write its results; returns what ``--json`` prints."""
     _check(args)
+    key = SigningKey.read(args.sign) if args.sign else None
     options = Options(
         fmrs=tuple(args.fmr) if args.fmr else None,
         flip=args.flip,
@@ -78,8 +89,9 @@ def evaluate(args: argparse.Namespace, console: Console) -> Result:
     require_plots()
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"{args.out}: is a file. Give a folder with --out.")
-    evaluation, certificates = _measure(args, options, partial(progress, console))
-    _write(args.out, evaluation, certificates)
+    outcome = _measure(args, options, partial(progress, console))
+    evaluation = outcome.evaluation
+    _write(args.out, outcome, key)
     _show(console, evaluation, args.out)
     summary: dict[str, Any] = evaluation.model_dump(
         mode="json",
@@ -91,49 +103,64 @@ def evaluate(args: argparse.Namespace, console: Console) -> Result:
     return {"out": str(args.out), **summary}
 
 
-def _measure(
-    args: argparse.Namespace, options: Options, bar: Callable[..., Any]
-) -> tuple[Evaluation, list[Certificate]]:
+def _measure(args: argparse.Namespace, options: Options, bar: Callable[..., Any]) -> Outcome:
     if args.pairs:
-        pairs = read_pair_list(args.pairs, args.faces)
-        threshold_pairs = read_pair_list(args.threshold_pairs, args.faces) if args.threshold_pairs else None
-        evaluation = pair_list_accuracy(
+        pairs = read_pairs(args.pairs, args.faces)
+        threshold_pairs = read_pairs(args.threshold_pairs, args.faces) if args.threshold_pairs else None
+        return pair_list_accuracy(
             pairs,
-            args.pairs.name,
-            _open(args),
+            _name(args.pairs) if args.pairs.is_dir() else args.pairs.name,
+            _open(args, [each.faces for each in (pairs, threshold_pairs) if each], options, bar),
             options,
             bar,
             threshold_pairs=threshold_pairs,
             threshold_name=args.threshold_pairs.name if args.threshold_pairs else "",
         )
-        return evaluation, []
     if args.faces:
         faces, probe, name = FaceSet.read(args.faces), None, _name(args.faces)
     else:
         faces, probe = FaceSet.read(args.gallery), FaceSet.read(args.probe)
         name = f"{_name(args.gallery)} (gallery), {_name(args.probe)} (probe)"
-    return cross_matrix(faces, name, _open(args), options, bar, probe=probe)
+    labels = read_labels(args.demographics) if args.demographics else None
+    if labels:
+        labels.check(sorted({*faces.identities, *(probe.identities if probe else ())}))
+    lineup = _open(args, [each for each in (faces, probe) if each], options, bar)
+    return cross_matrix(faces, name, lineup, options, bar, probe=probe, labels=labels)
 
 
-def _open(args: argparse.Namespace) -> Lineup:
-    return Lineup(
+def _open(args: argparse.Namespace, evaluated: Sequence[FaceSet], options: Options, bar: Bar) -> Lineup:
+    """The encoders; where there are ``--fit-faces``, with linear maps fitted on these and not on ``evaluated``."""
+    lineup = Lineup(
         teacher=open_encoder(args.teacher, args.teacher_preprocess),
         student=open_encoder(args.student) if args.student else None,
+        control=open_encoder(args.control, args.control_preprocess, option="--control-preprocess")
+        if args.control
+        else None,
     )
+    require_control(lineup)
+    if not args.fit_faces:
+        return lineup
+    return with_maps(lineup, FaceSet.read(args.fit_faces), _name(args.fit_faces), evaluated, options, bar)
 
 
 def _check(args: argparse.Namespace) -> None:
     sides = [args.gallery, args.probe]
-    if args.pairs and (not args.faces or any(sides)):
-        raise InputError("--pairs FILE needs --faces DIR, the folder of its images, and no --gallery or --probe.")
+    if args.pairs and any(sides):
+        raise InputError("--pairs FILE takes its images from --faces DIR or holds them: drop --gallery and --probe.")
     if not args.pairs and args.threshold_pairs:
         raise InputError("--threshold-pairs goes with --pairs. Drop it, or pass --pairs FILE.")
-    if bool(args.faces) == any(sides) or (any(sides) and not all(sides)):
+    if not args.pairs and (bool(args.faces) == any(sides) or any(sides) != all(sides)):
         raise InputError("what to compare? Pass --faces DIR, or --gallery DIR and --probe DIR.")
+    if args.fit_faces and not args.control:
+        raise InputError("--fit-faces goes with --control SPEC, the encoder that is mapped into the teacher's space.")
+    if args.control_preprocess and not args.control:
+        raise InputError("--control-preprocess states how --control scales pixels. Give --control, too.")
     if args.bootstrap < 100:
         raise InputError(f"--bootstrap {args.bootstrap}: a 95 % interval needs at least 100 resamples.")
     if args.jobs is not None and args.jobs < 1:
         raise InputError(f"--jobs {args.jobs}: give 1 or more.")
+    if args.pairs and args.demographics:
+        raise InputError("--demographics goes with --faces or --gallery and --probe. Drop it, or --pairs.")
     if args.pairs and args.fmr:
         raise InputError("--fmr goes with --faces or --gallery and --probe: a pair list has too few impostor pairs.")
     if bad := [fmr for fmr in args.fmr or () if not 0 < fmr < 1]:
@@ -144,16 +171,18 @@ def _name(source: Path) -> str:
     return "/".join(source.resolve().parts[-2:])
 
 
-def _write(out: Path, evaluation: Evaluation, certificates: list[Certificate]) -> None:
+def _write(out: Path, outcome: Outcome, key: SigningKey | None) -> None:
     """Certificates of an earlier run into the same folder are removed: they would pass for this run's."""
     folder = out / "certificates"
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*__*.json"):
+    for stale in [*folder.glob("*__*.json"), *folder.glob("*__*.json.sig")]:
         stale.unlink()
-    for certificate in certificates:
-        (folder / certificate.file_name).write_text(certificate.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (out / "report.json").write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(render(evaluation), encoding="utf-8")
+    for certificate in outcome.certificates:
+        write_signed(folder / certificate.file_name, (certificate.model_dump_json(indent=2) + "\n").encode(), key)
+    write_draws(out, outcome.draws)
+    write_signed(out / "report.json", (outcome.evaluation.model_dump_json(indent=2) + "\n").encode(), key)
+    (out / "report.html").write_text(render(outcome.evaluation), encoding="utf-8")
+    write_figures(outcome.evaluation, out / "figures")
 
 
 def _show(console: Console, evaluation: Evaluation, out: Path) -> None:

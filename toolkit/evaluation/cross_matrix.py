@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pkd.toolkit.certificate import Certificate
+from pkd.toolkit.certificate import file_name
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.evaluation.certify import certify
+from pkd.toolkit.evaluation.demographics import divide, measure_groups
 from pkd.toolkit.evaluation.draws import Draws, drawn_from
+from pkd.toolkit.evaluation.identify import identify
+from pkd.toolkit.evaluation.labels import Labels
 from pkd.toolkit.evaluation.lineup import Lineup
-from pkd.toolkit.evaluation.measure import certify, measure, worst
+from pkd.toolkit.evaluation.measure import measure, worst
 from pkd.toolkit.evaluation.outcome import Outcome
 from pkd.toolkit.evaluation.pairs import Doubles, Pairing
 from pkd.toolkit.evaluation.protocol import Bar, Options, agree, common, describe_data, embed, notes_on
@@ -33,10 +37,12 @@ def cross_matrix(
     bar: Bar,
     *,
     probe: FaceSet | None = None,
+    labels: Labels | None = None,
 ) -> Outcome:
     """Every pair of ``faces``, or every image of ``probe`` against every image of the gallery ``faces``.
 
-    Raises InputError for a set without genuine pairs or identities, SpaceMismatch, UnsupportedFmr.
+    ``labels``: also measure the groups they name. Raises InputError for a set without genuine pairs or identities and
+    for labels of others, SpaceMismatch, UnsupportedFmr.
     """
     cells = lineup.cells(with_probe=probe is not None, any_space=options.any_space)
     encoders = lineup.encoders
@@ -49,6 +55,10 @@ def cross_matrix(
         )
     for fmr in options.fmrs or ():
         require_resolved(plain, fmr)
+    names = sorted({*faces.identities, *query.identities})
+    groups = {
+        same: divide(labels, names, pairing, one_set=probe is None) for same, pairing in pairings.items() if labels
+    }
 
     vectors: dict[tuple[str, bool], Embeddings] = {}
     for letter, encoder in encoders.items():
@@ -56,7 +66,6 @@ def cross_matrix(
         vectors[letter, True] = vectors[letter, False] if probe is None else embed(encoder, probe, options, bar)
 
     comparisons: list[Comparison] = []
-    certificates: list[Certificate] = []
     values: dict[str, Doubles] = {}
     for q, g in cells:
         label = f"{q}–{g}"
@@ -77,20 +86,36 @@ def cross_matrix(
         values |= drawn
         comparison = comparison.model_copy(update={"worst": worst(scores, query.name, faces.name)})
         if comparison.points and lineup.certifies(q, g) and not options.flip:
-            certificate = certify(comparison, encoders[g].info.space, data, synthetic=options.synthetic)
-            certificates.append(certificate)
-            comparison = comparison.model_copy(update={"certificate": certificate.file_name})
+            certificate = file_name(comparison.query, comparison.gallery)
+            comparison = comparison.model_copy(update={"certificate": certificate})
+        if labels and {q, g} <= {"T", "S"}:
+            with bar(f"groups {label}", len(groups[q == g].parts)) as advance:
+                demographics = measure_groups(
+                    groups[q == g],
+                    vectors[q, True],
+                    vectors[g, False],
+                    scores,
+                    comparison.points,
+                    resamples=options.resamples,
+                    seed=options.seed,
+                    advance=advance,
+                )
+            comparison = comparison.model_copy(update={"demographics": demographics})
         comparisons.append(comparison)
 
+    identifications, searched, said = identify(lineup, vectors, plain, probe is None, options, bar)
     evaluation = Evaluation(
         protocol="all pairs of one set" if probe is None else "probe images against gallery images",
         data=data,
+        labels=groups[False].record if labels else None,
         comparisons=tuple(comparisons),
+        identifications=identifications,
         agreement=agree(vectors["T", False], vectors["S", False]) if ("S", "T") in cells else None,
-        notes=notes_on(lineup, options, comparisons),
+        notes=(*notes_on(lineup, options, comparisons), *said),
         **common(lineup, options),
     )
-    return Outcome(evaluation, Draws(drawn_from(evaluation), values), tuple(certificates))
+    certificates = tuple(certify(c, evaluation) for c in comparisons if c.certificate)
+    return Outcome(evaluation, Draws(drawn_from(evaluation), values | searched), certificates)
 
 
 def _pair_up(gallery: FaceSet, query: FaceSet, name: str, cache: Path | None) -> tuple[Data, Pairing]:

@@ -1,16 +1,14 @@
-"""From the scores of one ordered pair of encoders to what is reported and certified of it."""
+"""From the scores of one ordered pair of encoders to what is reported of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 
 import numpy as np
 
-from pkd.toolkit.certificate import Calibration, Certificate, OperatingPoint
-from pkd.toolkit.command import tool_version
+from pkd.toolkit.certificate import Calibration, OperatingPoint
 from pkd.toolkit.errors import UnsupportedFmr
-from pkd.toolkit.evaluation.bootstrap import Bootstrap, bootstrap, interval
+from pkd.toolkit.evaluation.bootstrap import Bootstrap, bootstrap
 from pkd.toolkit.evaluation.pairs import Doubles, Floats, Pairing
 from pkd.toolkit.evaluation.rates import (
     Rates,
@@ -21,9 +19,9 @@ from pkd.toolkit.evaluation.rates import (
     require_resolved,
     smallest_fmr,
 )
-from pkd.toolkit.evaluation.results import Comparison, Data, Det, Distances, Histogram, PairOfFiles, Refusal, Worst
+from pkd.toolkit.evaluation.results import Comparison, Det, Distances, Histogram, PairOfFiles, Refusal, Worst
 from pkd.toolkit.evaluation.scores import BINS, Ids, PairScores, bin_edges, bin_of
-from pkd.toolkit.space import EmbeddingSpace, EncoderInfo
+from pkd.toolkit.space import EncoderInfo
 
 PLOT_BINS = 128
 WORST = 10
@@ -95,27 +93,6 @@ def worst(scores: PairScores, query_name: Callable[[int], str], gallery_name: Ca
     )
 
 
-def certify(comparison: Comparison, space: EmbeddingSpace, data: Data, *, synthetic: bool) -> Certificate:
-    """The certificate of a comparison that has operating points."""
-    return Certificate(
-        query=comparison.query,
-        gallery=comparison.gallery,
-        space=space.id,
-        points=comparison.points,
-        calibration=comparison.calibration,
-        min_fmr=comparison.min_fmr,
-        identities=data.identities,
-        images=data.images,
-        genuine_pairs=comparison.genuine_pairs,
-        impostor_pairs=comparison.impostor_pairs,
-        data_name=data.name,
-        data_digest=data.content_digest,
-        synthetic=synthetic,
-        tool=tool_version(),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
-
-
 def histogram(scores: Floats) -> Histogram:
     """Fractions of ``scores`` in ``PLOT_BINS`` bins over −1 to 1."""
     return Histogram(fractions=_coarser(np.bincount(bin_of(scores), minlength=BINS)))
@@ -134,18 +111,18 @@ def _point(grid: Doubles, full: Rates, drawn: Bootstrap, k: int) -> OperatingPoi
     return OperatingPoint(
         fmr=float(grid[k]),
         threshold=float(full.threshold[k]),
-        fmr_ci95=interval(drawn.fmr[:, k + 1]),
-        prediction95=interval(drawn.fresh_fmr[:, k]),
+        fmr_ci95=drawn.fmr_interval(k + 1),
+        prediction95=drawn.prediction(k, k + 1),
         tar=float(full.tar[k]),
-        tar_ci95=interval(drawn.tar[:, k]),
+        tar_ci95=drawn.tar_interval(k),
         tar_balanced=float(full.tar_balanced[k]),
-        tar_balanced_ci95=interval(drawn.tar_balanced[:, k]),
+        tar_balanced_ci95=drawn.tar_balanced_interval(k),
     )
 
 
 def _det(grid: Doubles, full: Rates, drawn: Bootstrap) -> Det:
     fnmr = 1 - full.tar_balanced
-    high, low = 1 - np.percentile(drawn.tar_balanced, (2.5, 97.5), axis=0)
+    high, low = 1 - np.array([drawn.tar_balanced_interval(k) for k in range(len(grid))]).reshape(-1, 2).T
     return Det(
         fmr=tuple(grid.tolist()),
         fnmr=tuple(fnmr.tolist()),
@@ -159,7 +136,7 @@ def _calibrate(scores: PairScores, grid: Doubles, knots: Doubles, drawn: Bootstr
     the rate is counted in the histogram, for the threshold there comes from a sample."""
     fmr = np.concatenate([[1.0], np.where(knots[1:] >= scores.cut, grid, fmr_at(scores, knots[1:]))])
     fmr = np.minimum.accumulate(fmr)
-    low, high = np.percentile(drawn.fmr, (2.5, 97.5), axis=0)
+    low, high = np.array([drawn.fmr_interval(k) for k in range(len(knots))]).T
     return Calibration(
         score=tuple(knots.tolist()),
         fmr=tuple(fmr.tolist()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from pkd.toolkit.certificate import Calibration, Interval, OperatingPoint
+from pkd.toolkit.groups import Attribute
 from pkd.toolkit.record import Record
 from pkd.toolkit.space import EncoderInfo
 
@@ -102,6 +103,8 @@ class Comparison(Record):
     worst: Worst | None = None
     certificate: str | None = None
     """File in ``certificates/``; None where this cell is not certified."""
+    demographics: tuple[Attribute, ...] = ()
+    """Rates per group at this cell's own thresholds, where labels were given."""
 
 
 class PairAccuracy(Record):
@@ -123,6 +126,72 @@ class PairAccuracy(Record):
     threshold_from: str
     genuine_pairs: int
     impostor_pairs: int
+
+
+class RankPoint(Record):
+    """Closed set: the fraction of mated searches whose mate is among the ``rank`` best people."""
+
+    rank: int
+    rate_balanced: float
+    """Every identity weighing the same."""
+    rate_balanced_ci95: Interval
+    rate: float
+    """Every search weighing the same."""
+    rate_ci95: Interval
+
+
+class OpenSetPoint(Record):
+    """Open set: misses at the threshold for one false positive identification rate."""
+
+    fpir: float
+    """Target fraction of the searches without a mate in which someone scores at or above the threshold."""
+    threshold_balanced: float
+    """Smallest cosine with this FPIR, every identity weighing the same."""
+    fnir_balanced: float
+    """Fraction of mated searches whose mate is not found, at ``threshold_balanced``."""
+    fnir_balanced_ci95: Interval
+    threshold: float
+    """The same with every search weighing the same."""
+    fnir: float
+    fnir_ci95: Interval
+
+
+class OpenSetCurve(Record):
+    """FNIR against FPIR, every identity weighing the same, down to the smallest FPIR that is resolved."""
+
+    fpir: tuple[float, ...]
+    fnir: tuple[float, ...]
+    low: tuple[float, ...]
+    """95 % interval over probe identities, the gallery held."""
+    high: tuple[float, ...]
+
+
+class Identification(Record):
+    """One-to-many searches of one ordered pair of encoders. Intervals are over probe identities, the gallery held."""
+
+    name: str
+    query: str
+    """Encoder id of the probes."""
+    gallery: str
+    """Encoder id of the entries."""
+    galleries: str
+    """Who is enrolled."""
+    enrolled: tuple[int, ...]
+    """People in each gallery; the searches of several are counted together."""
+    mated_searches: int
+    mated_identities: int
+    non_mated_searches: int
+    """Searches by people who are not enrolled."""
+    non_mated_identities: int
+    ranks: tuple[RankPoint, ...]
+    within: int
+    """R of FNIR(T, R): the mate must be among the R best."""
+    min_fpir: float | None
+    """Smallest false positive identification rate that is resolved; None where none is."""
+    points: tuple[OpenSetPoint, ...]
+    unresolved: tuple[float, ...]
+    """Rates that too few people who are not enrolled were searched for."""
+    curve: OpenSetCurve
 
 
 class Agreement(Record):
@@ -167,6 +236,15 @@ Training = dict[str, str | int | float | bool | None]
 """What a run or a bundle says of how an encoder was trained."""
 
 
+class LabelFile(Record):
+    """Where the groups of ``demographics`` come from."""
+
+    name: str
+    sha256: str
+    unlabelled: dict[str, tuple[str, ...]]
+    """Attribute → the first ten identities without a value; ``demographics`` says how many there are."""
+
+
 class Evaluation(Record):
     """A whole run of pkd-evaluate."""
 
@@ -186,7 +264,9 @@ class Evaluation(Record):
     control: Control | None = None
     training: dict[str, Training] = Field(default_factory=dict)
     """By letter, of those encoders whose run or bundle tells."""
+    labels: LabelFile | None = None
     comparisons: tuple[Comparison, ...] = ()
     pair_accuracies: tuple[PairAccuracy, ...] = ()
+    identifications: tuple[Identification, ...] = ()
     agreement: Agreement | None = None
     notes: tuple[str, ...] = ()
