@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from pkd.toolkit.errors import MissingExtra
+from pkd.toolkit.evaluation.drawing import require_plots
 from pkd.toolkit.evaluation.measure import histogram, measure
 from pkd.toolkit.evaluation.pairs import Pairing
-from pkd.toolkit.evaluation.drawing import require_plots
 from pkd.toolkit.evaluation.report import render
 from pkd.toolkit.evaluation.results import Agreement, Comparison, Data, Evaluation, PairAccuracy
 from pkd.toolkit.evaluation.scores import score_pairs

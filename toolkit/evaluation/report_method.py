@@ -25,7 +25,7 @@ def provenance(e: Evaluation) -> str:
         ("Set", f"{escape(e.data.name)}{' (synthetic)' if e.synthetic else ''}"),
         ("Digest", f"<code>{e.data.content_digest}</code>"),
         *(
-            (name, _encoder(info) + _training(e.training.get(name[0])))
+            (name, _encoder(info) + told_training(e.training.get(name[0])))
             for name, info in (("Teacher", e.teacher), ("Student", e.student), ("Control", control and control.encoder))
             if info
         ),
@@ -42,7 +42,7 @@ def provenance(e: Evaluation) -> str:
     return section("Data and encoders", facts(rows))
 
 
-def _training(told: Training | None) -> str:
+def told_training(told: Training | None) -> str:
     """What a run or a bundle says of the training; plain where nothing is known."""
     if not told:
         return "<br><small>training unknown: the file does not tell</small>"
