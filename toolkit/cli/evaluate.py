@@ -198,6 +198,10 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
         )
     if evaluation.agreement:
         console.print(f"mean cosine of teacher and student on the same image: {evaluation.agreement.mean:.3f}")
+    for attribute, names in (evaluation.labels.unlabelled if evaluation.labels else {}).items():
+        if names:
+            total = next(a.unlabelled for a in evaluation.comparisons[0].demographics if a.name == attribute)
+            console.print(f"{total:,} identities have no {attribute} (first: {', '.join(names)})", markup=False)
     for note in evaluation.notes:
         console.print(note)
     for refusal in evaluation.comparisons[0].refused[:1] if evaluation.comparisons else ():

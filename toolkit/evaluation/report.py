@@ -9,6 +9,7 @@ from pkd.toolkit.evaluation.drawing import as_svg, require_plots, write_png
 from pkd.toolkit.evaluation.page import MEANING, bullets, page, percent, section, span, table
 from pkd.toolkit.evaluation.plots import pictures
 from pkd.toolkit.evaluation.report_baselines import baselines
+from pkd.toolkit.evaluation.report_groups import demographics
 from pkd.toolkit.evaluation.report_method import how_measured, not_claimed, provenance
 from pkd.toolkit.evaluation.report_rates import cross_matrix, headline, point_at, rates, thresholds
 from pkd.toolkit.evaluation.report_scores import agreement, distances, scores, trade_off, worst
@@ -32,6 +33,7 @@ def render(e: Evaluation) -> str:
             scores(e, drawn),
             rates(e),
             thresholds(e),
+            demographics(e),
             agreement(e, drawn),
             worst(e),
             not_claimed(e),
@@ -82,14 +84,14 @@ def _compared(e: Evaluation) -> str:
 
 
 def _cards(e: Evaluation) -> str:
-    """The figure that matters at the middle false match rate, for the ordered pairs of teacher and student."""
+    """The figures that matter, where no 2×2 matrix follows that shows them."""
     fmr = headline(e.comparisons)
     cards = [
-        f'<div class="card{" main" if c.name == "S–T" else ""}"><span><strong>{c.name}</strong> at FMR '
+        f'<div class="card"><span><strong>{c.name}</strong> at FMR '
         f"{percent(point.fmr)}</span><b>{percent(point.tar_balanced, 1)}</b>"
         f"<span>of genuine pairs accepted, {span(point.tar_balanced_ci95)}; {MEANING[c.name]}</span></div>"
         for c in e.comparisons
-        if not set(c.name) & set("CPR") and (point := point_at(c, fmr))
+        if not e.student and c.name == "T–T" and (point := point_at(c, fmr))
     ]
     cards += [
         f'<div class="card{" main" if a.name == "S–T" else ""}"><span><strong>{a.name}</strong> accuracy</span>'

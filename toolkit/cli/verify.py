@@ -1,0 +1,98 @@
+"""pkd-verify: whether certificates, evaluations and bundles are whole, consistent, and signed by a key you trust."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pkd.toolkit.command import Result, make_parser, run
+from pkd.toolkit.errors import InputError, NotTrusted
+from pkd.toolkit.signing import TrustedKeys, new_key
+from pkd.toolkit.verification import Check, Verdict, verify
+
+EXAMPLES = """
+  pkd-verify --new-key evidence.pem                              # writes evidence.pem and evidence.pub.pem
+  pkd-evaluate --sign evidence.pem …
+  pkd-verify evaluation bundles/student --trust-key evidence.pub.pem
+  pkd-verify evaluation/certificates/student@…__teacher@….json --trust-key evidence.pub.pem
+"""
+COLOUR = {"ok": "green", "failed": "bold red", "not checked": "yellow"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``pkd-verify``: 4 where something is not to be trusted."""
+    parser = make_parser(
+        "pkd-verify",
+        "Check certificates, pkd-evaluate folders and bundles: schema and consistency, that report.json and the "
+        "certificates agree, hashes and golden embeddings, and signatures.",
+        EXAMPLES,
+    )
+    add = parser.add_argument
+    add("targets", nargs="*", type=Path, metavar="PATH", help="certificate file, pkd-evaluate folder or bundle")
+    add(
+        "--trust-key",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="PUB.pem",
+        help="ed25519 public key that must have signed; repeatable. Without it, authenticity is not checked",
+    )
+    add("--new-key", type=Path, metavar="FILE", help="write a new private key and, beside it, its public half")
+    failed: list[Check] = []
+    code = run(parser, lambda args, console: _run(args, console, failed), argv)
+    if code == 0 and failed:
+        print(f"pkd-verify: {len(failed)} checks failed, first {failed[0].file}: {failed[0].detail}", file=sys.stderr)
+        return NotTrusted.exit_code
+    return code
+
+
+def _run(args: argparse.Namespace, console: Console, failed: list[Check]) -> Result:
+    if bool(args.targets) == bool(args.new_key) or (args.new_key and args.trust_key):
+        raise InputError("what to check? Give certificates, evaluations or bundles; or --new-key FILE alone.")
+    if args.new_key:
+        public, fingerprint = new_key(args.new_key)
+        console.print(
+            f"wrote {args.new_key} (private: keep it) and {public} (public: hand it out)\n{fingerprint}",
+            markup=False,
+            soft_wrap=True,
+        )
+        return {"private": str(args.new_key), "public": str(public), "fingerprint": fingerprint}
+    keys = TrustedKeys.read(args.trust_key) if args.trust_key else None
+    verdicts = [verify(path, keys) for path in args.targets]
+    for verdict in verdicts:
+        _show(console, verdict)
+        failed += verdict.failures
+    if keys is None:
+        console.print(
+            "Integrity was checked, authenticity was not: anyone may have made this. Pass --trust-key PUB.pem."
+        )
+    return {
+        "trusted": not failed,
+        "authenticity": "checked" if keys else "not checked",
+        "trusted_keys": list(keys.fingerprints) if keys else [],
+        "targets": [verdict.model_dump() for verdict in verdicts],
+    }
+
+
+def _show(console: Console, verdict: Verdict) -> None:
+    """File by file, for encoder ids make names too long for a column."""
+    console.print(Text(f"{verdict.kind} {verdict.path}", "bold"))
+    for file, checks in groupby(verdict.checks, lambda check: check.file):
+        console.print(Text(file), soft_wrap=True)
+        table = Table(box=None, show_header=False)
+        for width in (len("not checked"), len("reproduces its golden embeddings"), None):
+            table.add_column(min_width=width, overflow="fold")
+        for check in checks:
+            table.add_row(Text(check.result, COLOUR[check.result]), Text(check.question), Text(check.detail))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
