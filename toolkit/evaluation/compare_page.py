@@ -120,8 +120,8 @@ def _curves(r: Ranking, drawn: dict[str, str]) -> str:
                 "green) and those of two people (inter-class, red). After Figure 1 of Shi et al. 2020.</p>",
                 figure(
                     drawn["distances"],
-                    "Euclidean distance of unit embeddings, √(2 − 2 · cosine). Every pair alike. Dashed: means. d′: "
-                    "the distance of the means in standard deviations.",
+                    "Euclidean distance of unit embeddings, √(2 − 2 · cosine). Every pair alike, heights scaled "
+                    "row by row. d′: the distance of the means in standard deviations.",
                     "wide",
                 ),
             )

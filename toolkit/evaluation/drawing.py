@@ -70,7 +70,7 @@ def as_svg(picture: Picture) -> str:
     _save(picture, buffer, {"svg.hashsalt": f"pkd {picture.name}"}, format="svg", transparent=True)
     svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", svg)  # a hundredth of a point is finer than any screen or printer
+    svg = re.sub(r'\bd="[^"]*"', _coarser, svg)
     # Two figures of one page must not share an id: a clip path of one would cut the other.
     svg = re.sub(r'\bid="', f'id="{picture.name}-', svg)
     svg = svg.replace("url(#", f"url(#{picture.name}-").replace('href="#', f'href="#{picture.name}-')
@@ -84,6 +84,11 @@ def write_png(picture: Picture, folder: Path) -> Path:
     with path.open("wb") as file:
         _save(picture, file, {"font.family": "DejaVu Sans"}, format="png", dpi=PNG_DPI, facecolor="#ffffff")
     return path
+
+
+def _coarser(path: re.Match[str]) -> str:
+    """A path to a hundredth of a point, which is finer than any screen or printer."""
+    return re.sub(r"(\d+\.\d\d)\d+", r"\1", path.group())
 
 
 def _save(picture: Picture, target: Any, style: dict[str, Any], **how: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from pkd.toolkit.evaluation.drawing import GENUINE, IMPOSTOR, INK, SOFT, Picture, on_axes
 from pkd.toolkit.evaluation.pairs import Doubles
-from pkd.toolkit.evaluation.results import Agreement, Comparison, Det, Distances, Evaluation, Histogram
+from pkd.toolkit.evaluation.results import Agreement, Comparison, Det, Distances, Evaluation, Histogram, Identification
 
 LINES: dict[str, tuple[str, Any]] = {
     "T–T": ("#475569", (0, ())),
@@ -33,6 +33,8 @@ def pictures(e: Evaluation) -> dict[str, Picture]:
         drawn.append(det_curves({c.name: c.det for c in e.comparisons}, title="query–gallery"))
     if e.comparisons:
         drawn.append(distance_distributions([(c.name, c) for c in e.comparisons]))
+    if any(i.curve.fpir for i in e.identifications):
+        drawn.append(open_set_curves(e.identifications))
     if e.agreement:
         drawn.append(agreement_histogram(e.agreement))
     return {picture.name: picture for picture in drawn}
@@ -44,7 +46,8 @@ def file_name(cell: str) -> str:
 
 
 def det_curves(
-    curves: dict[str, Det], *, title: str, lines: dict[str, tuple[str, Any]] = LINES, name: str = "det"
+    curves: dict[str, Det], *, title: str, lines: dict[str, tuple[str, Any]] = LINES, name: str = "det",
+    rates: tuple[str, str] = ("false match rate (FMR)", "false non-match rate (FNMR)"),
 ) -> Picture:
     """FNMR against FMR on log axes with bands, each curve down to the smallest FMR that its set resolves."""
     curves = {label: det for label, det in curves.items() if det.fmr}
@@ -54,12 +57,12 @@ def det_curves(
         band = 0.13 if len(curves) <= 4 else 0.08
         for label, det in curves.items():
             colour, dashes = lines[label]
-            low, high, rate = (np.maximum(x, floor) for x in (det.low, det.high, det.fnmr))
+            low, high, rate = (np.maximum(x, floor / 10) for x in (det.low, det.high, det.fnmr))
             axes.fill_between(det.fmr, low, high, color=colour, alpha=band, lw=0)
             axes.plot(det.fmr, rate, color=colour, ls=dashes, lw=2, label=label)
         axes.set(xscale="log", yscale="log", ylim=(floor, 1.0))
         axes.set_xlim(min(min(det.fmr) for det in curves.values()), 1.0)
-        axes.set(xlabel="false match rate (FMR)", ylabel="false non-match rate (FNMR)")
+        axes.set(xlabel=rates[0], ylabel=rates[1])
         axes.grid(True, which="major")
         axes.grid(True, which="minor", lw=0.4, alpha=0.6)
         _percent_ticks(axes.yaxis)
@@ -74,6 +77,16 @@ def det_curves(
 
     words = "Detection error trade-off on log axes for " + ", ".join(curves)
     return Picture(name, words, (6.6, 4.3), on_axes(draw))
+
+
+def open_set_curves(found: Sequence[Identification]) -> Picture:
+    """FNIR against FPIR, as ``det_curves``."""
+    curves = {
+        i.name: Det(fmr=i.curve.fpir, fnmr=i.curve.fnir, low=i.curve.low, high=i.curve.high)
+        for i in found
+    }
+    rates = "false positive identification rate (FPIR)", "false negative identification rate (FNIR)"
+    return det_curves(curves, title="probe–gallery", name="identification", rates=rates)
 
 
 def distance_distributions(rows: Sequence[tuple[str, Comparison]], *, name: str = "distances") -> Picture:
@@ -118,12 +131,14 @@ def scores_of(comparison: Comparison, beside: tuple[Comparison, ...]) -> Picture
         ):
             axes.stairs(part.fractions, _edges(part), fill=True, color=colour, alpha=0.28)
             axes.stairs(part.fractions, _edges(part), color=colour, lw=1.3, label=f"{name} pairs")
+        left, right = _range(*(h for c in beside for h in (c.genuine, c.impostor)))
         top = max(*comparison.genuine.fractions, *comparison.impostor.fractions)
         for place, point in enumerate(reversed(comparison.points)):  # a line ends below the labels to its left
             height = (1.03 + 0.07 * place) * top
             axes.plot([point.threshold] * 2, [0, height], color=INK, lw=1, ls=(0, (2, 2)))
-            axes.text(point.threshold, height, f" FMR {100 * point.fmr:g} %", color=INK, size=9, va="center")
-        axes.set(ylim=(0, 1.32 * top), xlim=_range(*(h for c in beside for h in (c.genuine, c.impostor))))
+            side = "right" if point.threshold > 0.15 * left + 0.85 * right else "left"
+            axes.text(point.threshold, height, f" FMR {100 * point.fmr:g} % ", color=INK, size=9, va="center", ha=side)
+        axes.set(ylim=(0, 1.32 * top), xlim=(left, right))
         axes.set(xlabel="cosine similarity", ylabel="fraction of pairs", yticks=[])
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=10, borderpad=0)
 
@@ -155,7 +170,7 @@ def _means(axes: Any, distances: Distances) -> None:
 
 def _said(d: Distances) -> str:
     return (
-        f"intra {d.genuine_mean:.2f} ± {d.genuine_std:.2f}   inter {d.impostor_mean:.2f} ± {d.impostor_std:.2f}   "
+        f"intra {d.genuine_mean:.2f} ± {d.genuine_std:.2f} · inter {d.impostor_mean:.2f} ± {d.impostor_std:.2f} · "
         f"d′ {d.d_prime:.2f}"
     )
 
@@ -185,8 +200,8 @@ def _at_end(det: Det) -> float:
 
 
 def _floor(curves: Any) -> float:
-    """Lower end of the FNMR axis: one decade step below the smallest rate that is drawn, and never 0."""
-    positive = [rate for det in curves for rate in det.fnmr if rate > 0]
+    """Lower end of the FNMR axis: the decade below the smallest rate at an FMR ≤ 10 %. Beyond, all fall to 0."""
+    positive = [rate for det in curves for fmr, rate in zip(det.fmr, det.fnmr, strict=True) if rate > 0 and fmr <= 0.1]
     return float(10 ** np.floor(np.log10(max(min(positive, default=0.1) * 0.8, 1e-4))))
 
 

@@ -10,6 +10,7 @@ from pkd.toolkit.evaluation.page import MEANING, bullets, page, percent, section
 from pkd.toolkit.evaluation.plots import pictures
 from pkd.toolkit.evaluation.report_baselines import baselines
 from pkd.toolkit.evaluation.report_groups import demographics
+from pkd.toolkit.evaluation.report_identification import identification
 from pkd.toolkit.evaluation.report_method import how_measured, not_claimed, provenance
 from pkd.toolkit.evaluation.report_rates import cross_matrix, headline, point_at, rates, thresholds
 from pkd.toolkit.evaluation.report_scores import agreement, distances, scores, trade_off, worst
@@ -33,6 +34,7 @@ def render(e: Evaluation) -> str:
             scores(e, drawn),
             rates(e),
             thresholds(e),
+            identification(e, drawn),
             demographics(e),
             agreement(e, drawn),
             worst(e),
@@ -78,7 +80,7 @@ def _compared(e: Evaluation) -> str:
     pairs = next((f"{c.genuine_pairs:,} genuine and {c.impostor_pairs:,} impostor pairs" for c in e.comparisons), "")
     return (
         f"{names[0].upper()}{names[1:]} on {e.data.images:,} images of {e.data.identities:,} people "
-        f"({escape(e.data.name)}): {escape(e.protocol)}{f', {pairs} of {e.comparisons[0].name}' if pairs else ''}. "
+        f"({escape(e.data.name)}): {escape(e.protocol)}{f', {pairs}' if pairs else ''}. "
         f"{escape(e.created[:10])}, {escape(e.tool)}."
     )
 

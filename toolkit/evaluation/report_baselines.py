@@ -13,7 +13,7 @@ READING = {
     "S–T": "distilled: the student against the teacher’s gallery",
     "R–T": "control behind an affine map (ridge regression)",
     "P–T": "control behind a rotation (orthogonal Procrustes)",
-    "C–T": "control as it is: nothing joins the two spaces",
+    "C–T": "control as it is: nothing joins the two spaces, so chance, which is the FMR, is expected",
     "C–C": "control against itself: what it could do in a space of its own",
 }
 """The cells that say what distillation bought, in the order of the table."""

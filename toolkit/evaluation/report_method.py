@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from pkd.toolkit.evaluation.page import bullets, facts, section
+from pkd.toolkit.evaluation.report_identification import how_searched
 from pkd.toolkit.evaluation.results import Comparison, Evaluation, Training
 from pkd.toolkit.space import EncoderInfo, short
 
@@ -88,7 +89,7 @@ def how_measured(e: Evaluation) -> str:
             "Each threshold is the smallest at which the measured FMR is no larger than the target. In every resample "
             "it is found again, so a TAR interval includes the uncertainty of the threshold. The intervals of the "
             "false match rates keep the threshold and let the people vary.",
-            "<b>New people</b> is a prediction: the false match rate that a fresh set of as many people would itself "
+            "<b>New</b> below a threshold is a prediction: the false match rate that a fresh set of as many people would itself "
             "<em>measure</em> at this threshold, in 95 of 100 cases. It is wider than the interval, since the fresh "
             "set has a chance of its own on top of this one’s. Compare your own measurement with it.",
             "A false match rate is reported only where at least ten of the distinct pairs of different people would be "
@@ -99,4 +100,5 @@ def how_measured(e: Evaluation) -> str:
             "Accuracy is the fraction of right decisions. With folds, each is decided at the threshold that is best on "
             "the others. The interval holds the thresholds and varies the people."
         )
+    lines += how_searched(e)
     return section("How this was measured", bullets(lines, "small"))

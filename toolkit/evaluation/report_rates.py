@@ -47,7 +47,7 @@ def _cell(cells: dict[str, Comparison], name: str, fmr: float) -> str:
     found = cells.get(name)
     if found is None:
         turned = f"{name[-1]}–{name[0]}" if name == "T–S" else ""
-        said = f"= {turned}: over one set of images its transpose" if turned in cells else "not comparable"
+        said = f"the transpose of {turned}:<br>the same pairs" if turned in cells else "no cosine"
         return f'<td class="none"><small>{name}</small>{said}</td>'
     point = point_at(found, fmr)
     main = ' class="main"' if name == "S–T" else ""
@@ -74,15 +74,16 @@ def rates(e: Evaluation) -> str:
 
 
 def thresholds(e: Evaluation) -> str:
-    """The thresholds, with the false match rates that they may have on other people."""
-    if not e.comparisons:
+    """The thresholds of teacher and student, with the false match rates that they may have on other people."""
+    told = [c for c in e.comparisons if set(c.name) <= set("T–S")]
+    if not told:
         return ""
     return section(
         "Thresholds",
         "<p>A threshold belongs to one ordered pair of encoders and to no other. Below each, of the false match rate "
         "behind it: how well this set knows it (95 % interval), and what another set of as many people would measure "
-        "in 95 of 100 cases (new people).</p>",
-        _by_fmr(e.comparisons, "Cosine similarity", _threshold),
+        "in 95 of 100 cases (new).</p>",
+        _by_fmr(told, "Cosine similarity", _threshold),
     )
 
 
@@ -111,5 +112,5 @@ def _raw(point: OperatingPoint) -> str:
 def _threshold(point: OperatingPoint) -> str:
     return (
         f"{point.threshold:.4f}<small>{short_span(point.fmr_ci95)}</small>"
-        f"<small>new people {short_span(point.prediction95)}</small>"
+        f"<small>new {short_span(point.prediction95)}</small>"
     )

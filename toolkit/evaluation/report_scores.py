@@ -9,7 +9,7 @@ from pkd.toolkit.evaluation.page import figure, percent, section, table
 from pkd.toolkit.evaluation.plots import file_name
 from pkd.toolkit.evaluation.results import Evaluation, PairOfFiles
 
-TOLD = ("S–T", "T–S", "T–T", "S–S")
+TOLD = ("S–T", "T–S", "T–T")
 """Ordered pairs whose worst pairs of images are on the page; those of all are in report.json."""
 
 
@@ -17,7 +17,7 @@ def trade_off(e: Evaluation, drawn: Mapping[str, str]) -> str:
     """DET curves of every ordered pair."""
     if "det" not in drawn:
         return ""
-    errors = ", ".join(f"{c.name} {percent(c.eer, 2)}" for c in e.comparisons)
+    errors = ", ".join(f'<span class="whole">{c.name} {percent(c.eer, 2)}</span>' for c in e.comparisons)
     return section(
         "Detection error trade-off",
         figure(
@@ -42,7 +42,7 @@ def distances(e: Evaluation, drawn: Mapping[str, str]) -> str:
         figure(
             drawn["distances"],
             "Euclidean distance of unit embeddings, √(2 − 2 · cosine): 0 for equal ones, 1.41 for unrelated ones. "
-            "Every pair alike. Dashed: means.",
+            "Every pair alike, heights scaled row by row. Behind each mean: the standard deviation.",
             "wide",
         ),
     )
@@ -91,7 +91,7 @@ def worst(e: Evaluation) -> str:
         return ""
     return section(
         "The pairs it gets most wrong",
-        "<p>File names only, worst first. They may name people: mind who is given this page. Look at the images before "
+        "<p>File names only, worst first; those of every ordered pair are in report.json. They may name people: mind who is given this page. Look at the images before "
         "you believe the labels: the highest false matches are often one person under two names.</p>",
         *(
             f"<h3>{c.name}</h3>{_files('False matches: two people, highest scores', found.false_matches)}"
@@ -102,5 +102,10 @@ def worst(e: Evaluation) -> str:
 
 
 def _files(caption: str, pairs: tuple[PairOfFiles, ...]) -> str:
-    rows = [[f"{pair.score:.3f}", f"{escape(pair.query)}", f"{escape(pair.gallery)}"] for pair in pairs]
+    rows = [[f"{pair.score:.3f}", _breakable(pair.query), _breakable(pair.gallery)] for pair in pairs]
     return table(["score", "query", "gallery"], rows, caption=caption, kind="text")
+
+
+def _breakable(name: str) -> str:
+    """A file name that a narrow screen may break after its slashes and underscores."""
+    return escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
