@@ -28,12 +28,12 @@ class Bootstrap:
     """R×F, every identity weighing the same."""
     fmr: Doubles
     """R×K: FMR at each fixed threshold."""
-    fresh_fmr: Doubles
-    """(R−1)×F: FMR in one resample at the threshold that another resample found for each target."""
     observed_fmr: Doubles
     """K: FMR of all people at each fixed threshold."""
     pair_variance: Doubles
     """K: part of the variance of the FMR that belongs to pairs of people and to neither of the two."""
+    identity_pairs: int
+    """Pairs of different identities that were compared."""
     people: tuple[float, float, float]
     """Effective number of identities behind raw TAR, balanced TAR and FMR: (Σ share)² / Σ share² (Kish 1965)."""
 
@@ -46,26 +46,31 @@ class Bootstrap:
         return interval(self.tar_balanced[:, k], self.people[1])
 
     def fmr_interval(self, k: int) -> Interval:
-        """95 % interval of the FMR at threshold ``k``."""
-        return self._shrunk(interval(self.fmr[:, k], self.people[2]), float(self.observed_fmr[k]), k)
+        """95 % interval of the FMR at threshold ``k``: over all people like these."""
+        return self._around(k, 1)
 
-    def prediction(self, target: int, k: int) -> Interval:
-        """95 % prediction interval of the FMR that as many fresh people give at threshold ``k``, that of ``target``."""
-        return self._shrunk(interval(self.fresh_fmr[:, target], self.people[2]), float(self.observed_fmr[k]), k)
+    def prediction(self, k: int) -> Interval:
+        """95 % prediction interval of the FMR at threshold ``k``, had it been found for that rate: on as many others.
 
-    def _shrunk(self, ends: Interval, centre: float, k: int) -> Interval:
-        """An interval without what drawing people adds to the noise of pairs.
+        Two chances add up, alike in size: that of the people who gave the threshold, and that of the fresh ones.
+        """
+        return self._around(k, 2)
+
+    def _around(self, k: int, times: int) -> Interval:
+        """Log-normal, for a rate is a small count: FMR · exp(± t √times · relative standard deviation).
 
         Of the variance of an FMR one part comes from people (some match everyone more easily) and one, V, from pairs
-        alone. Weighing a pair by the product of two draws brings V in three times: once by the product and, for every
-        person's share is estimated from noisy pairs, twice by the shares (Owen 2007, The pigeonhole bootstrap, found
-        the same for two-way data). Small false match rates are nearly all V: their intervals would be 1.7 times too
-        wide.
+        alone. Drawing people brings V in three times: once by the product of two draws, and, for every person's part
+        is estimated from noisy pairs, once more by either draw (Owen 2007, The pigeonhole bootstrap, for two-way
+        data). At small rates nearly all is V, and without taking 2 V off intervals would be 1.7 times too wide.
         """
-        drawn = float(self.fmr[:, k].var())
+        rate = float(self.observed_fmr[k])
+        if rate == 0:  # of n independent pairs none, in 2.5 of 100 cases
+            return 0.0, min(1.0, float(-np.log(0.025) / max(1, self.identity_pairs)))
         pairs = float(self.pair_variance[k])
-        scale = np.sqrt(max(drawn - 2 * pairs, pairs) / drawn) if drawn > pairs else 1.0
-        return max(0.0, centre - scale * max(0.0, centre - ends[0])), centre + scale * max(0.0, ends[1] - centre)
+        spread = np.sqrt(times * max(float(self.fmr[:, k].var()) - 2 * pairs, pairs)) / rate
+        factor = float(np.exp(_quantile(self.people[2]) * spread))
+        return rate / factor, min(1.0, rate * factor)
 
 
 def bootstrap(
@@ -90,7 +95,6 @@ def bootstrap(
     has_genuine = pairing.genuine_per_identity > 0
     tar, balanced = np.empty((resamples, len(fmrs))), np.empty((resamples, len(fmrs)))
     fmr = np.empty((resamples, len(thresholds)))
-    fresh, before = np.empty((resamples - 1, len(fmrs))), np.zeros(len(fmrs), np.int64)
     for r in range(resamples):
         weight = random.multinomial(pairing.identities, even).astype(np.float64)
         while not (pairing.impostor_weight(weight) > 0 and weight[has_genuine].any()):
@@ -98,19 +102,15 @@ def bootstrap(
         cumulative = impostor_cumulative(scores, weight)
         drawn = drawn_rates(scores, fmrs, weight, cumulative)
         tar[r], balanced[r] = drawn.tar, drawn.tar_balanced
-        rate = np.minimum(np.concatenate([[0.0], cumulative]), 1.0)
-        fmr[r] = rate[last]
-        if r:
-            fresh[r - 1] = rate[before]
-        before = np.searchsorted(-scores.impostor, -drawn.last_rejected, "left")
+        fmr[r] = np.minimum(np.concatenate([[0.0], cumulative]), 1.0)[last]
         advance(1)
     return Bootstrap(
         tar,
         balanced,
         fmr,
-        fresh,
         observed_fmr=fmr_at(scores, thresholds),
         pair_variance=_pair_variance(scores, last),
+        identity_pairs=pairing.identity_pairs,
         people=(
             effective(pairing.genuine_per_identity),
             float(np.count_nonzero(has_genuine)),
@@ -122,16 +122,21 @@ def bootstrap(
 def interval(samples: Doubles, people: float = np.inf) -> Interval:
     """95 % percentile interval of one statistic's resamples.
 
-    ``people``: effective number of identities behind it. Few of them vary more than their resamples say; the
-    percentiles are moved outwards by what Student's t and n/(n − 1) make of the normal ones (Hesterberg 2015, What
-    Teachers Should Know About the Bootstrap, "expanded percentile interval").
+    ``people``: effective number of identities behind it. Few of them vary more than their resamples say: the
+    percentiles move outwards, to where Student's t and n/(n − 1) put the normal ones (Hesterberg 2015, What Teachers
+    Should Know About the Bootstrap, "expanded percentile interval").
     """
-    normal = NormalDist()
-    z, n = normal.inv_cdf(0.975), max(people, 3.0)
-    t = z + (z**3 + z) / (4 * (n - 1)) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * (n - 1) ** 2) if np.isfinite(n) else z
-    outside = normal.cdf(-t * (np.sqrt(n / (n - 1)) if np.isfinite(n) else 1.0))
+    outside = NormalDist().cdf(-_quantile(people))
     low, high = np.percentile(samples, (100 * outside, 100 * (1 - outside)))
     return float(low), float(high)
+
+
+def _quantile(people: float) -> float:
+    """97.5 % quantile of Student's t with n − 1 degrees of freedom (Cornish and Fisher), times √(n/(n − 1))."""
+    z = NormalDist().inv_cdf(0.975)
+    free = max(people, 3.0) - 1
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return float(t * np.sqrt(1 + 1 / free))
 
 
 def effective(share: Doubles) -> float:

@@ -112,7 +112,7 @@ def _point(grid: Doubles, full: Rates, drawn: Bootstrap, k: int) -> OperatingPoi
         fmr=float(grid[k]),
         threshold=float(full.threshold[k]),
         fmr_ci95=drawn.fmr_interval(k + 1),
-        prediction95=drawn.prediction(k, k + 1),
+        prediction95=drawn.prediction(k + 1),
         tar=float(full.tar[k]),
         tar_ci95=drawn.tar_interval(k),
         tar_balanced=float(full.tar_balanced[k]),
