@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pkd.toolkit.certificate import Interval
 from pkd.toolkit.cli.encoders import open_encoder
+from pkd.toolkit.cli.identification_table import identification_table
 from pkd.toolkit.command import Result, make_parser, progress, run
 from pkd.toolkit.embed import default_cache
 from pkd.toolkit.errors import InputError
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--faces", type=Path, metavar="DIR|LIST", help="aligned crops: a folder per identity, a list, .rec or .tar")
     add("--gallery", type=Path, metavar="DIR|LIST", help="gallery side, where it has other images than the probe side")
     add("--probe", type=Path, metavar="DIR|LIST", help="probe (query) side")
-    add("--pairs", type=Path, metavar="FILE", help="LFW's pairs.txt or CFP's Protocol/Split/FP, of --faces DIR; or a .bin")
+    add("--pairs", type=Path, metavar="FILE", help="LFW's pairs.txt or CFP's Split/FP, of --faces DIR; or a .bin")
     add("--threshold-pairs", type=Path, metavar="FILE", help="list that the threshold of a one-fold --pairs is from")
     add("--fmr", type=float, nargs="+", metavar="F", help="target false match rates (1e-2 to 1e-5 where resolved)")
     add("--demographics", type=Path, metavar="FILE.csv", help="identity,<attribute>[,…]: also measure each group")
@@ -98,6 +99,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> Result:
         exclude={
             "comparisons": {"__all__": {"det", "calibration", "genuine", "impostor"}},
             "agreement": {"histogram"},
+            "identifications": {"__all__": {"curve"}},
         },
     )
     return {"out": str(args.out), **summary}
@@ -190,6 +192,8 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
         console.print("[bold]Synthetic faces: these rates say nothing about people.[/bold]")
     if evaluation.comparisons:
         console.print(_matrix(evaluation))
+    if evaluation.identifications:
+        console.print(identification_table(evaluation))
     for found in evaluation.pair_accuracies:
         spread = f" ± {100 * found.fold_std:.2f} (standard deviation over folds)" if found.fold_std is not None else ""
         console.print(

@@ -1,9 +1,9 @@
 """Identification rates of searches: closed-set rank-k and open-set FNIR at FPIR, with intervals.
 
 As ISO/IEC 19795-1 and NIST's FRVT 1:N define them. Rank-k: the fraction of mated searches whose mate is among the k
-best. FPIR(T): the fraction of searches without a mate in which someone scores at or above T. FNIR(T, R): the fraction of
-mated searches whose mate is not among the R best, or is below T. Every probe identity weighs the same (balanced), or
-every search (raw). Intervals draw the probe identities again; the gallery is held.
+best. FPIR(T): the fraction of searches without a mate in which someone scores at or above T. FNIR(T, R): the fraction
+of mated searches whose mate is not among the R best, or is below T. Every probe identity weighs the same (balanced),
+or every search (raw). Intervals draw the probe identities again; the gallery is held.
 """
 
 from __future__ import annotations

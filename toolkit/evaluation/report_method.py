@@ -89,9 +89,9 @@ def how_measured(e: Evaluation) -> str:
             "Each threshold is the smallest at which the measured FMR is no larger than the target. In every resample "
             "it is found again, so a TAR interval includes the uncertainty of the threshold. The intervals of the "
             "false match rates keep the threshold and let the people vary.",
-            "<b>New</b> below a threshold is a prediction: the false match rate that a fresh set of as many people would itself "
-            "<em>measure</em> at this threshold, in 95 of 100 cases. It is wider than the interval, since the fresh "
-            "set has a chance of its own on top of this one’s. Compare your own measurement with it.",
+            "<b>New</b> below a threshold is a prediction: the false match rate that a fresh set of as many people "
+            "would itself <em>measure</em> at this threshold, in 95 of 100 cases. It is wider than the interval, since "
+            "the fresh set has a chance of its own on top of this one’s. Compare your own measurement with it.",
             "A false match rate is reported only where at least ten of the distinct pairs of different people would be "
             "expected to match by chance at it.",
         ]
