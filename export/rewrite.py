@@ -248,3 +248,27 @@ def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
         return {}
     shapes = {v.name: v.type.tensor_type.shape for v in [*graph.input, *graph.value_info, *graph.output]}
     return {name: [d.dim_value for d in shape.dim] for name, shape in shapes.items() if shape.dim}
+
+
+def shorten_names(network: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of ``network`` with one or two characters for each inner name, and none for nodes.
+
+    In an INT8 file of a small network the names that exporters and quantisers make are a fifth of the bytes. A graph
+    with control flow stays as it is.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(network)
+    graph = made.graph
+    if any(_captured(node) for node in graph.node):
+        return made
+    short = {value.name: value.name for value in [*graph.input, *graph.output]}
+    for node in graph.node:
+        node.name = ""
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                if name:
+                    names[i] = short.setdefault(name, f"{len(short):x}")
+    for tensor in graph.initializer:
+        tensor.name = short.setdefault(tensor.name, f"{len(short):x}")
+    del graph.value_info[:]
+    return made
