@@ -185,7 +185,7 @@ def _bundle(folder: Path, keys: TrustedKeys | None) -> list[Check]:
 
 
 def _tested(bundle: Bundle) -> str:
-    return f"1 − cosine {self_test(bundle, open_bundle(bundle).embed):.1g} at most"
+    return f"1 − cosine is {max(0.0, self_test(bundle, open_bundle(bundle).embed)):.1g} at most"
 
 
 def _bundle_signature(keys: TrustedKeys | None) -> Check:
@@ -220,7 +220,8 @@ def _check(file: str, question: str, ask: Callable[[], str]) -> Check:
     except _Unasked as why:
         return _open(file, question, str(why))
     except PkdError as error:
-        return _failed(file, question, str(error))
+        _, named, rest = str(error).partition(f"{Path(file).name}: ")  # the check names the file already
+        return _failed(file, question, rest if named else str(error))
 
 
 def _failed(file: str, question: str, detail: str) -> Check:

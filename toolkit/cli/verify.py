@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed: list[Check] = []
     code = run(parser, lambda args, console: _run(args, console, failed), argv)
     if code == 0 and failed:
-        print(f"pkd-verify: {len(failed)} checks failed, first {failed[0].file}: {failed[0].detail}", file=sys.stderr)
+        many = "1 check failed:" if len(failed) == 1 else f"{len(failed)} checks failed, first"
+        print(f"pkd-verify: {many} {failed[0].file}: {failed[0].detail}", file=sys.stderr)
         return NotTrusted.exit_code
     return code
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from pkd.toolkit.certificate import OperatingPoint
-from pkd.toolkit.evaluation.bootstrap import interval
+from pkd.toolkit.evaluation.bootstrap import Bootstrap, bootstrap, effective, interval
 from pkd.toolkit.evaluation.labels import Labels
 from pkd.toolkit.evaluation.pairs import Doubles, Floats, Ints, Mask, Pairing
 from pkd.toolkit.evaluation.rates import EXPECTED, fmr_at, matching, smallest_fmr
 from pkd.toolkit.evaluation.results import LabelFile
 from pkd.toolkit.evaluation.scores import PairScores, score_pairs
-from pkd.toolkit.groups import Attribute, Group, GroupRates
+from pkd.toolkit.groups import Attribute, Group, GroupRates, Interval
 
 NAMED = 10
 """How many identities without a value are named."""
-_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -149,94 +149,79 @@ def _rates(
     resamples: int,
     seed: int,
 ) -> tuple[GroupRates, ...]:
-    p = scores.pairing
     thresholds = np.array([point.threshold for point in points])
+    false = [_FalseMatches(None, None, False)] * len(points)
     resolved = [smallest * (1 - 1e-9) <= point.fmr for point in points]
-    genuine = int((p.genuine_per_identity > 0).sum()) >= EXPECTED
-    weights = _draws(p, resamples, seed, impostors=any(resolved), genuine=genuine)
-    measured = fmr_at(scores, thresholds) if any(resolved) else np.zeros(len(points))
-    false = _drawn_fmr(scores, thresholds, weights) if any(resolved) else np.zeros((0, len(points)))
-    rejected = _rejected(scores, thresholds)
-    per_identity = p.genuine_per_identity
-    has = per_identity > 0
-    balanced = np.where(has, rejected / np.maximum(per_identity, 1), 0.0)
+    if any(resolved):
+        drawn = bootstrap(scores, np.empty(0), thresholds, resamples=resamples, seed=seed)
+        false = [_false_matches(drawn, k, smallest) if resolved[k] else false[k] for k in range(len(points))]
+    rejected = _false_non_matches(scores, thresholds, resamples=resamples, seed=seed)
+    return tuple(
+        GroupRates(
+            target_fmr=point.fmr,
+            threshold=point.threshold,
+            fmr=false[k].fmr,
+            fmr_ci95=false[k].ci95,
+            fmr_is_upper_bound=false[k].is_upper_bound,
+            fmr_ratio=_ratio(false[k].fmr, everyone[k]),
+            fnmr_balanced=rejected[k].balanced,
+            fnmr_balanced_ci95=rejected[k].balanced_ci95,
+            fnmr_balanced_ratio=_ratio(rejected[k].balanced, 1 - point.tar_balanced),
+            fnmr=rejected[k].raw,
+            fnmr_ci95=rejected[k].raw_ci95,
+        )
+        for k, point in enumerate(points)
+    )
 
+
+class _FalseMatches(NamedTuple):
+    fmr: float | None
+    ci95: Interval | None
+    is_upper_bound: bool
+
+
+class _FalseNonMatches(NamedTuple):
+    balanced: float | None
+    balanced_ci95: Interval | None
+    raw: float | None
+    raw_ci95: Interval | None
+
+
+def _false_matches(drawn: Bootstrap, k: int, smallest: float) -> _FalseMatches:
+    """No rate is quoted below the smallest that the group resolves: there it is an upper bound."""
+    measured, (low, high) = float(drawn.observed_fmr[k]), drawn.fmr_interval(k)
+    if measured >= smallest:
+        return _FalseMatches(measured, (low, high), False)
+    return _FalseMatches(smallest, (low, max(high, smallest)), True)
+
+
+def _false_non_matches(scores: PairScores, thresholds: Doubles, *, resamples: int, seed: int) -> list[_FalseNonMatches]:
+    """False non-match rates at fixed thresholds; none for fewer than ``EXPECTED`` people, of whom no interval holds."""
+    pairs = scores.pairing.genuine_per_identity
+    has = pairs > 0
+    if has.sum() < EXPECTED:
+        return [_FalseNonMatches(None, None, None, None)] * len(thresholds)
+    random = np.random.default_rng(seed)
+    even = np.full(len(pairs), 1 / len(pairs))
+    weights = random.multinomial(len(pairs), even, resamples).astype(np.float64)
+    for weight in weights:
+        while not weight[has].any():
+            weight[:] = random.multinomial(len(pairs), even)
+    people, alike = weights @ has, weights @ pairs
+    accepted = matching(scores.genuine, thresholds)
     made = []
-    for k, point in enumerate(points):
-        fmr = fmr_ci = raw = raw_ci = level = level_ci = None
-        if resolved[k]:
-            low, high = interval(false[:, k])
-            fmr, fmr_ci = max(float(measured[k]), smallest), (low, max(high, smallest, float(measured[k])))
-        if genuine:
-            level = float(balanced[k].sum() / has.sum())
-            level_ci = interval((weights @ balanced[k]) / (weights @ has))
-            raw = float(rejected[k].sum() / per_identity.sum())
-            raw_ci = interval((weights @ rejected[k]) / (weights @ per_identity))
+    for first in accepted:  # genuine scores descend: those from here on lie below the threshold
+        lost = np.bincount(scores.genuine_identity[first:], minlength=len(pairs))
+        share = lost / np.maximum(pairs, 1)
         made.append(
-            GroupRates(
-                target_fmr=point.fmr,
-                threshold=point.threshold,
-                fmr=fmr,
-                fmr_ci95=fmr_ci,
-                fmr_is_upper_bound=fmr is not None and bool(measured[k] < smallest),
-                fmr_ratio=_ratio(fmr, everyone[k]),
-                fnmr_balanced=level,
-                fnmr_balanced_ci95=level_ci,
-                fnmr_balanced_ratio=_ratio(level, 1 - point.tar_balanced),
-                fnmr=raw,
-                fnmr_ci95=raw_ci,
+            _FalseNonMatches(
+                float(share.sum() / has.sum()),
+                interval((weights @ share) / people, float(has.sum())),
+                float(lost.sum() / pairs.sum()),
+                interval((weights @ lost) / alike, effective(pairs)),
             )
         )
-    return tuple(made)
-
-
-def _draws(pairing: Pairing, resamples: int, seed: int, *, impostors: bool, genuine: bool) -> Doubles:
-    """R×I: how often each identity was drawn. A draw without the pairs that are asked for is drawn again."""
-    random = np.random.default_rng(seed)
-    count = pairing.identities
-    even = np.full(count, 1 / count)
-    has = pairing.genuine_per_identity > 0
-    drawn = random.multinomial(count, even, resamples).astype(np.float64)
-    for weight in drawn:
-        while (impostors and pairing.impostor_weight(weight) <= 0) or (genuine and not weight[has].any()):
-            weight[:] = random.multinomial(count, even)
-    return drawn
-
-
-def _rejected(scores: PairScores, thresholds: Doubles) -> Doubles:
-    """K×I: genuine pairs of each identity below each threshold."""
-    accepted = matching(scores.genuine, thresholds)
-    owners, count = scores.genuine_identity, scores.pairing.identities
-    return np.array([np.bincount(owners[n:], minlength=count) for n in accepted], np.float64)
-
-
-def _drawn_fmr(scores: PairScores, thresholds: Doubles, weights: Doubles) -> Doubles:
-    """R×K: FMR at each (rising) threshold in each draw: Σ mass·draws(a)·draws(b) over the pairs at or above it.
-
-    Pairs of the same two people are added up first, so that the work depends on people and not on images.
-    """
-    last = matching(scores.impostor, thresholds)
-    query, gallery = scores.impostor_identities
-    count = scores.pairing.identities
-    level = np.searchsorted(-last, -np.arange(last.max(initial=0)), "left") - 1  # the highest threshold it reaches
-    a, b = query[: len(level)], gallery[: len(level)]
-    codes = (level * count + np.minimum(a, b)) * count + np.maximum(a, b)
-    distinct, place = np.unique(codes, return_inverse=True)
-    mass = np.bincount(place, scores.mass[: len(level)], minlength=len(distinct))
-    rest, second = np.divmod(distinct, count)
-    levels, first = np.divmod(rest, count)
-    drawn = np.ascontiguousarray(weights.T, np.float32)  # small whole numbers: exact
-    sums = np.zeros((len(thresholds), len(weights)))
-    for start in range(0, len(distinct), _BLOCK):
-        here = slice(start, start + _BLOCK)
-        product = drawn[first[here]]
-        product *= drawn[second[here]]
-        chosen = np.zeros((len(thresholds), len(product)), np.float32)
-        chosen[levels[here], np.arange(len(product))] = mass[here]
-        sums += chosen @ product
-    totals = np.array([scores.pairing.impostor_weight(weight) for weight in weights])
-    reached = np.cumsum(sums[::-1], axis=0)[::-1]  # what reaches a threshold reaches the lower ones
-    return np.minimum(reached / totals, 1.0).T
+    return made
 
 
 def _ratio(rate: float | None, everyone: float) -> float | None:
