@@ -28,6 +28,8 @@ from pkd.toolkit.evaluation.pair_sources import read_pairs
 from pkd.toolkit.evaluation.protocol import Bar, Options
 from pkd.toolkit.evaluation.report import render, require_plots, write_figures
 from pkd.toolkit.evaluation.results import Evaluation
+from pkd.toolkit.evaluation.template_matching import template_matching
+from pkd.toolkit.evaluation.templates import read_templates
 from pkd.toolkit.faces import FaceSet
 from pkd.toolkit.signing import SigningKey, write_signed
 
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--gallery", type=Path, metavar="DIR|LIST", help="gallery side, where it has other images than the probe side")
     add("--probe", type=Path, metavar="DIR|LIST", help="probe (query) side")
     add("--pairs", type=Path, metavar="FILE", help="LFW's pairs.txt or CFP's Split/FP, of --faces DIR; or a .bin")
+    add("--templates", type=Path, metavar="META", help="meta folder of IJB-B or IJB-C; --faces is its loose_crop")
+    add("--no-detector-score", action="store_true", help="every face of a template weighs the same within its medium")
     add("--threshold-pairs", type=Path, metavar="FILE", help="list that the threshold of a one-fold --pairs is from")
     add("--fmr", type=float, nargs="+", metavar="F", help="target false match rates (1e-2 to 1e-5 where resolved)")
     add("--demographics", type=Path, metavar="FILE.csv", help="identity,<attribute>[,…]: also measure each group")
@@ -82,6 +86,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> Result:
         flip=args.flip,
         any_space=args.any_space,
         synthetic=args.synthetic,
+        detector_score=not args.no_detector_score,
         resamples=args.bootstrap,
         seed=args.seed,
         cache=args.cache or default_cache(),
@@ -118,6 +123,10 @@ def _measure(args: argparse.Namespace, options: Options, bar: Callable[..., Any]
             threshold_pairs=threshold_pairs,
             threshold_name=args.threshold_pairs.name if args.threshold_pairs else "",
         )
+    if args.templates:
+        templates = read_templates(args.templates, args.faces, scored=options.detector_score)
+        lineup = _open(args, [templates.faces], options, bar)
+        return template_matching(templates, _name(args.templates), lineup, options, bar)
     if args.faces:
         faces, probe, name = FaceSet.read(args.faces), None, _name(args.faces)
     else:
@@ -147,6 +156,10 @@ def _open(args: argparse.Namespace, evaluated: Sequence[FaceSet], options: Optio
 
 def _check(args: argparse.Namespace) -> None:
     sides = [args.gallery, args.probe]
+    if args.templates and (args.pairs or any(sides) or not args.faces):
+        raise InputError("--templates META takes its images from --faces DIR and goes with no --pairs or --gallery.")
+    if args.no_detector_score and not args.templates:
+        raise InputError("--no-detector-score goes with --templates META. Drop it.")
     if args.pairs and any(sides):
         raise InputError("--pairs FILE takes its images from --faces DIR or holds them: drop --gallery and --probe.")
     if not args.pairs and args.threshold_pairs:

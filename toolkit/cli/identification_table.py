@@ -16,7 +16,7 @@ def identification_table(evaluation: Evaluation) -> Table:
         "probe–gallery",
         title_justify="left",
     )
-    for heading in ("pair", "rate", "identities alike", "searches alike", "threshold"):
+    for heading in ("pair", "rate", "identities alike", "searches alike", "score ≥"):
         table.add_column(heading, justify="left" if heading in ("pair", "rate") else "right", no_wrap=True)
     for found in evaluation.identifications:
         for point in found.ranks:

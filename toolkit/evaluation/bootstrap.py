@@ -93,11 +93,12 @@ def bootstrap(
     even = np.full(pairing.identities, 1 / pairing.identities)
     last = matching(scores.impostor, thresholds)
     has_genuine = pairing.genuine_per_identity > 0
+    wanted = has_genuine if has_genuine.any() else ~has_genuine  # a group may have impostor pairs alone
     tar, balanced = np.empty((resamples, len(fmrs))), np.empty((resamples, len(fmrs)))
     fmr = np.empty((resamples, len(thresholds)))
     for r in range(resamples):
         weight = random.multinomial(pairing.identities, even).astype(np.float64)
-        while not (pairing.impostor_weight(weight) > 0 and weight[has_genuine].any()):
+        while not (pairing.impostor_weight(weight) > 0 and weight[wanted].any()):
             weight = random.multinomial(pairing.identities, even).astype(np.float64)
         cumulative = impostor_cumulative(scores, weight)
         drawn = drawn_rates(scores, fmrs, weight, cumulative)
@@ -141,7 +142,7 @@ def _quantile(people: float) -> float:
 
 def effective(share: Doubles) -> float:
     """Number of equal shares that vary as much as these: (Σ share)² / Σ share² (Kish 1965)."""
-    return float(share.sum() ** 2 / (share**2).sum())
+    return float(share.sum() ** 2 / (share**2).sum()) if share.any() else 0.0
 
 
 def _pair_variance(scores: PairScores, matching: Ints) -> Doubles:
@@ -162,12 +163,8 @@ def _pair_variance(scores: PairScores, matching: Ints) -> Doubles:
     squares[order] = mass * (2 * total + 1)
     matched = np.concatenate([[0.0], np.cumsum(squares)])[matching]
     count = np.concatenate([[0.0], np.cumsum(scores.mass)])[matching]
-    query, gallery = pairing.per_query, pairing.per_gallery
-    once = (query**2).sum() * (gallery**2).sum() - (query**2 * gallery**2).sum()
-    twice = (query @ gallery) ** 2 - (query**2 * gallery**2).sum()
-    expected = once / 2 if pairing.unordered else once + twice
     rate = count / pairing.impostor_pairs
-    variance: Doubles = np.maximum(matched - rate**2 * expected, 0) / pairing.impostor_pairs**2
+    variance: Doubles = np.maximum(matched - rate**2 * pairing.impostor_squares, 0) / pairing.impostor_pairs**2
     return variance
 
 

@@ -90,3 +90,11 @@ class Pairing:
         in_query, in_gallery = self.per_query > 0, self.per_gallery > 0
         q, g, both = (int(np.count_nonzero(x)) for x in (in_query, in_gallery, in_query & in_gallery))
         return q * g - both - both * (both - 1) // 2
+
+    @cached_property
+    def impostor_squares(self) -> float:
+        """Σ n² over the pairs of different identities, n impostor pairs of images each; copies counted."""
+        query, gallery = self.per_query, self.per_gallery
+        once = (query**2).sum() * (gallery**2).sum() - (query**2 * gallery**2).sum()
+        twice = (query @ gallery) ** 2 - (query**2 * gallery**2).sum()
+        return float(once / 2 if self.unordered else once + twice)

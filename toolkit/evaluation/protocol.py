@@ -38,6 +38,8 @@ class Options:
     """Compare encoders of different spaces all the same (a control); no certificate joins them."""
     synthetic: bool = False
     """The faces are procedural."""
+    detector_score: bool = True
+    """Weigh the faces of a template by their published detector scores, where there are any."""
     resamples: int = 1000
     seed: int = 0
     cache: Path | None = None

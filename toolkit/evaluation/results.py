@@ -194,6 +194,19 @@ class Identification(Record):
     curve: OpenSetCurve
 
 
+class TemplateData(Record):
+    """How faces were pooled to templates."""
+
+    templates: int
+    media: int
+    aligned: bool
+    """Loose crops were aligned by their published points."""
+    scored: bool
+    """Faces were weighted by their published detector scores."""
+    subjects_rebuilt: int
+    """Templates whose subject no file names: it is that of the templates that they are declared the same as."""
+
+
 class Agreement(Record):
     """Cosine between teacher and student embedding of one and the same image."""
 
@@ -254,6 +267,7 @@ class Evaluation(Record):
     """ISO 8601, UTC."""
     protocol: str
     data: Data
+    templates: TemplateData | None = None
     synthetic: bool
     flip: bool
     """True where every embedding is the sum of the image's and its mirror image's."""

@@ -140,7 +140,7 @@ def bin_edges() -> Doubles:
 
 
 @dataclass(frozen=True)
-class _Strata:
+class Strata:
     """Ranges of score from high to low. ``lowest``: smallest score of each, on a bin's edge; ``rate``: what is kept."""
 
     lowest: Doubles
@@ -159,19 +159,23 @@ class _Strata:
         return (there / np.maximum(kept, 1))[stratum]
 
 
-def _strata(pairing: Pairing, query: Floats, gallery: Floats, random: np.random.Generator) -> _Strata:
+def _strata(pairing: Pairing, query: Floats, gallery: Floats, random: np.random.Generator) -> Strata:
     total = pairing.impostor_pairs
     if total <= 2 * KEEP:
-        return _Strata(np.array([-1.0]), np.ones(1))
+        return Strata(np.array([-1.0]), np.ones(1))
     rows, columns = (random.permutation(len(side))[:PILOT] for side in (query, gallery))
     scores = query[rows] @ gallery[columns].T
     scores[pairing.query[rows][:, None] == pairing.gallery[columns]] = _NO_PAIR
-    pilot = np.sort(scores[scores > -1.5])[::-1]
+    return strata_of(np.sort(scores[scores > -1.5])[::-1], total)
+
+
+def strata_of(sample: Floats, total: int) -> Strata:
+    """Strata of ``total`` impostor pairs from a descending sample of their scores."""
     count = max(1, int(np.log(total / KEEP) / np.log(4)))  # the last stratum holds most of all pairs, never few
     ranks = KEEP * 4.0 ** np.arange(count)
-    places = np.minimum(ranks / total * len(pilot), len(pilot) - 1).astype(np.int64)
-    lowest = np.append(bin_edges()[bin_of(pilot[places])], -1.0)
-    return _Strata(lowest, np.append(KEEP / ranks, KEEP / ranks[-1] / 4))
+    places = np.minimum(ranks / total * len(sample), len(sample) - 1).astype(np.int64)
+    lowest = np.append(bin_edges()[bin_of(sample[places])], -1.0)
+    return Strata(lowest, np.append(KEEP / ranks, KEEP / ranks[-1] / 4))
 
 
 @dataclass(frozen=True)
