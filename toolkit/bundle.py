@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from pkd.toolkit.bundle_folder import aside_of, build_folder, check_name, list_files, read_file, recover, swap_in
 from pkd.toolkit.certificate import Certificate, CertificateFile, parse_certificate
@@ -21,8 +21,11 @@ from pkd.toolkit.images import Rgb
 from pkd.toolkit.record import Record
 from pkd.toolkit.signing import SUFFIX, Signature
 from pkd.toolkit.space import EncoderInfo, short
+from pkd.toolkit.target import Target
 
-SCHEMA = 1
+SCHEMA = 2
+"""What is written. Schema 1 had no targets."""
+READABLE = (1, SCHEMA)
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 1 << 20
 """Bytes; a real manifest has a few kilobytes."""
@@ -53,11 +56,41 @@ class Manifest(Record):
     licence: str = "not stated"
     training: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     """Provenance: teacher, head, method, margin, data digest, steps."""
+    targets: tuple[Target, ...] = ()
+    """The encoder for particular runtimes, and in other precisions."""
     tool: str
     created: str
     """ISO 8601, UTC."""
     files: dict[str, str]
     """Relative POSIX path → SHA-256 (hex)."""
+
+    @property
+    def encoders(self) -> dict[str, EncoderInfo]:
+        """Every encoder in the bundle by id; its own, in fp32, comes first."""
+        return {info.id: info for info in (self.encoder, *(target.encoder for target in self.targets))}
+
+    def target(self, name: str) -> Target | None:
+        """The target called ``<runtime>-<precision>``, if there is one."""
+        return next((target for target in self.targets if target.name == name), None)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        names = [target.name for target in self.targets]
+        if self.schema_version == 1 and names:
+            raise ValueError("schema 1 has no targets")
+        if len(set(names)) < len(names):
+            raise ValueError(f"two targets are called {max(names, key=names.count)}")
+        for target in self.targets:
+            if (target.encoder.space, target.encoder.preprocess) != (self.encoder.space, self.encoder.preprocess):
+                raise ValueError(f"the target {target.name} has another space or preprocessing than the bundle")
+            if (target.encoder.id == self.encoder.id) != (target.encoder.numeric_mode == self.encoder.numeric_mode):
+                raise ValueError(
+                    f"the target {target.name} must be another encoder exactly if its numeric mode differs"
+                )
+            missing = [name for name in (target.graph, target.file) if name and self.files and name not in self.files]
+            if missing:
+                raise ValueError(f"the target {target.name} needs {missing[0]}, which is not listed")
+        return self
 
 
 @dataclass(frozen=True)
@@ -121,7 +154,8 @@ class Bundle:
         for name in sorted(names - signatures):
             data, where, signed = self.read(name), self.path / name, name + SUFFIX
             certificate = parse_certificate(data, where)
-            require_about(certificate, self.manifest.encoder, where)
+            named = (self.manifest.encoders.get(id) for id in (certificate.query, certificate.gallery))
+            require_about(certificate, next(filter(None, named), self.manifest.encoder), where)
             signature = Signature.parse(self.read(signed), self.path / signed) if signed in signatures else None
             found.append(CertificateFile(where, data, certificate, signature))
         return found
@@ -151,20 +185,24 @@ class Bundle:
         return bundle
 
 
-def self_test(bundle: Bundle, embed: Callable[[Rgb], NDArray[np.float32]]) -> float:
-    """Largest 1 − cosine over the golden crops. Raises BundleError above the manifest's tolerance.
+def self_test(bundle: Bundle, embed: Callable[[Rgb], NDArray[np.float32]], target: Target | None = None) -> float:
+    """Largest 1 − cosine over the golden crops. Raises BundleError above the tolerance of ``target``, or the bundle's.
 
     ``embed``: uint8 N×H×W×3 → unit rows N×D, as ``Encoder.embed``.
     """
     golden = bundle.golden()
+    where, allowed = (
+        (f"{bundle.path}: {target.name}", target.golden_tolerance)
+        if target
+        else (str(bundle.path), bundle.manifest.golden_tolerance)
+    )
     made = np.asarray(embed(golden.crops), np.float64)
     if made.shape != golden.embeddings.shape:
-        raise BundleError(f"{bundle.path}: golden crops give {made.shape}, expected {golden.embeddings.shape}.")
+        raise BundleError(f"{where}: golden crops give {made.shape}, expected {golden.embeddings.shape}.")
     error = float(np.max(1.0 - np.sum(made * golden.embeddings, axis=1)))
-    if not error <= bundle.manifest.golden_tolerance:
+    if not error <= allowed:
         raise BundleError(
-            f"{bundle.path}: golden crops come out {error:.2g} away (1 − cosine), allowed "
-            f"{bundle.manifest.golden_tolerance:g}. "
+            f"{where}: golden crops come out {error:.2g} away (1 − cosine), allowed {allowed:g}. "
             "This runtime does not compute the encoder that was exported; do not serve it."
         )
     return error
@@ -181,7 +219,7 @@ def write_bundle(path: str | Path, files: Mapping[str, bytes], manifest: Manifes
     recover(path)
     require_free(path, replace=replace)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
-    manifest = manifest.model_copy(update={"files": hashes})
+    manifest = manifest.model_copy(update={"files": hashes, "schema_version": SCHEMA})
     content = {**files, MANIFEST: manifest_bytes(manifest)}
     with build_folder(path, content) as building:
         Bundle.open(building)
@@ -245,8 +283,9 @@ def _read_manifest(path: Path) -> Manifest:
         version = json.loads(data)["schema_version"]  # first of all: another version may have other fields
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{where}: not the manifest of a bundle: it states no schema_version.") from None
-    if version != SCHEMA or isinstance(version, bool):
-        raise BundleError(f"{where}: bundle schema {version!r}; this pkd reads {SCHEMA}. Upgrade pkd or export again.")
+    if version not in READABLE or isinstance(version, bool):
+        known = " and ".join(map(str, READABLE))
+        raise BundleError(f"{where}: bundle schema {version!r}; this pkd reads {known}. Upgrade pkd or export again.")
     try:
         return Manifest.model_validate_json(data)
     except ValidationError as error:

@@ -19,6 +19,8 @@ from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.space import EncoderInfo, describe, name_of
 
 Embeddings = NDArray[np.float32]
+FASTEST = "onnxruntime-fp32"
+"""The target that computes a bundle's own encoder as onnxruntime likes it best."""
 
 
 class Encoder(Protocol):
@@ -110,26 +112,34 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
 
 
 def open_bundle(bundle: Bundle, *, threads: int = 1) -> OnnxEncoder:
-    """Open a bundle's ``encoder.onnx``: uint8 N×H×W×3 in, preprocessing and normalisation inside the graph.
+    """Open a bundle's encoder: uint8 N×H×W×3 in, preprocessing and normalisation inside the graph.
 
+    That is ``encoder.onnx``, or the same encoder as it was rewritten for onnxruntime, where the bundle has that.
     Raises BundleError if the graph does not take and give what the manifest says.
     """
-    where, info, spec = bundle.path / "encoder.onnx", bundle.manifest.encoder, bundle.manifest.graph
+    rewritten = bundle.manifest.target(FASTEST)
+    name = rewritten.file if rewritten and rewritten.file else "encoder.onnx"
+    return open_graph(bundle, bundle.manifest.encoder, name, threads=threads)
+
+
+def open_graph(bundle: Bundle, info: EncoderInfo, name: str, *, threads: int = 1) -> OnnxEncoder:
+    """Open the ONNX file ``name`` of a bundle as ``info``. Raises BundleError as ``open_bundle``."""
+    where, spec = bundle.path / name, bundle.manifest.graph
     try:
-        session = make_session(bundle.read("encoder.onnx"), threads)
+        session = make_session(bundle.read(name), threads)
     except BundleError:
         raise
     except Exception as error:
         raise BundleError(f"{where}: onnxruntime cannot load it: {ort_reason(error)}") from None
     size = info.preprocess.size
-    for ports, name, kind, shape in (
+    for ports, port_name, kind, shape in (
         (session.get_inputs(), spec.input_name, "tensor(uint8)", (size, size, 3)),
         (session.get_outputs(), spec.output_name, "tensor(float)", (info.space.dim,)),
     ):
         found = [(port.name, port.type, list(port.shape)) for port in ports]
-        if len(ports) != 1 or found[0][:2] != (name, kind) or found[0][2][1:] != list(shape):
+        if len(ports) != 1 or found[0][:2] != (port_name, kind) or found[0][2][1:] != list(shape):
             raise BundleError(
-                f"{where}: has {found}, expected one {kind} {name!r} of shape N×{'×'.join(map(str, shape))}. "
+                f"{where}: has {found}, expected one {kind} {port_name!r} of shape N×{'×'.join(map(str, shape))}. "
                 "Export the bundle again."
             )
     encoder = OnnxEncoder(info, session, lambda crops: crops)

@@ -65,6 +65,17 @@ def describe(
     )
 
 
+def in_mode(encoder: EncoderInfo, numeric_mode: str) -> EncoderInfo:
+    """The encoder that computes ``encoder`` in another numeric mode: another id, the same space.
+
+    Its id is made of the id that it derives from, so that a bundle alone is enough to name it.
+    """
+    if numeric_mode == encoder.numeric_mode:
+        return encoder
+    id = f"{encoder.name}@sha256:{combine([encoder.id, numeric_mode])}"
+    return encoder.model_copy(update={"id": id, "numeric_mode": numeric_mode})
+
+
 def check_name(name: str) -> None:
     """Raise InputError unless ``name`` can be the first part of an encoder id, and of a file name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):

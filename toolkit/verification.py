@@ -14,13 +14,15 @@ from pydantic import ValidationError
 
 from pkd.toolkit.bundle import MANIFEST, Bundle, self_test
 from pkd.toolkit.certificate import Certificate, file_name, parse_certificate
-from pkd.toolkit.errors import InputError, NotTrusted, PkdError
+from pkd.toolkit.errors import InputError, MissingExtra, NotTrusted, PkdError, TargetUnavailable
 from pkd.toolkit.evaluation.certify import certify
 from pkd.toolkit.evaluation.rates import EXPECTED
 from pkd.toolkit.evaluation.results import Evaluation
 from pkd.toolkit.record import Record
-from pkd.toolkit.runtime import open_bundle
+from pkd.toolkit.runtime import Encoder, open_bundle
+from pkd.toolkit.runtimes import open_target
 from pkd.toolkit.signing import SUFFIX, Signature, TrustedKeys, signature_beside
+from pkd.toolkit.target import Target
 
 REPORT = "report.json"
 CONSISTENT = "schema and consistency"
@@ -171,6 +173,9 @@ def _bundle(folder: Path, keys: TrustedKeys | None) -> list[Check]:
         return checks
     bundle = opened[0]
     checks.append(_check("encoder.onnx", "reproduces its golden embeddings", partial(_tested, bundle)))
+    for target in bundle.manifest.targets:
+        question = "reproduces its golden embeddings"
+        checks.append(_check(f"targets/{target.name}", question, partial(_tested, bundle, target)))
     for file in bundle.certificate_files():
         name = file.path.relative_to(folder).as_posix()
         expected = file_name(file.certificate.query, file.certificate.gallery)
@@ -184,8 +189,12 @@ def _bundle(folder: Path, keys: TrustedKeys | None) -> list[Check]:
     return checks
 
 
-def _tested(bundle: Bundle) -> str:
-    return f"1 − cosine is {max(0.0, self_test(bundle, open_bundle(bundle).embed)):.1g} at most"
+def _tested(bundle: Bundle, target: Target | None = None) -> str:
+    try:
+        encoder: Encoder = open_target(bundle, target.name) if target else open_bundle(bundle)
+    except (TargetUnavailable, MissingExtra) as error:
+        raise _Unasked(str(error)) from None
+    return f"1 − cosine is {max(0.0, self_test(bundle, encoder.embed, target)):.1g} at most"
 
 
 def _bundle_signature(keys: TrustedKeys | None) -> Check:

@@ -25,6 +25,7 @@ from pkd.toolkit.errors import BundleError
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import open_bundle
 from pkd.toolkit.space import EmbeddingSpace, EncoderInfo
+from pkd.toolkit.target import Target
 
 GOLDEN_MANIFEST = """\
 {
@@ -71,6 +72,42 @@ GOLDEN_MANIFEST = """\
 """
 
 
+GOLDEN_TARGET = """\
+  "targets": [
+    {
+      "runtime": "openvino",
+      "precision": "bf16",
+      "encoder": {
+        "id": "student@sha256:cc",
+        "name": "student",
+        "role": "student",
+        "numeric_mode": "bf16",
+        "space": {
+          "id": "teacher@sha256:bb",
+          "dim": 16,
+          "metric": "cosine"
+        },
+        "preprocess": {
+          "size": 112,
+          "template": "arcface5pt",
+          "channels": "rgb",
+          "mean": 127.5,
+          "std": 127.5
+        }
+      },
+      "graph": "encoder.onnx",
+      "file": null,
+      "golden_tolerance": 0.01,
+      "checked_with": "openvino 1",
+      "made_with": "openvino 1",
+      "settings": {
+        "threads": 1
+      }
+    }
+  ],
+"""
+
+
 def rewrite(path: Path, **changes: object) -> None:
     """Change fields of a manifest as an attacker would, hashes of other files left alone."""
     manifest = json.loads((path / "manifest.json").read_text())
@@ -91,7 +128,7 @@ def good(tmp_path: Path) -> Path:
     return bundle(tmp_path).path
 
 
-def test_the_layout_of_the_manifest_is_pinned() -> None:
+def test_the_layout_of_the_manifest_is_pinned_and_schema_1_still_read() -> None:
     info = EncoderInfo(
         id="student@sha256:aa",
         name="student",
@@ -111,8 +148,83 @@ def test_the_layout_of_the_manifest_is_pinned() -> None:
             "encoder.onnx": "7ac1c1fc09ff4df09d35d7b4f4a1a04e0b6d22dd56a1a91ed7df10e68d1d65fd",
         },
     )
-    assert manifest_bytes(manifest) == GOLDEN_MANIFEST.encode()
-    assert Manifest.model_validate_json(GOLDEN_MANIFEST) == manifest
+    assert Manifest.model_validate_json(GOLDEN_MANIFEST) == manifest.model_copy(update={"schema_version": 1})
+    target = Target(
+        runtime="openvino",
+        precision="bf16",
+        encoder=info.model_copy(update={"id": "student@sha256:cc", "numeric_mode": "bf16"}),
+        graph="encoder.onnx",
+        file=None,
+        golden_tolerance=0.01,
+        checked_with="openvino 1",
+        made_with="openvino 1",
+        settings={"threads": 1},
+    )
+    current = GOLDEN_MANIFEST.replace('"schema_version": 1', '"schema_version": 2')
+    current = current.replace('  "tool"', GOLDEN_TARGET + '  "tool"')
+    assert manifest_bytes(manifest.model_copy(update={"targets": (target,)})) == current.encode()
+    assert Manifest.model_validate_json(current).targets == (target,)
+
+
+def with_target(good: Path, **changes: object) -> None:
+    """A target in the manifest, as an attacker would put it there."""
+    manifest = json.loads((good / "manifest.json").read_text())
+    target = {
+        "runtime": "onnxruntime",
+        "precision": "fp32",
+        "encoder": manifest["encoder"],
+        "graph": "encoder.onnx",
+        "file": "encoder.onnx",
+        "golden_tolerance": 1e-5,
+        "checked_with": "x",
+        "made_with": "x",
+        "settings": {},
+    }
+    target["encoder"] = {**target["encoder"], **changes.pop("encoder", {})}  # type: ignore[dict-item]
+    rewrite(good, targets=[{**target, **changes}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"file": "../../passwd"}, "passwd, which is not listed"),
+        ({"file": "targets/none"}, "targets/none, which is not listed"),
+        ({"graph": "none.onnx"}, "none.onnx, which is not listed"),
+        ({"runtime": "../x"}, "letters, digits"),
+        ({"precision": ""}, "letters, digits"),
+        ({"golden_tolerance": 0}, "golden_tolerance"),
+        ({"encoder": {"numeric_mode": "int8"}}, "another encoder exactly if"),
+        ({"encoder": {"id": "other@sha256:aa"}}, "another encoder exactly if"),
+        ({"encoder": {"space": {"id": "x", "dim": 16, "metric": "cosine"}}}, "another space"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_a_target_that_contradicts_the_bundle_is_refused(good: Path, changes: dict[str, object], said: str) -> None:
+    with_target(good)
+    assert [target.name for target in Bundle.open(good).manifest.targets] == ["onnxruntime-fp32"]
+    with_target(good, **changes)
+    with pytest.raises(BundleError, match=said):
+        Bundle.open(good)
+
+
+def test_two_targets_of_one_name_and_targets_in_schema_1_are_refused(good: Path) -> None:
+    with_target(good)
+    targets = json.loads((good / "manifest.json").read_text())["targets"]
+    rewrite(good, targets=targets * 2)
+    with pytest.raises(BundleError, match="two targets are called onnxruntime-fp32"):
+        Bundle.open(good)
+    rewrite(good, targets=targets, schema_version=1)
+    with pytest.raises(BundleError, match="schema 1 has no targets"):
+        Bundle.open(good)
+
+
+def test_a_bundle_of_schema_1_opens(good: Path) -> None:
+    manifest = json.loads((good / "manifest.json").read_text())
+    del manifest["targets"]
+    (good / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 1}))
+    opened = Bundle.open(good)
+    assert opened.manifest.targets == ()
+    assert self_test(opened, open_bundle(opened).embed) < 1e-6
 
 
 def test_the_pinned_bytes_are_what_is_written(good: Path) -> None:
@@ -205,7 +317,7 @@ def test_a_pipe_is_refused_instead_of_waited_for(good: Path) -> None:
         Bundle.open(good)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, True, [1]])
+@pytest.mark.parametrize("version", [0, 3, "1", None, True, [1]])
 def test_another_schema_is_refused_before_anything_else(good: Path, version: object) -> None:
     (good / "manifest.json").write_text(json.dumps({"schema_version": version, "new_field": 1}))
     with pytest.raises(BundleError, match="schema"):

@@ -8,18 +8,23 @@ from pkd.toolkit.bundle import Bundle
 from pkd.toolkit.errors import InputError, MissingExtra
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import Encoder, open_bundle, open_onnx
+from pkd.toolkit.runtimes import open_target, target_of
 
 
 def open_encoder(
     spec: str, preprocess: str | None = None, *, threads: int = 1, option: str = "--teacher-preprocess"
 ) -> Encoder:
-    """Open a bundle folder, a pkd-distill run, FILE.onnx, FILE.pt (arcface_torch) or ``insightface:PACK``.
+    """Open a bundle folder, BUNDLE/targets/NAME, a pkd-distill run, FILE.onnx, FILE.pt (arcface_torch)
+    or ``insightface:PACK``.
 
     ``preprocess``: as Preprocess.parse; needed for FILE.onnx and FILE.pt unless FILE.preprocess.json lies beside them.
     ``threads``: of onnxruntime, per call. ``option``: which states the preprocessing, for errors. Raises InputError,
     BundleError or MissingExtra.
     """
     path = Path(spec)
+    named = target_of(path)
+    if named:
+        return open_target(Bundle.open(named[0]), named[1], threads=threads)
     if spec.startswith("insightface:"):
         from pkd.toolkit.insightface_packs import recogniser
 

@@ -1,0 +1,52 @@
+"""Run a target of a bundle in the runtime it was made for. One small function per runtime, one table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pkd.toolkit.bundle import Bundle
+from pkd.toolkit.errors import BundleError, TargetUnavailable
+from pkd.toolkit.openvino_runtime import open_openvino
+from pkd.toolkit.runtime import Encoder, open_graph
+from pkd.toolkit.target import Target
+
+Open = Callable[[Bundle, Target, str, int], Encoder]
+
+
+def open_target(bundle: Bundle, name: str, *, threads: int = 1) -> Encoder:
+    """The encoder of the target ``<runtime>-<precision>``, on the CPU.
+
+    Raises BundleError for a target that the bundle lacks, TargetUnavailable for one that was not built or cannot run
+    here, MissingExtra without its runtime.
+    """
+    target = bundle.manifest.target(name)
+    if target is None:
+        known = ", ".join(target.name for target in bundle.manifest.targets) or "none"
+        raise BundleError(f"{bundle.path}: has no target {name}; it has {known}. Add it with pkd-export --from-bundle.")
+    if target.file is None:
+        raise TargetUnavailable(
+            f"{bundle.path}: {name} is not built yet, only its graph {target.graph} is there. Build it with "
+            f"pkd-export --from-bundle {bundle.path} on a machine that can."
+        )
+    if target.runtime not in RUNTIMES:
+        raise TargetUnavailable(f"{bundle.path}: {name}: this pkd runs {', '.join(RUNTIMES)} targets only.")
+    return RUNTIMES[target.runtime](bundle, target, target.file, threads)
+
+
+def target_of(path: Path) -> tuple[Path, str] | None:
+    """``BUNDLE/targets/NAME`` → bundle folder and target name; None for any other path."""
+    bundle = path.parent.parent
+    if path.parent.name != "targets" or not (bundle / "manifest.json").is_file():
+        return None
+    return bundle, path.name
+
+
+def _onnxruntime(bundle: Bundle, target: Target, file: str, threads: int) -> Encoder:
+    return open_graph(bundle, target.encoder, file, threads=threads)
+
+
+RUNTIMES: dict[str, Open] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": open_openvino,
+}
