@@ -7,6 +7,7 @@ the same order: resample by resample their difference is a difference of encoder
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zipfile
 from dataclasses import dataclass, field
@@ -57,13 +58,13 @@ def read_draws(folder: Path) -> Draws:
     """Read ``folder/draws.npz``. Raises InputError for a folder without it, or with a broken one."""
     path = folder / FILE
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             values = {name: np.asarray(file[name], np.float64) for name in file.files if name != _ABOUT}
             drawn = {str(k): str(v) for k, v in json.loads(file[_ABOUT].tobytes()).items()}
     except FileNotFoundError:
         raise InputError(
             f"{path}: no such file. Run pkd-evaluate again: it keeps what each resample measured."
         ) from None
-    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile):
         raise InputError(f"{path}: damaged, or not written by pkd-evaluate. Run pkd-evaluate again.") from None
     return Draws(drawn, values)
