@@ -44,7 +44,7 @@ def write_ijb(folder: Path, people: Mapping[str, Sequence[Rgb]], *, seed: int = 
                 loose = np.zeros((160, 170, 3), np.uint8)
                 loose[top : top + 112, left : left + 112] = crop
                 write_rgb(images / name, loose)
-                marks = " ".join(f"{value:.3f}" for value in (TEMPLATE + (left, top)).ravel())
+                marks = " ".join(f"{value:.3f}" for value in (TEMPLATE + np.array([left, top])).ravel())
                 faces.append(f"{name} {template} {medium}\n")
                 points.append(f"{name} {marks} {random.uniform(0.5, 1):.4f}\n")
                 rows[kind].append(f"{template},{subject},img/{name},{place},{left},{top},112,112\n")

@@ -160,8 +160,8 @@ def _points(path: Path, names: PackedNames) -> NDArray[np.float32]:
     found, count = array("f"), 0
     for number, fields in _lines(path):
         if count == len(names) or fields[0] != names[count]:
-            wanted = names[count] if count < len(names) else "no further face"
-            raise InputError(f"{path}:{number}: {fields[0]!r} where the list of faces has {wanted!r}. {PUBLISHED}")
+            wanted = repr(names[count]) if count < len(names) else "no further face"
+            raise InputError(f"{path}:{number}: {fields[0]!r} where the list of faces has {wanted}. {PUBLISHED}")
         try:
             values = [float(field) for field in fields[1:]]
         except ValueError:
