@@ -76,9 +76,14 @@ class SigningKey:
 
         Raises InputError: not an ed25519 private key, readable by others, no or a wrong passphrase.
         """
-        data = _read(path, private=True)
+        data, mode = _read(path)
         if b"PUBLIC KEY" in data:
             raise InputError(f"{path}: is a public key; signing needs the private one. {_MAKE}.")
+        if os.name == "posix" and mode & 0o077:
+            raise InputError(
+                f"{path}: others than its owner may read or change this private key (mode {mode:o}). "
+                f"Run chmod 600 {path}, and make a new key if someone may have seen it."
+            )
         try:
             key = _decrypt(data, path)
         except (ValueError, UnsupportedAlgorithm):
@@ -185,7 +190,7 @@ def new_key(path: Path) -> tuple[Path, str]:
 
 
 def _public(path: Path) -> Ed25519PublicKey:
-    data = _read(path, private=False)
+    data, _ = _read(path)
     if b"PRIVATE KEY" in data:
         raise InputError(
             f"{path}: is a private key, which stays with whoever signs. Pass its public half: "
@@ -214,16 +219,11 @@ def _decrypt(data: bytes, path: Path) -> object:
         raise InputError(f"{path}: cannot be decrypted: the passphrase is wrong, or the file is damaged.") from None
 
 
-def _read(path: Path, *, private: bool) -> bytes:
+def _read(path: Path) -> tuple[bytes, int]:
+    """Content and permission bits of a key file."""
     try:
         with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if private and os.name == "posix" and mode & 0o077:
-                raise InputError(
-                    f"{path}: others than its owner may read or change this private key (mode {stat.S_IMODE(mode):o}). "
-                    f"Run chmod 600 {path}, and make a new key if someone may have seen it."
-                )
-            return file.read(MAX_KEY)
+            return file.read(MAX_KEY), stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. Give a key file. {_MAKE}.") from None
 

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from pkd.toolkit.bundle import MANIFEST, Bundle, self_test
-from pkd.toolkit.certificate import Certificate, file_name, parse_certificate
+from pkd.toolkit.certificate import Certificate, file_name, parse_certificate, read_certificate
 from pkd.toolkit.errors import InputError, MissingExtra, NotTrusted, PkdError, TargetUnavailable
 from pkd.toolkit.evaluation.certify import certify
 from pkd.toolkit.evaluation.rates import EXPECTED
@@ -154,7 +154,7 @@ def _certificates_of(data: bytes, report: Path) -> dict[str, Certificate]:
 def _agrees(path: Path, expected: Certificate | None) -> str:
     if expected is None:
         raise NotTrusted(f"{path}: report.json knows no such certificate: it comes from another evaluation. Remove it.")
-    found = parse_certificate(path.read_bytes(), path)
+    found = read_certificate(path)
     different = [name for name in type(found).model_fields if getattr(found, name) != getattr(expected, name)]
     if different:
         raise NotTrusted(f"{path}: {', '.join(different)} differ from report.json: one of the two was changed.")
@@ -229,8 +229,10 @@ def _check(file: str, question: str, ask: Callable[[], str]) -> Check:
     except _Unasked as why:
         return _open(file, question, str(why))
     except PkdError as error:
-        _, named, rest = str(error).partition(f"{Path(file).name}: ")  # the check names the file already
-        return _failed(file, question, rest if named else str(error))
+        name, said = Path(file).name, str(error)
+        if name in said and ": " not in said[: said.index(name)]:  # the check names the file already
+            said = said[said.index(name) :].removeprefix(f"{name}: ")
+        return _failed(file, question, said)
 
 
 def _failed(file: str, question: str, detail: str) -> Check:

@@ -84,6 +84,8 @@ def test_groups_agree_with_the_oracle(seed: int, people: int, unordered: bool) -
             else:
                 assert rates.fnmr == pytest.approx(1 - oracle.tar(pairs, rates.threshold))
                 assert rates.fnmr_balanced == pytest.approx(1 - oracle.tar_balanced(pairs, rates.threshold))
+                low, high = rates.fnmr_balanced_ci95 or (1, 0)
+                assert 0 <= low < high <= 1
                 overall = 1 - oracle.tar_balanced(everyone, rates.threshold)
                 if overall > 1e-9:
                     assert rates.fnmr_balanced_ratio == pytest.approx(rates.fnmr_balanced / overall)

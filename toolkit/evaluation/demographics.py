@@ -215,13 +215,21 @@ def _false_non_matches(scores: PairScores, thresholds: Doubles, *, resamples: in
         share = lost / np.maximum(pairs, 1)
         made.append(
             _FalseNonMatches(
-                float(share.sum() / has.sum()),
-                interval((weights @ share) / people, float(has.sum())),
-                float(lost.sum() / pairs.sum()),
-                interval((weights @ lost) / alike, effective(pairs)),
+                level := float(share.sum() / has.sum()),
+                _interval(level, (weights @ share) / people, float(has.sum())),
+                raw := float(lost.sum() / pairs.sum()),
+                _interval(raw, (weights @ lost) / alike, effective(pairs)),
             )
         )
     return made
+
+
+def _interval(rate: float, drawn: Doubles, people: float) -> Interval:
+    """95 % interval. Where nobody (or everybody) failed, no draw varies: then the exact binomial one of that many
+    people (Clopper and Pearson 1934)."""
+    low, high = interval(drawn, people)
+    certain = float(0.025 ** (1 / people))
+    return (certain, 1.0) if rate == 1 else (0.0, 1 - certain) if rate == 0 else (low, high)
 
 
 def _ratio(rate: float | None, everyone: float) -> float | None:
