@@ -12,11 +12,13 @@ from rich.table import Table
 
 from pkd.toolkit.command import Result, make_parser, run
 from pkd.toolkit.errors import InputError
-from pkd.toolkit.evaluation.compare import rank, read_runs
+from pkd.toolkit.evaluation.compare import rank
 from pkd.toolkit.evaluation.compare_page import render_ranking, verdict, write_ranking_figures
-from pkd.toolkit.evaluation.compare_plots import probability, what
+from pkd.toolkit.evaluation.compare_plots import points, probability, what
 from pkd.toolkit.evaluation.drawing import require_plots
 from pkd.toolkit.evaluation.ranking import Ranking
+from pkd.toolkit.evaluation.runs import read_runs
+from pkd.toolkit.evaluation.statistics import STATISTICS
 
 EXAMPLES = """
   pkd-compare runs/l2kd/evaluation runs/proxylesskd/evaluation --out comparison
@@ -35,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="EVAL", help="folder of pkd-evaluate, or NAME=FOLDER")
+    add("--by", choices=STATISTICS, help="what to rank by (tar; for pair lists accuracy)")
     add("--cell", metavar="Q-G", help="ordered pair to rank by: S-T, T-T, S-S … (S-T, or T-T without a student)")
-    add("--fmr", type=float, metavar="F", help="false match rate to rank at (the smallest that all runs resolve)")
+    add("--fmr", type=float, metavar="F", help="FMR, or FPIR of fnir, to rank at (the smallest that all runs resolve)")
     add("--out", type=Path, required=True, metavar="OUT", help="folder to write")
     return run(parser, compare, argv)
 
@@ -49,7 +52,7 @@ def compare(args: argparse.Namespace, console: Console) -> Result:
         raise InputError(f"{out}: is a file. Give a folder with --out.")
     if (out / "report.json").exists():
         raise InputError(f"{out}: is the folder of an evaluation. Give another --out.")
-    found = rank(read_runs(args.runs), cell=args.cell, fmr=args.fmr)
+    found = rank(read_runs(args.runs), by=args.by, cell=args.cell, at=args.fmr)
     page = render_ranking(found)
     out.mkdir(parents=True, exist_ok=True)
     (out / "compare.json").write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -64,7 +67,7 @@ def _show(console: Console, r: Ranking, out: Path) -> None:
     if r.synthetic:
         console.print("[bold]Synthetic faces: these rates say nothing about people.[/bold]")
     table = Table(title=f"{what(r)}, % with 95 % interval", title_justify="left")
-    for heading in ("", "run", "identities alike" if r.fmr else r.statistic, "raw", "minus the best", "p"):
+    for heading in ("", "run", "identities alike" if r.runs[0].raw else r.by, "raw", "minus the best", "p"):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=heading != "run")
     for place, ranked in enumerate(r.runs, 1):
         first, raw, behind = ranked.first, ranked.raw, ranked.behind_best
@@ -73,9 +76,7 @@ def _show(console: Console, r: Ranking, out: Path) -> None:
             ranked.name,
             f"{100 * first.value:.1f} ({100 * first.ci95[0]:.1f}–{100 * first.ci95[1]:.1f})",
             f"{100 * raw.value:.1f}" if raw else "",
-            f"{100 * behind.difference:+.1f} ({100 * behind.ci95[0]:+.1f} to {100 * behind.ci95[1]:+.1f})"
-            if behind
-            else "best",
+            f"{points(behind.difference)} ({points(behind.ci95[0])} to {points(behind.ci95[1])})" if behind else "best",
             probability(ranked.p_adjusted) if ranked.p_adjusted is not None else "",
         )
     console.print(table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from pkd.toolkit.evaluation.compare_plots import LEVEL, pictures, probability, what
+from pkd.toolkit.evaluation.compare_plots import LEVEL, pictures, points, probability, what
 from pkd.toolkit.evaluation.drawing import as_svg, write_png
 from pkd.toolkit.evaluation.page import bullets, facts, figure, page, percent, section, span, table
 from pkd.toolkit.evaluation.ranking import Ranked, Ranking
@@ -35,10 +35,19 @@ def verdict(r: Ranking) -> str:
     """The outcome in a sentence, plain text."""
     best, second = r.runs[0], r.runs[1]
     assert second.behind_best is not None and second.p_adjusted is not None
-    lead = f"{-100 * second.behind_best.difference:.1f} points, p {probability(second.p_adjusted)}"
+    lead = f"{abs(100 * second.behind_best.difference):.1f} points, p {probability(second.p_adjusted)}"
     if second.p_adjusted < LEVEL:
         return f"{best.name} beats {second.name} by {lead}."
+    if r.smallest_p >= LEVEL:
+        return f"{best.name} leads {second.name} by {lead}. {_too_few(r)}"
     return f"{best.name} leads, but its lead over {second.name} ({lead}) may be chance."
+
+
+def _too_few(r: Ranking) -> str:
+    return (
+        f"With {r.resamples:,} resamples and {len(r.pairs):,} comparisons no adjusted p-value can be below "
+        f"{probability(r.smallest_p)}: evaluate with a larger --bootstrap, or compare fewer runs."
+    )
 
 
 def _opening(r: Ranking) -> str:
@@ -57,9 +66,9 @@ def _opening(r: Ranking) -> str:
 
 def _table(r: Ranking, drawn: dict[str, str]) -> str:
     raw = any(run.raw for run in r.runs)
-    errors = any(run.comparison for run in r.runs)
+    errors = r.by == "tar" and any(run.comparison for run in r.runs)
     heads = [
-        "run", "identities alike" if errors else "accuracy", *(["pairs alike (raw)"] if raw else []), "minus the best",
+        "run", "identities alike" if raw else r.by, *(["pairs alike (raw)"] if raw else []), "minus the best",
         "p", *(["equal error rate", "d′"] if errors else []),
     ]  # fmt: skip
     return section(
@@ -80,7 +89,7 @@ def _row(number: int, run: Ranked, raw: bool, errors: bool) -> list[str]:
         f"{number}. <b>{escape(run.name)}</b>",
         f"<b>{percent(run.first.value, 1)}</b><small>{span(run.first.ci95)}</small>",
         *([f"{percent(run.raw.value, 1)}<small>{span(run.raw.ci95)}</small>" if run.raw else ""] if raw else []),
-        f"{100 * behind.difference:+.1f}<small>{100 * behind.ci95[0]:+.1f} to {100 * behind.ci95[1]:+.1f}</small>"
+        f"{points(behind.difference)}<small>{points(behind.ci95[0])} to {points(behind.ci95[1])}</small>"
         if behind
         else "best",
         probability(run.p_adjusted) if run.p_adjusted is not None else "",
@@ -89,16 +98,11 @@ def _row(number: int, run: Ranked, raw: bool, errors: bool) -> list[str]:
 
 
 def _pairwise(r: Ranking, drawn: dict[str, str]) -> str:
-    unreachable = (
-        f"<p>With {r.resamples:,} resamples and {len(r.pairs):,} comparisons no adjusted p-value can be below "
-        f"{probability(r.smallest_p)}: evaluate with a larger <code>--bootstrap</code> to tell runs apart.</p>"
-        if r.smallest_p >= LEVEL
-        else ""
-    )
+    unreachable = f"<p>{escape(_too_few(r))}</p>" if r.smallest_p >= LEVEL else ""
+    told = "Blue: the row is better; red: it is worse; both only where the adjusted p-value is below"
     return section(
         "Every two runs",
-        f"<p>Row minus column, in points, over the same drawn people. Coloured where the adjusted p-value is below "
-        f"{LEVEL:g}.</p>{unreachable}",
+        f"<p>Row minus column, in points, over the same drawn people. {told} {LEVEL:g}.</p>{unreachable}",
         figure(drawn["pairwise"], "p: two-sided, adjusted for all comparisons of this page (Holm 1979).", "wide"),
     )
 
@@ -148,9 +152,9 @@ def _provenance(r: Ranking) -> str:
 
 def _method(r: Ranking) -> str:
     lines = [
-        "Runs are ranked by the rate over people, every identity weighing the same"
-        if r.fmr is not None
-        else "Runs are ranked by their accuracy",
+        "Runs are ranked by the rate over people, every identity weighing the same."
+        if r.runs[0].raw
+        else "Runs are ranked by their accuracy.",
         "A difference is measured on the same drawn people for both runs, resample by resample: what makes people hard "
         "for both cancels. Its 95 % interval is that of the paired differences.",
         "p is the chance to see so large a difference, either way, where there is none: twice the share of resamples "

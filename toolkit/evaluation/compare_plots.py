@@ -7,19 +7,22 @@ from typing import Any
 from pkd.toolkit.evaluation.drawing import FAINT, INK, SOFT, Picture, on_axes
 from pkd.toolkit.evaluation.plots import det_curves, distance_distributions
 from pkd.toolkit.evaluation.ranking import Ranking
+from pkd.toolkit.evaluation.statistics import STATISTICS
 
 COLOURS = ("#0b63c5", "#b45309", "#0f766e", "#a21caf", "#475569", "#be123c", "#4d7c0f", "#6d28d9")
 DASHES = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 LEVEL = 0.05
 """Adjusted p-value below which two runs are said to differ."""
-LONGEST = 34
+MANY = 8
+"""Runs beyond which the pairwise picture shows numbers for names, and colours for p-values."""
+LONGEST = 26
 """Letters of a run's name that fit beside a picture."""
 
 
 def pictures(r: Ranking) -> dict[str, Picture]:
     """Every picture of a comparison, by name."""
     drawn = [ranking(r), pairwise(r)]
-    cells = {run.name: run.comparison for run in r.runs if run.comparison}
+    cells = {run.name: run.comparison for run in r.runs if run.comparison and r.by == "tar"}
     curves = {_label(name): c.det for name, c in cells.items() if c.det.fmr}
     if curves:
         drawn.append(det_curves(curves, title=r.cell, lines=_lines(r)))
@@ -54,15 +57,18 @@ def pairwise(r: Ranking) -> Picture:
     place = {name: i for i, name in enumerate(names)}
 
     def draw(axes: Any) -> None:
-        small = len(names) > 8
+        small = len(names) > MANY
         for v in r.pairs:
             for a, b, sign in ((v.a, v.b, 1), (v.b, v.a, -1)):
-                difference = sign * 100 * v.difference.difference
+                difference = sign * v.difference.difference
                 sure = v.p_adjusted < LEVEL
-                colour = ("#dbeafe" if difference > 0 else "#ffe4e6") if sure else "#f8fafc"
+                wins = (difference < 0) is STATISTICS[r.by].falls
+                colour = ("#dbeafe" if wins else "#ffe4e6") if sure else "#f8fafc"
                 x, y = place[b], place[a]
                 axes.add_patch(_square(x, y, colour))
-                told = f"{difference:+.1f}" if small else f"{difference:+.1f}\n$p$ {probability(v.p_adjusted)}"
+                told = points(sign * v.difference.difference)
+                if not small:
+                    told += f"\n$p$ {probability(v.p_adjusted)}"
                 axes.text(x, y, told, ha="center", va="center", size=6.5 if small else 9, color=INK)
         for i in range(len(names)):
             axes.add_patch(_square(i, i, FAINT))
@@ -70,7 +76,8 @@ def pairwise(r: Ranking) -> Picture:
             xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5), xlabel="minus this run", ylabel="this run"
         )
         axes.set_xticks(range(len(names)), [str(i + 1) for i in range(len(names))])
-        axes.set_yticks(range(len(names)), [f"{_label(name)}  {i + 1}" for i, name in enumerate(names)])
+        rows = [str(i + 1) if small else f"{_label(name)}  {i + 1}" for i, name in enumerate(names)]
+        axes.set_yticks(range(len(names)), rows)
         axes.tick_params(length=0)
         axes.xaxis.set_ticks_position("top")
         axes.xaxis.set_label_position("top")
@@ -81,15 +88,20 @@ def pairwise(r: Ranking) -> Picture:
         f"{v.a} minus {v.b}: {100 * v.difference.difference:+.2f} points, p {probability(v.p_adjusted)}"
         for v in r.pairs
     )
-    side = 0.62 if len(names) <= 8 else 0.34
+    side = 0.62 if len(names) <= MANY else 0.3
     return Picture("pairwise", f"Every two runs. {words}", (6.6, 0.9 + side * len(names)), on_axes(draw))
 
 
 def what(r: Ranking) -> str:
     """What is ranked by, in words."""
-    if r.fmr is None:
-        return f"{r.cell} {r.statistic}"
-    return f"{r.cell} true accept rate at FMR {100 * r.fmr:g} %"
+    target = "" if r.target is None else f"{100 * r.target:g} %"
+    return f"{r.cell} {STATISTICS[r.by].words.format(target)}"
+
+
+def points(difference: float) -> str:
+    """A difference of fractions in percentage points, with its sign."""
+    told = f"{100 * difference:+.1f}".replace("-", "−")
+    return told[1:] if float(told[1:]) == 0 else told
 
 
 def probability(p: float) -> str:

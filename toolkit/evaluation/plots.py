@@ -46,7 +46,11 @@ def file_name(cell: str) -> str:
 
 
 def det_curves(
-    curves: dict[str, Det], *, title: str, lines: dict[str, tuple[str, Any]] = LINES, name: str = "det",
+    curves: dict[str, Det],
+    *,
+    title: str,
+    lines: dict[str, tuple[str, Any]] = LINES,
+    name: str = "det",
     rates: tuple[str, str] = ("false match rate (FMR)", "false non-match rate (FNMR)"),
 ) -> Picture:
     """FNMR against FMR on log axes with bands, each curve down to the smallest FMR that its set resolves."""
@@ -69,22 +73,23 @@ def det_curves(
         _percent_ticks(axes.xaxis)
         handles, labels = axes.get_legend_handles_labels()
         worst_first = sorted(range(len(labels)), key=lambda i: -_at_end(curves[labels[i]]))
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+        if beneath:
+            place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.14), "ncols": 2}
         axes.legend(
-            [handles[i] for i in worst_first], [labels[i] for i in worst_first],
-            loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, handlelength=2.6, borderpad=0.1,
-            alignment="left",
+            [handles[i] for i in worst_first], [labels[i] for i in worst_first], title=title, handlelength=2.6,
+            borderpad=0.1, alignment="left", **place,
         )  # fmt: skip
 
+    beneath = max(map(len, curves), default=0) > 5
+    height = 4.3 + (0.3 + 0.24 * ((len(curves) + 1) // 2) if beneath else 0)
     words = "Detection error trade-off on log axes for " + ", ".join(curves)
-    return Picture(name, words, (6.6, 4.3), on_axes(draw))
+    return Picture(name, words, (6.6, height), on_axes(draw))
 
 
 def open_set_curves(found: Sequence[Identification]) -> Picture:
     """FNIR against FPIR, as ``det_curves``."""
-    curves = {
-        i.name: Det(fmr=i.curve.fpir, fnmr=i.curve.fnir, low=i.curve.low, high=i.curve.high)
-        for i in found
-    }
+    curves = {i.name: Det(fmr=i.curve.fpir, fnmr=i.curve.fnir, low=i.curve.low, high=i.curve.high) for i in found}
     rates = "false positive identification rate (FPIR)", "false negative identification rate (FNIR)"
     return det_curves(curves, title="probe–gallery", name="identification", rates=rates)
 

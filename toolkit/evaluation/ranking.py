@@ -28,7 +28,7 @@ class Ranked(Record):
     """How the query side's encoder was trained; None where its file does not tell."""
     flip: bool
     first: Measured
-    """What is ranked by: every identity alike."""
+    """What is ranked by: every identity alike, where the statistic knows identities."""
     raw: Measured | None
     """Every pair alike; None for statistics without it."""
     behind_best: PairedDifference | None
@@ -56,10 +56,10 @@ class Ranking(Record):
     created: str
     """ISO 8601, UTC."""
     cell: str
-    statistic: str
-    """``tar_balanced``, ``accuracy`` …: as in the names of the draws."""
-    fmr: float | None
-    """Target false match rate; None for statistics without one."""
+    by: str
+    """What is ranked by: a name in ``STATISTICS``."""
+    target: float | None
+    """Target false match (or false positive identification) rate; None for statistics without one."""
     data: Data
     protocol: str
     synthetic: bool

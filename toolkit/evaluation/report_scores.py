@@ -91,8 +91,9 @@ def worst(e: Evaluation) -> str:
         return ""
     return section(
         "The pairs it gets most wrong",
-        "<p>File names only, worst first; those of every ordered pair are in report.json. They may name people: mind who is given this page. Look at the images before "
-        "you believe the labels: the highest false matches are often one person under two names.</p>",
+        "<p>File names only, worst first; those of every ordered pair are in report.json. They may name people: mind "
+        "who is given this page. Look at the images before you believe the labels: the highest false matches are often "
+        "one person under two names.</p>",
         *(
             f"<h3>{c.name}</h3>{_files('False matches: two people, highest scores', found.false_matches)}"
             + _files("False non-matches: one person, lowest scores", found.false_non_matches)
