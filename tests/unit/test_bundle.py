@@ -21,9 +21,10 @@ from pkd.toolkit.bundle import (
     self_test,
     write_bundle,
 )
-from pkd.toolkit.errors import BundleError
+from pkd.toolkit.errors import BundleError, NotTrusted
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import open_bundle
+from pkd.toolkit.signing import Signature
 from pkd.toolkit.space import EmbeddingSpace, EncoderInfo
 from pkd.toolkit.target import Target
 
@@ -66,6 +67,7 @@ GOLDEN_MANIFEST = """\
   "created": "2026-01-01T00:00:00+00:00",
   "files": {
     "certificates/a__b.json": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+    "certificates/a__b.json.sig": "3f79bb7b435b05321651daefd374cdc681dc06faa65e374e38337b88ca046dea",
     "encoder.onnx": "7ac1c1fc09ff4df09d35d7b4f4a1a04e0b6d22dd56a1a91ed7df10e68d1d65fd"
   }
 }
@@ -145,6 +147,7 @@ def test_the_layout_of_the_manifest_is_pinned_and_schema_1_still_read() -> None:
         created="2026-01-01T00:00:00+00:00",
         files={
             "certificates/a__b.json": hashlib.sha256(b"{}").hexdigest(),
+            "certificates/a__b.json.sig": hashlib.sha256(b"e").hexdigest(),
             "encoder.onnx": "7ac1c1fc09ff4df09d35d7b4f4a1a04e0b6d22dd56a1a91ed7df10e68d1d65fd",
         },
     )
@@ -494,3 +497,42 @@ def test_nothing_remains_of_a_bundle_that_would_not_open(tmp_path: Path) -> None
         with pytest.raises(BundleError):
             write_bundle(tmp_path / "made", wrong, manifest)
         assert sorted(tmp_path.iterdir()) == before
+
+
+SIGNED = Signature("sha256:" + "0" * 64, bytes(64))
+
+
+def test_a_certificate_keeps_its_signature_and_its_bytes(tmp_path: Path) -> None:
+    files, manifest = content()
+    info = manifest.encoder
+    certificates = certificate(info.id, info.id, info.space.id), certificate(info.id, "other@sha256:00", info.space.id)
+    added = {f"certificates/{c.file_name}": c.model_dump_json(indent=3).encode() for c in certificates}
+    first = f"certificates/{certificates[0].file_name}"
+    made = write_bundle(tmp_path / "made", {**files, **added, f"{first}.sig": SIGNED.text()}, manifest)
+    found = {file.path.relative_to(made.path).as_posix(): file for file in Bundle.open(made.path).certificate_files()}
+    assert {name: file.data for name, file in found.items()} == added
+    assert {name: file.signature for name, file in found.items()} == {n: SIGNED if n == first else None for n in added}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("certificates/a.json.sig", SIGNED.text(), r"a\.json\.sig: signs a file that is not in the bundle"),
+        ("certificates/a.json.sig.sig", SIGNED.text(), "signs a file that is not in the bundle"),
+        ("certificates/a.sig", b"", "signs a file that is not in the bundle"),
+        ("certificates/notes.txt", b"hello", r"notes\.txt: not a certificate"),
+    ],
+)
+def test_the_folder_of_certificates_holds_nothing_else(good: Path, name: str, data: bytes, said: str) -> None:
+    replace_file(good, name, data)
+    with pytest.raises(BundleError, match=said):
+        Bundle.open(good)
+
+
+def test_a_broken_signature_is_refused_on_opening(tmp_path: Path) -> None:
+    files, manifest = content()
+    made = certificate(manifest.encoder.id, manifest.encoder.id, manifest.encoder.space.id)
+    name = f"certificates/{made.file_name}"
+    with pytest.raises(NotTrusted, match=r"\.json\.sig: not a signature file"):
+        write_bundle(tmp_path / "made", {**files, name: made.model_dump_json().encode(), f"{name}.sig": b"x"}, manifest)
+    assert not (tmp_path / "made").exists()

@@ -7,7 +7,8 @@ from bundle_factory import certificate, content
 
 from pkd.export.certificates import collect
 from pkd.toolkit.certificate import Certificate
-from pkd.toolkit.errors import InputError
+from pkd.toolkit.errors import InputError, NotTrusted
+from pkd.toolkit.signing import Signature
 
 INFO = content()[1].encoder
 OTHER = "other@sha256:" + "1" * 64
@@ -72,3 +73,39 @@ def test_what_holds_no_certificates_is_refused(tmp_path: Path, make: object) -> 
     make(tmp_path / "e")  # type: ignore[operator]
     with pytest.raises(InputError, match=r"e: (no certificates there|not a certificate)"):
         collect([tmp_path / "e"], INFO)
+
+
+def sign(path: Path, key: str = "0") -> bytes:
+    """A signature file in form; export has no keys to check it with."""
+    data = Signature(f"sha256:{key * 64}", bytes(64)).text()
+    path.with_name(path.name + ".sig").write_bytes(data)
+    return data
+
+
+def test_signatures_travel_with_their_certificates(tmp_path: Path) -> None:
+    made, unsigned = pair(INFO.id, OTHER), pair(OTHER, INFO.id)
+    folder = evaluation(tmp_path / "e", made, unsigned)
+    signature = sign(folder / "certificates" / made.file_name)
+    name = f"certificates/{made.file_name}"
+    files = collect([folder], INFO)
+    assert set(files) == {name, f"{name}.sig", f"certificates/{unsigned.file_name}"}
+    assert files[f"{name}.sig"] == signature
+    assert set(collect([folder / name], INFO)) == {name, f"{name}.sig"}
+
+
+def test_a_signature_of_one_copy_is_enough_and_two_keys_are_too_many(tmp_path: Path) -> None:
+    made = pair(INFO.id, OTHER)
+    folders = [evaluation(tmp_path / str(i), made) for i in range(3)]
+    sign(folders[1] / "certificates" / made.file_name)
+    assert len(collect(folders, INFO)) == 2
+    sign(folders[2] / "certificates" / made.file_name, key="1")
+    with pytest.raises(InputError, match="signed by two keys"):
+        collect(folders, INFO)
+
+
+def test_what_is_no_signature_is_refused_by_name(tmp_path: Path) -> None:
+    made = pair(INFO.id, OTHER)
+    folder = evaluation(tmp_path / "e", made)
+    (folder / "certificates" / f"{made.file_name}.sig").write_text("hello")
+    with pytest.raises(NotTrusted, match=r"\.json\.sig: not a signature file"):
+        collect([folder], INFO)
