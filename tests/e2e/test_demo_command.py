@@ -29,10 +29,20 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     assert told["parameters"]["teacher"] >= 4 * told["parameters"]["student"]
     assert told["genuine"]["queries"] == 4 * 2
     assert told["impostor"]["queries"] == 4 * 2 * 3
-    assert set(told["seconds"]) >= {"faces", "teacher", "student", "evaluate", "export teacher", "export student"}
+    assert set(told["seconds"]) >= {
+        "faces",
+        "teacher",
+        "student",
+        "control",
+        "evaluate",
+        "export teacher",
+        "export student",
+    }
     assert read_rgb(out / "demo.png").shape == (1215, 1800, 3)
     html = (out / "report.html").read_text(encoding="utf-8")
     assert "Synthetic faces" in html and "At the door" in html and "data:image/png;base64," in html
+    for cell in ("S–T", "C–T", "P–T", "R–T"):
+        assert f"<b>{cell}</b>" in html
     assert not re.search(r'(src|href)="(?!data:|#)', html), "the report must be one file"
     for name in ("teacher", "student"):
         assert list((out / "bundles" / name / "certificates").glob("*.json"))

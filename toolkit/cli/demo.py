@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(
         "pkd-demo",
         "Run the other commands as you would: train a teacher, distil a student that is at least four times smaller, "
-        "evaluate, export, serve, and match queries of the student against a gallery of the teacher over HTTP. Prints "
+        "evaluate both beside a control that was not distilled, export, serve, and match queries of the student against "
+        "a gallery of the teacher over HTTP. Prints "
         "each command line. Writes OUT/report.html and OUT/demo.png. The people are synthetic drawings unless you give "
         "--faces and --teacher.",
         EXAMPLES,
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = parser.add_argument_group("size of the synthetic demo")
     size.add_argument("--identities", type=int, default=DemoConfig.identities, metavar="N", help="people (%(default)s)")
     size.add_argument("--images", type=int, default=DemoConfig.images, metavar="N", help="of each (%(default)s)")
-    usual = " and ".join(map(str, STEPS.values()))
+    usual = ", ".join(f"{role} {count}" for role, count in STEPS.items())
     size.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps of each training ({usual})")
     return run(parser, _demo, argv)
 
