@@ -37,6 +37,9 @@ EXAMPLES = """
   pkd-evaluate --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --student run --faces test --out eval
   pkd-evaluate --teacher teacher-bundle --student student-bundle --gallery passports --probe selfies --out eval
   pkd-evaluate --teacher insightface:buffalo_l --pairs pairs.txt --faces lfw --flip --out lfw-view2
+  pkd-evaluate --teacher teacher-bundle --student student-bundle --pairs agedb_30.bin --flip --out agedb
+  pkd-evaluate --teacher teacher-bundle --student student-bundle --pairs cfp/Protocol/Split/FP --faces crops --out cfp
+  pkd-evaluate --teacher teacher-bundle --student student-bundle --templates IJBC/meta --faces IJBC/loose_crop --out ijbc
 """
 
 
@@ -214,7 +217,8 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
             f"threshold from {found.threshold_from}"
         )
     if evaluation.agreement:
-        console.print(f"mean cosine of teacher and student on the same image: {evaluation.agreement.mean:.3f}")
+        one = "template" if evaluation.templates else "image"
+        console.print(f"mean cosine of teacher and student on the same {one}: {evaluation.agreement.mean:.3f}")
     for attribute, names in (evaluation.labels.unlabelled if evaluation.labels else {}).items():
         if names:
             total = next(a.unlabelled for a in evaluation.comparisons[0].demographics if a.name == attribute)

@@ -35,7 +35,8 @@ def identify(
     notes = []
     if left_out := sum(plan.left_out for plan in plans):
         notes.append(f"{left_out:,} searches with an image that is itself enrolled were left out.")
-    found, values = [], {}
+    found: list[Identification] = []
+    values: dict[str, Doubles] = {}
     for q, g in lineup.cells(with_probe=True, any_space=options.any_space):
         label = f"{q}–{g}"
         with bar(f"searching {label}", sum(len(plan.searched) for plan in plans)) as advance:

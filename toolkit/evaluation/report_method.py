@@ -6,7 +6,7 @@ from html import escape
 
 from pkd.toolkit.evaluation.page import bullets, facts, section
 from pkd.toolkit.evaluation.report_identification import how_searched
-from pkd.toolkit.evaluation.results import Comparison, Evaluation, Training
+from pkd.toolkit.evaluation.results import Comparison, Evaluation, TemplateData, Training
 from pkd.toolkit.space import EncoderInfo, short
 
 
@@ -24,6 +24,7 @@ def provenance(e: Evaluation) -> str:
     rows = [
         ("Images", f"{e.data.images:,} of {e.data.identities:,} identities{single}"),
         ("Set", f"{escape(e.data.name)}{' (synthetic)' if e.synthetic else ''}"),
+        *([("Templates", _templates(e.templates))] if e.templates else []),
         ("Digest", f"<code>{e.data.content_digest}</code>"),
         *(
             (name, _encoder(info) + told_training(e.training.get(name[0])))
@@ -41,6 +42,20 @@ def provenance(e: Evaluation) -> str:
         ("Made", f"{escape(e.created)} by {escape(e.tool)}"),
     ]
     return section("Data and encoders", facts(rows))
+
+
+def _templates(t: TemplateData) -> str:
+    loose = "loose crops aligned by the published points" if t.aligned else "aligned crops"
+    score = "weighted by the published detector scores" if t.scored else "all alike"
+    rebuilt = (
+        f"; the subjects of {t.subjects_rebuilt:,} are rebuilt from the pairs that are declared the same"
+        if t.subjects_rebuilt
+        else ""
+    )
+    return (
+        f"{t.templates:,} of {t.media:,} media: {loose}; faces {score}, averaged within a medium; media summed"
+        f"{rebuilt}"
+    )
 
 
 def told_training(told: Training | None) -> str:

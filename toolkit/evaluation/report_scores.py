@@ -73,7 +73,7 @@ def agreement(e: Evaluation, drawn: Mapping[str, str]) -> str:
         return ""
     a = e.agreement
     return section(
-        "Teacher and student on the same image",
+        f"Teacher and student on the same {'template' if e.templates else 'image'}",
         figure(
             drawn["agreement"],
             f"Mean cosine {a.mean:.3f}, median {a.median:.3f}, 5th percentile {a.low:.3f}, standard deviation "

@@ -35,7 +35,9 @@ def template_matching(templates: Templates, name: str, lineup: Lineup, options: 
     """
     cells = lineup.cells(with_probe=True, any_space=options.any_space)
     pairing = _pairing(templates, name)
-    for fmr in (options.fmrs or ()) if pairing else ():
+    for fmr in options.fmrs or ():
+        if pairing is None:
+            raise InputError(f"--fmr {fmr:g}: {name} has no template_pair_label.txt, so no pairs are compared. Drop it.")
         require_resolved(pairing, fmr)
     digest = _digest(templates, options)
     vectors = {letter: pool(encoder, templates, options, bar) for letter, encoder in lineup.encoders.items()}
