@@ -137,7 +137,7 @@ def _measure(args: argparse.Namespace, options: Options, bar: Callable[..., Any]
         name = f"{_name(args.gallery)} (gallery), {_name(args.probe)} (probe)"
     labels = read_labels(args.demographics) if args.demographics else None
     if labels:
-        labels.check(sorted({*faces.identities, *(probe.identities if probe else ())}))
+        labels = labels.matched(sorted({*faces.identities, *(probe.identities if probe else ())}))
     lineup = _open(args, [each for each in (faces, probe) if each], options, bar)
     return cross_matrix(faces, name, lineup, options, bar, probe=probe, labels=labels)
 
@@ -161,6 +161,8 @@ def _check(args: argparse.Namespace) -> None:
     sides = [args.gallery, args.probe]
     if args.templates and (args.pairs or any(sides) or not args.faces):
         raise InputError("--templates META takes its images from --faces DIR and goes with no --pairs or --gallery.")
+    if args.templates and args.demographics:
+        raise InputError("--demographics goes with --faces or --gallery and --probe. Drop it, or --templates.")
     if args.no_detector_score and not args.templates:
         raise InputError("--no-detector-score goes with --templates META. Drop it.")
     if args.pairs and any(sides):

@@ -8,6 +8,7 @@ from pkd.toolkit.evaluation.identification import measure_searches
 from pkd.toolkit.evaluation.lineup import Lineup
 from pkd.toolkit.evaluation.pairs import Doubles, Pairing
 from pkd.toolkit.evaluation.protocol import Bar, Options
+from pkd.toolkit.evaluation.rates import EXPECTED
 from pkd.toolkit.evaluation.results import Identification
 from pkd.toolkit.evaluation.search import joined, one_gallery, search, two_galleries
 from pkd.toolkit.runtime import Embeddings
@@ -67,6 +68,13 @@ def identify(
                 seed=options.seed,
                 advance=advance,
             )
+        if not result.ranks and not result.points:
+            return (), {}, (*notes, "No identification rates: too few people to search among and to search for.")
         found.append(result)
         values |= drawn
+    if found[0].mated_identities < EXPECTED:
+        notes.append(
+            f"People with mated searches: {found[0].mated_identities}. They are too few for the intervals of what "
+            "is found and missed to mean much."
+        )
     return tuple(found), values, tuple(notes)

@@ -75,15 +75,16 @@ class ListedPairs(Pairing):
         mass *= np.take(weight, b)
         return float(mass @ count)
 
-    @cached_property
-    def identity_pairs(self) -> int:
-        """Number of pairs of different identities that are compared."""
-        return len(self.people[0])
+    def people_weight(self, weight: Doubles) -> float:
+        """Σ weight[a]·weight[b] over the pairs of different identities that are compared."""
+        a, b, _ = self.people
+        return float(np.take(weight, a) @ np.take(weight, b))
 
-    @cached_property
-    def impostor_squares(self) -> float:
-        """Σ n² over the pairs of different identities."""
-        return float(self.people[2] @ self.people[2])
+    def pairs_between(self, a: Ints, b: Ints) -> Doubles:
+        """Number of listed pairs of each two identities that the list compares."""
+        low, high, count = self.people
+        codes = low.astype(np.int64) * self.identities + high
+        return count[np.searchsorted(codes, self._code(a, b))]
 
     def _count(self, identity: Ints) -> Doubles:
         return np.bincount(identity, minlength=self.identities).astype(np.float64)

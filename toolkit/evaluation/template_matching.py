@@ -37,7 +37,9 @@ def template_matching(templates: Templates, name: str, lineup: Lineup, options: 
     pairing = _pairing(templates, name)
     for fmr in options.fmrs or ():
         if pairing is None:
-            raise InputError(f"--fmr {fmr:g}: {name} has no template_pair_label.txt, so no pairs are compared. Drop it.")
+            raise InputError(
+                f"--fmr {fmr:g}: {name} has no template_pair_label.txt, so no pairs are compared. Drop it."
+            )
         require_resolved(pairing, fmr)
     digest = _digest(templates, options)
     vectors = {letter: pool(encoder, templates, options, bar) for letter, encoder in lineup.encoders.items()}
@@ -67,6 +69,14 @@ def template_matching(templates: Templates, name: str, lineup: Lineup, options: 
         identifications=tuple(identifications),
         agreement=agree(vectors["T"], vectors["S"]) if ("S", "T") in cells else None,
         notes=(
+            *(
+                [
+                    f"{templates.rebuilt:,} templates have no SUBJECT_ID: their people are rebuilt from the pairs that are "
+                    "declared the same. One person in several such groups makes intervals slightly too narrow."
+                ]
+                if templates.rebuilt
+                else []
+            ),
             "Thresholds are of templates of several images. They hold for no single image, so nothing is certified.",
             *notes_on(lineup, options, comparisons),
         ),
