@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,11 +57,21 @@ def tar_balanced(pairs: list[Pair], threshold: float) -> float:
     return float(sum(people[a] * rate[a] for a in people) / sum(people.values()))
 
 
-def threshold_at(pairs: list[Pair], target: float) -> float:
+def fmr_balanced(pairs: list[Pair], threshold: float) -> float:
+    """Mean over pairs of different people of the fraction of their image pairs at or above the threshold."""
+    people: dict[frozenset[int], list[Pair]] = {}
+    for p in pairs:
+        if not p.same:
+            people.setdefault(frozenset((p.query, p.gallery)), []).append(p)
+    rates = [(found[0].weight, np.mean([p.score >= threshold for p in found])) for found in people.values()]
+    return float(sum(w * rate for w, rate in rates) / sum(w for w, _ in rates))
+
+
+def threshold_at(pairs: list[Pair], target: float, rate: Callable[[list[Pair], float], float] = fmr_balanced) -> float:
     """Smallest float32 threshold with FMR ≤ target, tried at every score and just above it."""
     scores = sorted({p.score for p in pairs if not p.same})
     tried = [-np.inf, *(float(np.nextafter(np.float32(s), np.float32(np.inf))) for s in scores)]
-    return next(t for t in tried if fmr(pairs, t) <= target * (1 + 1e-9))
+    return next(t for t in tried if rate(pairs, t) <= target * (1 + 1e-9))
 
 
 def equal_error_rate(pairs: list[Pair]) -> float:

@@ -89,6 +89,7 @@ def certificate(query: EncoderInfo, gallery: EncoderInfo, **changes: object) -> 
             threshold=threshold,
             fmr_ci95=(fmr / 2, fmr * 2),
             prediction95=(fmr / 3, fmr * 3),
+            raw_threshold=0.5,
             tar=0.9,
             tar_ci95=(0.8, 0.95),
             tar_balanced=0.9,

@@ -33,7 +33,7 @@ class OperatingPoint(Record):
     """Error rates at one threshold; intervals are 95 % identity-level bootstrap intervals."""
 
     fmr: float
-    """Target false match rate, a fraction."""
+    """Target false match rate, a fraction: of two different people drawn at random, however many images there are."""
     threshold: float
     """Cosine similarity at and above which a pair matches."""
     fmr_ci95: Interval
@@ -41,11 +41,13 @@ class OperatingPoint(Record):
     prediction95: Interval
     """What a fresh, equally large set of such people would measure as false match rate at this threshold, in 95 of 100
     cases: wider, for the fresh set has a chance of its own, and the threshold's is in it, too."""
+    raw_threshold: float
+    """Threshold for the same rate where every pair of images weighs the same, as published figures count. Not used."""
     tar: float
-    """True accept rate over genuine pairs, every pair weighing the same."""
+    """True accept rate at ``raw_threshold``, every genuine pair weighing the same."""
     tar_ci95: Interval
     tar_balanced: float
-    """True accept rate with every identity weighing the same."""
+    """True accept rate at ``threshold``, every identity weighing the same."""
     tar_balanced_ci95: Interval
 
 

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_curve
 
 from pkd.toolkit.evaluation.pairs import Pairing
-from pkd.toolkit.evaluation.rates import equal_error_rate, fmr_at, rates
+from pkd.toolkit.evaluation.rates import equal_error_rate, fmr_at, rates, raw_fmr_at
 from pkd.toolkit.evaluation.scores import score_pairs
 
 
@@ -31,4 +31,13 @@ def test_operating_points_agree_with_scikit_learn(seed: int) -> None:
     best = [true[false <= target].max() for target in targets]
     assert rates(scores, targets).tar == pytest.approx(best, abs=1e-12)
     assert equal_error_rate(scores) == pytest.approx(np.maximum(false, 1 - true).min(), abs=1e-12)
+    assert raw_fmr_at(scores, thresholds[1:]) == pytest.approx(false[1:], abs=1e-12)
+
+    # balanced: every two people, and every person, weigh the same
+    weight = np.concatenate([1 / scores.pairing.genuine_per_identity[scores.genuine_identity], scores.share])
+    false, true, thresholds = roc_curve(
+        truth, np.concatenate([scores.genuine, scores.impostor]), sample_weight=weight, drop_intermediate=False
+    )
+    best = [true[false <= target * (1 + 1e-9)].max() for target in targets]
+    assert rates(scores, targets).tar_balanced == pytest.approx(best, abs=1e-12)
     assert fmr_at(scores, thresholds[1:]) == pytest.approx(false[1:], abs=1e-12)

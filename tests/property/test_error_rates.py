@@ -17,6 +17,8 @@ from pkd.toolkit.evaluation.rates import (
     impostor_cumulative,
     lowest_impostor,
     rates,
+    raw_fmr_at,
+    raw_impostor_cumulative,
 )
 from pkd.toolkit.evaluation.scores import BINS, bin_edges, bin_of, score_pairs
 
@@ -55,8 +57,7 @@ def test_counts_are_those_of_the_loop(case: tuple[Pairing, np.ndarray, np.ndarra
     assert pairing.impostor_pairs == sum(not p.same for p in found)
     for identity in range(pairing.identities):
         assert pairing.genuine_per_identity[identity] == sum(p.same and p.query == identity for p in found)
-    if len(pairing.left_out[0]) == (0 if pairing.unordered else len(query)):  # no byte-identical copies
-        assert pairing.identity_pairs == len({frozenset((p.query, p.gallery)) for p in found if not p.same})
+    assert pairing.identity_pairs == len({frozenset((p.query, p.gallery)) for p in found if not p.same})
 
 
 @given(pairings(), st.integers(0, 2**32 - 1))
@@ -72,14 +73,26 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(
     assert pairing.impostor_weight(weight) == sum(p.weight for p in found if not p.same)
 
     scores = score_pairs(pairing, query, gallery)
-    made = drawn_rates(scores, TARGETS, weight, impostor_cumulative(scores, weight))
+    people = [frozenset((p.query, p.gallery)) for p in found if not p.same]
+    drawn_people = {pair: weight[list(pair)].prod() for pair in people}
+    assert pairing.people_weight(weight) == sum(drawn_people.values())
+    a, b = (np.array(side) for side in zip(*(sorted(pair) for pair in drawn_people), strict=True))
+    if (weight > 0).all():
+        assert pairing.pairs_between(a, b).tolist() == [people.count(pair) for pair in drawn_people]
+    made = drawn_rates(
+        scores, TARGETS, weight, impostor_cumulative(scores, weight), raw_impostor_cumulative(scores, weight)
+    )
     if (weight == 1).all():
-        np.testing.assert_array_equal(made.threshold, rates(scores, TARGETS).threshold)
+        whole = rates(scores, TARGETS)
+        np.testing.assert_array_equal(made.threshold, whole.threshold)
+        np.testing.assert_array_equal(made.raw_threshold, whole.raw_threshold)
     for k, target in enumerate(TARGETS):
         threshold = oracle.threshold_at(found, float(target))
         assert made.threshold[k] == threshold
-        assert made.tar[k] == pytest.approx(oracle.tar(found, threshold), abs=1e-12)
         assert made.tar_balanced[k] == pytest.approx(oracle.tar_balanced(found, threshold), abs=1e-12)
+        raw = oracle.threshold_at(found, float(target), oracle.fmr)
+        assert made.raw_threshold[k] == raw
+        assert made.tar[k] == pytest.approx(oracle.tar(found, raw), abs=1e-12)
 
 
 @given(pairings())
@@ -91,7 +104,8 @@ def test_error_rate_curve_is_that_of_the_loop(case: tuple[Pairing, np.ndarray, n
     scores = score_pairs(pairing, query, gallery)
     assert equal_error_rate(scores) == pytest.approx(oracle.equal_error_rate(found), abs=1e-12)
     thresholds = np.array([-2.0, -0.5, 0.0, 0.125, 0.3, 0.75, 2.0])
-    assert fmr_at(scores, thresholds) == pytest.approx([oracle.fmr(found, t) for t in thresholds], abs=1e-12)
+    assert raw_fmr_at(scores, thresholds) == pytest.approx([oracle.fmr(found, t) for t in thresholds], abs=1e-12)
+    assert fmr_at(scores, thresholds) == pytest.approx([oracle.fmr_balanced(found, t) for t in thresholds], abs=1e-12)
     assert oracle.fmr(found, lowest_impostor(scores)) == 1.0
 
 
@@ -123,14 +137,19 @@ def test_what_is_kept_of_a_large_set_gives_the_same_rates(seed: int, unordered: 
     query, gallery = vectors[part.impostor_query], vectors[part.impostor_gallery]
     np.testing.assert_allclose(part.impostor, np.einsum("nd,nd->n", query, gallery), atol=1e-6)
     targets = np.array([0.9, 0.5, 0.2, 0.02, 0.005])
-    np.testing.assert_allclose(rates(part, targets).threshold, rates(whole, targets).threshold, atol=2e-5)
+    np.testing.assert_allclose(rates(part, targets).raw_threshold, rates(whole, targets).raw_threshold, atol=2e-5)
     assert rates(part, targets).tar == pytest.approx(rates(whole, targets).tar, abs=0.01)
+    np.testing.assert_allclose(rates(part, targets[3:]).threshold, rates(whole, targets[3:]).threshold, atol=0.1)
     drawn = random.multinomial(20, np.full(20, 0.05)).astype(np.float64)
-    sampled = drawn_rates(part, targets[2:], drawn, impostor_cumulative(part, drawn))
-    all_kept = drawn_rates(whole, targets[2:], drawn, impostor_cumulative(whole, drawn))
-    assert sampled.threshold == pytest.approx(all_kept.threshold, abs=0.15)
+    for cumulative in (impostor_cumulative, raw_impostor_cumulative):
+        sampled, every = (cumulative(each, drawn) for each in (part, whole))
+        there = np.searchsorted(-whole.impostor, -part.impostor, "right") - 1
+        tail = every[there] < 0.1
+        np.testing.assert_allclose(sampled[tail], every[there][tail], rtol=0, atol=0.06)
     grid = np.linspace(-0.9, 0.9, 30)
-    np.testing.assert_allclose(fmr_at(part, grid), fmr_at(whole, grid), rtol=0, atol=3 / pairing.impostor_pairs)
+    np.testing.assert_allclose(raw_fmr_at(part, grid), raw_fmr_at(whole, grid), rtol=0, atol=3 / pairing.impostor_pairs)
+    grid = grid[fmr_at(whole, grid) < 0.1]
+    np.testing.assert_allclose(fmr_at(part, grid), fmr_at(whole, grid), rtol=0, atol=0.06)
     assert equal_error_rate(part) == pytest.approx(equal_error_rate(whole), abs=2e-3)
 
 

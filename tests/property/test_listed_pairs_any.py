@@ -14,7 +14,13 @@ from pkd.toolkit.evaluation import listed_pairs as listed_module
 from pkd.toolkit.evaluation import scores as scores_module
 from pkd.toolkit.evaluation.bootstrap import bootstrap
 from pkd.toolkit.evaluation.listed_pairs import ListedPairs, listed, read_pair_labels, score_listed
-from pkd.toolkit.evaluation.rates import drawn_rates, equal_error_rate, impostor_cumulative, rates
+from pkd.toolkit.evaluation.rates import (
+    drawn_rates,
+    equal_error_rate,
+    impostor_cumulative,
+    rates,
+    raw_impostor_cumulative,
+)
 from pkd.toolkit.evaluation.scores import PairScores
 
 TARGETS = np.array([0.5, 0.25, 0.1, 0.02])
@@ -61,17 +67,22 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(
     everyone = looped(pairs, vectors, np.ones(pairs.identities))
     both = [frozenset((p.query, p.gallery)) for p in everyone if not p.same]
     assert pairs.identity_pairs == len(set(both))
-    assert pairs.impostor_squares == sum(both.count(pair) ** 2 for pair in set(both))
+    drawn_people = {frozenset((p.query, p.gallery)): p.weight for p in found if not p.same}
+    assert pairs.people_weight(weight) == sum(drawn_people.values())
     assert set(np.concatenate([pairs.query[pairs.first], pairs.query[pairs.second]])) == set(range(pairs.identities))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listed_module, "BLOCK", 7)
         scores = score_listed(pairs, vectors, vectors)
-    made = drawn_rates(scores, TARGETS, weight, impostor_cumulative(scores, weight))
+    made = drawn_rates(
+        scores, TARGETS, weight, impostor_cumulative(scores, weight), raw_impostor_cumulative(scores, weight)
+    )
     for k, target in enumerate(TARGETS):
+        raw = oracle.threshold_at(found, float(target), oracle.fmr)
+        assert made.raw_threshold[k] == raw
+        assert made.tar[k] == pytest.approx(oracle.tar(found, raw), abs=1e-12)
         threshold = oracle.threshold_at(found, float(target))
         assert made.threshold[k] == threshold
-        assert made.tar[k] == pytest.approx(oracle.tar(found, threshold), abs=1e-12)
         # every drawn identity weighs the same, however many pairs the list has of it
         assert made.tar_balanced[k] == pytest.approx(oracle.tar_balanced(found, threshold), abs=1e-12)
     assert equal_error_rate(scores) == pytest.approx(oracle.equal_error_rate(everyone), abs=1e-12)
@@ -96,7 +107,7 @@ def test_what_is_kept_of_a_long_list_gives_the_same_rates(seed: int) -> None:
     np.testing.assert_array_equal(part.impostor[exact], whole.impostor[: exact.sum()])
     assert part.mass[exact] == pytest.approx(1) and part.mass.sum() == pytest.approx(pairs.impostor_pairs)
     assert part.histogram.sum() == pairs.impostor_pairs
-    np.testing.assert_allclose(rates(part, TARGETS).threshold, rates(whole, TARGETS).threshold, atol=2e-5)
+    np.testing.assert_allclose(rates(part, TARGETS).raw_threshold, rates(whole, TARGETS).raw_threshold, atol=2e-5)
     np.testing.assert_allclose(rates(part, TARGETS).tar, rates(whole, TARGETS).tar, atol=0.02)
 
 

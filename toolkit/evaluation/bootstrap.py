@@ -14,7 +14,7 @@ import numpy as np
 
 from pkd.toolkit.certificate import Interval
 from pkd.toolkit.evaluation.pairs import Doubles, Ints, Mask
-from pkd.toolkit.evaluation.rates import drawn_rates, fmr_at, impostor_cumulative, matching
+from pkd.toolkit.evaluation.rates import drawn_rates, fmr_at, impostor_cumulative, matching, raw_impostor_cumulative
 from pkd.toolkit.evaluation.scores import PairScores
 
 
@@ -23,11 +23,11 @@ class Bootstrap:
     """Statistics of R resamples of the identities, and what their spread says of the truth."""
 
     tar: Doubles
-    """R×F: TAR at each target FMR, the threshold found anew in every resample."""
+    """R×F: raw TAR at each raw target FMR, the threshold found anew in every resample."""
     tar_balanced: Doubles
-    """R×F, every identity weighing the same."""
+    """R×F: balanced TAR at each balanced target FMR."""
     fmr: Doubles
-    """R×K: FMR at each fixed threshold."""
+    """R×K: balanced FMR at each fixed threshold."""
     observed_fmr: Doubles
     """K: FMR of all people at each fixed threshold."""
     pair_variance: Doubles
@@ -84,7 +84,7 @@ def bootstrap(
 ) -> Bootstrap:
     """Draw the identities with replacement ``resamples`` times and measure each draw.
 
-    An impostor pair of identities a ≠ b weighs draws(a)·draws(b), a genuine pair of a draws(a): pairs between two
+    Impostors a ≠ b weigh draws(a)·draws(b), a genuine pair of a draws(a): pairs between two
     copies of one drawn identity are left out, for they would be genuine pairs posing as impostors. A draw without any
     impostor or genuine pair (possible only in tiny sets) is drawn again.
     """
@@ -98,12 +98,13 @@ def bootstrap(
     fmr = np.empty((resamples, len(thresholds)))
     for r in range(resamples):
         weight = random.multinomial(pairing.identities, even).astype(np.float64)
-        while not (pairing.impostor_weight(weight) > 0 and weight[wanted].any()):
+        while not (pairing.people_weight(weight) > 0 and weight[wanted].any()):
             weight = random.multinomial(pairing.identities, even).astype(np.float64)
         cumulative = impostor_cumulative(scores, weight)
-        drawn = drawn_rates(scores, fmrs, weight, cumulative)
-        tar[r], balanced[r] = drawn.tar, drawn.tar_balanced
-        fmr[r] = np.minimum(np.concatenate([[0.0], cumulative]), 1.0)[last]
+        if len(fmrs):
+            drawn = drawn_rates(scores, fmrs, weight, cumulative, raw_impostor_cumulative(scores, weight))
+            tar[r], balanced[r] = drawn.tar, drawn.tar_balanced
+        fmr[r] = np.minimum(np.append(0.0, cumulative), 1.0)[last]
         advance(1)
     return Bootstrap(
         tar,
@@ -115,7 +116,7 @@ def bootstrap(
         people=(
             effective(pairing.genuine_per_identity),
             float(np.count_nonzero(has_genuine)),
-            effective(pairing.per_query + pairing.per_gallery),
+            float(np.count_nonzero(pairing.per_query + pairing.per_gallery)),
         ),
     )
 
@@ -148,23 +149,22 @@ def effective(share: Doubles) -> float:
 def _pair_variance(scores: PairScores, matching: Ints) -> Doubles:
     """Variance of the FMR if pairs of people matched independently, where the first ``matching`` kept impostors match.
 
-    Σ (x − FMR·n)² / (Σ n)² over the pairs of people, with x matches among n pairs of images; Σ x·n is taken to be
-    FMR·Σ n². Where the kept are a sample, each stands for ``mass`` pairs and its square for as many: unbiased.
+    Σ (x − FMR)² / P² over the P pairs of people, x the fraction of a pair's images that match. Where the kept are a
+    sample, each stands for ``mass`` pairs of images, and its square for as many squares: unbiased.
     """
     pairing = scores.pairing
     a, b = scores.impostor_identities
     both = np.minimum(a, b) * pairing.identities + np.maximum(a, b)
     order = np.argsort(both, kind="stable")  # within a pair of people the scores still descend
-    mass = scores.mass[order]
-    total = np.cumsum(mass) - mass
+    share = scores.share[order]
+    before = np.cumsum(share) - share
     starts = np.flatnonzero(np.diff(both[order], prepend=-1))
-    total -= np.repeat(total[starts], np.diff(starts, append=len(order)))
+    before -= np.repeat(before[starts], np.diff(starts, append=len(order)))
     squares = np.empty(len(order))
-    squares[order] = mass * (2 * total + 1)
-    matched = np.concatenate([[0.0], np.cumsum(squares)])[matching]
-    count = np.concatenate([[0.0], np.cumsum(scores.mass)])[matching]
-    rate = count / pairing.impostor_pairs
-    variance: Doubles = np.maximum(matched - rate**2 * pairing.impostor_squares, 0) / pairing.impostor_pairs**2
+    squares[order] = share * (2 * before + share / scores.mass[order])
+    matched = np.append(0.0, np.cumsum(squares))[matching]
+    rate = np.append(0.0, np.cumsum(scores.share))[matching] / pairing.identity_pairs
+    variance: Doubles = np.maximum(matched / pairing.identity_pairs - rate**2, 0) / pairing.identity_pairs
     return variance
 
 

@@ -13,7 +13,6 @@ from pkd.toolkit.evaluation.pairs import Doubles, Floats, Pairing
 from pkd.toolkit.evaluation.rates import (
     Rates,
     equal_error_rate,
-    fmr_at,
     lowest_impostor,
     rates,
     require_resolved,
@@ -67,7 +66,7 @@ def measure(
         genuine=histogram(scores.genuine),
         impostor=Histogram(fractions=_coarser(scores.histogram)),
         distances=_distances(scores),
-        calibration=_calibrate(scores, grid, knots, drawn),
+        calibration=_calibrate(grid, knots, drawn),
     )
     values = {
         f"{name}/{statistic}/{grid[k]:g}": samples[:, k]
@@ -113,6 +112,7 @@ def _point(grid: Doubles, full: Rates, drawn: Bootstrap, k: int) -> OperatingPoi
         threshold=float(full.threshold[k]),
         fmr_ci95=drawn.fmr_interval(k + 1),
         prediction95=drawn.prediction(k + 1),
+        raw_threshold=float(full.raw_threshold[k]),
         tar=float(full.tar[k]),
         tar_ci95=drawn.tar_interval(k),
         tar_balanced=float(full.tar_balanced[k]),
@@ -131,11 +131,9 @@ def _det(grid: Doubles, full: Rates, drawn: Bootstrap) -> Det:
     )
 
 
-def _calibrate(scores: PairScores, grid: Doubles, knots: Doubles, drawn: Bootstrap) -> Calibration:
-    """The curve score → FMR. In the tail a knot's rate is its target, so threshold and rate are inverses; below it
-    the rate is counted in the histogram, for the threshold there comes from a sample."""
-    fmr = np.concatenate([[1.0], np.where(knots[1:] >= scores.cut, grid, fmr_at(scores, knots[1:]))])
-    fmr = np.minimum.accumulate(fmr)
+def _calibrate(grid: Doubles, knots: Doubles, drawn: Bootstrap) -> Calibration:
+    """The curve score → FMR. A knot's rate is its target, so that threshold and rate are inverses."""
+    fmr = np.append(1.0, grid)
     low, high = np.array([drawn.fmr_interval(k) for k in range(len(knots))]).T
     return Calibration(
         score=tuple(knots.tolist()),

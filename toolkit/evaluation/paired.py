@@ -47,7 +47,7 @@ def paired_difference(a: Doubles, b: Doubles, *, observed: float) -> PairedDiffe
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values of several comparisons, adjusted so that one false claim among all is as rare as each says (Holm 1979)."""
+    """p-values of several comparisons, adjusted: the chance of one false claim among them all (Holm 1979)."""
     order = sorted(range(len(p)), key=lambda i: p[i])
     adjusted, running = [0.0] * len(p), 0.0
     for place, i in enumerate(order):

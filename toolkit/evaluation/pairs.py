@@ -84,17 +84,48 @@ class Pairing:
         """Number of impostor pairs."""
         return round(self.impostor_weight(np.ones(self.identities)))
 
+    def people_weight(self, weight: Doubles) -> float:
+        """Σ weight[a]·weight[b] over the unordered pairs of identities a ≠ b that are compared, in closed form."""
+        query, gallery = np.where(self.per_query > 0, weight, 0), np.where(self.per_gallery > 0, weight, 0)
+        both = np.minimum(query, gallery)
+        twice = (both.sum() ** 2 - both @ both) / 2
+        a, b = self._never_compared
+        return float(query.sum() * gallery.sum() - query @ gallery - twice - weight[a] @ weight[b])
+
     @cached_property
     def identity_pairs(self) -> int:
         """Number of unordered pairs of different identities that are compared."""
-        in_query, in_gallery = self.per_query > 0, self.per_gallery > 0
-        q, g, both = (int(np.count_nonzero(x)) for x in (in_query, in_gallery, in_query & in_gallery))
-        return q * g - both - both * (both - 1) // 2
+        return round(self.people_weight(np.ones(self.identities)))
+
+    def pairs_between(self, a: Ints, b: Ints) -> Doubles:
+        """Number of pairs of images that are compared of each two identities a ≠ b, either way round."""
+        codes, dropped = self._dropped
+        found = self._all_between(a, b)
+        if len(codes):
+            code = self._code(a, b)
+            place = np.minimum(np.searchsorted(codes, code), len(codes) - 1)
+            found -= np.where(codes[place] == code, dropped[place], 0)
+        return found
+
+    def _all_between(self, a: Ints, b: Ints) -> Doubles:
+        pairs: Doubles = self.per_query[a] * self.per_gallery[b]
+        return pairs if self.unordered else pairs + self.per_query[b] * self.per_gallery[a]
+
+    def _code(self, a: Ints, b: Ints) -> Ints:
+        code: Ints = np.minimum(a, b) * self.identities + np.maximum(a, b)
+        return code
 
     @cached_property
-    def impostor_squares(self) -> float:
-        """Σ n² over the pairs of different identities, n impostor pairs of images each; copies counted."""
-        query, gallery = self.per_query, self.per_gallery
-        once = (query**2).sum() * (gallery**2).sum() - (query**2 * gallery**2).sum()
-        twice = (query @ gallery) ** 2 - (query**2 * gallery**2).sum()
-        return float(once / 2 if self.unordered else once + twice)
+    def _dropped(self) -> tuple[Ints, Ints]:
+        """Pairs of identities that share a file, as ascending codes, and how many of their pairs are left out."""
+        a, b = (side[index] for side, index in zip((self.query, self.gallery), self.left_out, strict=True))
+        codes, counts = np.unique(self._code(a, b)[a != b], return_counts=True)
+        return codes, counts
+
+    @cached_property
+    def _never_compared(self) -> tuple[Ints, Ints]:
+        """Pairs of identities of which every pair is one file twice."""
+        codes, dropped = self._dropped
+        a, b = np.divmod(codes, self.identities)
+        none = self._all_between(a, b) <= dropped
+        return a[none], b[none]

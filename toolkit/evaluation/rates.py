@@ -98,7 +98,8 @@ def drawn_rates(scores: PairScores, fmrs: Doubles, weight: Doubles, balanced: Do
 def fmr_at(scores: PairScores, thresholds: Doubles) -> Doubles:
     """Balanced FMR at each threshold: exact where all impostors are kept, from their sample below."""
     cumulative = impostor_cumulative(scores, np.ones(scores.pairing.identities))
-    return np.minimum(np.append(0.0, cumulative), 1.0)[matching(scores.impostor, thresholds)]
+    rate: Doubles = np.minimum(np.append(0.0, cumulative), 1.0)
+    return rate[matching(scores.impostor, thresholds)]
 
 
 def raw_fmr_at(scores: PairScores, thresholds: Doubles) -> Doubles:

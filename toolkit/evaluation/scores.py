@@ -2,8 +2,8 @@
 
 What is kept of the impostors thins out downwards. The ``KEEP`` highest are kept one by one; below them every stratum,
 four times as many pairs each, is sampled at a quarter of the rate of the one above. So a false match rate of 1e-5 and
-one of 1e-1 rest on about as many kept pairs, and memory grows with the logarithm of the number of pairs. Rates over
-all people do not depend on the sample: they are counted in a histogram of every pair.
+one of 1e-1 rest on about as many kept pairs, and memory grows with the logarithm of the number of pairs. A histogram
+counts every pair, for rates in which every pair of images weighs the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Ids = NDArray[np.int32]
 
 BINS = 1 << 17
 """Bins of the impostor histogram over [−1, 1], 1.5e-5 each: a power of two, so that every edge is a float32."""
-KEEP = 100_000
+KEEP = 200_000
 """About this many of the highest impostor scores are kept one by one; all where there are at most twice as many."""
 PILOT = 2048
 """Images a side whose scores say, before the pass, about where the strata begin."""
@@ -67,6 +67,11 @@ class PairScores:
     def impostor_identities(self) -> tuple[Ints, Ints]:
         """Identity on the query and on the gallery side of each kept impostor pair."""
         return self.pairing.query[self.impostor_query], self.pairing.gallery[self.impostor_gallery]
+
+    @cached_property
+    def share(self) -> Doubles:
+        """Part of its pair of people that each kept impostor pair stands for: their parts add up to 1."""
+        return self.mass / self.pairing.pairs_between(*self.impostor_identities)
 
 
 def score_pairs(
@@ -259,7 +264,8 @@ def _count(scores: Floats) -> Ints:
     """Histogram with ``_MARGIN`` bins more at either end."""
     beyond = 1 + _MARGIN / (BINS / 2)
     counts = cv2.calcHist([scores], [0], None, [BINS + 2 * _MARGIN], [-beyond, beyond])
-    return counts.ravel().astype(np.int64)
+    whole: Ints = counts.ravel().astype(np.int64)
+    return whole
 
 
 def _fold(histogram: Ints) -> Ints:
