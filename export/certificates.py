@@ -1,4 +1,4 @@
-"""Which measured certificates, and which report, belong into the bundle of one encoder."""
+"""Which measured certificates, and which report, belong into a bundle: those about its encoders."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from pkd.toolkit.signing import SUFFIX
 from pkd.toolkit.space import EncoderInfo, short
 
 
-def collect(sources: Sequence[Path], encoder: EncoderInfo) -> dict[str, bytes]:
-    """Bundle files from evaluations: the certificates that name ``encoder``, signatures, and the first report.html.
+def collect(sources: Sequence[Path], *encoders: EncoderInfo) -> dict[str, bytes]:
+    """Bundle files from evaluations: certificates that name one of ``encoders``, signatures, the first report.html.
 
     ``sources``: pkd-evaluate folders, folders of certificates, or certificate files. Raises InputError for a source
-    without a certificate about ``encoder``, and where two differ about one ordered pair.
+    without a certificate about any of them, and where two differ about one ordered pair.
     """
     files: dict[str, bytes] = {}
+    known = {encoder.id: encoder for encoder in encoders}
     for source in sources:
         found = [CertificateFile.read(path) for path in _candidates(source)]
-        own = [file for file in found if encoder.id in (file.certificate.query, file.certificate.gallery)]
+        own = [file for file in found if known.keys() & {file.certificate.query, file.certificate.gallery}]
         if not own:
             ids = sorted({short(i) for f in found for i in (f.certificate.query, f.certificate.gallery)})
             raise InputError(
-                f"{source}: no certificate there is about {short(encoder.id)}; they are about {', '.join(ids)}. "
-                "Evaluate this very encoder with pkd-evaluate."
+                f"{source}: no certificate there is about {' or '.join(map(short, known))}; they are about "
+                f"{', '.join(ids)}. Evaluate this very encoder with pkd-evaluate."
             )
         for file in own:
             certificate = file.certificate
-            require_about(certificate, encoder, file.path)
+            require_about(certificate, known.get(certificate.query) or known[certificate.gallery], file.path)
             name = f"certificates/{certificate.file_name}"
             if files.setdefault(name, file.data) != file.data:
                 raise InputError(

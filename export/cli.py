@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime, timezone
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.status import Status
 
-from pkd.export.certificates import collect
-from pkd.export.golden import COUNT, TOLERANCE, synthetic_crops
-from pkd.export.parity import BATCHES, insightface_blob, measure, onnx_runner, parity_table, require
-from pkd.toolkit.bundle import Golden, GraphSpec, Manifest, pack_golden, require_free, write_bundle
-from pkd.toolkit.command import Result, make_parser, run, tool_version
-from pkd.toolkit.errors import InputError, MissingExtra
+from pkd.toolkit.bundle import require_free
+from pkd.toolkit.command import Result, make_parser, run
+from pkd.toolkit.errors import InputError, MissingExtra, TargetUnavailable
 from pkd.toolkit.space import short
 
+if TYPE_CHECKING:
+    from pkd.export.produce import Order
+
+FORMATS = ("onnx", "openvino", "trt", "trt-rtx")
+PRECISIONS = ("fp32", "fp16", "int8", "bf16")
+METHODS = ("minmax", "percentile", "entropy")
 EXAMPLES = """
   pkd-export runs/student -o bundles/student --certificates evaluation --licence "CC BY 4.0"
   pkd-export --teacher teacher.onnx --teacher-preprocess channels=rgb,mean=127.5,std=127.5 -o bundles/teacher
   pkd-export --teacher insightface:buffalo_l -o bundles/teacher
-  pkd-export runs/student -o bundles/student --float-nchw student.onnx     # loads in insightface's model_zoo, too
+  pkd-export runs/student -o bundles/student --format onnx openvino --precision fp32 int8 --calib faces/val.txt
+  pkd-export runs/student -o bundles/student --trt --precision fp16      # without a GPU: the graph, and exit code 3
+  pkd-export --from-bundle bundles/student --trt --precision fp16        # later, on the machine with the GPU
+  pkd-export runs/student -o bundles/student --float-nchw student.onnx   # loads in insightface's model_zoo, too
 """
 
 
@@ -32,15 +38,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("run", nargs="?", metavar="RUN", help="the --out folder of pkd-distill")
     what.add_argument("--teacher", metavar="SPEC", help="FILE.onnx, FILE.pt or insightface:PACK, instead of RUN")
+    what.add_argument("--from-bundle", type=Path, metavar="BUNDLE", help="add targets to this bundle, in its place")
     parser.add_argument("--teacher-preprocess", metavar="P", help="channels=rgb,mean=127.5,std=127.5, or a JSON file")
-    parser.add_argument("-o", "--out", required=True, type=Path, metavar="BUNDLE", help="folder to write")
+    parser.add_argument("-o", "--out", type=Path, metavar="BUNDLE", help="folder to write")
+    parser.add_argument(
+        "--format", nargs="+", choices=FORMATS, metavar="F", help=f"runtimes, of {', '.join(FORMATS)}; default: onnx"
+    )
+    parser.add_argument("--trt", action="store_true", help="short for --format trt")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=["fp32"],
+        metavar="P",
+        help=f"of {', '.join(PRECISIONS)}; each format makes those that it has; default: fp32",
+    )
+    int8 = parser.add_argument_group("int8")
+    int8.add_argument("--calib", type=Path, metavar="DIR|LIST", help="aligned real crops, 320 are taken of them")
+    int8.add_argument("--calib-method", choices=METHODS, default="percentile", help="default: percentile (99.99)")
+    int8.add_argument("--keep-float", type=int, default=0, metavar="N", help="leave the N costliest layers in float32")
+    trt = parser.add_argument_group("tensorrt")
+    trt.add_argument("--batch", default="1:8:32", metavar="MIN:USUAL:MAX", help="batch sizes; default: 1:8:32")
+    trt.add_argument("--workspace", type=int, default=1024, metavar="MIB", help="scratch memory; default: 1024")
+    trt.add_argument("--timing-cache", type=Path, metavar="FILE", help="remembers measured kernels for the next build")
     parser.add_argument(
         "--certificates",
         action="append",
         default=[],
         type=Path,
         metavar="EVAL",
-        help="--out folder of pkd-evaluate: its certificates about this encoder and its report; repeatable",
+        help="--out folder of pkd-evaluate: its certificates about these encoders and its report; repeatable",
     )
     parser.add_argument(
         "--float-nchw", type=Path, metavar="FILE.onnx", help="also write the graph with float N×3×H×W input"
@@ -51,69 +78,87 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(args: argparse.Namespace, console: Console) -> Result:
-    """Open, convert, check, write. Nothing is written unless every check passes."""
+    """Check the options, make everything in memory, write it at once. Nothing is written unless every check passes."""
     _check_outputs(args)
     try:
-        from pkd.export.source import open_run, open_teacher
-        from pkd.export.to_onnx import OPSET, float_graph, opset_of, serialise, uint8_graph
+        from pkd.export.produce import add_targets, produce
     except ImportError:
         raise MissingExtra("onnx", "export") from None
 
-    source = open_run(args.run) if args.run else open_teacher(args.teacher, args.teacher_preprocess)
-    info, preprocess = source.info, source.info.preprocess
-    evidence = collect(args.certificates, info)
-    graph = uint8_graph(source.network, preprocess, info.space.dim)
-    model, opset = serialise(graph), opset_of(graph)
-    floats = serialise(float_graph(source.network, preprocess, info.space.dim)) if args.float_nchw else b""
-
-    with console.status(f"checking {short(info.id)} at batch {', '.join(map(str, BATCHES))}"):
-        crops = synthetic_crops(max(BATCHES), preprocess.size)
-        expected = source.encoder.embed(crops)
-        rows = measure("uint8 NHWC", expected, crops, onnx_runner(model, lambda crops: crops, source.name))
-        if floats:
-            rows += measure("float NCHW", expected, crops, onnx_runner(floats, insightface_blob, source.name))
-    console.print(parity_table(rows))
-    require(rows)
-
-    golden = pack_golden(Golden(crops[:COUNT], expected[:COUNT]))
-    manifest = Manifest(
-        encoder=info,
-        graph=GraphSpec(opset=opset),
-        golden_tolerance=TOLERANCE,
-        licence=args.licence,
-        training=source.training,
-        tool=tool_version(),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        files={},
-    )
-    with _written_with(args.float_nchw, floats):
-        files = {"encoder.onnx": model, "golden.npz": golden, **evidence}
-        bundle = write_bundle(args.out, files, manifest, replace=args.force)
-
-    if opset != OPSET:
-        console.print(f"note: the graph stays at its own opset {opset}; torch students get {OPSET}.")
-    result = {
-        "bundle": str(args.out),
-        "float_nchw": str(args.float_nchw) if args.float_nchw else None,
-        "encoder": info.id,
-        "space": info.space.id,
-        "role": info.role,
-        "dim": info.space.dim,
-        "opset": opset,
-        "bytes": len(model),
-        "parity": [row.model_dump() for row in rows],
-        "certificates": [f"{c.query} against {c.gallery}" for c in bundle.certificates()],
-        "gate": manifest.gate,
-    }
+    order = _order(args)
+    with console.status("opening") as status:
+        result = (add_targets if args.from_bundle else produce)(order, console, _counter(status))
     _tell(console, result)
+    if result["missing"]:
+        raise TargetUnavailable(_later(result["bundle"], result["missing"]), result)
     return result
 
 
+def _later(bundle: str, missing: Mapping[str, Mapping[str, str]]) -> str:
+    """What is missing, why, and the command that builds it elsewhere."""
+    why: dict[str, list[str]] = {}
+    for name, entry in missing.items():
+        why.setdefault(entry["reason"], []).append(name)
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why.items())
+    formats = list(dict.fromkeys(entry["format"] for entry in missing.values()))
+    precisions = list(dict.fromkeys(entry["precision"] for entry in missing.values()))
+    flag = "--trt" if formats == ["trt"] else f"--format {' '.join(formats)}"
+    return (
+        f"{reasons}. The bundle was written, with the checked graphs that these are built from. Where they can be "
+        f"built, run: pkd-export --from-bundle {bundle} {flag} --precision {' '.join(precisions)}"
+    )
+
+
+def _order(args: argparse.Namespace) -> Order:
+    from pkd.export.produce import Order
+    from pkd.export.to_tensorrt import BuildOptions, parse_batches
+
+    formats = [*(args.format or []), *(["trt"] if args.trt else [])] or ["onnx"]
+    return Order(
+        run=args.run,
+        teacher=args.teacher,
+        teacher_preprocess=args.teacher_preprocess,
+        from_bundle=args.from_bundle,
+        out=args.out or args.from_bundle,
+        formats=list(dict.fromkeys(formats)),
+        precisions=list(dict.fromkeys(args.precision)),
+        calib=args.calib,
+        calib_method=args.calib_method,
+        keep_float=args.keep_float,
+        build=BuildOptions(parse_batches(args.batch), args.workspace, args.timing_cache),
+        certificates=args.certificates,
+        float_nchw=args.float_nchw,
+        licence=args.licence,
+        force=args.force,
+    )
+
+
+def _counter(status: Status) -> Callable[[str, int], Callable[[int], None]]:
+    """Label and total → a function that counts up in the one live line of the console; total 0: only the label."""
+
+    def begin(label: str, total: int) -> Callable[[int], None]:
+        done = 0
+
+        def advance(more: int) -> None:
+            nonlocal done
+            done += more
+            status.update(f"{label} {done}/{total}")
+
+        status.update(label)
+        return advance
+
+    return begin
+
+
 def _tell(console: Console, result: Result) -> None:
-    """The result in four lines, for people."""
+    """The result in a few lines, for people."""
     certificates = ", ".join(" against ".join(map(short, pair.split(" against "))) for pair in result["certificates"])
     size = f"{result['bytes'] / 1e6:.1f} MB"
     console.print(f"{short(result['encoder'])} ({result['role']}, {result['dim']}-d, {size}, opset {result['opset']})")
+    for target in result["targets"]:
+        state = f"{target['bytes'] / 1e6:.2f} MB" if target["file"] else "not built"
+        own = "" if target["encoder"] == result["encoder"] else f", encoder {short(target['encoder'])}"
+        console.print(f"target {target['name']}: {state}, golden crops within {target['golden_tolerance']:.1g}{own}")
     console.print(f"certificates: {certificates or 'none; add them with --certificates EVAL'}")
     console.print(f"gate: {result['gate']}")
     console.print("wrote " + " and ".join(path for path in (result["bundle"], result["float_nchw"]) if path))
@@ -121,9 +166,20 @@ def _tell(console: Console, result: Result) -> None:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Before anything slow: the options fit together, and both outputs may be written."""
-    if args.run and args.teacher_preprocess:
+    if args.teacher_preprocess and not args.teacher:
         raise InputError("--teacher-preprocess goes with --teacher; a run knows its preprocessing. Leave it out.")
-    require_free(args.out.resolve(), replace=args.force)
+    if args.from_bundle:
+        given = {"--float-nchw": args.float_nchw, "-o": args.out}
+        given["--licence"] = args.licence != "not stated"
+        wrong = next((name for name, value in given.items() if value), None)
+        if wrong:
+            raise InputError(f"--from-bundle adds to a bundle and changes nothing that is in it. Leave {wrong} out.")
+    elif args.out is None:
+        raise InputError("-o BUNDLE is missing: where should the bundle be written?")
+    else:
+        require_free(args.out.resolve(), replace=args.force)
+    if args.keep_float < 0 or args.workspace < 1:
+        raise InputError("--keep-float must not be negative, and --workspace must be 1 MiB or more.")
     path = args.float_nchw
     if path is None:
         return
@@ -135,19 +191,3 @@ def _check_outputs(args: argparse.Namespace) -> None:
         raise InputError(f"--float-nchw {path} exists already. Choose another path or pass --force.")
     if args.teacher and path.resolve() == Path(args.teacher).resolve():
         raise InputError(f"--float-nchw {path}: is the teacher itself. Choose another path.")
-
-
-@contextmanager
-def _written_with(path: Path | None, data: bytes) -> Iterator[None]:
-    """Write ``data`` to ``path`` only if the block succeeds."""
-    if path is None:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        yield
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

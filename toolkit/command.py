@@ -20,7 +20,7 @@ import cv2
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pkd.toolkit.errors import PkdError
+from pkd.toolkit.errors import PkdError, TargetUnavailable
 
 Result = Mapping[str, Any]
 Run = Callable[[argparse.Namespace, Console], Result]
@@ -57,6 +57,8 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
         if args.json:
             print(json.dumps(result, indent=2, allow_nan=False, default=str), flush=True)
     except PkdError as error:
+        if args.json and isinstance(error, TargetUnavailable) and error.done is not None:
+            print(json.dumps(error.done, indent=2, allow_nan=False, default=str), flush=True)
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as stop:

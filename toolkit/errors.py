@@ -24,6 +24,9 @@ class's ``exit_code``::
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class PkdError(Exception):
     """Root of the tree. ``exit_code`` is what a command exits with."""
@@ -92,6 +95,11 @@ class TargetUnavailable(PkdError):
     """A runtime or device that this machine lacks."""
 
     exit_code = 3
+
+    def __init__(self, message: str, done: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.done = done
+        """The result of what could be done nevertheless, where that is more than nothing."""
 
 
 class GateFailed(PkdError):

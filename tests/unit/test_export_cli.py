@@ -48,7 +48,8 @@ def test_a_teacher_keeps_its_identity_and_says_where_it_came_from(
     assert manifest.encoder.role == "teacher"
     assert (manifest.licence, manifest.gate) == ("CC BY 4.0", "not gated")
     assert manifest.training["source"] == "t.onnx"
-    assert [row["batch"] for row in result["parity"]] == [1, 2, 7, 32]  # type: ignore[index, attr-defined]
+    checked = [(row["graph"], row["batch"]) for row in result["parity"]]  # type: ignore[index, attr-defined]
+    assert checked == [(graph, b) for graph in ("uint8 NHWC", "onnxruntime-fp32") for b in (1, 2, 7, 32)]
 
 
 def test_certificates_and_report_go_into_the_bundle(teacher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +95,7 @@ def test_bad_options_are_refused_in_one_line(
         (["insightface:buffalo_l", *out], "--teacher insightface:buffalo_l"),
         (["empty", *out], "student.pt"),
         (["nowhere", *out], "nowhere"),
+        (["nowhere"], "-o BUNDLE is missing"),
         (["empty", "--teacher-preprocess", STATED, *out], "goes with --teacher"),
         ([*teacher, "-o", "project", "--force"], "not a bundle"),
         ([*teacher, "-o", "t.onnx", "--force"], "not a bundle"),
@@ -107,7 +109,9 @@ def test_bad_options_are_refused_in_one_line(
         assert said in refusal(capsys, command)
 
 
-@pytest.mark.parametrize("command", [[], ["-o", "x"], ["run"], ["run", "--teacher", "t.onnx", "-o", "x"]])
+@pytest.mark.parametrize(
+    "command", [[], ["-o", "x"], ["run", "--format", "x"], ["run", "--teacher", "t.onnx", "-o", "x"]]
+)
 def test_usage_is_checked(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(command)

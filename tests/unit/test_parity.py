@@ -83,10 +83,22 @@ def test_a_graph_that_does_not_load_or_run_is_refused() -> None:
 def test_the_table_marks_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    Console(width=120).print(parity_table(measure("x", EXPECTED, CROPS, averaged)))
-    printed = capsys.readouterr().out
-    assert printed.count("FAILED") == 3
-    assert printed.count("ok") == 1
+    rows = measure("broken", EXPECTED, CROPS, averaged) + measure("whole", EXPECTED, CROPS, TRUE)
+    Console(width=120).print(parity_table(rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert "FAILED" in next(line for line in lines if "broken" in line)
+    assert " ok " in next(line for line in lines if "whole" in line)
+
+
+def test_a_precision_widens_the_limits_but_not_to_another_network() -> None:
+    (row, *_) = measure("x", EXPECTED, CROPS, lambda crops: off_by(1e-3)[: len(crops)], "fp16")
+    assert row.passed
+    assert not row.model_copy(update={"precision": "fp32"}).passed
+    mirrored = other(Preprocess(mean=-127.5))
+    for precision in ("fp16", "bf16"):
+        rows = measure("x", EXPECTED, CROPS, lambda crops: mirrored[: len(crops)], precision)
+        with pytest.raises(GateFailed, match="x at batch"):
+            require(rows)
 
 
 def test_golden_crops_are_the_same_every_time_all_different_and_of_the_asked_size() -> None:

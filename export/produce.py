@@ -1,0 +1,212 @@
+"""Produce a bundle, or more targets for one: everything is made and checked in memory, then written at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import onnx
+from rich.console import Console
+
+from pkd.export.calibration import read_calibration
+from pkd.export.certificates import collect
+from pkd.export.golden import COUNT, TOLERANCE, synthetic_crops
+from pkd.export.parity import BATCHES, ParityRow, insightface_blob, measure, onnx_runner, parity_table, require
+from pkd.export.ranges import Method
+from pkd.export.source import open_run, open_teacher
+from pkd.export.targets import TARGETS, Made, make, wanted
+from pkd.export.to_onnx import OPSET, float_graph, opset_of, serialise, uint8_graph
+from pkd.export.to_tensorrt import BuildOptions
+from pkd.export.typed import TypedGraph, TypedGraphs
+from pkd.toolkit.bundle import Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
+from pkd.toolkit.command import Result, tool_version
+from pkd.toolkit.errors import InputError
+from pkd.toolkit.runtime import open_bundle
+from pkd.toolkit.space import EncoderInfo, in_mode
+
+Begin = Callable[[str, int], Callable[[int], None]]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What pkd-export was asked for. One of ``run``, ``teacher`` and ``from_bundle`` is given."""
+
+    run: str | None
+    teacher: str | None
+    teacher_preprocess: str | None
+    from_bundle: Path | None
+    out: Path
+    formats: Sequence[str]
+    precisions: Sequence[str]
+    calib: Path | None
+    calib_method: Method
+    keep_float: int
+    build: BuildOptions
+    certificates: Sequence[Path]
+    float_nchw: Path | None
+    licence: str
+    force: bool
+
+
+def produce(order: Order, console: Console, begin: Begin) -> Result:
+    """Open, convert, check, write a bundle. Raises before anything is written."""
+    pairs = wanted(order.formats, order.precisions)
+    if order.run:
+        source = open_run(order.run)
+    else:
+        source = open_teacher(str(order.teacher), order.teacher_preprocess)
+    info, preprocess = source.info, source.info.preprocess
+    if "int8" not in order.precisions:  # its id is known only once it is made; else refuse before anything slow
+        collect(order.certificates, info, *(in_mode(info, precision) for precision in order.precisions))
+    graph = uint8_graph(source.network, preprocess, info.space.dim)
+    model, opset = serialise(graph), opset_of(graph)
+    floats = serialise(float_graph(source.network, preprocess, info.space.dim)) if order.float_nchw else b""
+
+    begin("checking encoder.onnx", 0)
+    crops = synthetic_crops(max(BATCHES), preprocess.size)
+    expected = source.encoder.embed(crops)
+    rows = measure("uint8 NHWC", expected, crops, onnx_runner(model, lambda crops: crops, source.name))
+    if floats:
+        rows += measure("float NCHW", expected, crops, onnx_runner(floats, insightface_blob, source.name))
+    _judge(rows, console)
+    graphs = _graphs(order, graph, info, begin)
+    made = make(pairs, graphs, order.build, crops, expected, _teller(begin))
+    _judge(made.rows, console)
+    manifest = Manifest(
+        encoder=info,
+        graph=GraphSpec(opset=opset),
+        golden_tolerance=TOLERANCE,
+        licence=order.licence,
+        training=source.training,
+        targets=tuple(made.targets),
+        tool=tool_version(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        files={},
+    )
+    evidence = collect(order.certificates, *manifest.encoders.values())
+    golden = pack_golden(Golden(crops[:COUNT], expected[:COUNT]))
+    with _written_with(order.float_nchw, floats):
+        files = {"encoder.onnx": model, "golden.npz": golden, **evidence, **made.files}
+        bundle = write_bundle(order.out, files, manifest, replace=order.force)
+    if opset != OPSET:
+        console.print(f"note: the graph stays at its own opset {opset}; torch students get {OPSET}.")
+    return _result(order, bundle, rows, made, graphs)
+
+
+def add_targets(order: Order, console: Console, begin: Begin) -> Result:
+    """Build targets from a bundle's own graphs and put them into it, in the place of older ones of the same name."""
+    pairs = wanted(order.formats, order.precisions)
+    bundle = Bundle.open(order.out)
+    manifest = bundle.manifest
+    graph = onnx.load_model_from_string(bundle.read("encoder.onnx"))
+    if not any(node.name == "pkd/unit" for node in graph.graph.node):
+        raise InputError(f"{order.out}/encoder.onnx was not made by pkd-export. Export the source again.")
+    graphs = _graphs(order, graph, manifest.encoder, begin)
+    forms = {row.runtime: row.form for row in TARGETS.values()}
+    for target in manifest.targets:
+        if target.runtime in forms and not order.calib:
+            settings = {k: v for k, v in target.settings.items() if k in INT8_SETTINGS}
+            known = TypedGraph(bundle.read(target.graph), target.encoder, settings)
+            graphs.give(target.precision, forms[target.runtime], known)
+
+    crops = synthetic_crops(max(BATCHES), manifest.encoder.preprocess.size)
+    expected = open_bundle(bundle).embed(crops)
+    made = make(pairs, graphs, order.build, crops, expected, _teller(begin))
+    _judge(made.rows, console)
+    added = {target.name for target in made.targets}
+    kept = [target for target in manifest.targets if target.name not in added]
+    needed = {name for target in kept for name in (target.graph, target.file) if name}
+    files = {
+        name: bundle.read(name)
+        for name in manifest.files
+        if not any(name.startswith(f"targets/{old}/") for old in added) or name in needed
+    }
+    manifest = manifest.model_copy(update={"targets": (*kept, *made.targets)})
+    evidence = collect(order.certificates, *manifest.encoders.values())
+    bundle = write_bundle(order.out, {**files, **made.files, **evidence}, manifest, replace=True)
+    return _result(order, bundle, [], made, graphs)
+
+
+INT8_SETTINGS = ("int8", "calibration", "layers_in_fp32", "similarity_rms")
+
+
+def _graphs(order: Order, graph: onnx.ModelProto, info: EncoderInfo, begin: Begin) -> TypedGraphs:
+    calibration = None
+    if order.calib and "int8" in order.precisions:
+        begin(f"reading {order.calib}", 0)
+        calibration = read_calibration(order.calib, info.preprocess.size, order.calib_method)
+    return TypedGraphs(graph, info, calibration, order.keep_float, begin)
+
+
+def _judge(rows: Sequence[ParityRow], console: Console) -> None:
+    console.print(parity_table(rows))
+    require(rows)
+
+
+def _result(
+    order: Order, bundle: Bundle, rows: Sequence[ParityRow], made: Made, graphs: TypedGraphs
+) -> Mapping[str, object]:
+    manifest = bundle.manifest
+    info = manifest.encoder
+    return {
+        "bundle": str(order.out),
+        "float_nchw": str(order.float_nchw) if order.float_nchw else None,
+        "encoder": info.id,
+        "space": info.space.id,
+        "role": info.role,
+        "dim": info.space.dim,
+        "opset": manifest.graph.opset,
+        "bytes": len(bundle.read("encoder.onnx")),
+        "parity": [row.model_dump() for row in [*rows, *made.rows]],
+        "targets": [
+            {
+                "name": target.name,
+                "encoder": target.encoder.id,
+                "graph": target.graph,
+                "file": target.file,
+                "bytes": _size(bundle, target.file),
+                "golden_tolerance": target.golden_tolerance,
+                "settings": target.settings,
+            }
+            for target in made.targets
+        ],
+        "sensitivity": {form: [cost.model_dump() for cost in costs] for form, costs in graphs.costs.items()},
+        "missing": made.missing,
+        "certificates": [f"{c.query} against {c.gallery}" for c in bundle.certificates()],
+        "gate": manifest.gate,
+    }
+
+
+def _size(bundle: Bundle, file: str | None) -> int:
+    """Bytes of a target's file, and of weights beside it."""
+    if file is None:
+        return 0
+    stem = file.rpartition(".")[0]
+    parts = [file] if file.endswith(".onnx") else [n for n in bundle.manifest.files if n.startswith(f"{stem}.")]
+    return sum(len(bundle.read(name)) for name in parts if name == file or not name.endswith(".onnx"))
+
+
+def _teller(begin: Begin) -> Callable[[str], None]:
+    def tell(label: str) -> None:
+        begin(label, 0)
+
+    return tell
+
+
+@contextmanager
+def _written_with(path: Path | None, data: bytes) -> Iterator[None]:
+    """Write ``data`` to ``path`` only if the block succeeds."""
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        yield
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,166 @@
+"""Targets: which runtimes an encoder can be exported to, in which precisions. One table, one small function each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from pkd.export.golden import COUNT, TOLERANCE
+from pkd.export.parity import ParityRow, measure, onnx_runner
+from pkd.export.to_openvino import to_ir
+from pkd.export.to_tensorrt import BuildOptions, build_engine
+from pkd.export.typed import Form, Settings, TypedGraph, TypedGraphs
+from pkd.toolkit.command import tool_version
+from pkd.toolkit.errors import InputError, TargetUnavailable
+from pkd.toolkit.images import Rgb
+from pkd.toolkit.openvino_runtime import HINTS, compile_model
+from pkd.toolkit.runtime import Embeddings
+from pkd.toolkit.target import Target
+
+Embed = Callable[[Rgb], NDArray[np.float32]]
+Tell = Callable[[str], None]
+ORT = f"onnxruntime {onnxruntime.__version__}"
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a runtime loads: files by name (the first is opened), what made them, and a way to run them here."""
+
+    files: dict[str, bytes]
+    made_with: str
+    settings: Settings
+    embed: Embed | None
+    """Raw rows of the built file itself; None where only a device that is not here can run it."""
+
+
+def _onnx(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
+    embed = onnx_runner(graph.data, lambda crops: crops, "the graph for onnxruntime")
+    return Built({"encoder.onnx": graph.data}, tool_version(), {}, embed)
+
+
+def _openvino(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
+    xml, weights, version = to_ir(graph.data)
+    model = compile_model(xml, weights, precision, 1)
+    settings: Settings = {"INFERENCE_PRECISION_HINT": HINTS[precision]}
+
+    def embed(crops: Rgb) -> NDArray[np.float32]:
+        return np.asarray(model.create_infer_request().infer([crops])[0], np.float32)
+
+    return Built({"encoder.xml": xml, "encoder.bin": weights}, f"openvino {version}", settings, embed)
+
+
+def _tensorrt(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
+    engine = build_engine("tensorrt", graph.data, options, tell)
+    return Built({"encoder.engine": engine.data}, f"tensorrt {engine.version}", engine.settings, None)
+
+
+def _tensorrt_rtx(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
+    engine = build_engine("tensorrt_rtx", graph.data, options, tell)
+    return Built({"encoder.engine": engine.data}, f"tensorrt_rtx {engine.version}", engine.settings, None)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table."""
+
+    runtime: str
+    precisions: tuple[str, ...]
+    form: Form
+    build: Callable[[TypedGraph, str, BuildOptions, Tell], Built]
+
+
+TARGETS: dict[str, Format] = {
+    "onnx": Format("onnxruntime", ("fp32", "fp16", "int8"), Form("u8s8", keeps_prelu=False), _onnx),
+    "openvino": Format("openvino", ("fp32", "bf16", "int8"), Form("s8s8", keeps_prelu=True), _openvino),
+    "trt": Format("tensorrt", ("fp32", "fp16", "int8"), Form("s8s8", keeps_prelu=True), _tensorrt),
+    "trt-rtx": Format("tensorrt_rtx", ("fp32", "fp16", "int8"), Form("s8s8", keeps_prelu=True), _tensorrt_rtx),
+}
+PRECISIONS = tuple(dict.fromkeys(precision for row in TARGETS.values() for precision in row.precisions))
+
+
+@dataclass
+class Made:
+    """The targets, their files, the parity rows, and what could not be built and why."""
+
+    targets: list[Target] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+    rows: list[ParityRow] = field(default_factory=list)
+    missing: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Name → format, precision, reason."""
+
+
+def wanted(formats: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """Every pair of the two that exists. Raises InputError for a format or a precision that would be left with none."""
+    pairs = [(name, p) for name in dict.fromkeys(formats) for p in dict.fromkeys(precisions)]
+    pairs = [(name, p) for name, p in pairs if p in TARGETS[name].precisions]
+    for name in formats:
+        if all(name != other for other, _ in pairs):
+            raise InputError(
+                f"--format {name} has no {' or '.join(precisions)}; it has {', '.join(TARGETS[name].precisions)}."
+            )
+    for precision in precisions:
+        if all(precision != other for _, other in pairs):
+            able = ", ".join(name for name, row in TARGETS.items() if precision in row.precisions)
+            raise InputError(f"--precision {precision}: no chosen format has it. Add --format {able}.")
+    return pairs
+
+
+def make(
+    pairs: Sequence[tuple[str, str]],
+    graphs: TypedGraphs,
+    options: BuildOptions,
+    crops: Rgb,
+    expected: Embeddings,
+    tell: Tell,
+) -> Made:
+    """Build and check each pair of a format and a precision.
+
+    One whose runtime is not here keeps its graph, checked in onnxruntime, and stays unbuilt. ``crops``: uint8
+    N×S×S×3, the first of them the golden ones; ``expected``: the source's rows for them.
+    """
+    made = Made()
+    plain = graphs.get("fp32", Form("", keeps_prelu=True)).data
+    for chosen, precision in pairs:
+        format = TARGETS[chosen]
+        name = f"{format.runtime}-{precision}"
+        tell(name)
+        graph = graphs.get(precision, format.form)
+        try:
+            built = format.build(graph, precision, options, tell)
+        except TargetUnavailable as reason:
+            made.missing[name] = {"format": chosen, "precision": precision, "reason": str(reason)}
+            built = Built({}, tool_version(), {}, None)
+        embed = built.embed or onnx_runner(graph.data, lambda crops: crops, name)
+        rows = measure(name, expected, crops, embed, precision)
+        files = {f"targets/{name}/{file}": data for file, data in built.files.items() if data != plain}
+        stored = "encoder.onnx" if graph.data == plain else f"targets/{name}/encoder.onnx"
+        if stored != "encoder.onnx":
+            files[stored] = graph.data
+        opened = next(iter(built.files), None)
+        made.files |= files
+        made.rows += rows
+        made.targets.append(
+            Target(
+                runtime=format.runtime,
+                precision=precision,
+                encoder=graph.encoder,
+                graph=stored,
+                file=opened and (stored if built.files[opened] == graph.data else f"targets/{name}/{opened}"),
+                golden_tolerance=_tolerance(embed, crops[:COUNT], expected[:COUNT]),
+                checked_with=built.made_with if built.embed and format.runtime == "openvino" else ORT,
+                made_with=built.made_with,
+                settings={**graph.settings, **built.settings},
+            )
+        )
+    return made
+
+
+def _tolerance(embed: Embed, crops: Rgb, expected: Embeddings) -> float:
+    """Twice what was measured here, so that another processor's rounding passes and another network does not."""
+    rows = embed(crops).astype(np.float64)
+    cosines = np.sum(rows * expected, axis=1) / np.linalg.norm(rows, axis=1)
+    return float(min(1.0, max(TOLERANCE, 2 * (1 - cosines.min()))))
