@@ -44,13 +44,21 @@ def teacher_info(path: Path) -> EncoderInfo:
     return open_onnx(path, Preprocess.parse(PREPROCESS)).info
 
 
-def write_student(folder: Path, space: EmbeddingSpace | None, *, noise: float = 0.5, name: str = "student") -> Path:
-    """A bundle of the teacher's network with its last layer disturbed; its own space where ``space`` is None."""
+def write_student(
+    folder: Path, space: EmbeddingSpace | None, *, noise: float = 0.5, name: str = "student", turned: bool = False
+) -> Path:
+    """A bundle of the teacher's network with its last layer disturbed; its own space where ``space`` is None.
+
+    ``turned``: its embeddings are rotated, too, so that they know nothing of the teacher's until they are turned back.
+    """
     model = factory.network(dim=space.dim if space else factory.DIM)
     for weight in model.graph.initializer:
         if weight.name == "matrix":
             values = numpy_helper.to_array(weight)
-            moved = values + noise * values.std() * np.random.default_rng(1).normal(size=values.shape)
+            random = np.random.default_rng(1)
+            moved = values + noise * values.std() * random.normal(size=values.shape)
+            if turned:
+                moved = np.linalg.qr(random.normal(size=(len(moved), len(moved))))[0] @ moved
             weight.CopyFrom(numpy_helper.from_array(moved.astype(np.float32), "matrix"))
     preprocess = Preprocess()
     digest = hashlib.sha256(model.SerializeToString()).hexdigest()

@@ -26,10 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(
         "pkd-demo",
         "Run the other commands as you would: train a teacher, distil a student that is at least four times smaller, "
-        "evaluate both beside a control that was not distilled, export, serve, and match queries of the student against "
-        "a gallery of the teacher over HTTP. Prints "
-        "each command line. Writes OUT/report.html and OUT/demo.png. The people are synthetic drawings unless you give "
-        "--faces and --teacher.",
+        "evaluate both beside an undistilled control, export, serve, and match queries of the student against the "
+        "teacher's gallery over HTTP. Prints each command line. Writes OUT/report.html and OUT/demo.png. The people "
+        "are synthetic drawings unless you give --faces and --teacher.",
         EXAMPLES,
     )
     add = parser.add_argument
