@@ -161,7 +161,10 @@ class Strata:
         stratum = self.of(descending)
         kept = np.bincount(stratum, minlength=len(self.rate))
         there = np.bincount(self.of(bin_edges().astype(np.float32)), histogram, minlength=len(self.rate))
-        return (there / np.maximum(kept, 1))[stratum]
+        each = there / np.maximum(kept, 1)
+        each[0] = 1.0  # all of the highest are kept
+        mass: Doubles = each[stratum]
+        return mass
 
 
 def _strata(pairing: Pairing, query: Floats, gallery: Floats, random: np.random.Generator) -> Strata:
