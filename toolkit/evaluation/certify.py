@@ -8,7 +8,10 @@ from __future__ import annotations
 from pkd.toolkit.certificate import Certificate
 from pkd.toolkit.evaluation.results import Comparison, Evaluation
 
-INTERVALS = "percentile bootstrap over identities; pairs between copies of one identity left out"
+INTERVALS = (
+    "bootstrap over identities, pairs between copies of one identity left out: percentiles for true accept rates, "
+    "log-normal with the noise of pairs counted once for false match rates"
+)
 """What bootstrap.py does, in words."""
 
 

@@ -98,12 +98,15 @@ def how_measured(e: Evaluation) -> str:
         lines += [
             "All pairs count, except an image with itself or a byte-identical copy. Over one set, S–T takes every "
             "ordered pair of two images, T–T and S–S every pair once.",
-            "FMR (false match rate): the fraction of pairs of different people that match. TAR (true accept rate): the "
-            "fraction of pairs of the same person that match. <em>Every identity alike</em> averages over people, so "
-            "that no one with many images dominates; <em>every pair alike</em> is the raw fraction.",
+            "FMR (false match rate): how often two different people match, every two people alike however many images "
+            "there are of them. TAR (true accept rate): how often a person matches himself, <em>every identity "
+            "alike</em>. Thresholds, curves and certificates use these, for they carry over to other people. "
+            "<em>Every pair alike</em> is the raw convention of published tables: every pair of images counts once in "
+            "the TAR and in the FMR behind its threshold, and few people with many images dominate both.",
             "Each threshold is the smallest at which the measured FMR is no larger than the target. In every resample "
             "it is found again, so a TAR interval includes the uncertainty of the threshold. The intervals of the "
-            "false match rates keep the threshold and let the people vary.",
+            "false match rates keep the threshold and let the people vary; they are log-normal, and the noise of "
+            "single pairs, which drawing people counts three times, is counted once.",
             "<b>New</b> below a threshold is a prediction: the false match rate that a fresh set of as many people "
             "would itself <em>measure</em> at this threshold, in 95 of 100 cases. It is wider than the interval, since "
             "the fresh set has a chance of its own on top of this one’s. Compare your own measurement with it.",
