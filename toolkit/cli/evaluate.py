@@ -37,9 +37,9 @@ EXAMPLES = """
   pkd-evaluate --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --student run --faces test --out eval
   pkd-evaluate --teacher teacher-bundle --student student-bundle --gallery passports --probe selfies --out eval
   pkd-evaluate --teacher insightface:buffalo_l --pairs pairs.txt --faces lfw --flip --out lfw-view2
-  pkd-evaluate --teacher teacher-bundle --student student-bundle --pairs agedb_30.bin --flip --out agedb
-  pkd-evaluate --teacher teacher-bundle --student student-bundle --pairs cfp/Protocol/Split/FP --faces crops --out cfp
-  pkd-evaluate --teacher teacher-bundle --student student-bundle --templates IJBC/meta --faces IJBC/loose_crop --out ijbc
+  pkd-evaluate --teacher teacher-bundle --student student-bundle --pairs agedb_30.bin --flip --out e
+  pkd-evaluate --teacher teacher-bundle --student student-bundle --pairs cfp/Protocol/Split/FP --faces crops --out e
+  pkd-evaluate --teacher teacher-bundle --student student-bundle --templates ijbc/meta --faces ijbc/loose_crop --out e
 """
 
 

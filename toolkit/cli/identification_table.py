@@ -24,7 +24,7 @@ def identification_table(evaluation: Evaluation) -> Table:
             table.add_row(found.name, f"rank {point.rank}", balanced, _said(point.rate, point.rate_ci95), "")
         for miss in found.points:
             balanced, raw = _said(miss.fnir_balanced, miss.fnir_balanced_ci95), _said(miss.fnir, miss.fnir_ci95)
-            table.add_row(found.name, f"FNIR@FPIR {miss.fpir:g}", balanced, raw, f"{miss.threshold_balanced:.3f}")
+            table.add_row(found.name, f"FNIR@FPIR {miss.fpir:g}", balanced, raw, f"{miss.threshold:.3f}")
         for fpir in found.unresolved:
             table.add_row(found.name, f"FNIR@FPIR {fpir:g}", "not resolved", "", "")
         table.add_section()

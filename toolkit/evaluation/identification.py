@@ -147,10 +147,10 @@ def measure_searches(
         points=tuple(
             OpenSetPoint(
                 fpir=fpir,
-                threshold_balanced=float(full.threshold[0, k]),
+                threshold=float(full.threshold[0, k]),
                 fnir_balanced=float(full.fnir[0, k]),
                 fnir_balanced_ci95=interval(fnir_draws[:, 0, k], people[0]),
-                threshold=float(full.threshold[1, k]),
+                raw_threshold=float(full.threshold[1, k]),
                 fnir=float(full.fnir[1, k]),
                 fnir_ci95=interval(fnir_draws[:, 1, k], people[1]),
             )

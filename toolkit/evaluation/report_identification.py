@@ -77,7 +77,7 @@ def _open_set(found: Sequence[Identification], within: int) -> str:
             percent(point.fpir),
             *(
                 _both(i.points[k].fnir_balanced, i.points[k].fnir_balanced_ci95, i.points[k].fnir)
-                + f"<small>threshold {i.points[k].threshold_balanced:.4f}</small>"
+                + f"<small>threshold {i.points[k].threshold:.4f}</small>"
                 for i in found
             ),
         ]

@@ -145,13 +145,13 @@ class OpenSetPoint(Record):
 
     fpir: float
     """Target fraction of the searches without a mate in which someone scores at or above the threshold."""
-    threshold_balanced: float
+    threshold: float
     """Smallest cosine with this FPIR, every identity weighing the same."""
     fnir_balanced: float
-    """Fraction of mated searches whose mate is not found, at ``threshold_balanced``."""
+    """Fraction of mated searches whose mate is not found, at ``threshold``."""
     fnir_balanced_ci95: Interval
-    threshold: float
-    """The same with every search weighing the same."""
+    raw_threshold: float
+    """Smallest cosine with this FPIR, every search weighing the same; for ``fnir``."""
     fnir: float
     fnir_ci95: Interval
 

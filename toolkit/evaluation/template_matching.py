@@ -1,4 +1,4 @@
-"""Template matching as in IJB-B and IJB-C: listed pairs (1:1) and searches (1:N), for every ordered pair of encoders."""
+"""Template matching as in IJB-B and IJB-C: listed pairs (1:1) and searches (1:N), of every ordered pair of encoders."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def template_matching(templates: Templates, name: str, lineup: Lineup, options: 
         notes=(
             *(
                 [
-                    f"{templates.rebuilt:,} templates have no SUBJECT_ID: their people are rebuilt from the pairs that are "
-                    "declared the same. One person in several such groups makes intervals slightly too narrow."
+                    f"{templates.rebuilt:,} templates have no SUBJECT_ID: their people are rebuilt from the pairs that "
+                    "are declared the same. One person in several such groups makes intervals slightly too narrow."
                 ]
                 if templates.rebuilt
                 else []
