@@ -24,9 +24,8 @@ from pkd.toolkit.signing import Signature, signature_beside
 from pkd.toolkit.space import Role, short
 
 SCHEMA = 2
-SLACK = 1.1
-"""How far the calibration's rate at an operating point may lie above the point's: above a few per cent it is counted
-on a grid of scores, while the threshold is exact."""
+SLACK = 1 + 1e-9
+"""How far the calibration's rate at an operating point may lie above the point's: rounding."""
 
 
 class OperatingPoint(Record):
@@ -156,13 +155,9 @@ class Certificate(Record):
         rate = dict(zip(c.score, c.fmr, strict=True))
         for point in self.points:
             if point.threshold not in rate:
-                raise ValueError(
-                    f"the threshold {point.threshold:g} of FMR {point.fmr:g} is not on the calibration"
-                )
+                raise ValueError(f"the threshold {point.threshold:g} of FMR {point.fmr:g} is not on the calibration")
             if not self.min_fmr * (1 - 1e-9) <= point.fmr <= 1:
-                raise ValueError(
-                    f"an operating point at FMR {point.fmr:g}, below min_fmr {self.min_fmr:g} or above 1"
-                )
+                raise ValueError(f"an operating point at FMR {point.fmr:g}, below min_fmr {self.min_fmr:g} or above 1")
             if rate[point.threshold] > SLACK * point.fmr:
                 raise ValueError(
                     f"at the threshold of FMR {point.fmr:g} the calibration says {rate[point.threshold]:g}"

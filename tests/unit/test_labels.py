@@ -21,7 +21,7 @@ def test_a_file_as_a_spreadsheet_saves_it(tmp_path: Path) -> None:
     assert labels.values == {"ann": ("f", "20-29"), "Smith, Bob": ("m", None)}
     assert labels.of("sex", ["Smith, Bob", "nobody", "ann"]) == ["m", None, "f"]
     assert labels.name == "labels.csv" and len(labels.sha256) == 64
-    labels.check(["ann", "Smith, Bob", "nobody"])
+    assert labels.matched(["ann", "Smith, Bob", "nobody"]) == labels
 
 
 BAD = {
@@ -62,6 +62,16 @@ def test_measurements_and_empty_columns_are_no_groups(tmp_path: Path) -> None:
     rows = "".join(f"{name},{i},\n" for i, name in enumerate(people))
     labels = read_labels(write(tmp_path, f"identity,age,note\n{rows}"))
     with pytest.raises(InputError, match="age has 201 different values, more than 200"):
-        labels.check(people)
+        labels.matched(people)
     with pytest.raises(InputError, match="note has no value"):
-        read_labels(write(tmp_path, "identity,sex,note\nann,f,\n")).check(["ann"])
+        read_labels(write(tmp_path, "identity,sex,note\nann,f,\n")).matched(["ann"])
+
+
+def test_the_last_part_of_a_name_will_do_where_one_has_it(tmp_path: Path) -> None:
+    labels = read_labels(write(tmp_path, "identity,sex\nann,f\nlfw/bob,m\n"))
+    assert labels.matched(["lfw/ann", "lfw/bob", "celeb/bob"]).values == {"lfw/ann": ("f",), "lfw/bob": ("m",)}
+    with pytest.raises(InputError, match=r"or several are called so \(first: 'ann'\).*names like 'celeb/ann'"):
+        labels.matched(["lfw/ann", "celeb/ann", "lfw/bob"])
+    assert labels.matched(["lfw/ann", "ann", "lfw/bob"]).values == {"ann": ("f",), "lfw/bob": ("m",)}
+    with pytest.raises(InputError, match="'lfw/ann' occurs twice, once by its last part"):
+        read_labels(write(tmp_path, "identity,sex\nann,f\nlfw/ann,m\n")).matched(["lfw/ann"])

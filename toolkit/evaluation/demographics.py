@@ -59,7 +59,7 @@ def divide(labels: Labels, identities: Sequence[str], pairing: Pairing, *, one_s
     ``one_set``: both sides are the same images, which are counted once. Raises InputError for labels of people that
     are not in the set.
     """
-    labels.check(identities)
+    labels = labels.matched(identities)
     unlabelled, parts = {}, []
     for attribute in labels.attributes:
         stated = labels.of(attribute, identities)

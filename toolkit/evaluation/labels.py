@@ -1,7 +1,7 @@
 """Labels: what is stated about the identities of a set, for rates per group. A CSV file with a header.
 
-The first column is ``identity``, as the folders of the set are named; every other column is an attribute (``sex``,
-``age_band``). An empty field means that the value is not known.
+The first column is ``identity``: a name as in the set, or its last part (the folder's own name). Every other column is
+an attribute (``sex``, ``age_band``). An empty field means that the value is not known.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pkd.toolkit.errors import InputError
@@ -39,23 +40,41 @@ class Labels:
         unknown = (None,) * len(self.attributes)
         return [self.values.get(identity, unknown)[column] for identity in identities]
 
-    def check(self, identities: Sequence[str]) -> None:
-        """Raise InputError where the file is about others than ``identities``, or about none of them."""
-        strangers = sorted(set(self.values) - set(identities))
+    def matched(self, identities: Sequence[str]) -> Labels:
+        """The same labels under the names of ``identities``: a full one, or its last part where one alone has that.
+
+        Raises InputError where the file is about others, about one of them twice, or has no use as groups.
+        """
+        parts = Counter(identity.rpartition("/")[2] for identity in identities)
+        full = {identity.rpartition("/")[2]: identity for identity in identities}
+        names = {identity: identity for identity in identities}
+        names = {part: full[part] for part, many in parts.items() if many == 1} | names
+        strangers = sorted(set(self.values) - set(names))
         if strangers:
             raise InputError(
-                f"{self.name}: {len(strangers):,} of its {len(self.values):,} identities are not in the set (first: "
-                f"{strangers[0]!r}). Name the identities as the set's folders are named, and leave others out."
+                f"{self.name}: {len(strangers):,} of its {len(self.values):,} identities are not in the set, or "
+                f"several are called so (first: {strangers[0]!r}). Use names like {min(identities)!r}; drop others."
             )
+        values = {names[name]: row for name, row in self.values.items()}
+        if len(values) < len(self.values):
+            twice = Counter(names[name] for name in self.values).most_common(1)[0][0]
+            raise InputError(
+                f"{self.name}: {twice!r} occurs twice, once by its last part. Give every identity one line."
+            )
+        matched = replace(self, values=values)
         for attribute in self.attributes:
-            groups = {value for value in self.of(attribute, identities) if value is not None}
-            if not groups:
-                raise InputError(f"{self.name}: {attribute} has no value for any identity. Leave the column out.")
-            if len(groups) > MAX_GROUPS:
-                raise InputError(
-                    f"{self.name}: {attribute} has {len(groups):,} different values, more than {MAX_GROUPS}. "
-                    "Give bands, such as 20-29."
-                )
+            matched._check(attribute, identities)
+        return matched
+
+    def _check(self, attribute: str, identities: Sequence[str]) -> None:
+        groups = {value for value in self.of(attribute, identities) if value is not None}
+        if not groups:
+            raise InputError(f"{self.name}: {attribute} has no value for any identity. Leave the column out.")
+        if len(groups) > MAX_GROUPS:
+            raise InputError(
+                f"{self.name}: {attribute} has {len(groups):,} different values, more than {MAX_GROUPS}. "
+                "Give bands, such as 20-29."
+            )
 
 
 def read_labels(path: Path) -> Labels:
