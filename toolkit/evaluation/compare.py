@@ -113,11 +113,13 @@ def _ranked(
 ) -> Ranked:
     e = run.evaluation
     letter, encoder = _query(e, cell)
-    everything = (*e.comparisons, *e.pair_accuracies, *e.identifications)
+    galleries = [(c.name, c.gallery) for c in e.comparisons]
+    galleries += [(a.name, a.gallery) for a in e.pair_accuracies]
+    galleries += [(i.name, i.gallery) for i in e.identifications]
     return Ranked(
         name=run.name,
         encoder=encoder,
-        gallery=next(c.gallery for c in everything if c.name == cell),
+        gallery=dict(galleries)[cell],
         training=e.training.get(letter),
         flip=e.flip,
         first=first,

@@ -97,7 +97,8 @@ def _save(picture: Picture, target: Any, style: dict[str, Any], **how: Any) -> N
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context({**STYLE, **style}):
+    settings: Any = {**STYLE, **style}
+    with rc_context(settings):
         figure = Figure(figsize=picture.size, layout="constrained")
         FigureCanvasAgg(figure)
         picture.draw(figure)

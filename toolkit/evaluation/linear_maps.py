@@ -69,7 +69,7 @@ def fit_ridge(m: Moments, penalty: float) -> tuple[Doubles, Doubles]:
     mean_x, mean_y = m.x / m.n, m.y / m.n
     covariance = m.xx / m.n - np.outer(mean_x, mean_x)
     cross = m.xy / m.n - np.outer(mean_x, mean_y)
-    weight: Doubles = np.linalg.solve(covariance + penalty * np.eye(len(mean_x)), cross)
+    weight: Doubles = np.linalg.solve(covariance + penalty * np.eye(len(mean_x)), cross).astype(np.float64)
     return weight, mean_y - mean_x @ weight
 
 

@@ -73,12 +73,10 @@ def det_curves(
         _percent_ticks(axes.xaxis)
         handles, labels = axes.get_legend_handles_labels()
         worst_first = sorted(range(len(labels)), key=lambda i: -_at_end(curves[labels[i]]))
-        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-        if beneath:
-            place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0.0, -0.14), "ncols": 2}
+        corner, columns = ((0.0, -0.14), 2) if beneath else ((1.0, 1.0), 1)
         axes.legend(
             [handles[i] for i in worst_first], [labels[i] for i in worst_first], title=title, handlelength=2.6,
-            borderpad=0.1, alignment="left", **place,
+            borderpad=0.1, alignment="left", loc="upper left", bbox_to_anchor=corner, ncols=columns,
         )  # fmt: skip
 
     beneath = max(map(len, curves), default=0) > 5

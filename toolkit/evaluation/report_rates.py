@@ -37,8 +37,8 @@ def cross_matrix(e: Evaluation) -> str:
     ]
     return section(
         f"Who may be matched with whom, at FMR {percent(fmr)}",
-        "<p>Genuine pairs accepted where one impostor pair in "
-        f"{1 / fmr:,.0f} is; every person weighs the same. Below each rate its 95 % interval.</p>",
+        "<p>How often a person is accepted where one of "
+        f"{1 / fmr:,.0f} other people would be; every person weighs the same. Below each rate its 95 % interval.</p>",
         table(["", "Teacher<small>gallery</small>", "Student<small>gallery</small>"], rows, kind="square"),
     )
 
