@@ -32,7 +32,7 @@ def make_parser(program: str, description: str, examples: str) -> argparse.Argum
         prog=program,
         description=textwrap.fill(description, 80),
         epilog=f"examples:\n{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}\n\nexit codes: 0 done, "
-        "1 failed while running, 2 bad usage or input, 3 target unavailable, 4 a gate failed",
+        "1 failed while running, 2 bad usage or input, 3 target unavailable, 4 a gate failed or not trusted",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
