@@ -158,7 +158,9 @@ def _tell(console: Console, result: Result) -> None:
     for target in result["targets"]:
         state = f"{target['bytes'] / 1e6:.2f} MB" if target["file"] else "not built"
         own = "" if target["encoder"] == result["encoder"] else f", encoder {short(target['encoder'])}"
-        console.print(f"target {target['name']}: {state}, golden crops within {target['golden_tolerance']:.1g}{own}")
+        error = target["settings"].get("similarity_rms")
+        moved = "" if error is None else f", similarities of held-out crops moved by {error:.3f} (RMS)"
+        console.print(f"target {target['name']}: {state}{moved}{own}")
     console.print(f"certificates: {certificates or 'none; add them with --certificates EVAL'}")
     console.print(f"gate: {result['gate']}")
     console.print("wrote " + " and ".join(path for path in (result["bundle"], result["float_nchw"]) if path))
