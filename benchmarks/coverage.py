@@ -40,7 +40,7 @@ METHODS = ("pkd", "plain identity percentiles", "drawing pairs")
 def main() -> int:
     """Simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--people", type=int, nargs="+", default=[150, 300, 600])
+    parser.add_argument("--people", type=int, nargs="+", default=[150, 400])
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--resamples", type=int, default=400)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Do thresholds carry over to other people? Random halvings of the identities of the real test list.
 
-Run as: python benchmarks/halvings.py                    (about 10 minutes of a core)
-        python benchmarks/halvings.py --student runs/methods/l2kd-continued --halvings 50
+Run as: python benchmarks/halvings.py                    (about 20 minutes of a core)
+        python benchmarks/halvings.py --student runs/methods/l2kd-continued   (keeps the others that were measured)
 
 Certify student against teacher at FMR 1e-3 on one half of the people, measure the false match rate at that threshold on
 the other half, and see whether it lies in the certificate's prediction interval. Beside it the mistake this is made to
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,38 +34,49 @@ SHARED = Path(os.environ.get("PKD_SHARED") or ROOT.parent / "shared")
 RESULTS = ROOT / "benchmarks" / "results" / "halvings.json"
 TEACHER = ("teacher_edgeface_xs_512.onnx", "channels=rgb,mean=127.5,std=127.5")
 FMR = 1e-3
+STUDENTS = ("l2kd-continued", "proxylesskd")
+ROWS = (
+    ("S–T's own", "its prediction interval", "prediction95", "measured", "threshold"),
+    ("S–T's own", "its confidence interval", "ci95", "measured", "threshold"),
+    (
+        "T–T's, used for S–T",
+        "T–T's prediction interval",
+        "teacher_prediction95",
+        "measured_at_teacher_threshold",
+        "teacher_threshold",
+    ),
+)
+"""Threshold and interval in words, and their keys in the results."""
 
 
 def main() -> int:
     """Halve, certify, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", type=Path, default=ROOT / "runs" / "methods" / "l2kd-continued")
+    runs = [ROOT / "runs" / "methods" / name for name in STUDENTS]
+    parser.add_argument("--student", type=Path, nargs="+", default=runs)
     parser.add_argument("--halvings", type=int, default=50)
     parser.add_argument("--resamples", type=int, default=500)
     args = parser.parse_args()
-    if not (SHARED / "faces").is_dir() or not args.student.exists():
-        print(f"skipped: needs the photographs of PKD_SHARED and {args.student}: python benchmarks/real_faces.py")
+    missing = [str(run) for run in args.student if not run.exists()]
+    if not (SHARED / "faces").is_dir() or missing:
+        print(f"skipped: needs the photographs of PKD_SHARED and {', '.join(missing)}: python benchmarks/real_faces.py")
         return 0
     faces = FaceSet.read(SHARED / "faces" / "splits" / "test.txt")
-    teacher, student = open_encoder(str(SHARED / "models" / TEACHER[0]), TEACHER[1]), open_encoder(str(args.student))
+    teacher = open_encoder(str(SHARED / "models" / TEACHER[0]), TEACHER[1])
     vectors = {"T": embed_faces(teacher, faces, cache=default_cache())}
-    vectors["S"] = embed_faces(student, faces, cache=default_cache())
-    halves = []
-    for seed in range(args.halvings):
-        order = np.random.default_rng(seed).permutation(len(faces.identities))
-        sides = order[: len(order) // 2], order[len(order) // 2 :]
-        halves.append(_halving(sides, faces.labels, vectors, teacher.info, student.info, args.resamples, seed))
-        print(f"halving {seed + 1} of {args.halvings}: {halves[-1]}", flush=True)
-    found = {
-        "student": student.info.name,
-        "run": args.student.name,
-        "identities": len(faces.identities),
-        "images": len(faces),
-        "fmr": FMR,
-        "resamples": args.resamples,
-        "halvings": halves,
-    }
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"students": {}}
+    found |= {"identities": len(faces.identities), "images": len(faces), "fmr": FMR, "resamples": args.resamples}
+    for run in args.student:
+        student = open_encoder(str(run))
+        vectors["S"] = embed_faces(student, faces, cache=default_cache())
+        halves = []
+        for seed in range(args.halvings):
+            order = np.random.default_rng(seed).permutation(len(faces.identities))
+            sides = order[: len(order) // 2], order[len(order) // 2 :]
+            halves.append(_halving(sides, faces.labels, vectors, teacher.info, student.info, args.resamples, seed))
+            print(f"{run.name}, halving {seed + 1} of {args.halvings}: {halves[-1]}", flush=True)
+        found["students"][run.name] = halves
+        RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(table(found))
     return 0
 
@@ -108,38 +118,21 @@ def _scores(labels: Ints, query: Floats, gallery: Floats, *, ordered: bool) -> P
 
 def table(found: dict[str, Any]) -> str:
     """Markdown."""
-    halves = found["halvings"]
-
-    def inside(interval: str, measured: str) -> int:
-        return sum(h[interval][0] <= h[measured] <= h[interval][1] for h in halves)
-
-    def spread(values: Sequence[float]) -> str:
-        low, middle, high = np.percentile(values, (5, 50, 95))
-        return f"{middle:.2e} ({low:.2e} to {high:.2e})"
-
-    count = len(halves)
-    rows = [
-        ("S–T's own threshold", "its prediction interval", "prediction95", "measured", "threshold"),
-        ("S–T's own threshold", "its confidence interval", "ci95", "measured", "threshold"),
-        (
-            "T–T's threshold for S–T",
-            "T–T's prediction interval",
-            "teacher_prediction95",
-            "measured_at_teacher_threshold",
-            "teacher_threshold",
-        ),
-    ]
+    count = len(next(iter(found["students"].values())))
     lines = [
-        f"{count} random halvings of {found['identities']:,} test identities ({found['images']:,} images), student "
-        f"`{found['run']}` against the teacher, {found['resamples']} resamples: the threshold for FMR {found['fmr']:g} "
-        "comes from one half, the rate is measured on the other. Median with the 5th and 95th percentile.",
+        f"{count} random halvings of {found['identities']:,} test identities ({found['images']:,} images), "
+        f"{found['resamples']} resamples: the threshold for FMR {found['fmr']:g} comes from one half, the rate is measured "
+        "on the other. Median with the 5th and 95th percentile.",
         "",
-        "| threshold | FMR on the other half inside | halvings | FMR measured there | threshold |",
-        "| --- | --- | ---: | --- | --- |",
+        "| student | threshold | FMR on the other half inside | halvings | FMR measured there | threshold |",
+        "| --- | --- | --- | ---: | --- | ---: |",
     ]
-    for name, what, interval, measured, threshold in rows:
-        rate, at = spread([h[measured] for h in halves]), np.median([h[threshold] for h in halves])
-        lines.append(f"| {name} | {what} | {inside(interval, measured)} of {count} | {rate} | {at:.3f} |")
+    for student, halves in found["students"].items():
+        for name, what, interval, measured, threshold in ROWS:
+            inside = sum(h[interval][0] <= h[measured] <= h[interval][1] for h in halves)
+            low, middle, high = np.percentile([h[measured] for h in halves], (5, 50, 95))
+            rate, at = f"{middle:.2e} ({low:.2e} to {high:.2e})", np.median([h[threshold] for h in halves])
+            lines.append(f"| {student} | {name} | {what} | {inside} of {len(halves)} | {rate} | {at:.3f} |")
     return "\n".join(lines)
 
 
