@@ -111,7 +111,8 @@ def score_listed(
 ) -> PairScores:
     """Cosine of every listed pair. ``query``, ``gallery``: float32 T×D unit rows of all templates.
 
-    Impostors thin out downwards as in ``score_pairs``. Memory: 13 bytes a pair, 16 more while they are sorted. ``advance`` is told the pairs done.
+    Impostors thin out downwards as in ``score_pairs``. Memory: 13 bytes a pair, 16 more while they are sorted.
+    ``advance`` is told the pairs done.
     """
     scores = np.empty(len(pairs.first), np.float32)
     for start in range(0, len(scores), BLOCK):
