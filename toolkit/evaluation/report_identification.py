@@ -21,8 +21,8 @@ def identification(e: Evaluation, drawn: Mapping[str, str]) -> str:
         f"<p>Enrolled: {first.galleries} ({people} people). {first.mated_searches:,} searches by "
         f"{first.mated_identities:,} people who are enrolled (mated), {first.non_mated_searches:,} by "
         f"{first.non_mated_identities:,} who are not. The query side is named first. Below each rate its 95 % interval "
-        "over the people searched for, the gallery held; every person weighs the same, and after the bar every "
-        "search.</p>"
+        "over the people searched for, the gallery held; every person weighs the same. Raw: every search "
+        "weighs the same.</p>"
     ]
     if first.ranks:
         parts.append(_ranks(e.identifications))
@@ -68,7 +68,7 @@ def _ranks(found: Sequence[Identification]) -> str:
         ]
         for k, point in enumerate(found[0].ranks)
     ]
-    return table(["", *_heads(found)], rows, caption="Closed set: mates found")
+    return table(["", *_heads(found)], rows, caption="Closed set: mates found", kind="long")
 
 
 def _open_set(found: Sequence[Identification], within: int) -> str:
@@ -77,13 +77,13 @@ def _open_set(found: Sequence[Identification], within: int) -> str:
             percent(point.fpir),
             *(
                 _both(i.points[k].fnir_balanced, i.points[k].fnir_balanced_ci95, i.points[k].fnir)
-                + f"<small>threshold {i.points[k].threshold:.4f}</small>"
+                + f"<small>at {i.points[k].threshold:.4f}</small>"
                 for i in found
             ),
         ]
         for k, point in enumerate(found[0].points)
     ]
-    return table(["at FPIR", *_heads(found)], rows, caption=f"Open set: mates missed (FNIR, R = {within})")
+    return table(["FPIR", *_heads(found)], rows, caption=f"Open set: mates missed (FNIR, R = {within})", kind="long")
 
 
 def _heads(found: Sequence[Identification]) -> list[str]:
@@ -91,4 +91,4 @@ def _heads(found: Sequence[Identification]) -> list[str]:
 
 
 def _both(balanced: float, interval: Interval, raw: float) -> str:
-    return f"<b>{percent(balanced, 1)}</b> | {percent(raw, 1)}<small>{span(interval)}</small>"
+    return f"<b>{percent(balanced, 1)}</b><small>{span(interval)}</small><small>raw {percent(raw, 1)}</small>"

@@ -98,7 +98,7 @@ def _by_fmr(comparisons: Sequence[Comparison], caption: str, cell: Callable[[Ope
         ]
         for fmr in sorted(fmrs, reverse=True)
     ]
-    return table(["at FMR", *heads], rows, caption=caption, kind="long" if len(comparisons) > 5 else "")
+    return table(["at FMR", *heads], rows, caption=caption, kind="long")
 
 
 def _balanced(point: OperatingPoint) -> str:
