@@ -26,6 +26,7 @@ from pkd.toolkit.target import Target
 
 REPORT = "report.json"
 CONSISTENT = "schema and consistency"
+ROUNDING = 1e-9
 Kind = Literal["certificate", "evaluation", "bundle"]
 
 
@@ -86,7 +87,7 @@ def _contradiction_free(c: Certificate) -> str:
     """What the schema cannot see: counts that do not fit one another. Returns a summary."""
     smallest = EXPECTED / min(c.identity_pairs, c.impostor_pairs)
     most_pairs = c.identities * (c.identities - 1) // 2
-    if abs(c.min_fmr - smallest) > 1e-9 * smallest:
+    if abs(c.min_fmr - smallest) > ROUNDING * smallest:
         raise NotTrusted(f"min_fmr is {c.min_fmr:g}, but its pairs of different identities resolve {smallest:g}.")
     if c.identity_pairs > most_pairs or c.genuine_identities > c.identities or c.images < c.identities:
         raise NotTrusted(
@@ -95,9 +96,9 @@ def _contradiction_free(c: Certificate) -> str:
         )
     for point in c.points:
         for low, high in (point.fmr_ci95, point.prediction95, point.tar_ci95, point.tar_balanced_ci95):
-            if not 0 <= low <= high <= 1:
+            if not -ROUNDING <= low <= high <= 1 + ROUNDING:
                 raise NotTrusted(f"an interval at FMR {point.fmr:g} runs from {low:g} to {high:g}.")
-        if not (0 <= point.tar <= 1 and 0 <= point.tar_balanced <= 1):
+        if not all(-ROUNDING <= rate <= 1 + ROUNDING for rate in (point.tar, point.tar_balanced)):
             raise NotTrusted(f"a true accept rate at FMR {point.fmr:g} does not lie between 0 and 1.")
     return f"{len(c.points)} operating points, {c.identities:,} identities, {c.created[:10]}"
 

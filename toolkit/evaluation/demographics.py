@@ -215,21 +215,24 @@ def _false_non_matches(scores: PairScores, thresholds: Doubles, *, resamples: in
         share = lost / np.maximum(pairs, 1)
         made.append(
             _FalseNonMatches(
-                level := float(share.sum() / has.sum()),
-                _interval(level, (weights @ share) / people, float(has.sum())),
-                raw := float(lost.sum() / pairs.sum()),
-                _interval(raw, (weights @ lost) / alike, effective(pairs)),
+                float(share.sum() / has.sum()),
+                _interval((weights @ share) / people, float(has.sum())),
+                float(lost.sum() / pairs.sum()),
+                _interval((weights @ lost) / alike, effective(pairs)),
             )
         )
     return made
 
 
-def _interval(rate: float, drawn: Doubles, people: float) -> Interval:
-    """95 % interval. Where nobody (or everybody) failed, no draw varies: then the exact binomial one of that many
-    people (Clopper and Pearson 1934)."""
+def _interval(drawn: Doubles, people: float) -> Interval:
+    """95 % interval, at either end no narrower than that of as many people of whom none failed (or all).
+
+    Where hardly anyone failed, draws hardly vary, though nothing rules out that one person in ``people`` / 4 fails
+    (Clopper and Pearson 1934, the exact interval for a count of zero).
+    """
     low, high = interval(drawn, people)
     certain = float(0.025 ** (1 / people))
-    return (certain, 1.0) if rate == 1 else (0.0, 1 - certain) if rate == 0 else (low, high)
+    return min(low, certain), max(high, 1 - certain)
 
 
 def _ratio(rate: float | None, everyone: float) -> float | None:
