@@ -73,9 +73,9 @@ def arguments(world: Path, out: Path, *more: str | Path) -> list[str]:
     return [str(a) for a in (*given, "--cache", world / "cache", "--jobs", "1", "--out", out)]
 
 
-def evaluate(world: Path, out: Path, *more: str | Path) -> Evaluation:
-    """Run with the student in this process and read report.json back."""
-    assert main(arguments(world, out, "--student", world / "student", *more)) == 0
+def evaluate(world: Path, out: Path, *more: str | Path, student: bool = True) -> Evaluation:
+    """Run in this process, with the student or without, and read report.json back."""
+    assert main(arguments(world, out, *(["--student", world / "student"] if student else []), *more)) == 0
     return Evaluation.model_validate_json((out / "report.json").read_bytes())
 
 
@@ -141,7 +141,7 @@ def test_templates_are_verified_and_searched(world: Path, tmp_path: Path) -> Non
     assert {f"{name}/tar_balanced/0.1" for name in names} & set(values) == set()
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Finding a person in a gallery" in page and "Open set" not in page
-    plain = evaluate(world, tmp_path / "plain", *more[2:], "--no-detector-score")
+    plain = evaluate(world, tmp_path / "plain", *more[2:], "--no-detector-score", student=False)
     assert plain.templates is not None and not plain.templates.scored
     assert plain.comparisons[0].eer != made.comparisons[0].eer
 
@@ -157,7 +157,7 @@ def test_face_sets_are_searched_in_two_halves(world: Path, tmp_path: Path) -> No
             assert point.rate_balanced_ci95[0] <= point.rate_balanced <= point.rate_balanced_ci95[1]
             assert point.rate == pytest.approx(point.rate_balanced)  # as many images of everyone
         assert np.isclose(found.curve.fpir[-1], 0.25) and list(found.curve.fnir) == sorted(found.curve.fnir)
-    other = evaluate(world, tmp_path / "o", "--faces", world / "faces", "--seed", "1")
+    other = evaluate(world, tmp_path / "o", "--faces", world / "faces", "--seed", "1", student=False)
     assert other.identifications[0].ranks != made.identifications[0].ranks
 
 
@@ -178,7 +178,7 @@ def test_probe_people_who_are_not_enrolled_are_searched_without_a_mate(world: Pa
 
 
 def test_without_a_probe_that_is_not_enrolled_itself_nobody_is_searched(world: Path, tmp_path: Path) -> None:
-    made = evaluate(world, tmp_path / "e", "--gallery", world / "faces", "--probe", world / "faces")
+    made = evaluate(world, tmp_path / "e", "--gallery", world / "faces", "--probe", world / "faces", student=False)
     assert made.identifications == () and made.notes[-1].startswith("No identification rates")
 
 

@@ -273,7 +273,7 @@ def _count(scores: Floats) -> Ints:
 
 def _fold(histogram: Ints) -> Ints:
     """What lies beyond −1 and 1 counts in the outermost bins."""
-    inner = histogram[_MARGIN:-_MARGIN].copy()
+    inner: Ints = histogram[_MARGIN:-_MARGIN].copy()
     inner[0] += histogram[:_MARGIN].sum()
     inner[-1] += histogram[-_MARGIN:].sum()
     return inner
