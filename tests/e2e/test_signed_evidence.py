@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """faces/, labels.csv, teacher.onnx, student/, key.pem, other.pem, evaluation/ (signed), bundle/ (signed)."""
     folder = tmp_path_factory.mktemp("evidence")
     write_people(folder / "faces", [3] * PEOPLE)
-    rows = [f"p{i:03d},{'f' if i % 2 else 'm'},{'' if i < 3 else 'young'}" for i in range(PEOPLE)]
+    rows = [f"p{i:03d},{'f & <x>' if i % 2 else 'm'},{'' if i < 3 else 'young'}" for i in range(PEOPLE)]
     (folder / "labels.csv").write_text("identity,sex,age\n" + "\n".join(rows) + "\n")
     write_teacher(folder)
     write_student(folder, teacher_info(folder / "teacher.onnx").space)
@@ -243,13 +243,14 @@ def test_groups_are_in_report_and_certificate_and_page(world: Path) -> None:
     assert made.labels and made.labels.unlabelled == {"sex": (), "age": ("p000", "p001", "p002")}
     for comparison in made.comparisons:
         sex, age = comparison.demographics
-        assert [(g.value, g.identities, g.images) for g in sex.groups] == [("f", 30, 90), ("m", 30, 90)]
+        assert [(g.value, g.identities, g.images) for g in sex.groups] == [("f & <x>", 30, 90), ("m", 30, 90)]
         assert (age.unlabelled, [g.identities for g in age.groups]) == (3, [57])
         factor = 2 if comparison.name == "S–T" else 1
         assert {g.impostor_pairs for g in sex.groups} == {factor * (90 * 89 // 2 - 90)}
         assert [r.fmr for g in sex.groups for r in g.rates] == [None, None]  # 435 pairs of people resolve 0.023
     page = (world / "evaluation/report.html").read_text(encoding="utf-8")
     assert "<h2>Groups</h2>" in page and "too few people" in page and "p000, p001, p002" in page
+    assert "f &amp; &lt;x&gt;" in page and "<x>" not in page
 
 
 def test_the_bundle_carries_the_signatures(world: Path, tmp_path: Path, capsys: Out) -> None:

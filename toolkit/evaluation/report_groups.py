@@ -18,7 +18,6 @@ def demographics(e: Evaluation) -> str:
     if not e.labels:
         return ""
     cells = [c for name in SHOWN for c in e.comparisons if c.name == name]
-    tables = "".join(_table(c, attribute) for c in cells for attribute in c.demographics)
     return section(
         "Groups",
         f"<p>Labels from {escape(e.labels.name)}. Pairs count where both people belong to the group. Thresholds are "
@@ -26,7 +25,8 @@ def demographics(e: Evaluation) -> str:
         "match rate is given where the group’s pairs of different people resolve the target; ≤ where the group’s own "
         "lies below what they resolve. Below each rate: its 95 % interval.</p>",
         bullets(_unlabelled(e, attribute) for attribute in cells[0].demographics if attribute.unlabelled),
-        tables,
+        "".join(_people(attribute) for attribute in cells[0].demographics),
+        "".join(_rates(c, attribute) for c in cells for attribute in c.demographics),
     )
 
 
@@ -41,17 +41,29 @@ def _unlabelled(e: Evaluation, attribute: Attribute) -> str:
     )
 
 
-def _table(c: Comparison, attribute: Attribute) -> str:
+def _people(attribute: Attribute) -> str:
+    rows = [
+        [
+            escape(group.value),
+            f"{group.identities:,}",
+            f"{group.images:,}",
+            f"{group.genuine_identities:,}",
+            f"{group.identity_pairs:,}",
+            f"{100 * group.min_fmr:.2g} %" if group.min_fmr is not None else NONE,
+        ]
+        for group in attribute.groups
+    ]
+    heads = ["", "people", "images", "with genuine pairs", "pairs of people", "resolves FMR from"]
+    return table(heads, rows, caption=escape(attribute.name))
+
+
+def _rates(c: Comparison, attribute: Attribute) -> str:
     rows = [_row(group, rates) for group in attribute.groups for rates in group.rates]
-    heads = [escape(attribute.name), "at FMR", "false matches", "false non-matches", "pairs alike (raw)"]
-    return table(heads, rows, caption=f"{c.name}: {escape(attribute.name)}", kind="long") if rows else ""
+    heads = ["", "at FMR", "false matches", "false non-matches", "pairs alike (raw)"]
+    return table(heads, rows, caption=f"{c.name}: {escape(attribute.name)}") if rows else ""
 
 
 def _row(group: Group, rates: GroupRates) -> list[str]:
-    first = (
-        f"{escape(group.value)}<small>{group.identities:,} people, {group.images:,} images</small>"
-        f"<small>{group.genuine_pairs:,} genuine, {group.impostor_pairs:,} impostor pairs</small>"
-    )
     false = balanced = raw = NONE
     if rates.fmr is not None and rates.fmr_ci95:
         bound = "≤ " if rates.fmr_is_upper_bound else ""
@@ -65,7 +77,7 @@ def _row(group: Group, rates: GroupRates) -> list[str]:
         )
     if rates.fnmr is not None and rates.fnmr_ci95:
         raw = f"{percent(rates.fnmr, 1)}<small>{span(rates.fnmr_ci95)}</small>"
-    return [first, percent(rates.target_fmr), false, balanced, raw]
+    return [escape(group.value), percent(rates.target_fmr), false, balanced, raw]
 
 
 def _times(ratio: float | None) -> str:
