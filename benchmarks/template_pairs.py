@@ -102,8 +102,8 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{found['pairs']:,} pairs of templates, {found['identity_pairs']:,} pairs of people, {DIM} numbers, one "
-            f"ordered pair of encoders, one thread. Ratio of scoring to the product: **{found['scoring_ratio']:.2f}**; peak "
-            f"memory of it all: {found['peak_mb']:,.0f} MB.",
+            f"ordered pair of encoders, one thread. Ratio of scoring to the product: **{found['scoring_ratio']:.2f}**; "
+            f"peak memory of it all: {found['peak_mb']:,.0f} MB.",
             "",
             "| | CPU seconds |",
             "| --- | ---: |",

@@ -91,6 +91,9 @@ def test_two_galleries_search_everyone_once_without_a_mate(seed: int, people: in
     labels = np.concatenate([np.arange(people), random.integers(0, people, 12)])
     files = np.arange(len(labels))
     plans = two_galleries(Pairing(labels, labels, files, files, people), seed)
+    order = random.permutation(len(labels))
+    turned = two_galleries(Pairing(labels[order], labels[order], files[order], files[order], people), seed)
+    assert [sorted(order[p.enrolled].tolist()) for p in turned] == [sorted(p.enrolled.tolist()) for p in plans]
     enrolled = [set(labels[plan.enrolled].tolist()) for plan in plans]
     assert [len(plan.enrolled) for plan in plans] == [people // 2, people - people // 2]
     assert not enrolled[0] & enrolled[1] and enrolled[0] | enrolled[1] == set(range(people))

@@ -29,6 +29,7 @@ def read_cfp(split: Path, faces: Path) -> PairList:
 
     Raises InputError naming the file and line, or the missing crops.
     """
+    split = split.resolve()
     if split.name not in LISTS:
         raise InputError(f"{split}: no pair list. Give LFW's pairs.txt, a .bin, or CFP's Protocol/Split/FF or …/FP.")
     sides = [_images(split.parent.parent / f"Pair_list_{kind}.txt") for kind in LISTS[split.name]]

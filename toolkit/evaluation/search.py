@@ -57,7 +57,8 @@ def two_galleries(pairing: Pairing, seed: int) -> list[Plan]:
     """
     random = np.random.default_rng(seed)
     labels = pairing.query
-    shuffled = random.permutation(len(labels))
+    by_content = np.lexsort((pairing.query_file, labels))  # another order of the same images is the same split
+    shuffled = by_content[random.permutation(len(labels))]
     people, first = np.unique(labels[shuffled], return_index=True)
     chosen = shuffled[first]
     half = np.zeros(len(people), bool)
