@@ -76,8 +76,17 @@ def test_control_and_maps_are_measured_told_and_never_certified(measured: Path) 
     )
     assert procrustes.encoder == cells["P–T"].query and ridge.encoder == cells["R–T"].query
     assert cells["P–T"].gallery == made.teacher.id
+    gains = {(g.baseline, g.fmr): g.difference for g in made.gains}
+    assert set(gains) == {("R–T", 0.01), ("P–T", 0.01), ("C–T", 0.01)}
+    gain = gains["C–T", 0.01]
+    assert gain.difference == rate["S–T"] - rate["C–T"] and gain.ci95[0] > 0 and gain.p < 0.05
     page = (out / "report.html").read_text(encoding="utf-8")
-    for told in ("240 images of 60 other people", f"{ridge.held_out_cosine:.3f} on 12 people", "<b>R–T</b>"):
+    for told in (
+        "S–T minus this",
+        "240 images of 60 other people",
+        f"{ridge.held_out_cosine:.3f} on 12 people",
+        "<b>R–T</b>",
+    ):
         assert told in page
     assert {p.name for p in (out / "figures").iterdir()} >= {
         "det.png", "distances.png", "agreement.png", "scores-S-T.png", "scores-R-T.png"

@@ -15,8 +15,8 @@ from pkd.toolkit.cli.compare import main
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.evaluation.compare import rank
 from pkd.toolkit.evaluation.compare_page import render_ranking, verdict
-from pkd.toolkit.evaluation.compare_plots import points
 from pkd.toolkit.evaluation.draws import read_draws, write_draws
+from pkd.toolkit.evaluation.page import points
 from pkd.toolkit.evaluation.ranking import Ranking
 from pkd.toolkit.evaluation.results import Evaluation
 from pkd.toolkit.evaluation.runs import read_runs

@@ -14,8 +14,9 @@ from pkd.toolkit.command import Result, make_parser, run
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.evaluation.compare import rank
 from pkd.toolkit.evaluation.compare_page import render_ranking, verdict, write_ranking_figures
-from pkd.toolkit.evaluation.compare_plots import points, probability, what
+from pkd.toolkit.evaluation.compare_plots import probability, what
 from pkd.toolkit.evaluation.drawing import require_plots
+from pkd.toolkit.evaluation.page import points
 from pkd.toolkit.evaluation.ranking import Ranking
 from pkd.toolkit.evaluation.runs import read_runs
 from pkd.toolkit.evaluation.statistics import STATISTICS

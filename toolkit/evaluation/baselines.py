@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +17,10 @@ from pkd.toolkit.evaluation.linear_maps import (
     moments,
 )
 from pkd.toolkit.evaluation.lineup import Lineup
+from pkd.toolkit.evaluation.paired import paired_difference
 from pkd.toolkit.evaluation.pairs import Doubles
 from pkd.toolkit.evaluation.protocol import Bar, Options, describe_data, embed
-from pkd.toolkit.evaluation.results import Control, LinearMap
+from pkd.toolkit.evaluation.results import Comparison, Control, Gain, LinearMap
 from pkd.toolkit.faces import FaceSet
 from pkd.toolkit.runtime import Embeddings, Encoder, unit_rows
 from pkd.toolkit.space import short
@@ -79,6 +80,25 @@ def with_maps(
         maps=tuple(told),
     )
     return replace(lineup, maps=maps, baseline=baseline)
+
+
+def gains(comparisons: Sequence[Comparison], values: Mapping[str, Doubles]) -> tuple[Gain, ...]:
+    """S–T against each baseline of the same gallery, at every rate. ``values``: of every resample, as in ``Draws``."""
+    cells = {c.name: {p.fmr: p.tar_balanced for p in c.points} for c in comparisons}
+    return tuple(
+        Gain(
+            baseline=name,
+            fmr=fmr,
+            difference=paired_difference(
+                values[f"S–T/tar_balanced/{fmr:g}"],
+                values[f"{name}/tar_balanced/{fmr:g}"],
+                observed=rate - cells[name][fmr],
+            ),
+        )
+        for name in ("R–T", "P–T", "C–T")
+        if name in cells
+        for fmr, rate in cells.get("S–T", {}).items()
+    )
 
 
 def require_others(fit: FaceSet, evaluated: FaceSet, name: str, options: Options) -> None:

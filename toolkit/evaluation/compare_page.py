@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from pkd.toolkit.evaluation.compare_plots import LEVEL, pictures, points, probability, what
+from pkd.toolkit.evaluation.compare_plots import LEVEL, pictures, probability, what
 from pkd.toolkit.evaluation.drawing import as_svg, write_png
-from pkd.toolkit.evaluation.page import bullets, facts, figure, page, percent, section, span, table
+from pkd.toolkit.evaluation.page import bullets, facts, figure, page, percent, points, section, span, table
 from pkd.toolkit.evaluation.ranking import Ranked, Ranking
 from pkd.toolkit.evaluation.report_method import told_training
 from pkd.toolkit.space import short

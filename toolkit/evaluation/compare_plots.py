@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pkd.toolkit.evaluation.drawing import FAINT, INK, SOFT, Picture, on_axes
+from pkd.toolkit.evaluation.page import points
 from pkd.toolkit.evaluation.plots import det_curves, distance_distributions
 from pkd.toolkit.evaluation.ranking import Ranking
 from pkd.toolkit.evaluation.statistics import STATISTICS
@@ -96,12 +97,6 @@ def what(r: Ranking) -> str:
     """What is ranked by, in words."""
     target = "" if r.target is None else f"{100 * r.target:g} %"
     return f"{r.cell} {STATISTICS[r.by].words.format(target)}"
-
-
-def points(difference: float) -> str:
-    """A difference of fractions in percentage points, with its sign."""
-    told = f"{100 * difference:+.1f}".replace("-", "−")
-    return told[1:] if float(told[1:]) == 0 else told
 
 
 def probability(p: float) -> str:

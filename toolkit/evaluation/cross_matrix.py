@@ -8,6 +8,7 @@ import numpy as np
 
 from pkd.toolkit.certificate import file_name
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.evaluation.baselines import gains
 from pkd.toolkit.evaluation.certify import certify
 from pkd.toolkit.evaluation.demographics import divide, measure_groups
 from pkd.toolkit.evaluation.draws import Draws, drawn_from
@@ -110,6 +111,7 @@ def cross_matrix(
         labels=groups[False].record if labels else None,
         comparisons=tuple(comparisons),
         identifications=identifications,
+        gains=gains(comparisons, values),
         agreement=agree(vectors["T", False], vectors["S", False]) if ("S", "T") in cells else None,
         notes=(*notes_on(lineup, options, comparisons), *said),
         **common(lineup, options),

@@ -80,6 +80,12 @@ def percent(rate: float, digits: int | None = None) -> str:
     return f"{100 * rate:g} %" if digits is None else f"{100 * rate:.{digits}f} %"
 
 
+def points(difference: float) -> str:
+    """A difference of fractions in percentage points, with its sign."""
+    told = f"{100 * difference:+.1f}".replace("-", "−")
+    return told[1:] if float(told[1:]) == 0 else told
+
+
 def span(interval: Interval, digits: int = 1) -> str:
     """An interval of fractions in per cent."""
     return f"{100 * interval[0]:.{digits}f} to {100 * interval[1]:.{digits}f} %"

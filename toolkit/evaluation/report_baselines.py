@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from pkd.toolkit.evaluation.page import bullets, percent, section, span, table
+from pkd.toolkit.evaluation.page import bullets, percent, points, section, span, table
+from pkd.toolkit.evaluation.paired import PairedDifference
 from pkd.toolkit.evaluation.report_rates import headline, point_at
 from pkd.toolkit.evaluation.results import Comparison, Control, Evaluation, LinearMap, PairAccuracy
 
@@ -43,9 +44,27 @@ def _rates(e: Evaluation) -> str:
     if fmr is None:
         return ""
     cells = {c.name: c for c in e.comparisons}
-    rows = [[f"<b>{name}</b> {said}", *_rate(cells[name], fmr)] for name, said in READING.items() if name in cells]
+    gains = {g.baseline: g.difference for g in e.gains if g.fmr == fmr}
+    rows = [
+        [f"<b>{name}</b> {said}", *_rate(cells[name], fmr), *([_gain(gains.get(name))] if gains else [])]
+        for name, said in READING.items()
+        if name in cells
+    ]
     heads = ["pair", f"accepted at FMR {percent(fmr)}", "pairs alike (raw)", "equal error rate", "d′"]
-    return table(heads, rows, kind="wordy")
+    if not gains:
+        return table(heads, rows, kind="wordy")
+    return (
+        table([*heads, "S–T minus this"], rows, kind="wordy")
+        + '<p class="small">Differences: in points, over the same drawn people, with 95 % interval and two-sided p.</p>'
+    )
+
+
+def _gain(d: PairedDifference | None) -> str:
+    """Difference in points with interval and p-value, over the same drawn people."""
+    if d is None:
+        return ""
+    low, high = (points(end) for end in d.ci95)
+    return f"<b>{points(d.difference)}</b><small>{low} to {high}</small><small>p {d.p:.2g}</small>"
 
 
 def _rate(c: Comparison, fmr: float) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from pkd.toolkit.certificate import Calibration, Interval, OperatingPoint
+from pkd.toolkit.evaluation.paired import PairedDifference
 from pkd.toolkit.groups import Attribute
 from pkd.toolkit.record import Record
 from pkd.toolkit.space import EncoderInfo
@@ -235,6 +236,16 @@ class LinearMap(Record):
     """The same over people that were left out, by a map fitted without them; λ was chosen on these."""
 
 
+class Gain(Record):
+    """What the student accepts more than a baseline does against the same gallery: S–T minus the baseline's cell."""
+
+    baseline: str
+    """``R–T``, ``P–T`` or ``C–T``."""
+    fmr: float
+    difference: PairedDifference
+    """Of the TAR, every identity alike, over the same drawn people."""
+
+
 class Control(Record):
     """An encoder that was not distilled from the teacher, and what was done to bring it into the teacher's space."""
 
@@ -276,6 +287,7 @@ class Evaluation(Record):
     teacher: EncoderInfo
     student: EncoderInfo | None
     control: Control | None = None
+    gains: tuple[Gain, ...] = ()
     training: dict[str, Training] = Field(default_factory=dict)
     """By letter, of those encoders whose run or bundle tells."""
     labels: LabelFile | None = None
