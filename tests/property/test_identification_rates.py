@@ -77,7 +77,9 @@ def test_open_set_rates_agree_with_scikit_learn(seed: int) -> None:
     assume(made.mated.any() and not made.mated.all())
     rates = Rates(made, 60, within=30).draw(np.ones(60), (1,), FPIRS)
     scores = np.where(made.mated, made.mate, made.best)
-    share = 1 / np.array([np.sum((identity == i) & (made.mated == m)) for i, m in zip(identity, made.mated, strict=True)])
+    share = 1 / np.array(
+        [np.sum((identity == i) & (made.mated == m)) for i, m in zip(identity, made.mated, strict=True)]
+    )
     for row, weight in enumerate((share, np.ones(150))):
         false, true, _ = roc_curve(made.mated, scores, sample_weight=weight, drop_intermediate=False)
         best = [true[false <= target * (1 + 1e-9)].max() for target in FPIRS]
