@@ -104,7 +104,7 @@ class Encoders:
         """Dimension of a space, known where a bundle of it is loaded."""
         return self._dims.get(space) if space else None
 
-    def certificate(self, query: str, gallery: str) -> CertificateFile:
+    def certificate_file(self, query: str, gallery: str) -> CertificateFile:
         """The certificate of this ordered pair. 409 space-mismatch or not-certified, naming what would work."""
         found = self.files.get((query, gallery))
         if found:

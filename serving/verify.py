@@ -40,7 +40,7 @@ def settle(encoders: Encoders, a: Side, b: Side, policy: Policy | None, default_
                 expected={"space": known},
                 got={"encoder": id, "space": side.space},
             )
-    file = encoders.certificate(query, gallery)
+    file = encoders.certificate_file(query, gallery)
     certificate, signature = file.certificate, None
     if file.signature:
         signature = {"key": file.signature.key, "verified": encoders.keys is not None}

@@ -26,6 +26,7 @@ from pkd.toolkit.certificate import Calibration, Certificate, OperatingPoint
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import make_session
+from pkd.toolkit.signing import SigningKey
 from pkd.toolkit.space import EmbeddingSpace, EncoderInfo, describe
 
 DIM = 32
@@ -139,13 +140,21 @@ class Made:
     model: bytes
     info: EncoderInfo
 
-    def write(self, path: Path, certificates: list[Certificate] | None = None, golden: Golden | None = None) -> Bundle:
+    def write(
+        self,
+        path: Path,
+        certificates: list[Certificate] | None = None,
+        golden: Golden | None = None,
+        key: SigningKey | None = None,
+    ) -> Bundle:
         """Write it as a bundle. ``golden``: other golden crops, to make a bundle that fails its self-test."""
         images = crops(4, seed=99)
         golden = golden or Golden(images, self.embed(images))
         files = {"encoder.onnx": self.model, "golden.npz": pack_golden(golden)}
         for one in certificates or []:
-            files[f"certificates/{one.file_name}"] = one.model_dump_json().encode()
+            data = files[f"certificates/{one.file_name}"] = one.model_dump_json().encode()
+            if key:
+                files[f"certificates/{one.file_name}.sig"] = key.sign(data).text()
         manifest = Manifest(
             encoder=self.info,
             graph=GraphSpec(opset=OPSET),

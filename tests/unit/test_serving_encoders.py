@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import serving_bundles as made
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pkd.serving.encoders import Encoders
 from pkd.serving.problems import Problem
-from pkd.toolkit.errors import BundleError
+from pkd.toolkit.errors import BundleError, NotTrusted
+from pkd.toolkit.signing import SigningKey, TrustedKeys
 from pkd.toolkit.space import short
 
 
@@ -48,7 +50,8 @@ def test_a_name_that_two_encoders_share_names_neither(tmp_path):
 
 def test_an_encoder_known_from_a_certificate_alone_can_be_compared_but_not_run(family):
     encoders = Encoders.open([family.folders[1]])
-    assert encoders.certificate(family.student.info.id, family.teacher.info.id).query == family.student.info.id
+    file = encoders.certificate_file(family.student.info.id, family.teacher.info.id)
+    assert file.certificate.query == family.student.info.id
     assert encoders.space_of(family.teacher.info.id) == family.teacher.info.space.id
     with pytest.raises(Problem) as refused:
         encoders.get(family.teacher.info.id)
@@ -57,9 +60,9 @@ def test_an_encoder_known_from_a_certificate_alone_can_be_compared_but_not_run(f
 
 def test_the_order_of_the_pair_counts(encoders, family):
     student, teacher = family.student.info.id, family.teacher.info.id
-    assert encoders.certificate(student, teacher).gallery == teacher
+    assert encoders.certificate_file(student, teacher).certificate.gallery == teacher
     with pytest.raises(Problem) as refused:
-        encoders.certificate(teacher, student)
+        encoders.certificate_file(teacher, student)
     assert refused.value.type == "not-certified"
     assert refused.value.members["got"] == {"query": teacher, "gallery": student}
     assert refused.value.members["works"] == {"queries": [], "galleries": [teacher]}
@@ -68,7 +71,7 @@ def test_the_order_of_the_pair_counts(encoders, family):
 
 def test_different_spaces_are_a_mismatch(encoders, family):
     with pytest.raises(Problem) as refused:
-        encoders.certificate(family.stranger.info.id, family.teacher.info.id)
+        encoders.certificate_file(family.stranger.info.id, family.teacher.info.id)
     assert refused.value.type == "space-mismatch"
     assert refused.value.members["works"]["queries"] == sorted([family.student.info.id, family.teacher.info.id])
 
@@ -89,7 +92,7 @@ def test_of_two_certificates_of_a_pair_the_stronger_counts(tmp_path, weak, stron
     student.write(tmp_path / "a", [made.certificate(*pair, **weak)])
     teacher.write(tmp_path / "b", [made.certificate(*pair, **strong)])
     encoders = Encoders.open([tmp_path / "a", tmp_path / "b"][::order])
-    found = encoders.certificate(student.info.id, teacher.info.id)
+    found = encoders.certificate_file(student.info.id, teacher.info.id).certificate
     assert {name: getattr(found, name) for name in strong} == strong
 
 
@@ -105,3 +108,29 @@ def test_a_changed_file_is_refused(tmp_path):
         file.write(b"x")
     with pytest.raises(BundleError, match="SHA-256"):
         Encoders.open([tmp_path / "t"])
+
+
+def test_with_keys_every_certificate_must_be_signed_by_one(family, tmp_path):
+    ours, theirs = (SigningKey(Ed25519PrivateKey.generate()) for _ in range(2))
+    keys = TrustedKeys([ours.private.public_key()])
+    own = made.certificate(family.teacher.info, family.teacher.info)
+    mixed = made.certificate(family.student.info, family.teacher.info)
+    family.teacher.write(tmp_path / "signed", [own], key=ours)
+    opened = Encoders.open([tmp_path / "signed", family.folders[2]], keys)  # one without certificates is no matter
+    assert opened.certificates == [own]
+    assert opened.certificate_file(own.query, own.gallery).signature.key == ours.fingerprint
+    for name, certificate, key, said in (
+        ("unsigned", mixed, None, "is not signed"),
+        ("foreign", mixed, theirs, f"is signed by {theirs.fingerprint}, trusted is {ours.fingerprint}"),
+        (
+            "weaker",
+            own.model_copy(update={"query": family.student.info.id, "impostor_pairs": 9}),
+            None,
+            "is not signed",
+        ),
+    ):
+        family.student.write(tmp_path / name, [certificate], key=key)
+        with pytest.raises(NotTrusted, match=said) as refused:
+            Encoders.open([tmp_path / "signed", tmp_path / name], keys)
+        assert str(tmp_path / name / "certificates" / certificate.file_name) in str(refused.value)
+        Encoders.open([tmp_path / "signed", tmp_path / name])
