@@ -122,6 +122,10 @@ def test_code_in_a_pickle_is_refused_by_name_and_never_run(tmp_path: Path, proto
         b"\x80\x02\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.",
         b"\x80\x02\x82\x01.",  # extension registry
         b"\x80\x02Pid\n.",  # persistent id
+        b"\x80\x02Nr\xff\xff\xff\xff.",  # room for four thousand million memos
+        b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x0fabc.",  # an exabyte of bytes
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R(K\x01NcX\nY\nNC\x01ctb.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x05cnumpy\ndtype\n)R\x89]tb]\x86.",  # a shape of 5
     ],
 )
 def test_hand_written_programs_end_in_one_clear_line(tmp_path: Path, program: bytes) -> None:

@@ -34,9 +34,12 @@ class PlainArray:
     def __setstate__(self, state: Any) -> None:
         """State as ``ndarray.__reduce__`` writes it: (version, shape, dtype, Fortran order, data)."""
         try:
-            _, self._shape, self._dtype, _, self._data = state
+            _, shape, self._dtype, _, self._data = state
         except (TypeError, ValueError):
             raise NotPlain("a numpy array in it has no readable state.") from None
+        if not isinstance(shape, tuple) or not all(isinstance(side, int) and side >= 0 for side in shape):
+            raise NotPlain(f"a numpy array in it has {str(shape)[:40]!r} for a shape.")
+        self._shape = shape
 
     def tolist(self) -> list[Any]:
         """Items of an array of one dimension, or of objects. Raises NotPlain."""
@@ -109,7 +112,9 @@ def load_plain(path: Path) -> Any:
             raise NotPlain(f"a corrupt pickle: {type(error).__name__}.") from None
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):
+    # The one in Python: the one in C makes room for as many memos as a file claims, however small the file.
+
     def find_class(self, module: str, name: str) -> Any:
         # Each is made anew, so that a file that sets attributes of one changes nothing that outlives it.
         if module in NUMPY:
