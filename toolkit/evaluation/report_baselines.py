@@ -33,7 +33,8 @@ def baselines(e: Evaluation) -> str:
     return section(
         "What distillation bought",
         f"<p>The control <code>{escape(e.control.encoder.name)}</code> was not distilled from this teacher. Where a "
-        "linear map of it does as well as the student, distillation bought nothing.</p>",
+        "linear map of a control of the student’s size and training does as well as the student, distillation bought "
+        "nothing; a larger or longer trained control shows how far a map alone can go.</p>",
         _rates(e) if e.comparisons else _accuracies(e.pair_accuracies),
         _maps(e.control, e),
     )
