@@ -18,7 +18,7 @@ from pkd.toolkit.space import short
 if TYPE_CHECKING:
     from pkd.export.produce import Order
 
-FORMATS = ("onnx", "openvino", "trt", "trt-rtx")
+FORMATS = ("onnx", "openvino", "ncnn", "trt", "trt-rtx")
 PRECISIONS = ("fp32", "fp16", "int8", "bf16")
 METHODS = ("minmax", "percentile", "entropy")
 EXAMPLES = """

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from pkd.export.golden import COUNT, TOLERANCE
 from pkd.export.parity import ParityRow, measure, onnx_runner
+from pkd.export.to_ncnn import to_ncnn
 from pkd.export.to_openvino import to_ir
 from pkd.export.to_tensorrt import BuildOptions, build_engine
 from pkd.export.typed import Form, Settings, TypedGraph, TypedGraphs
 from pkd.toolkit.command import tool_version
 from pkd.toolkit.errors import InputError, TargetUnavailable
 from pkd.toolkit.images import Rgb
+from pkd.toolkit.ncnn_runtime import NcnnNet
 from pkd.toolkit.openvino_runtime import HINTS, compile_model
 from pkd.toolkit.runtime import Embeddings
 from pkd.toolkit.target import Target
@@ -33,13 +35,15 @@ class Built:
     files: dict[str, bytes]
     made_with: str
     settings: Settings
+    checked_with: str
+    """The runtime that ``embed`` runs in, and its version."""
     embed: Embed | None
     """Raw rows of the built file itself; None where only a device that is not here can run it."""
 
 
 def _onnx(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
     embed = onnx_runner(graph.data, lambda crops: crops, "the graph for onnxruntime")
-    return Built({"encoder.onnx": graph.data}, tool_version(), {}, embed)
+    return Built({"encoder.onnx": graph.data}, tool_version(), {}, ORT, embed)
 
 
 def _openvino(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
@@ -50,17 +54,25 @@ def _openvino(graph: TypedGraph, precision: str, options: BuildOptions, tell: Te
     def embed(crops: Rgb) -> NDArray[np.float32]:
         return np.asarray(model.create_infer_request().infer([crops])[0], np.float32)
 
-    return Built({"encoder.xml": xml, "encoder.bin": weights}, f"openvino {version}", settings, embed)
+    return Built(
+        {"encoder.xml": xml, "encoder.bin": weights}, f"openvino {version}", settings, f"openvino {version}", embed
+    )
+
+
+def _ncnn(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
+    param, weights, version = to_ncnn(graph.data)
+    net = NcnnNet(param, weights, 1)
+    return Built({"encoder.param": param, "encoder.bin": weights}, f"pnnx {version}", {}, net.version, net)
 
 
 def _tensorrt(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
     engine = build_engine("tensorrt", graph.data, options, tell)
-    return Built({"encoder.engine": engine.data}, f"tensorrt {engine.version}", engine.settings, None)
+    return Built({"encoder.engine": engine.data}, f"tensorrt {engine.version}", engine.settings, ORT, None)
 
 
 def _tensorrt_rtx(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
     engine = build_engine("tensorrt_rtx", graph.data, options, tell)
-    return Built({"encoder.engine": engine.data}, f"tensorrt_rtx {engine.version}", engine.settings, None)
+    return Built({"encoder.engine": engine.data}, f"tensorrt_rtx {engine.version}", engine.settings, ORT, None)
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,7 @@ class Format:
 TARGETS: dict[str, Format] = {
     "onnx": Format("onnxruntime", ("fp32", "fp16", "int8"), Form("u8s8", keeps_prelu=False), _onnx),
     "openvino": Format("openvino", ("fp32", "bf16", "int8"), Form("s8s8", keeps_prelu=True), _openvino),
+    "ncnn": Format("ncnn", ("fp32",), Form("u8s8", keeps_prelu=True), _ncnn),
     "trt": Format("tensorrt", ("fp32", "fp16", "int8"), Form("s8s8", keeps_prelu=True), _tensorrt),
     "trt-rtx": Format("tensorrt_rtx", ("fp32", "fp16", "int8"), Form("s8s8", keeps_prelu=True), _tensorrt_rtx),
 }
@@ -133,7 +146,7 @@ def make(
             built = format.build(graph, precision, options, tell)
         except TargetUnavailable as reason:
             made.missing[name] = {"format": chosen, "precision": precision, "reason": str(reason)}
-            built = Built({}, tool_version(), {}, None)
+            built = Built({}, tool_version(), {}, ORT, None)
         embed = built.embed or onnx_runner(graph.data, lambda crops: crops, name)
         rows = measure(name, expected, crops, embed, precision)
         files = {f"targets/{name}/{file}": data for file, data in built.files.items() if data != plain}
@@ -151,7 +164,7 @@ def make(
                 graph=stored,
                 file=opened and (stored if built.files[opened] == graph.data else f"targets/{name}/{opened}"),
                 golden_tolerance=_tolerance(embed, crops[:COUNT], expected[:COUNT]),
-                checked_with=built.made_with if built.embed and format.runtime == "openvino" else ORT,
+                checked_with=built.checked_with,
                 made_with=built.made_with,
                 settings={**graph.settings, **built.settings},
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pkd.toolkit.bundle import Bundle
 from pkd.toolkit.errors import BundleError, TargetUnavailable
+from pkd.toolkit.ncnn_runtime import open_ncnn
 from pkd.toolkit.openvino_runtime import open_openvino
 from pkd.toolkit.runtime import Encoder, open_graph
 from pkd.toolkit.target import Target
@@ -49,4 +50,5 @@ def _onnxruntime(bundle: Bundle, target: Target, file: str, threads: int) -> Enc
 RUNTIMES: dict[str, Open] = {
     "onnxruntime": _onnxruntime,
     "openvino": open_openvino,
+    "ncnn": open_ncnn,
 }
