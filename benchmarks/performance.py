@@ -24,6 +24,10 @@ PARTS = {
     "training_speed": "Training speed",
     "image_store": "Ten million images",
     "backbones": "Backbones",
+    "cross_pairs": "All pairs of 100,000 images",
+    "template_pairs": "The pair list of IJB-C",
+    "coverage": "How often intervals hold the truth",
+    "halvings": "Do thresholds carry over to other people",
     "method_table": "Methods at equal budget",
     "inheritance": "A teacher's own classifier against heads made from its embeddings",
 }
