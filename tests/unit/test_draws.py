@@ -41,5 +41,5 @@ def test_an_archive_without_the_description_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_names_the_command_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file. Run pkd-evaluate again"):
+    with pytest.raises(InputError, match=r"no such file\. Run pkd-evaluate again"):
         read_draws(tmp_path)
