@@ -253,8 +253,8 @@ def bought(found: Report) -> list[str]:
         "## What distillation bought",
         prose(
             "`pkd-evaluate --control C --fit-faces val.txt`: linear maps from an independent space into the "
-            f"teacher's, fitted on {fit['images']:,} images of {fit['identities']:,} people not in the test list. TAR at "
-            "FMR, every identity weighing the same. Only the first control has the student's size and training; the "
+            f"teacher's, fitted on {fit['images']:,} images of {fit['identities']:,} people not in the test list. TAR "
+            "at FMR, every identity weighing the same. Only the first control has the student's size and training; the "
             "second shows how far a map of a strong model goes, for whom a device can carry it."
         ),
         markdown_table(("encoder", "query–gallery", *(f"{f:g}" for f in FMRS)), rows),
