@@ -98,7 +98,8 @@ def certificate(query: str, gallery: str, space: str, *, data_name: str = "test"
     """A well-formed certificate of the ordered pair."""
     rate = {
         "fmr_ci95": (0.0, 0.02),
-        "prediction95": (0.0, 0.03), "raw_threshold": 0.31,
+        "prediction95": (0.0, 0.03),
+        "raw_threshold": 0.31,
         "tar": 0.9,
         "tar_ci95": (0.8, 1.0),
         "tar_balanced": 0.9,

@@ -53,8 +53,7 @@ def _templates(t: TemplateData) -> str:
         else ""
     )
     return (
-        f"{t.templates:,} of {t.media:,} media: {loose}; faces {score}, averaged within a medium; media summed"
-        f"{rebuilt}"
+        f"{t.templates:,} of {t.media:,} media: {loose}; faces {score}, averaged within a medium; media summed{rebuilt}"
     )
 
 
