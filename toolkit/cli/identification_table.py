@@ -19,12 +19,13 @@ def identification_table(evaluation: Evaluation) -> Table:
         "interval; probe–gallery",
         title_justify="left",
     )
-    for heading in ("pair", f"rank {first.ranks[0].rank}", *(f"FNIR@FPIR {p.fpir:g}" for p in first.points)):
-        table.add_column(heading, justify="left" if heading == "pair" else "right", no_wrap=True)
+    table.add_column("pair", no_wrap=True)
+    for heading in (*(f"rank {p.rank}" for p in first.ranks[:1]), *(f"FNIR@FPIR {p.fpir:g}" for p in first.points)):
+        table.add_column(heading, justify="right", no_wrap=True)
     for found in evaluation.identifications:
-        top = found.ranks[0]
+        mates = [_said(point.rate_balanced, point.rate_balanced_ci95) for point in found.ranks[:1]]
         misses = [_said(miss.fnir_balanced, miss.fnir_balanced_ci95) for miss in found.points]
-        table.add_row(found.name, _said(top.rate_balanced, top.rate_balanced_ci95), *misses)
+        table.add_row(found.name, *mates, *misses)
     return table
 
 
