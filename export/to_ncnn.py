@@ -15,7 +15,7 @@ from pkd.export.to_onnx import serialise
 from pkd.toolkit.errors import InputError, TargetUnavailable
 
 SECONDS = 300
-"""Small networks take two; on some that it cannot convert pnnx never ends."""
+"""Small networks take two; a limit, for pnnx says nothing while it works."""
 
 
 def to_ncnn(model: bytes) -> tuple[bytes, bytes, str]:

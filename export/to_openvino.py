@@ -18,7 +18,7 @@ def to_ir(model: bytes) -> tuple[bytes, bytes, str]:
         onnx, xml = Path(folder, "encoder.onnx"), Path(folder, "encoder.xml")
         onnx.write_bytes(model)
         try:
-            # not convert_model: its telemetry forks processes that wait for a server, for ever where there is none
+            # not convert_model: offline it was seen to hang with idle child processes, probably of its telemetry
             openvino.save_model(openvino.Core().read_model(onnx), xml, compress_to_fp16=False)
         except Exception as error:  # openvino's errors share no public base class
             reason = " ".join(str(error).split())[-300:]
