@@ -247,7 +247,7 @@ def bought(found: Report) -> list[str]:
         f" beside the ridge map of {name}"
         for name, f in found.items()
         for gain in f["gains"]
-        if gain["baseline"] == "R–T" and (d := gain["difference"])
+        if gain["baseline"] == "R–T" and gain["fmr"] == 1e-3 and (d := gain["difference"])
     ]
     return [
         "## What distillation bought",
