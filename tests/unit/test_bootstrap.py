@@ -58,9 +58,39 @@ def test_interval_of_the_fmr_covers_the_truth_about_as_often_as_it_says() -> Non
     truth = np.mean([fmr_at(people(300, 3, 900 + s), threshold)[0] for s in range(3)])
     covered = 0
     for trial in range(80):
-        low, high = interval(bootstrap(people(40, 3, trial), FMR, threshold, resamples=100, seed=trial).fmr[:, 0])
+        low, high = bootstrap(people(40, 3, trial), FMR, threshold, resamples=100, seed=trial).fmr_interval(0)
         covered += bool(low <= truth <= high)
     assert 0.85 <= covered / 80 <= 1.0
+
+
+def test_the_noise_of_pairs_is_counted_once() -> None:
+    """Of people who are all alike only pairs vary: the spread over fresh sets is what the interval says, and the plain
+    percentiles of the resamples are about √3 as wide."""
+
+    def alike(seed: int) -> PairScores:
+        random = np.random.default_rng(seed)
+        vectors = random.normal(size=(120, 12))
+        unit = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+        labels, files = np.arange(120) // 2, np.arange(120)
+        return score_pairs(Pairing(labels, labels, files, files, 60, unordered=True), unit, unit)
+
+    threshold = np.array([0.62])
+    fresh = np.array([fmr_at(alike(seed), threshold)[0] for seed in range(200)])
+    ours, plain = [], []
+    for seed in range(20):
+        drawn = bootstrap(alike(seed), FMR, threshold, resamples=150, seed=seed)
+        low, high = drawn.fmr_interval(0)
+        ours.append(np.log(high / low) / (2 * 1.96) * drawn.observed_fmr[0])
+        plain.append(drawn.fmr[:, 0].std())
+        assert width(drawn.prediction(0)) > 1.3 * width((low, high))
+    assert np.mean(ours) == pytest.approx(fresh.std(), rel=0.25)
+    assert np.mean(plain) > 1.35 * fresh.std()
+
+
+def test_of_no_match_the_interval_says_what_so_many_pairs_of_people_can() -> None:
+    scores = people(20, 2, 0)
+    drawn = bootstrap(scores, FMR, np.array([2.0]), resamples=50, seed=0)
+    assert drawn.fmr_interval(0) == (0.0, pytest.approx(-np.log(0.025) / 190))
 
 
 def test_smallest_fmr_follows_the_pairs_of_people_and_not_of_images() -> None:
