@@ -16,6 +16,7 @@ from pkd.toolkit.errors import InputError, MissingExtra, TargetUnavailable
 from pkd.toolkit.space import short
 
 if TYPE_CHECKING:
+    from pkd.export.gate import GateOrder
     from pkd.export.produce import Order
 
 FORMATS = ("onnx", "openvino", "ncnn", "trt", "trt-rtx")
@@ -26,6 +27,8 @@ EXAMPLES = """
   pkd-export --teacher teacher.onnx --teacher-preprocess channels=rgb,mean=127.5,std=127.5 -o bundles/teacher
   pkd-export --teacher insightface:buffalo_l -o bundles/teacher
   pkd-export runs/student -o bundles/student --format onnx openvino --precision fp32 int8 --calib faces/val.txt
+  pkd-export runs/student -o bundles/student --precision fp32 int8 --calib faces/val.txt --gate faces/dev \
+      --gate-teacher teacher.onnx --gate-teacher-preprocess mean=127.5,std=127.5 --max-tar-drop 0.01
   pkd-export runs/student -o bundles/student --trt --precision fp16      # without a GPU: the graph, and exit code 3
   pkd-export --from-bundle bundles/student --trt --precision fp16        # later, on the machine with the GPU
   pkd-export runs/student -o bundles/student --float-nchw student.onnx   # loads in insightface's model_zoo, too
@@ -57,6 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     int8.add_argument("--calib", type=Path, metavar="DIR|LIST", help="aligned real crops, 320 are taken of them")
     int8.add_argument("--calib-method", choices=METHODS, default="percentile", help="default: percentile (99.99)")
     int8.add_argument("--keep-float", type=int, default=0, metavar="N", help="leave the N costliest layers in float32")
+    gate = parser.add_argument_group("gate", "targets in another precision must keep the TAR of fp32")
+    gate.add_argument(
+        "--gate", type=Path, metavar="DIR|LIST", help="aligned crops with identities; not those of --calib"
+    )
+    gate.add_argument("--gate-teacher", metavar="SPEC", help="of the gallery; needed for a student")
+    gate.add_argument("--gate-teacher-preprocess", metavar="P", help="of a teacher that is FILE.onnx or FILE.pt")
+    gate.add_argument("--gate-fmr", type=float, metavar="F", help="false match rate; default: 1e-3")
+    gate.add_argument(
+        "--max-tar-drop",
+        type=float,
+        metavar="X",
+        help="the upper end of the interval of what a target loses may be no more; default: 0.01, one point",
+    )
     trt = parser.add_argument_group("tensorrt")
     trt.add_argument("--batch", default="1:8:32", metavar="MIN:USUAL:MAX", help="batch sizes; default: 1:8:32")
     trt.add_argument("--workspace", type=int, default=1024, metavar="MIB", help="scratch memory; default: 1024")
@@ -127,10 +143,25 @@ def _order(args: argparse.Namespace) -> Order:
         keep_float=args.keep_float,
         build=BuildOptions(parse_batches(args.batch), args.workspace, args.timing_cache),
         certificates=args.certificates,
+        gate=_gate(args),
         float_nchw=args.float_nchw,
         licence=args.licence,
         force=args.force,
     )
+
+
+def _gate(args: argparse.Namespace) -> GateOrder | None:
+    from pkd.export.gate import GateOrder
+
+    given = {"fmr": args.gate_fmr, "max_drop": args.max_tar_drop}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.gate is None:
+        if args.gate_teacher or given:
+            raise InputError("--gate DIR|LIST is missing: the faces that the gate is measured on.")
+        return None
+    if args.run and not args.gate_teacher:
+        raise InputError("--gate measures a student against its teacher's gallery. Pass --gate-teacher SPEC, too.")
+    return GateOrder(args.gate, args.gate_teacher, args.gate_teacher_preprocess, **given)
 
 
 def _counter(status: Status) -> Callable[[str, int], Callable[[int], None]]:

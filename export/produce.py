@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pkd.export.calibration import read_calibration
 from pkd.export.certificates import collect
+from pkd.export.gate import Gated, GateOrder, gate, gate_table, require_passed
 from pkd.export.golden import COUNT, TOLERANCE, synthetic_crops
 from pkd.export.parity import BATCHES, ParityRow, insightface_blob, measure, onnx_runner, parity_table, require
 from pkd.export.ranges import Method
@@ -21,10 +22,10 @@ from pkd.export.targets import TARGETS, Made, make, wanted
 from pkd.export.to_onnx import OPSET, float_graph, opset_of, serialise, uint8_graph
 from pkd.export.to_tensorrt import BuildOptions
 from pkd.export.typed import TypedGraph, TypedGraphs
-from pkd.toolkit.bundle import Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
+from pkd.toolkit.bundle import NOT_GATED, Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
 from pkd.toolkit.command import Result, tool_version
 from pkd.toolkit.errors import InputError
-from pkd.toolkit.runtime import open_bundle
+from pkd.toolkit.runtime import Encoder, open_bundle
 from pkd.toolkit.space import EncoderInfo, in_mode
 
 Begin = Callable[[str, int], Callable[[int], None]]
@@ -46,6 +47,7 @@ class Order:
     keep_float: int
     build: BuildOptions
     certificates: Sequence[Path]
+    gate: GateOrder | None
     float_nchw: Path | None
     licence: str
     force: bool
@@ -75,6 +77,7 @@ def produce(order: Order, console: Console, begin: Begin) -> Result:
     graphs = _graphs(order, graph, info, begin)
     made = make(pairs, graphs, order.build, crops, expected, _teller(begin))
     _judge(made.rows, console)
+    gated = _gate(order, source.encoder, made, console, begin)
     manifest = Manifest(
         encoder=info,
         graph=GraphSpec(opset=opset),
@@ -82,11 +85,12 @@ def produce(order: Order, console: Console, begin: Begin) -> Result:
         licence=order.licence,
         training=source.training,
         targets=tuple(made.targets),
+        gate=gated.said,
         tool=tool_version(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         files={},
     )
-    evidence = collect(order.certificates, *manifest.encoders.values())
+    evidence = _certificates(gated) | collect(order.certificates, *manifest.encoders.values())
     golden = pack_golden(Golden(crops[:COUNT], expected[:COUNT]))
     with _written_with(order.float_nchw, floats):
         files = {"encoder.onnx": model, "golden.npz": golden, **evidence, **made.files}
@@ -113,9 +117,11 @@ def add_targets(order: Order, console: Console, begin: Begin) -> Result:
             graphs.give(target.precision, forms[target.runtime], known)
 
     crops = synthetic_crops(max(BATCHES), manifest.encoder.preprocess.size)
-    expected = open_bundle(bundle).embed(crops)
+    reference = open_bundle(bundle)
+    expected = reference.embed(crops)
     made = make(pairs, graphs, order.build, crops, expected, _teller(begin))
     _judge(made.rows, console)
+    gated = _gate(order, reference, made, console, begin)
     added = {target.name for target in made.targets}
     kept = [target for target in manifest.targets if target.name not in added]
     needed = {name for target in kept for name in (target.graph, target.file) if name}
@@ -124,8 +130,9 @@ def add_targets(order: Order, console: Console, begin: Begin) -> Result:
         for name in manifest.files
         if not any(name.startswith(f"targets/{old}/") for old in added) or name in needed
     }
-    manifest = manifest.model_copy(update={"targets": (*kept, *made.targets)})
-    evidence = collect(order.certificates, *manifest.encoders.values())
+    said = gated.said if manifest.gate == NOT_GATED else f"{manifest.gate}. {gated.said}"
+    manifest = manifest.model_copy(update={"targets": (*kept, *made.targets), "gate": said})
+    evidence = _certificates(gated) | collect(order.certificates, *manifest.encoders.values())
     bundle = write_bundle(order.out, {**files, **made.files, **evidence}, manifest, replace=True)
     return _result(order, bundle, [], made, graphs)
 
@@ -139,6 +146,29 @@ def _graphs(order: Order, graph: onnx.ModelProto, info: EncoderInfo, begin: Begi
         begin(f"reading {order.calib}", 0)
         calibration = read_calibration(order.calib, info.preprocess.size, order.calib_method)
     return TypedGraphs(graph, info, calibration, order.keep_float, begin)
+
+
+def _gate(order: Order, reference: Encoder, made: Made, console: Console, begin: Begin) -> Gated:
+    if order.gate is None:
+        return Gated((), NOT_GATED, ())
+
+    @contextmanager
+    def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield begin(label, total)
+
+    gated = gate(order.gate, reference, made.encoders, bar)
+    if gated.rows:
+        console.print(gate_table(gated.rows))
+    require_passed(gated)
+    return gated
+
+
+def _certificates(gated: Gated) -> dict[str, bytes]:
+    return {
+        f"certificates/{certificate.file_name}": (certificate.model_dump_json(indent=2) + "\n").encode()
+        for certificate in gated.certificates
+        if certificate.points
+    }
 
 
 def _judge(rows: Sequence[ParityRow], console: Console) -> None:

@@ -20,7 +20,8 @@ from pkd.toolkit.errors import InputError, TargetUnavailable
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.ncnn_runtime import NcnnNet
 from pkd.toolkit.openvino_runtime import HINTS, compile_model
-from pkd.toolkit.runtime import Embeddings
+from pkd.toolkit.runtime import Embeddings, Encoder, unit_rows
+from pkd.toolkit.space import EncoderInfo
 from pkd.toolkit.target import Target
 
 Embed = Callable[[Rgb], NDArray[np.float32]]
@@ -104,6 +105,20 @@ class Made:
     rows: list[ParityRow] = field(default_factory=list)
     missing: dict[str, dict[str, str]] = field(default_factory=dict)
     """Name → format, precision, reason."""
+    encoders: dict[str, Encoder] = field(default_factory=dict)
+    """Name → the target as an encoder; of one that cannot run here, its graph in onnxruntime."""
+
+
+@dataclass(frozen=True)
+class TargetEncoder:
+    """A target that runs here."""
+
+    info: EncoderInfo
+    raw: Embed
+
+    def embed(self, crops: Rgb) -> Embeddings:
+        """uint8 N×S×S×3 → float32 N×D unit rows."""
+        return unit_rows(self.raw(crops), self.info.name)
 
 
 def wanted(formats: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
@@ -149,6 +164,7 @@ def make(
             built = Built({}, tool_version(), {}, ORT, None)
         embed = built.embed or onnx_runner(graph.data, lambda crops: crops, name)
         rows = measure(name, expected, crops, embed, precision)
+        made.encoders[name] = TargetEncoder(graph.encoder, embed)
         files = {f"targets/{name}/{file}": data for file, data in built.files.items() if data != plain}
         stored = "encoder.onnx" if graph.data == plain else f"targets/{name}/encoder.onnx"
         if stored != "encoder.onnx":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from pkd.toolkit.bundle import NOT_GATED
 from pkd.toolkit.command import Result, make_parser, run
 from pkd.toolkit.errors import InputError, MissingExtra, UnsupportedFmr
 from pkd.toolkit.signing import TrustedKeys
@@ -103,7 +104,8 @@ def _introduce(console: Console, encoders: Encoders, fmr: float, detector: bool,
     for loaded in encoders.loaded.values():
         info = loaded.encoder.info
         state = f"{info.space.dim}-d, {info.preprocess.name}{', default' if loaded is encoders.default else ''}"
-        console.print(f"{info.role} {short(info.id)}: {state}", markup=False, soft_wrap=True)
+        gated = f", {NOT_GATED}" if loaded.bundle.manifest.gate == NOT_GATED else ""
+        console.print(f"{info.role} {short(info.id)}: {state}{gated}", markup=False, soft_wrap=True)
     for file in encoders.files.values():
         certificate = file.certificate
         pair = f"{short(certificate.query)} → {short(certificate.gallery)}"

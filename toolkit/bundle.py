@@ -27,6 +27,7 @@ SCHEMA = 2
 """What is written. Schema 1 had no targets."""
 READABLE = (1, SCHEMA)
 MANIFEST = "manifest.json"
+NOT_GATED = "not gated"
 MAX_MANIFEST = 1 << 20
 """Bytes; a real manifest has a few kilobytes."""
 MAX_GOLDEN = 64 << 20
@@ -51,7 +52,7 @@ class Manifest(Record):
     graph: GraphSpec
     golden_tolerance: float = Field(gt=0, lt=1)
     """Largest allowed 1 − cosine between a golden embedding and its recomputation."""
-    gate: str = "not gated"
+    gate: str = NOT_GATED
     """Result of the accuracy gate, or why it did not run."""
     licence: str = "not stated"
     training: dict[str, str | int | float | bool | None] = Field(default_factory=dict)

@@ -48,7 +48,7 @@ def cross_matrix(
     cells = lineup.cells(with_probe=probe is not None, any_space=options.any_space)
     encoders = lineup.encoders
     query = faces if probe is None else probe
-    data, plain = _pair_up(faces, query, name, options.cache)
+    data, plain = pair_up(faces, query, name, options.cache)
     pairings = {True: plain, False: plain}
     if probe is None:
         pairings[True] = Pairing(
@@ -120,7 +120,7 @@ def cross_matrix(
     return Outcome(evaluation, Draws(drawn_from(evaluation), values | searched), certificates)
 
 
-def _pair_up(gallery: FaceSet, query: FaceSet, name: str, cache: Path | None) -> tuple[Data, Pairing]:
+def pair_up(gallery: FaceSet, query: FaceSet, name: str, cache: Path | None) -> tuple[Data, Pairing]:
     """Number the identities and files of both sides alike. Raises InputError where nothing can be measured."""
     for faces in (gallery, query):
         if len(faces.identities) == 0 or (faces.labels < 0).any():
