@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -130,3 +132,18 @@ def certificate(query: str, gallery: str, space: str, *, data_name: str = "test"
         tool="pkd test",
         created="2026-01-01T00:00:00+00:00",
     )
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Change fields of a manifest as an attacker would, hashes of other files left alone."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest.update(changes)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def replace_file(path: Path, name: str, data: bytes) -> None:
+    """Change a file and its hash."""
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_bytes(data)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    rewrite(path, files={**files, name: hashlib.sha256(data).hexdigest()})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundle_factory import DIM, bundle, certificate, content
+from bundle_factory import DIM, bundle, content, replace_file, rewrite
 
 from pkd.toolkit.bundle import (
     MAX_MANIFEST,
@@ -21,10 +21,9 @@ from pkd.toolkit.bundle import (
     self_test,
     write_bundle,
 )
-from pkd.toolkit.errors import BundleError, NotTrusted
+from pkd.toolkit.errors import BundleError
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import open_bundle
-from pkd.toolkit.signing import Signature
 from pkd.toolkit.space import EmbeddingSpace, EncoderInfo
 from pkd.toolkit.target import Target
 
@@ -108,21 +107,6 @@ GOLDEN_TARGET = """\
     }
   ],
 """
-
-
-def rewrite(path: Path, **changes: object) -> None:
-    """Change fields of a manifest as an attacker would, hashes of other files left alone."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest.update(changes)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
-def replace_file(path: Path, name: str, data: bytes) -> None:
-    """Change a file and its hash."""
-    (path / name).parent.mkdir(exist_ok=True)
-    (path / name).write_bytes(data)
-    files = json.loads((path / "manifest.json").read_text())["files"]
-    rewrite(path, files={**files, name: hashlib.sha256(data).hexdigest()})
 
 
 @pytest.fixture
@@ -428,29 +412,6 @@ def test_the_self_test_notices_another_scale_channel_order_or_network(tmp_path: 
             self_test(opened, other)
 
 
-def test_certificates_in_a_bundle_must_be_about_its_encoder(tmp_path: Path) -> None:
-    files, manifest = content()
-    info = manifest.encoder
-    own = certificate(info.id, "other@sha256:00", info.space.id)
-    foreign = certificate("x@sha256:00", "y@sha256:00", info.space.id)
-    elsewhere = certificate(info.id, info.id, "another@sha256:00")
-    for number, (made, said) in enumerate(((own, None), (foreign, "not about"), (elsewhere, "certifies the space"))):
-        with_certificate = {**files, f"certificates/{made.file_name}": made.model_dump_json().encode()}
-        if said is None:
-            written = write_bundle(tmp_path / str(number), with_certificate, manifest)
-            assert written.certificates() == [own]
-        else:
-            with pytest.raises(BundleError, match=said):
-                write_bundle(tmp_path / str(number), with_certificate, manifest)
-            assert not (tmp_path / str(number)).exists()
-
-
-def test_a_broken_certificate_is_refused_on_opening(good: Path) -> None:
-    replace_file(good, "certificates/a.json", b"{}")
-    with pytest.raises(BundleError, match=r"a\.json: not a certificate"):
-        Bundle.open(good)
-
-
 def test_writing_refuses_what_is_in_the_way(tmp_path: Path) -> None:
     files, manifest = content()
     project = tmp_path / "project"
@@ -497,42 +458,3 @@ def test_nothing_remains_of_a_bundle_that_would_not_open(tmp_path: Path) -> None
         with pytest.raises(BundleError):
             write_bundle(tmp_path / "made", wrong, manifest)
         assert sorted(tmp_path.iterdir()) == before
-
-
-SIGNED = Signature("sha256:" + "0" * 64, bytes(64))
-
-
-def test_a_certificate_keeps_its_signature_and_its_bytes(tmp_path: Path) -> None:
-    files, manifest = content()
-    info = manifest.encoder
-    certificates = certificate(info.id, info.id, info.space.id), certificate(info.id, "other@sha256:00", info.space.id)
-    added = {f"certificates/{c.file_name}": c.model_dump_json(indent=3).encode() for c in certificates}
-    first = f"certificates/{certificates[0].file_name}"
-    made = write_bundle(tmp_path / "made", {**files, **added, f"{first}.sig": SIGNED.text()}, manifest)
-    found = {file.path.relative_to(made.path).as_posix(): file for file in Bundle.open(made.path).certificate_files()}
-    assert {name: file.data for name, file in found.items()} == added
-    assert {name: file.signature for name, file in found.items()} == {n: SIGNED if n == first else None for n in added}
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "said"),
-    [
-        ("certificates/a.json.sig", SIGNED.text(), r"a\.json\.sig: signs a file that is not in the bundle"),
-        ("certificates/a.json.sig.sig", SIGNED.text(), "signs a file that is not in the bundle"),
-        ("certificates/a.sig", b"", "signs a file that is not in the bundle"),
-        ("certificates/notes.txt", b"hello", r"notes\.txt: not a certificate"),
-    ],
-)
-def test_the_folder_of_certificates_holds_nothing_else(good: Path, name: str, data: bytes, said: str) -> None:
-    replace_file(good, name, data)
-    with pytest.raises(BundleError, match=said):
-        Bundle.open(good)
-
-
-def test_a_broken_signature_is_refused_on_opening(tmp_path: Path) -> None:
-    files, manifest = content()
-    made = certificate(manifest.encoder.id, manifest.encoder.id, manifest.encoder.space.id)
-    name = f"certificates/{made.file_name}"
-    with pytest.raises(NotTrusted, match=r"\.json\.sig: not a signature file"):
-        write_bundle(tmp_path / "made", {**files, name: made.model_dump_json().encode(), f"{name}.sig": b"x"}, manifest)
-    assert not (tmp_path / "made").exists()
