@@ -179,8 +179,8 @@ def table(results: Report) -> str:
         f"Ratios are to `{settings['baseline']}` in the same run. Accuracy: student query against teacher gallery on "
         "val.txt, "
         f"{pairs['genuine_pairs']:,} genuine pairs of {pairs['genuine_identities']:,} people, every identity weighing "
-        f"the same, with 95 % intervals; FMR: {fmr}. The budget is far too small to train any of them out: the order is "
-        "what counts. Students that pkd does not ship are in the commit named with them."
+        f"the same, with 95 % intervals; FMR: {fmr}. The budget is far too small to train any of them out: the order "
+        "is what counts. Students that pkd does not ship are in the commit named with them."
     )
     head = (
         "student", "commit", "parameters", "multiply-adds", "onnxruntime CPU ms", "training images per CPU-second",
