@@ -1,0 +1,1 @@
+"""What is enrolled: galleries, subjects, templates, and where they are kept."""
