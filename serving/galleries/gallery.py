@@ -1,7 +1,7 @@
 """Gallery: templates of one space, each stamped with the encoder that made it. And what a store of galleries promises.
 
-A template is searched only beside others of its own encoder: thresholds belong to an ordered pair of encoders, so scores
-of two encoders have no common scale. That is why ``search`` is asked for one encoder at a time.
+A template is searched only beside others of its own encoder: thresholds belong to an ordered pair of encoders, so the
+scores of two encoders have no common scale. That is why ``search`` is asked for one encoder at a time.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class GalleryStore(Protocol):
         """Subjects without a template in the second space: a page, as ``subjects``."""
 
     def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> Moved:
-        """Make the second space the only one, deleting the templates of the first; with ``abandon`` the other way round.
+        """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round.
 
         A gallery-conflict while a subject would be left without a template.
         """
