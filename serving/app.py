@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from pkd.serving import openapi
+from pkd.serving import metrics, openapi
 from pkd.serving.door import Door
 from pkd.serving.images import media_type, parse, read_embed
 from pkd.serving.problems import Problem, documented, from_error
@@ -117,6 +117,11 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """Every loaded bundle reproduces its golden embeddings; largest 1 − cosine per encoder."""
         service.state.require_ready()
         return {"status": "ready", "golden_error": service.state.proved}
+
+    @app.get("/metrics", include_in_schema=False)
+    async def prometheus() -> Response:
+        """Counts and durations in Prometheus' text format. Any key will do."""
+        return Response(service.state.metrics.page(), media_type=metrics.CONTENT_TYPE)
 
 
 def answer(content: dict[str, Any]) -> Response:

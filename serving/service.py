@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 from typing import Any
 
@@ -13,7 +12,10 @@ from numpy.typing import NDArray
 
 from pkd.serving.encoders import Encoders, Loaded
 from pkd.serving.images import EmbedRequest, Undecoded
+from pkd.serving.inference import Inference
+from pkd.serving.metrics import Metrics
 from pkd.serving.pipeline import Embedded, Pipeline
+from pkd.serving.pool import Pool
 from pkd.serving.problems import Problem, from_error
 from pkd.serving.schemas import EmbeddingSide, Faces, Side, VerifyBody
 from pkd.serving.settings import Settings
@@ -22,6 +24,7 @@ from pkd.serving.vectors import encode
 from pkd.serving.verify import decide, received, settle
 from pkd.toolkit.detect import Detector
 from pkd.toolkit.errors import BundleError, PkdError
+from pkd.toolkit.space import short
 
 
 class Service:
@@ -29,10 +32,12 @@ class Service:
 
     def __init__(self, encoders: Encoders, settings: Settings, detector: Detector | None = None) -> None:
         self.encoders, self.settings = encoders, settings
-        self.pipeline = Pipeline(detector)
-        self.state = State()
+        self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
+        batched = settings.device == "cuda"
+        self.inference = Inference((one.encoder for one in encoders.loaded.values()), self.state.metrics, batched)
+        self.pipeline = Pipeline(detector, self.inference)
         self._proving: asyncio.Task[None] | None = None
-        self._workers = ThreadPoolExecutor(settings.threads, thread_name_prefix="pkd-worker")
+        self._workers = Pool(settings.threads, self.state.metrics)
 
     def start(self) -> asyncio.Task[None]:
         """Begin the self-test, once. Await the task to know that it is over; its outcome is in ``state``."""
@@ -58,6 +63,7 @@ class Service:
     def close(self) -> None:
         """Drop what still waits; running images finish."""
         self._workers.shutdown(wait=True, cancel_futures=True)
+        self.inference.close()
 
     async def embed(self, request: EmbedRequest) -> dict[str, Any]:
         """The answer of /v1/embed, vectors as numpy arrays or base64. All images succeed, or none is answered."""
@@ -94,7 +100,9 @@ class Service:
         waiting = {name: side for name, side in sides.items() if name not in vectors}
         made = await asyncio.gather(*(self._embed_side(side, name) for name, side in waiting.items()))
         a, b = ({**vectors, **dict(zip(waiting, made, strict=True))}[name] for name in "ab")
-        return decide(terms, a, b)
+        decision = decide(terms, a, b)
+        self.state.metrics.decision("verify", "match" if decision["match"] else "no_match")
+        return decision
 
     async def _embed_side(self, side: Side, name: str) -> NDArray[np.float64]:
         assert not isinstance(side, EmbeddingSide)
