@@ -10,8 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, get_args
 
 from pkd.serving.logs import Form
@@ -59,7 +58,7 @@ class Configuration:
     log: Form = "text"
     log_requests: bool = False
     traces: bool = False
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
 
 
 def _switch(text: str) -> bool:
@@ -104,6 +103,12 @@ def _setting(name: str, kind: type) -> Callable[[str], float]:
     return parse
 
 
+def _default(setting: Field[float]) -> str:
+    if setting.default is MISSING:
+        return "one per core"
+    return str(setting.default) if setting.default >= 1e4 else f"{setting.default:g}"
+
+
 def _list(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(os.pathsep) if part)
 
@@ -112,7 +117,13 @@ OPTIONS: tuple[Option, ...] = (
     Option("host", "--host", "PKD_HOST", "ADDRESS", "address to listen on", "127.0.0.1, only this machine"),
     Option("port", "--port", "PKD_PORT", "N", "port; 0 picks a free one", "8000", _whole(0, 65535)),
     Option(
-        "workers", "--workers", "PKD_WORKERS", "N", "processes that share the port and the galleries", "1", _whole(1, 256)
+        "workers",
+        "--workers",
+        "PKD_WORKERS",
+        "N",
+        "processes that share port and galleries",
+        "1",
+        _whole(1, 256),
     ),
     Option(
         "device",
@@ -174,9 +185,7 @@ OPTIONS: tuple[Option, ...] = (
         "none: certificates may come from anyone",
         _list,
     ),
-    Option(
-        "log", "--log", "PKD_LOG", "text|json", "form of the lines on stderr", "text", _one_of(*get_args(Form))
-    ),
+    Option("log", "--log", "PKD_LOG", "text|json", "form of the lines on stderr", "text", _one_of(*get_args(Form))),
     Option(
         "log_requests", "--log-requests", "PKD_LOG_REQUESTS", "yes", "log a line for every request, too", "off", _switch
     ),
@@ -196,7 +205,7 @@ OPTIONS: tuple[Option, ...] = (
             f"PKD_{each.name.upper()}",
             "N",
             each.metadata["says"],
-            "one per core" if each.default is MISSING else f"{each.default:g}" if each.default < 1e4 else str(each.default),
+            _default(each),
             _setting(each.name, int if each.type == "int" else float),
         )
         for each in fields(Settings)
@@ -285,16 +294,9 @@ def _hint(source: str, text: str) -> str:
 def table() -> str:
     """Every option as a row of Markdown: docs/operations.md holds this text."""
     rows = [
-        f"| `{option.flag}` | `{option.variable}` | {option.says} | {option.default} |".replace("cpu|cuda", r"cpu\|cuda")
+        f"| `{option.flag}` | `{option.variable}` | {option.says} | {option.default} |".replace(
+            "cpu|cuda", r"cpu\|cuda"
+        )
         for option in OPTIONS
     ]
     return "\n".join(["| flag | variable | what it is | default |", "| --- | --- | --- | --- |", *rows])
-
-
-def readable(path: str) -> Path:
-    """``path``, if it is a file that can be read. Raises InputError."""
-    try:
-        with Path(path).open("rb"):
-            return Path(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}.") from None

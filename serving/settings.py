@@ -40,19 +40,11 @@ class Settings:
     queue: int = _number(64, 1, 100_000, "requests that may wait for a worker thread; further ones get 429")
     max_body: int = _number(8 * 2**20, 1024, 2**30, "largest request body, bytes")
     max_stream: int = _number(4 * 2**30, 1024, 2**50, "largest body of a bulk route, bytes; it is never held whole")
-    header_seconds: float = _number(
-        10.0, 0.1, 3600, "longest time for the headers of a request to arrive, seconds"
-    )
-    body_seconds: float = _number(
-        30.0, 0.1, 3600, "longest time for a body, or the next piece of a bulk one, seconds"
-    )
-    request_seconds: float = _number(
-        60.0, 0.1, 86400, "longest time until the answer, waiting included, seconds"
-    )
+    header_seconds: float = _number(10.0, 0.1, 3600, "longest time for the headers of a request to arrive, seconds")
+    body_seconds: float = _number(30.0, 0.1, 3600, "longest time for a body, or the next piece of a bulk one, seconds")
+    request_seconds: float = _number(60.0, 0.1, 86400, "longest time until the answer, waiting included, seconds")
     drain_seconds: int = _number(30, 0, 86400, "longest time that requests in progress get after SIGTERM, seconds")
-    sweep_seconds: float = _number(
-        60.0, 0.1, 86400, "time between two sweeps of expired templates, seconds"
-    )
+    sweep_seconds: float = _number(60.0, 0.1, 86400, "time between two sweeps of expired templates, seconds")
     detector_score: float = _number(0.5, 1e-6, 1 - 1e-6, "smallest detection score that counts as a face")
 
     device: Device = "cpu"
@@ -61,7 +53,10 @@ class Settings:
     def __post_init__(self) -> None:
         for each in fields(self):
             if each.metadata:
-                check(each.name, getattr(self, each.name))
+                try:
+                    check(each.name, getattr(self, each.name))
+                except InputError as error:
+                    raise InputError(f"{each.name} {getattr(self, each.name):g}: {error}") from None
 
 
 def check(name: str, value: float) -> None:
@@ -69,4 +64,4 @@ def check(name: str, value: float) -> None:
     (setting,) = (each for each in fields(Settings) if each.name == name)
     low, high = setting.metadata["low"], setting.metadata["high"]
     if not (math.isfinite(value) and low <= value <= high):
-        raise InputError(f"{name.replace('_', ' ')} {value:g}: give a number from {low:g} to {high:g}.")
+        raise InputError(f"give a number from {low:g} to {high:g}.")
