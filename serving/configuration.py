@@ -25,6 +25,10 @@ YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", 
 GALLERY = re.compile(r"milvus://[A-Za-z0-9.-]+:\d{1,5}")
 
 
+LIMITS = frozenset(each.name for each in fields(Settings))
+"""The options that are fields of Settings."""
+
+
 @dataclass(frozen=True)
 class Option:
     """One option: its flag, its variable and what it may be."""
@@ -212,7 +216,7 @@ OPTIONS: tuple[Option, ...] = (
         if each.metadata
     ),
 )
-"""In the order of --help. The limits are those of Settings."""
+"""In the order of --help."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -244,10 +248,9 @@ def configure(args: argparse.Namespace, environment: Mapping[str, str]) -> Confi
     bundles = tuple(args.bundles) or _list(environment.get("PKD_BUNDLES", ""))
     if not bundles:
         raise InputError("no bundle to serve. Give one as an argument or in PKD_BUNDLES; pkd-export makes them.")
-    limits = {each.name for each in fields(Settings)}
-    settings = Settings(**{name: value for name, value in given.items() if name in limits})
+    settings = Settings(**{name: value for name, value in given.items() if name in LIMITS})
     made = Configuration(
-        bundles, settings=settings, **{name: value for name, value in given.items() if name not in limits}
+        bundles, settings=settings, **{name: value for name, value in given.items() if name not in LIMITS}
     )
     _judge(made)
     return made
