@@ -17,7 +17,7 @@ from pkd.serving.door import Door
 from pkd.serving.images import media_type, parse, read_embed
 from pkd.serving.problems import Problem, documented, from_error
 from pkd.serving.schemas import EmbedAnswer, VerifyAnswer, VerifyBody
-from pkd.serving.security import ApiKeys
+from pkd.serving.security import ApiKeys, require
 from pkd.serving.service import Service
 from pkd.toolkit.certificate import Certificate
 from pkd.toolkit.errors import PkdError
@@ -43,10 +43,12 @@ def create_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
 
     async def embed(request: Request) -> Response:
         """Embed the faces of one or many images."""
+        require(request, "embed")
         return answer(await service.embed(await read_embed(request)))
 
     async def verify(request: Request) -> Response:
         """Decide whether `a` (query) and `b` (gallery) show the same person."""
+        require(request, "verify")
         if media_type(request) != "application/json":
             raise Problem("unsupported-media", "Send application/json with the sides `a` and `b`.")
         return answer(await service.verify(parse(VerifyBody, await request.body())))

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pkd.serving.problems import Problem
-from pkd.serving.security import ApiKeys
+from pkd.serving.security import IN_SCOPE, ApiKeys
 from pkd.serving.settings import Settings
 from pkd.serving.state import State
 
@@ -58,8 +58,8 @@ class Door:
 
     def _admit(self, scope: Scope, works: bool) -> None:
         headers = Headers(scope=scope)
-        if self.keys and scope["path"] not in OPEN_PATHS:
-            self.keys.check(headers.get("authorization"))
+        guarded = self.keys and scope["path"] not in OPEN_PATHS
+        scope[IN_SCOPE] = self.keys.check(headers.get("authorization")) if self.keys and guarded else None
         if not works:
             return
         self.state.require_ready()

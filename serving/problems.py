@@ -57,7 +57,8 @@ OF_ERROR: dict[type[errors.PkdError], str] = {
     errors.InputError: "invalid-request",
 }
 
-RETRY_SECONDS = "1"
+RETRY_SECONDS = 1
+"""Where a problem does not know better (its member ``retry_after``), seconds."""
 
 
 class Problem(Exception):
@@ -74,7 +75,7 @@ class Problem(Exception):
         """The problem as an HTTP response, with ``Retry-After`` where waiting helps."""
         headers: dict[str, str] = {}
         if self.status in (429, 503):
-            headers["Retry-After"] = RETRY_SECONDS
+            headers["Retry-After"] = str(self.members.get("retry_after", RETRY_SECONDS))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         body = {"type": self.type, "title": self.title, "status": self.status, "detail": self.detail, **self.members}
