@@ -86,6 +86,12 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
+def require_json(request: Request) -> None:
+    """Raise an unsupported-media Problem for any other body."""
+    if (kind := media_type(request)) != JSON:
+        raise Problem("unsupported-media", f"content type {kind or 'missing'!r}. Send {JSON}.")
+
+
 def parse(model: type[Sent], body: bytes, most: int = MAX_VALUES) -> Sent:
     """JSON → ``model``. Raises an invalid-request Problem that names the fields at fault."""
     # 8 MB of base64 parse in milliseconds, 8 MB of tiny values in seconds that stall every other request.

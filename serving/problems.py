@@ -71,6 +71,10 @@ class Problem(Exception):
         self.detail = detail
         self.members = members
 
+    def body(self) -> dict[str, object]:
+        """Its JSON."""
+        return {"type": self.type, "title": self.title, "status": self.status, "detail": self.detail, **self.members}
+
     def response(self) -> Response:
         """The problem as an HTTP response, with ``Retry-After`` where waiting helps."""
         headers: dict[str, str] = {}
@@ -78,8 +82,7 @@ class Problem(Exception):
             headers["Retry-After"] = str(self.members.get("retry_after", RETRY_SECONDS))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        body = {"type": self.type, "title": self.title, "status": self.status, "detail": self.detail, **self.members}
-        return Response(orjson.dumps(body), self.status, headers, "application/problem+json")
+        return Response(orjson.dumps(self.body()), self.status, headers, "application/problem+json")
 
 
 class ProblemBody(BaseModel):

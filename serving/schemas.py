@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from pkd.serving.vectors import Encoding
+from pkd.toolkit.certificate import Certificate
+from pkd.toolkit.preprocess import Preprocess
 
 Faces = Literal["largest", "all", "exactly_one"]
 MAX_DIM = 4096
@@ -204,5 +206,65 @@ class VerifyAnswer(BaseModel):
     certificate: CertificateAnswer
     a: ComparedTemplate | None = Field(None, description="Where `a` is a subject: the template that decided")
     b: ComparedTemplate | None = Field(None, description="Where `b` is a subject: the template that decided")
-    comparisons: int = Field(1, description="Pairs compared; rates are per comparison, the best of n errs up to n times")
+    comparisons: int = Field(
+        1, description="Pairs compared; rates are per comparison, the best of n errs up to n times"
+    )
     not_compared: list[NotCompared] = Field([], description="Templates of the subjects that were left out, and why")
+
+
+class EncoderListed(BaseModel):
+    id: str
+    name: str
+    role: Literal["teacher", "student"]
+    numeric_mode: str
+    space: SpaceAnswer
+    preprocess: Preprocess
+    licence: str
+    default: bool = Field(description="True: images go to this one where a request names none")
+
+
+class EncodersAnswer(BaseModel):
+    encoders: list[EncoderListed]
+
+
+class FileAnswer(BaseModel):
+    name: str = Field(description="Pass it as `file`")
+    sha256: str
+    bytes: int
+
+
+class TargetAnswer(BaseModel):
+    """The encoder for one runtime in one precision."""
+
+    name: str = Field(description="Pass it as `target`")
+    runtime: str
+    precision: str
+    golden_tolerance: float = Field(description="Largest allowed 1 − cosine over the bundle's golden crops")
+    settings: dict[str, str | int | float | bool]
+    files: list[FileAnswer] = Field(description="What the device needs, the file to load first; empty: not built yet")
+
+
+class Comparable(BaseModel):
+    """Encoder ids that some certificate joins with this one."""
+
+    as_query_against: list[str]
+    as_gallery_for: list[str]
+
+
+class EncoderDetail(EncoderListed):
+    loaded: bool = Field(description="False: a target in a bundle, for devices; no image can be sent to it here")
+    certificates: Comparable
+    artifact: FileAnswer = Field(description="What …/artifact gives without options")
+    targets: list[TargetAnswer]
+
+
+class SpaceListed(SpaceAnswer):
+    encoders: list[str]
+
+
+class SpacesAnswer(BaseModel):
+    spaces: list[SpaceListed]
+
+
+class CertificatesAnswer(BaseModel):
+    certificates: list[Certificate]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from pkd.toolkit.errors import InputError
 
@@ -14,6 +14,22 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Smallest values of a face that may be enrolled; 0 takes anything."""
+
+    detection_score: float = 0.6
+    """Of the detector, 0 to 1."""
+    face_pixels: float = 40.0
+    """Shorter side of the face's box in the photograph, pixels: a smaller face is a crop that was blown up."""
+    sharpness: float = 10.0
+    """Variance of the Laplacian of the grey crop, squared grey levels (0–255): below it, blur or a blank picture."""
+
+    def stricter(self, other: Floor) -> Floor:
+        """The larger of each value."""
+        return Floor(**{name: max(value, getattr(other, name)) for name, value in asdict(self).items()})
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,8 @@ class Settings:
     """Longest time that requests in progress get to finish after SIGTERM, seconds."""
     detector_score: float = 0.5
     """Smallest detection score that counts as a face, 0 to 1."""
+    quality: Floor = field(default_factory=Floor)
+    """What a face must have to be enrolled; a request can only ask for more."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.target_fmr) and 0 < self.target_fmr < 1):

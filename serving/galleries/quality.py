@@ -9,22 +9,7 @@ from dataclasses import asdict, dataclass
 
 from pkd.serving.pipeline import Embedded
 from pkd.serving.problems import Problem
-
-
-@dataclass(frozen=True)
-class Floor:
-    """Smallest values of a face that may be enrolled; 0 takes anything."""
-
-    detection_score: float = 0.6
-    """Of the detector, 0 to 1."""
-    face_pixels: float = 40.0
-    """Shorter side of the face's box in the photograph, pixels: a smaller face is a crop that was blown up."""
-    sharpness: float = 10.0
-    """Variance of the Laplacian of the grey crop, squared grey levels (0–255): below it, blur or a blank picture."""
-
-    def stricter(self, other: Floor) -> Floor:
-        """The larger of each value."""
-        return Floor(**{name: max(value, getattr(other, name)) for name, value in asdict(self).items()})
+from pkd.serving.settings import Floor
 
 
 @dataclass(frozen=True)

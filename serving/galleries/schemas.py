@@ -45,9 +45,9 @@ class ConsentBody(Sent):
 class FloorBody(Sent):
     """What a face must have to be enrolled. It can only be stricter than the server's own."""
 
-    detection_score: float = Field(0, ge=0, le=1, description="Of the detector")
-    face_pixels: float = Field(0, ge=0, le=10_000, description="Shorter side of the face's box in the photograph")
-    sharpness: float = Field(0, ge=0, le=1e6, description="As `quality.sharpness` of /v1/embed")
+    detection_score: float = Field(default=0, ge=0, le=1, description="Of the detector")
+    face_pixels: float = Field(default=0, ge=0, le=10_000, description="Shorter side of the face's box in the photograph")
+    sharpness: float = Field(default=0, ge=0, le=1e6, description="As `quality.sharpness` of /v1/embed")
 
 
 class GalleryBody(Sent):
