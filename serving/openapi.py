@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -246,13 +246,12 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI 3.1 document: FastAPI's, with the schemas of bodies that the routes read by themselves."""
     if not app.openapi_schema:
         made = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
-        _, sent = models_json_schema(
-            [
-                *((model, "validation") for model in BODIES),
-                *((model, "serialization") for model in (ProblemBody, *LINES_OUT) if model not in BODIES),
-            ],
-            ref_template=REF,
-        )
+        answers = [model for model in (ProblemBody, *LINES_OUT) if model not in BODIES]
+        modes: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
+            *((model, "validation") for model in BODIES),
+            *((model, "serialization") for model in answers),
+        ]
+        _, sent = models_json_schema(modes, ref_template=REF)
         made.setdefault("components", {}).setdefault("schemas", {}).update(sent["$defs"])
         made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         made["security"] = [{"key": []}, {}]

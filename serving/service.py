@@ -19,7 +19,10 @@ from pkd.serving.galleries.admission import encoder_to_search
 from pkd.serving.galleries.gallery import Found, GalleryStore
 from pkd.serving.galleries.schemas import IdentifyOptions
 from pkd.serving.images import EmbedRequest, Undecoded
+from pkd.serving.inference import Inference
+from pkd.serving.metrics import Metrics
 from pkd.serving.pipeline import Embedded, Pipeline
+from pkd.serving.pool import Pool
 from pkd.serving.problems import Problem, from_error
 from pkd.serving.schemas import EmbeddingSide, Faces, ImageSide, SubjectSide, VerifyBody
 from pkd.serving.settings import Settings
@@ -28,12 +31,11 @@ from pkd.serving.vectors import decode, encode
 from pkd.serving.verify import Shown, decide, encoder_of, left_out, received, settle
 from pkd.toolkit.detect import Detector
 from pkd.toolkit.errors import BundleError, PkdError
+from pkd.toolkit.space import short
 
 Given = TypeVar("Given")
 STORE_THREADS = 4
 """Calls of the store that run beside one another: reads need not wait for a write to reach the disk."""
-TARGET_FPIR = 0.01
-"""Of a search that states none: one stranger in a hundred may be taken for somebody."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ class Service:
         store: GalleryStore | None = None,
     ) -> None:
         self.encoders, self.settings, self._store = encoders, settings, store
-        self.pipeline = Pipeline(detector)
-        self.state = State()
+        self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
+        batched = settings.device == "cuda"
+        self.inference = Inference((one.encoder for one in encoders.loaded.values()), self.state.metrics, batched)
+        self.pipeline = Pipeline(detector, self.inference)
         self._proving: asyncio.Task[None] | None = None
-        self._workers = ThreadPoolExecutor(settings.threads, thread_name_prefix="pkd-worker")
+        self._workers = Pool(settings.threads, self.state.metrics)
         self._clerks = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="pkd-store")
 
     @property
@@ -106,6 +110,7 @@ class Service:
         """Drop what still waits; running images and writes finish. Whoever opened the store closes it."""
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._clerks.shutdown(wait=True, cancel_futures=True)
+        self.inference.close()
 
     async def embed(self, request: EmbedRequest) -> dict[str, Any]:
         """The answer of /v1/embed, vectors as numpy arrays or base64. All images succeed, or none is answered."""
@@ -154,12 +159,13 @@ class Service:
         waiting = {name: side for name, side in sides.items() if isinstance(side, ImageSide)}
         made = await asyncio.gather(*(self._embed_side(side, name) for name, side in waiting.items()))
         a, b = ({**shown, **dict(zip(waiting, made, strict=True))}[name] for name in "ab")
-        made_answer = decide(self.encoders, settled, a, b)
-        made_answer["not_compared"] = [
+        decision = decide(self.encoders, settled, a, b)
+        decision["not_compared"] = [
             *left_out(a, {query for query, _ in settled}, {query: problem for (query, _), problem in refused.items()}),
             *left_out(b, {one for _, one in settled}, {one: problem for (_, one), problem in refused.items()}),
         ]
-        return made_answer
+        self.state.metrics.decision("verify", "match" if decision["match"] else "no_match")
+        return decision
 
     async def identify(self, name: str, query: EmbeddingSide | Photograph, options: IdentifyOptions) -> dict[str, Any]:
         """The answer of POST …/identify. Whether the query may be compared is settled before it is embedded."""
@@ -185,7 +191,11 @@ class Service:
             return found
 
         found = dict(zip(cover.files, await asyncio.gather(*map(search, cover.files)), strict=True))
-        return identification.conclude(self.encoders, gallery, encoder, cover, found, options, TARGET_FPIR)
+        concluded = identification.conclude(
+            self.encoders, gallery, encoder, cover, found, options, self.settings.target_fpir
+        )
+        self.state.metrics.decision("identify", concluded["decision"])
+        return concluded
 
     async def _enrolled(self, side: SubjectSide) -> list[Shown]:
         subject = await self.stored(self.store.subject, side.gallery, side.subject, vectors=True)

@@ -1,10 +1,11 @@
-"""Settings: what an operator may change about a server, and its defaults."""
+"""Settings: what an operator may change about a server, its defaults and its limits. Each is a flag of pkd-serve."""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from pkd.toolkit.errors import InputError
 
@@ -16,49 +17,55 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
-class Floor:
-    """Smallest values of a face that may be enrolled; 0 takes anything."""
+def _number(default: float, low: float, high: float, says: str) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "says": says})
 
-    detection_score: float = 0.6
-    """Of the detector, 0 to 1."""
-    face_pixels: float = 40.0
-    """Shorter side of the face's box in the photograph, pixels: a smaller face is a crop that was blown up."""
-    sharpness: float = 10.0
-    """Variance of the Laplacian of the grey crop, squared grey levels (0–255): below it, blur or a blank picture."""
 
-    def stricter(self, other: Floor) -> Floor:
-        """The larger of each value."""
-        return Floor(**{name: max(value, getattr(other, name)) for name, value in asdict(self).items()})
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and defaults of one server process."""
+    """Limits and defaults of one server process. Raises InputError for one that is out of its range."""
 
-    target_fmr: float = 1e-3
-    """False match rate that /verify aims at when a request states no policy, a fraction."""
-    threads: int = field(default_factory=usable_cores)
-    """Worker threads; each decodes, detects and encodes one image at a time on one core."""
-    queue: int = 64
-    """Requests that may wait for a worker; further ones get 429."""
-    max_body: int = 8 * 1024 * 1024
-    """Largest request body, bytes."""
-    body_seconds: float = 30.0
-    """Longest time in which a request's body must arrive, seconds."""
-    drain_seconds: int = 30
-    """Longest time that requests in progress get to finish after SIGTERM, seconds."""
-    detector_score: float = 0.5
-    """Smallest detection score that counts as a face, 0 to 1."""
-    quality: Floor = field(default_factory=Floor)
-    """What a face must have to be enrolled; a request can only ask for more."""
+    target_fmr: float = _number(1e-3, 1e-12, 1 - 1e-12, "false match rate of /verify without a policy, a fraction")
+    target_fpir: float = _number(
+        0.01, 1e-12, 1 - 1e-12, "share of searches for strangers that may find somebody, where none is stated"
+    )
+    threads: int = field(
+        default_factory=usable_cores,
+        metadata={
+            "low": 1,
+            "high": 1024,
+            "says": "worker threads of a process; each decodes, detects and encodes one image at a time on one core",
+        },
+    )
+    queue: int = _number(64, 1, 100_000, "requests that may wait for a worker thread; further ones get 429")
+    max_body: int = _number(8 * 2**20, 1024, 2**30, "largest request body, bytes")
+    max_stream: int = _number(4 * 2**30, 1024, 2**50, "largest body of a bulk route, bytes; it is never held whole")
+    header_seconds: float = _number(10.0, 0.1, 3600, "longest time for the headers of a request to arrive, seconds")
+    body_seconds: float = _number(30.0, 0.1, 3600, "longest time for a body, or the next piece of a bulk one, seconds")
+    request_seconds: float = _number(60.0, 0.1, 86400, "longest time until the answer, waiting included, seconds")
+    drain_seconds: int = _number(30, 0, 86400, "longest time that requests in progress get after SIGTERM, seconds")
+    sweep_seconds: float = _number(60.0, 0.1, 86400, "time between two sweeps of expired templates, seconds")
+    detector_score: float = _number(0.5, 1e-6, 1 - 1e-6, "smallest detection score that counts as a face")
+
+    enrol_detection_score: float = _number(0.6, 0, 1, "smallest detection score of a face that may be enrolled")
+    enrol_face_pixels: float = _number(40, 0, 10_000, "shorter side of the smallest face that may be enrolled, pixels")
+    enrol_sharpness: float = _number(10, 0, 1e6, "smallest sharpness of a face that may be enrolled; below is blur")
+
+    device: Device = "cpu"
+    """Where encoders run. On a GPU their crops are batched over requests."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.target_fmr) and 0 < self.target_fmr < 1):
-            raise InputError(f"target FMR {self.target_fmr:g}: give a fraction between 0 and 1, for example 1e-3.")
-        if self.threads < 1:
-            raise InputError(f"{self.threads} threads: give 1 or more.")
-        if self.queue < 1:
-            raise InputError(f"queue of {self.queue}: give 1 or more.")
-        if not 0 < self.detector_score < 1:
-            raise InputError(f"detector score {self.detector_score:g}: give a number between 0 and 1.")
+        for each in fields(self):
+            if each.metadata:
+                check(each.name, getattr(self, each.name))
+
+
+def check(name: str, value: float) -> None:
+    """Raise InputError unless ``value`` is one that the setting ``name`` may have."""
+    (setting,) = (each for each in fields(Settings) if each.name == name)
+    low, high = setting.metadata["low"], setting.metadata["high"]
+    if not (math.isfinite(value) and low <= value <= high):
+        raise InputError(f"{name.replace('_', ' ')} {value:g}: give a number from {low:g} to {high:g}.")

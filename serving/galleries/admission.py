@@ -47,9 +47,9 @@ def admit(encoders: Encoders, gallery: Gallery, encoder: str, space: str | None 
 
 
 def encoder_to_enrol(encoders: Encoders, gallery: Gallery, spec: str | None) -> Loaded:
-    """The loaded encoder ``spec``; without one the first that the gallery's newest space takes, the default before others.
+    """The loaded encoder ``spec``; without one the first that the gallery's newest space takes.
 
-    Raises an unknown-encoder Problem. Where nothing fits it is the default, which ``admit`` then refuses.
+    The default comes before others. Raises an unknown-encoder Problem. Where nothing fits it is the default, which ``admit`` then refuses.
     """
     if spec is not None:
         return encoders.get(spec)

@@ -13,11 +13,10 @@ import orjson
 
 from pkd.serving.galleries.admission import admit, encoder_to_enrol
 from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, Gallery, NewTemplate
-from pkd.serving.galleries.quality import Quality, measure, require
+from pkd.serving.galleries.quality import Floor, Quality, measure, require
 from pkd.serving.galleries.schemas import ConsentBody, EnrolOptions
 from pkd.serving.problems import Problem, from_error
 from pkd.serving.schemas import EmbeddingSide, ImageInput
-from pkd.serving.settings import Floor
 from pkd.serving.vectors import decode
 from pkd.toolkit.errors import BadVector, PkdError
 
@@ -128,7 +127,7 @@ async def _embedded(
     loaded = encoder_to_enrol(service.encoders, gallery, options.encoder)
     encoder = loaded.encoder.info.id
     space = admit(service.encoders, gallery, encoder)
-    floor = service.settings.quality.stricter(Floor(**options.quality.model_dump()))
+    floor = Floor.of(service.settings, Floor(**options.quality.model_dump()))
     places = list(images)
     try:
         done = await service.embed_all(list(images.values()), loaded, options.faces, options.aligned)

@@ -74,8 +74,8 @@ def cover(encoders: Encoders, gallery: Gallery, query: str, partial: bool) -> Co
         raise Problem(
             "not-certified",
             f"no certificate covers queries of {short(query)} against the templates of "
-            f"{', '.join(map(short, missing or present)) or 'any encoder'} in the gallery {gallery.name!r}. Measure the pair with "
-            "pkd-evaluate, use an encoder in `works`, or send partial=true to search the rest.",
+            f"{', '.join(map(short, missing or present)) or 'any encoder'} in the gallery {gallery.name!r}. "
+            "Measure the pair with pkd-evaluate, use an encoder in `works`, or send partial=true to search the rest.",
             expected=[{"query": query, "gallery": one} for one in missing or present],
             got={"query": query, "galleries": present},
             works=works,

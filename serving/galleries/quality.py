@@ -9,7 +9,28 @@ from dataclasses import asdict, dataclass
 
 from pkd.serving.pipeline import Embedded
 from pkd.serving.problems import Problem
-from pkd.serving.settings import Floor
+from pkd.serving.settings import Settings
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Smallest values of a face that may be enrolled; 0 takes anything."""
+
+    detection_score: float
+    """Of the detector, 0 to 1."""
+    face_pixels: float
+    """Shorter side of the face's box in the photograph, pixels: a smaller face is a crop that was blown up."""
+    sharpness: float
+    """Variance of the Laplacian of the grey crop, squared grey levels (0–255): below it, blur or a blank picture."""
+
+    @classmethod
+    def of(cls, settings: Settings, asked: Floor) -> Floor:
+        """The larger of what the operator and a request ask for."""
+        return cls(
+            max(settings.enrol_detection_score, asked.detection_score),
+            max(settings.enrol_face_pixels, asked.face_pixels),
+            max(settings.enrol_sharpness, asked.sharpness),
+        )
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,9 @@ class FloorBody(Sent):
     """What a face must have to be enrolled. It can only be stricter than the server's own."""
 
     detection_score: float = Field(default=0, ge=0, le=1, description="Of the detector")
-    face_pixels: float = Field(default=0, ge=0, le=10_000, description="Shorter side of the face's box in the photograph")
+    face_pixels: float = Field(
+        default=0, ge=0, le=10_000, description="Shorter side of the face's box in the photograph"
+    )
     sharpness: float = Field(default=0, ge=0, le=1e6, description="As `quality.sharpness` of /v1/embed")
 
 
@@ -291,7 +293,7 @@ class ExportedSubject(Sent):
     """One subject of an export, a line."""
 
     subject: Name
-    attributes: Attributes = {}
+    attributes: Attributes = Field(default={})
     consent: ConsentBody | None = None
     templates: list[ExportedTemplate] = Field(min_length=1, max_length=10_000)
 

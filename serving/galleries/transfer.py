@@ -114,8 +114,8 @@ class Import:
         said = "has no last line" if stated is None else f"states {stated:,} subjects"
         return Problem(
             "invalid-request",
-            f"the import {said} and {self._subjects:,} subjects were read: it was cut off. Send the whole export again; "
-            "what was imported is not imported twice.",
+            f"the import {said} and {self._subjects:,} subjects were read: it was cut off. Send the whole export "
+            "again; what was imported is not imported twice.",
         )
 
     def _enrolments(self, gallery: Gallery, sent: ExportedSubject, digest: str) -> list[Enrolment]:

@@ -1,4 +1,4 @@
-"""/v1/encoders, /v1/spaces, /v1/certificates: what may be compared with what, and the download of a device's encoder."""
+"""/v1/encoders, /v1/spaces, /v1/certificates: what may be compared, and the download of a device's encoder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/encoders/{encoder}", responses=openapi.responses(EncoderDetail, openapi.ENCODER, openapi.READ))
     async def get_encoder(encoder: Spec) -> Response:
-        """One encoder, loaded or as a target in a bundle: what it may be compared with, and the files a device needs."""
+        """One encoder, loaded or as a target in a bundle: its certificates, and the files a device needs."""
         return answer(await run_in_threadpool(detail, artifacts.find(encoder)))
 
     @router.get(

@@ -1,17 +1,19 @@
-"""/healthz and /readyz: for load balancers and orchestrators, without a key."""
+"""/healthz, /readyz and /metrics: for those who run servers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.responses import Response
 
+from pkd.serving import metrics
 from pkd.serving.problems import documented
 from pkd.serving.service import Service
 
 
 def routes(service: Service) -> APIRouter:
-    """Both routes."""
+    """The three routes."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/healthz")
@@ -24,5 +26,10 @@ def routes(service: Service) -> APIRouter:
         """Every loaded bundle reproduces its golden embeddings; largest 1 − cosine per encoder."""
         service.state.require_ready()
         return {"status": "ready", "golden_error": service.state.proved}
+
+    @router.get("/metrics", include_in_schema=False)
+    async def prometheus() -> Response:
+        """Counts and durations in Prometheus' text format. Any key will do."""
+        return Response(service.state.metrics.page(), media_type=metrics.CONTENT_TYPE)
 
     return router

@@ -1,0 +1,124 @@
+"""Process: from a Configuration to everything that one server process holds, and back."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+from rich.console import Console
+
+from pkd.serving import logs, telemetry
+from pkd.serving.configuration import Configuration
+from pkd.serving.encoders import Encoders
+from pkd.serving.galleries.gallery import GalleryStore
+from pkd.serving.security import ApiKeys
+from pkd.serving.server import Link, serve, url_of
+from pkd.serving.service import Service
+from pkd.toolkit.bundle import NOT_GATED
+from pkd.toolkit.detect import open_detector
+from pkd.toolkit.errors import UnsupportedFmr
+from pkd.toolkit.signing import TrustedKeys
+from pkd.toolkit.space import short
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a process has open."""
+
+    service: Service
+    keys: ApiKeys | None
+    store: GalleryStore | None
+
+
+@contextmanager
+def opened(configuration: Configuration) -> Iterator[Opened]:
+    """Open keys, bundles, detector and galleries; close them at the end. Raises the PkdError of what cannot be."""
+    cv2.setNumThreads(1)  # every worker thread has a core of its own
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)  # a stranger's broken image is no news
+    settings = configuration.settings
+    with ExitStack() as stack:
+        keys = ApiKeys.read(configuration.api_keys) if configuration.api_keys else None
+        trusted = TrustedKeys.read([Path(key) for key in configuration.trust_key]) if configuration.trust_key else None
+        encoders = Encoders.open(configuration.bundles, trusted)
+        spec = configuration.detector
+        detector = open_detector(spec, settings.detector_score) if spec else None
+        store = None
+        service = Service(encoders, settings, detector)
+        stack.callback(service.close)
+        if configuration.traces:
+            stack.callback(telemetry.set_up())
+        yield Opened(service, keys, store)
+
+
+def run_alone(configuration: Configuration, listener: socket.socket, console: Console) -> list[str]:
+    """Serve in this process until it is told to stop; returns the ids of the encoders."""
+    logs.set_up(configuration.log, configuration.log_requests)
+    with opened(configuration) as it:
+        introduce(console, it, configuration)
+        serve(it.service, listener, it.keys, announcing(listener), sweeps=it.store)
+        return list(it.service.encoders.loaded)
+
+
+def run_worker(
+    configuration: Configuration, listener: socket.socket, index: int, link: Link, folder: Path, quiet: bool
+) -> None:
+    """Serve as one of several processes. The one with ``index`` 0 introduces the server and sweeps its galleries."""
+    logs.set_up(configuration.log, configuration.log_requests)
+    with opened(configuration) as it:
+        if it.keys:
+            it.keys.shared = folder
+        if index == 0:
+            introduce(Console(stderr=True, quiet=quiet, highlight=False), it, configuration)
+        serve(it.service, listener, it.keys, lambda: None, sweeps=it.store if index == 0 else None, link=link)
+
+
+def announcing(listener: socket.socket) -> Callable[[], None]:
+    """Says once, where people and programs wait for it, that the server answers."""
+    url = url_of(listener)
+    return lambda: print(f"listening on {url}", file=sys.stderr, flush=True)
+
+
+def limit_opencv() -> None:
+    """Pillow reads the header that the limit is checked on, OpenCV decodes; where a hostile file makes them disagree,
+    OpenCV's own limit holds. It reads this once, so call it before anything is decoded."""
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")
+
+
+def introduce(console: Console, it: Opened, configuration: Configuration) -> None:
+    """Say what is served, and what is not and why."""
+    encoders, fmr = it.service.encoders, configuration.settings.target_fmr
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    for loaded in encoders.loaded.values():
+        info = loaded.encoder.info
+        state = f"{info.space.dim}-d, {info.preprocess.name}{', default' if loaded is encoders.default else ''}"
+        gated = f", {NOT_GATED}" if loaded.bundle.manifest.gate == NOT_GATED else ""
+        say(f"{info.role} {short(info.id)}: {state}{gated}")
+    for file in encoders.files.values():
+        certificate = file.certificate
+        try:
+            state = f"threshold {certificate.threshold(fmr):.4f} at FMR {fmr:g}"
+        except UnsupportedFmr:
+            smallest, largest = certificate.points[-1].fmr, certificate.points[0].fmr
+            state = f"FMR {fmr:g} not covered, requests must state one of {smallest:g} to {largest:g}"
+        signed = f", signed by {file.signature.key[:17]}…" if file.signature and encoders.keys else ""
+        synthetic = " (synthetic faces)" if certificate.synthetic else ""
+        say(f"certified {short(certificate.query)} → {short(certificate.gallery)}: {state}{synthetic}{signed}")
+    if encoders.files and not encoders.keys:
+        say("no --trust-key: certificates may come from anyone")
+    if not encoders.files:
+        say("no certificate in these bundles: /verify will refuse every pair")
+    if not configuration.detector:
+        say("no --detector: only aligned crops are taken (aligned=true)")
+    if it.keys is None:
+        say("no --api-keys: requests need no key")
+    if it.store is None:
+        say("no --gallery: nobody can be enrolled")
