@@ -37,12 +37,12 @@ class Stream(Response):
     """Pieces as they come, without listening for a disconnect meanwhile: starlette's would eat a body that is still
     arriving. Whoever sends notices that nobody is there."""
 
-    def __init__(
-        self, pieces: AsyncGenerator[bytes, None], media_type: str = NDJSON, headers: Mapping[str, str] | None = None
-    ):
-        self.status_code, self.media_type, self.background = 200, media_type, None
+    media_type = NDJSON
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None], status_code: int = 200) -> None:
+        self.status_code, self.background = status_code, None
         self.pieces = pieces
-        self.init_headers(headers)
+        self.init_headers()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

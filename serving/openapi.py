@@ -41,6 +41,7 @@ BODIES: list[type[BaseModel]] = [
 LINES_OUT: list[type[BaseModel]] = [BulkAnswer, ExportHeader, ExportedSubject, ExportEnd]
 Examples = Mapping[str, Mapping[str, object]]
 Content = dict[str, Any]
+Mode = Literal["validation", "serialization"]
 
 STUDENT, TEACHER, SPACE = "student@sha256:…", "teacher@sha256:…", "teacher@sha256:…"
 
@@ -246,11 +247,9 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI 3.1 document: FastAPI's, with the schemas of bodies that the routes read by themselves."""
     if not app.openapi_schema:
         made = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
-        answers = [model for model in (ProblemBody, *LINES_OUT) if model not in BODIES]
-        modes: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
-            *((model, "validation") for model in BODIES),
-            *((model, "serialization") for model in answers),
-        ]
+        answers = [ProblemBody, *(model for model in LINES_OUT if model not in BODIES)]
+        modes: list[tuple[type[BaseModel], Mode]] = [(model, "validation") for model in BODIES]
+        modes += [(model, "serialization") for model in answers]
         _, sent = models_json_schema(modes, ref_template=REF)
         made.setdefault("components", {}).setdefault("schemas", {}).update(sent["$defs"])
         made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

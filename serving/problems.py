@@ -71,6 +71,11 @@ class Problem(Exception):
         self.detail = detail
         self.members = members
 
+    def explain(self, **members: object) -> Problem:
+        """The same with those ``members`` that it has not got: whoever caught it may know more than who raised it."""
+        self.members = {**members, **self.members}
+        return self
+
     def body(self) -> dict[str, object]:
         """Its JSON."""
         return {"type": self.type, "title": self.title, "status": self.status, "detail": self.detail, **self.members}

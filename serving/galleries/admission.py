@@ -49,7 +49,8 @@ def admit(encoders: Encoders, gallery: Gallery, encoder: str, space: str | None 
 def encoder_to_enrol(encoders: Encoders, gallery: Gallery, spec: str | None) -> Loaded:
     """The loaded encoder ``spec``; without one the first that the gallery's newest space takes.
 
-    The default comes before others. Raises an unknown-encoder Problem. Where nothing fits it is the default, which ``admit`` then refuses.
+    The default comes before others; where nothing fits it is the default, which ``admit`` then refuses. Raises an
+    unknown-encoder Problem.
     """
     if spec is not None:
         return encoders.get(spec)
@@ -68,7 +69,7 @@ def encoder_to_search(encoders: Encoders, gallery: Gallery, spec: str | None) ->
 
 def space_called(encoders: Encoders, id: str | None) -> Space:
     """A space that some loaded encoder embeds into; the default encoder's for None. Raises a space-mismatch Problem."""
-    spaces = {item.encoder.info.space.id: item.encoder.info.space.dim for item in encoders.loaded.values()}
+    spaces = spaces_of(encoders)
     id = encoders.default.encoder.info.space.id if id is None else id
     if id not in spaces:
         raise Problem(
@@ -79,6 +80,11 @@ def space_called(encoders: Encoders, id: str | None) -> Space:
             works={"spaces": list(spaces)},
         )
     return Space(id, spaces[id])
+
+
+def spaces_of(encoders: Encoders) -> dict[str, int]:
+    """Id and dimension of every space that some loaded encoder embeds into."""
+    return {item.encoder.info.space.id: item.encoder.info.space.dim for item in encoders.loaded.values()}
 
 
 def _by_default(encoders: Encoders) -> list[Loaded]:

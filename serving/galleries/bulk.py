@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pkd.serving.answers import line
-from pkd.serving.galleries.enrolling import prepare
+from pkd.serving.galleries.enrolling import explained, prepare
 from pkd.serving.galleries.gallery import Enrolled, Enrolment, Gallery
 from pkd.serving.galleries.schemas import BulkItem
 from pkd.serving.images import parse
@@ -98,6 +98,9 @@ async def _store(service: Service, name: str, batch: Sequence[Item], actor: str,
     told = []
     for one in answers:
         own, outcomes = outcomes[: len(one.enrolments)], outcomes[len(one.enrolments) :]
+        for enrolment, outcome in zip(one.enrolments, own, strict=True):
+            if isinstance(outcome, Problem):
+                explained(outcome, service, gallery, enrolment)
         told.append(_told(one, own))
     return told
 

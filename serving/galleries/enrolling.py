@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from pkd.serving.galleries.admission import admit, encoder_to_enrol
+from pkd.serving.galleries.admission import admit, encoder_to_enrol, searchable
 from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, Gallery, NewTemplate
 from pkd.serving.galleries.quality import Floor, Quality, measure, require
 from pkd.serving.galleries.schemas import ConsentBody, EnrolOptions
@@ -81,7 +81,7 @@ async def enrol(
     ready = await prepare(service, gallery, subject, inputs, options, key)
     (outcome,) = await service.stored(service.store.enrol, name, [ready.enrolment], actor)
     if isinstance(outcome, Problem):
-        raise outcome
+        raise explained(outcome, service, gallery, ready.enrolment)
     return answer(name, ready, outcome)
 
 
@@ -98,6 +98,22 @@ def answer(gallery: str, ready: Ready, enrolled: Enrolled) -> dict[str, Any]:
         "sequence": enrolled.sequence,
         "replayed": enrolled.replayed,
     }
+
+
+def explained(problem: Problem, service: Service, gallery: Gallery, enrolment: Enrolment) -> Problem:
+    """What the store refused, with what would have worked."""
+    if problem.type == "idempotency-conflict":
+        return problem.explain(
+            expected={"key": enrolment.key, "request": "the one first sent under this key, for the same subject"},
+            got={"key": enrolment.key, "digest": enrolment.digest},
+            works={"key": "a new one for a new request"},
+        )
+    if problem.status == 409:
+        spaces = [one.id for one in gallery.spaces]
+        encoders = sorted({one.encoder for one in enrolment.templates})
+        works = {"galleries": searchable(service.encoders, spaces)}
+        return problem.explain(expected={"spaces": spaces}, got={"encoders": encoders}, works=works)
+    return problem
 
 
 def consent_of(body: ConsentBody | None) -> Consent | None:

@@ -40,7 +40,10 @@ def routes(service: Service) -> APIRouter:
         body = parse(GalleryBody, sent or b"{}")
         there = {one.name for one in await service.stored(service.store.list)}
         space = space_called(service.encoders, body.space)
-        made = await service.stored(service.store.create, gallery, space, body.retention_seconds, actor)
+        try:
+            made = await service.stored(service.store.create, gallery, space, body.retention_seconds, actor)
+        except Problem as problem:
+            raise problem.explain(works={"spaces": [problem.members.get("expected")]}) from None
         if body.retention_seconds not in (None, made.retention):
             raise Problem(
                 "gallery-conflict",

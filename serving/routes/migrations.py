@@ -12,10 +12,11 @@ from starlette.responses import Response
 
 from pkd.serving import openapi
 from pkd.serving.answers import answer
-from pkd.serving.galleries.admission import space_called
+from pkd.serving.galleries.admission import space_called, spaces_of
 from pkd.serving.galleries.gallery import Gallery
 from pkd.serving.galleries.schemas import MigrationAnswer, MigrationBody, MovedAnswer
 from pkd.serving.images import parse, require_json
+from pkd.serving.problems import Problem
 from pkd.serving.routes.galleries import receipt, space
 from pkd.serving.routes.subjects import After, Limit, page
 from pkd.serving.schemas import Name
@@ -37,7 +38,10 @@ def routes(service: Service) -> APIRouter:
         actor = require(request, "admin")
         require_json(request)
         wanted = space_called(service.encoders, parse(MigrationBody, await request.body()).space)
-        begun = await service.stored(service.store.begin_migration, gallery, wanted, actor)
+        try:
+            begun = await service.stored(service.store.begin_migration, gallery, wanted, actor)
+        except Problem as problem:
+            raise await explained(problem, gallery, {"space": wanted.id}) from None
         return answer(await shown(begun, "", 100))
 
     @router.get(
@@ -77,7 +81,10 @@ def routes(service: Service) -> APIRouter:
         }
 
     async def end(gallery: str, actor: str, *, abandon: bool) -> dict[str, Any]:
-        moved = await service.stored(service.store.end_migration, gallery, actor, abandon=abandon)
+        try:
+            moved = await service.stored(service.store.end_migration, gallery, actor, abandon=abandon)
+        except Problem as problem:
+            raise await explained(problem, gallery, {}) from None
         left = await service.stored(service.store.get, gallery)
         return {
             "gallery": gallery,
@@ -85,5 +92,19 @@ def routes(service: Service) -> APIRouter:
             "templates": moved.templates,
             "receipt": receipt(moved.receipt),
         }
+
+    async def explained(problem: Problem, gallery: str, asked: dict[str, Any]) -> Problem:
+        """A conflict, with the state that the gallery is in and what could be done in it."""
+        if problem.type != "gallery-conflict":
+            return problem
+        now = await service.stored(service.store.get, gallery)
+        state = await shown(now, "", 100)
+        others = [id for id in spaces_of(service.encoders) if id != now.space.id]
+        moving = now.moving_to is not None
+        return problem.explain(
+            expected={"moving_to": now.moving_to.id} if now.moving_to else {"spaces": others},
+            got={**asked, "moving_to": state["moving_to"], "unmoved": state["unmoved"]},
+            works={"enrol_or_delete": state["unmoved"]} if moving else {"spaces": others},
+        )
 
     return router
