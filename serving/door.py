@@ -31,7 +31,7 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 UNCOUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked for by machines all the time: no part of what a drain waits for."""
 SENDS_BODY = frozenset({"POST", "PUT", "PATCH"})
-STREAMED: tuple[re.Pattern[str], ...] = ()
+STREAMED = (re.compile(r"/v1/galleries/[^/]+/(templates:bulk|import|export)"),)
 """Paths whose bodies or answers are streams: ``max_stream`` is their limit, and a clock runs for each piece alone."""
 
 

@@ -29,6 +29,9 @@ class Settings:
     """Limits and defaults of one server process. Raises InputError for one that is out of its range."""
 
     target_fmr: float = _number(1e-3, 1e-12, 1 - 1e-12, "false match rate of /verify without a policy, a fraction")
+    target_fpir: float = _number(
+        0.01, 1e-12, 1 - 1e-12, "share of searches for strangers that may find somebody, where none is stated"
+    )
     threads: int = field(
         default_factory=usable_cores,
         metadata={
@@ -46,6 +49,10 @@ class Settings:
     drain_seconds: int = _number(30, 0, 86400, "longest time that requests in progress get after SIGTERM, seconds")
     sweep_seconds: float = _number(60.0, 0.1, 86400, "time between two sweeps of expired templates, seconds")
     detector_score: float = _number(0.5, 1e-6, 1 - 1e-6, "smallest detection score that counts as a face")
+
+    enrol_detection_score: float = _number(0.6, 0, 1, "smallest detection score of a face that may be enrolled")
+    enrol_face_pixels: float = _number(40, 0, 10_000, "shorter side of the smallest face that may be enrolled, pixels")
+    enrol_sharpness: float = _number(10, 0, 1e6, "smallest sharpness of a face that may be enrolled; below is blur")
 
     device: Device = "cpu"
     """Where encoders run. On a GPU their crops are batched over requests."""
