@@ -49,7 +49,7 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
         store = open_store(configuration)
         if store:
             stack.callback(store.close)
-        service = Service(encoders, settings, detector)
+        service = Service(encoders, settings, detector, store)
         stack.callback(service.close)
         if configuration.traces:
             stack.callback(telemetry.set_up())

@@ -54,6 +54,8 @@ def test_every_option_takes_both_forms_and_gives_the_same():
         "gallery": "g",
         "master_key": "m",
         "trust_key": "t",
+        **dict.fromkeys(("port", "workers", "threads", "queue", "drain_seconds"), "3"),
+        **dict.fromkeys(("max_body", "max_stream"), "2048"),
     }
     together = {"gallery": {"PKD_MASTER_KEY_FILE": "m"}, "master_key": {"PKD_GALLERY": "g"}}
     assert {option.name for option in OPTIONS} == {
@@ -61,8 +63,8 @@ def test_every_option_takes_both_forms_and_gives_the_same():
         *(each.name for each in fields(Settings)),
     }
     for option in OPTIONS:
-        text = texts.get(option.name, "0.25" if option.name in ("target_fmr", "detector_score") else "3")
-        text = "1" if option.kind == "yes" else "2048" if option.name in ("max_body", "max_stream") else text
+        text = texts.get(option.name, "0.25")
+        text = "1" if option.kind == "yes" else text
         flag = [option.flag] if option.kind == "yes" else [option.flag, text]
         other = together.get(option.name, {})
         by_flag, by_variable = configured("b", *flag, **other), configured("b", **{option.variable: text}, **other)

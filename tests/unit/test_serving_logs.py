@@ -14,7 +14,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from pkd.serving import logs, telemetry
 from pkd.serving.encoders import Encoders
-from pkd.serving.security import ApiKeys
+from pkd.serving.galleries.sqlite_store import SqliteStore
+from pkd.serving.galleries.vault import MasterKey
+from pkd.serving.security import SCOPES, ApiKeys
 from pkd.serving.service import Service
 from pkd.serving.settings import Settings
 
@@ -55,23 +57,40 @@ def spans():
 
 
 def test_neither_logs_nor_spans_hold_a_vector_a_key_or_a_subject(tmp_path, lines, spans):
-    """Everything that a client can send somewhere is sent, to routes that are there and to some that are not."""
-    (tmp_path / "keys").write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()} kiosk embed,verify\n")
+    """A life of a subject, and everything a client can send to a wrong place."""
+    scopes = ",".join(SCOPES)
+    (tmp_path / "keys").write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()} kiosk {scopes}\n")
     family = made.family(tmp_path)
     vector = family.student.embed(made.crops(1, seed=3))[0]
     image = made.png(made.crops(1, seed=3)[0])
-    service = Service(Encoders.open(family.folders), Settings(threads=1), Leaky())
+    store = SqliteStore(tmp_path / "galleries", MasterKey.create(tmp_path / "master"))
+    service = Service(Encoders.open(family.folders), Settings(threads=1, enrol_sharpness=0), Leaky(), store)
     with made.running(service, ApiKeys.read(tmp_path / "keys")) as client:
         client.get("/v1/encoders", headers={"authorization": f"Bearer {KEY}-wrong"})
         client.headers.update({"authorization": f"Bearer {KEY}", "traceparent": f"00-{TRACE}-b7ad6b7169203331-01"})
-        client.get(f"/v1/galleries/staff/subjects/{SUBJECT}?subject={SUBJECT}")
-        side = {"embedding": vector.tolist(), "encoder": family.student.info.id}
-        other = {"image_b64": base64.b64encode(image).decode(), "aligned": True}
-        answer = client.post(f"/v1/verify?subject={SUBJECT}", json={"a": side, "b": other})
-        assert answer.status_code == 200
-        client.post("/v1/verify", json={"a": {**side, "embedding": [1 / 8] * 3}, "b": other})
-        client.post("/v1/verify", json={"a": {"gallery": "staff", "subject": [SUBJECT]}, "b": other})
-        assert client.post("/v1/embed", content=image, headers={"content-type": "image/png"}).status_code == 500
+        subject = f"/v1/galleries/staff/subjects/{SUBJECT}"
+        query = {"embedding": vector.tolist(), "encoder": family.student.info.id}
+        side = {"image_b64": base64.b64encode(image).decode(), "aligned": True}
+        for status, answer in (
+            (201, client.put("/v1/galleries/staff", json={})),
+            (
+                201,
+                client.post(
+                    f"{subject}/templates", json={"aligned": True, "inputs": [{"image_b64": side["image_b64"]}]}
+                ),
+            ),
+            (200, client.get(f"{subject}?subject={SUBJECT}")),
+            (200, client.post("/v1/galleries/staff/identify", json={"query": query})),
+            (200, client.post("/v1/verify", json={"a": query, "b": {"gallery": "staff", "subject": SUBJECT}})),
+            (422, client.post("/v1/verify", json={"a": {**query, "embedding": [1 / 8] * 3}, "b": side})),
+            (422, client.post("/v1/verify", json={"a": {"gallery": "staff", "subject": [SUBJECT]}, "b": side})),
+            (404, client.get(f"/v1/galleries/staff/{SUBJECT}")),
+            (500, client.post("/v1/embed", content=image, headers={"content-type": "image/png"})),
+            (200, client.delete(subject)),
+            (404, client.delete(subject)),
+        ):
+            assert answer.status_code == status, answer.text
+    store.close()
     said = lines.getvalue()
     attributes = json.dumps([{**dict(one.attributes), "": one.name} for one in spans.get_finished_spans()])
     for text in (said, attributes):
@@ -81,12 +100,10 @@ def test_neither_logs_nor_spans_hold_a_vector_a_key_or_a_subject(tmp_path, lines
     (failure,) = [entry for entry in entries if entry["level"] == "error"]
     assert "RuntimeError" in failure["message"] and "POST /v1/embed" in failure["message"]
     requests = [entry for entry in entries if entry["logger"] == "pkd.serving.requests"]
-    assert [(one["status"], one.get("problem"), one.get("key")) for one in requests if one["method"] == "GET"] == [
-        (401, "auth", None),
-        (404, "not-found", "kiosk"),
-    ]
-    verified = next(one for one in requests if one["status"] == 200)
-    assert (verified["route"], verified["key"]) == ("/v1/verify", "kiosk") and verified["ms"] > 0
+    assert (requests[0]["status"], requests[0]["problem"], "key" in requests[0]) == (401, "auth", False)
+    assert requests[3]["route"] == "/v1/galleries/{gallery}/subjects/{subject}"
+    assert requests[3]["key"] == "kiosk" and requests[3]["ms"] > 0
+    assert "DELETE /v1/galleries/{gallery}/subjects/{subject}" in attributes
 
 
 def test_a_span_a_request_that_continues_the_client_s_trace(tmp_path, spans):
@@ -96,7 +113,7 @@ def test_a_span_a_request_that_continues_the_client_s_trace(tmp_path, spans):
         client.get("/v1/encoders", headers={"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"})
         client.post("/v1/verify", json={})
         client.get("/v1/encoders", headers={"traceparent": "nonsense"})
-    listed, refused, alone = spans.get_finished_spans()
+    listed, refused, alone = (one for one in spans.get_finished_spans() if "/v1/" in one.name)
     assert listed.name == "GET /v1/encoders" and f"{listed.context.trace_id:032x}" == TRACE
     assert dict(listed.attributes) == {
         "http.request.method": "GET",
