@@ -14,14 +14,17 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, get_args
 
 from pkd.serving.logs import Form
-from pkd.serving.settings import Device, Settings, check
+from pkd.serving.settings import Settings, check
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.gpu import Device
 
 OTHERS = frozenset({"PKD_SHARED", "PKD_CACHE", "PKD_KEY_PASSPHRASE"})
 """Variables of other commands of pkd."""
 SERVICE_LINK = re.compile(r"PKD(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP)(_.*)?)?)|PKD_PORT")
 """What Kubernetes sets in every pod beside a Service whose name begins with pkd."""
 YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off", ""})
+GPU_THREADS = 64
+"""Worker threads in front of a GPU: as many as fill two of the largest batches, one that runs and one that gathers."""
 GALLERY = re.compile(r"milvus://[A-Za-z0-9.-]+:\d{1,5}")
 
 
@@ -109,7 +112,7 @@ def _setting(name: str, kind: type) -> Callable[[str], float]:
 
 def _default(setting: Field[float]) -> str:
     if setting.default is MISSING:
-        return "one per core"
+        return f"one per core; {GPU_THREADS} with --device cuda"
     return str(setting.default) if setting.default >= 1e4 else f"{setting.default:g}"
 
 
@@ -245,6 +248,8 @@ def configure(args: argparse.Namespace, environment: Mapping[str, str]) -> Confi
                 given[option.name] = option.parse(text)
             except InputError as error:
                 raise InputError(f"{source} {text}: {error}{_hint(source, text)}") from None
+    if given.get("device") == "cuda":
+        given.setdefault("threads", GPU_THREADS)
     bundles = tuple(args.bundles) or _list(environment.get("PKD_BUNDLES", ""))
     if not bundles:
         raise InputError("no bundle to serve. Give one as an argument or in PKD_BUNDLES; pkd-export makes them.")

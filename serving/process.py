@@ -43,7 +43,7 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
     with ExitStack() as stack:
         keys = ApiKeys.read(configuration.api_keys) if configuration.api_keys else None
         trusted = TrustedKeys.read([Path(key) for key in configuration.trust_key]) if configuration.trust_key else None
-        encoders = Encoders.open(configuration.bundles, trusted)
+        encoders = Encoders.open(configuration.bundles, trusted, settings.device)
         spec = configuration.detector
         detector = open_detector(spec, settings.detector_score) if spec else None
         store = open_store(configuration)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.gpu import Device
 
 
 def usable_cores() -> int:
@@ -19,9 +20,6 @@ def usable_cores() -> int:
 
 def _number(default: float, low: float, high: float, says: str) -> Any:
     return field(default=default, metadata={"low": low, "high": high, "says": says})
-
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)

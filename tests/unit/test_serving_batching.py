@@ -7,6 +7,7 @@ import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
+import onnxruntime
 import pytest
 import serving_bundles as made
 
@@ -14,7 +15,7 @@ from pkd.serving.batching import BUCKETS, Batched
 from pkd.serving.metrics import Metrics
 from pkd.serving.pool import Pool, current_job
 from pkd.serving.problems import Problem
-from pkd.toolkit.errors import InputError
+from pkd.toolkit.errors import InputError, TargetUnavailable
 from pkd.toolkit.runtime import open_bundle
 
 CROPS = made.crops(120, seed=7)
@@ -182,9 +183,16 @@ def test_a_pool_that_shuts_down_cancels_what_waits():
     assert busy.result(20)
 
 
+def test_without_a_gpu_nothing_runs_on_the_cpu_instead(tmp_path):
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("there is a CUDA provider here")
+    bundle = made.encoder("teacher", made.weights(1)).write(tmp_path / "teacher")
+    with pytest.raises(TargetUnavailable, match="cuda: this onnxruntime has no CUDAExecutionProvider"):
+        open_bundle(bundle, device="cuda")
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_rows_of_the_cpu(real, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has no CUDA provider; install onnxruntime-gpu in its place")
     bundle = made.encoder("teacher", made.weights(1)).write(tmp_path / "teacher")

@@ -114,6 +114,8 @@ def test_what_kubernetes_sets_beside_a_service_is_not_ours():
 def test_nothing_to_serve_and_a_gpu_for_several():
     with pytest.raises(InputError, match="PKD_BUNDLES"):
         configured()
+    assert configured("b", "--device", "cuda").settings.threads == configuration.GPU_THREADS
+    assert configured("b", "--device", "cuda", "--threads", "3").settings.threads == 3
     with pytest.raises(InputError, match="--workers 2: one process keeps a GPU busy"):
         configured("b", "--device", "cuda", "--workers", "2")
 
