@@ -122,6 +122,7 @@ def _spawn(folder: Path) -> subprocess.Popen[bytes]:
     config.set("queryNode.segcore.interimIndex.enableIndex", "false")  # it would make searches approximate
     config.set("common.session.ttl", 3)  # s: for so long a killed server blocks its successor
     config.set("queryCoord.distPullInterval", 100)
+    config.set("proxy.timeTickInterval", 50)  # ms: for so long a strong read waits
     config.resolve()
     written = folder / "configs" / "milvus.yaml"
     written.write_text(written.read_text().replace("\nqueryCoord:\n", QUERY_COORDINATOR))

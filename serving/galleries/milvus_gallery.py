@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from pkd.serving.galleries.gallery import Enrolled, Enrolment, Subject, Template
+from pkd.serving.galleries.gallery import Enrolment, Subject, Template
 from pkd.serving.galleries.milvus_rows import (
     COMMIT,
     ENCODER,
@@ -47,18 +47,17 @@ Commits = dict[str, list[Commit]]
 class MilvusGallery:
     """One gallery's collections, key and rotations. Safe to use from several threads."""
 
-    def __init__(self, tables: Tables, entry: Entry, key: GalleryKey) -> None:
-        self.tables, self.entry, self.key, self.seal = tables, entry, key, Seal(key)
-        self.records = f"{tables.prefix}_{entry.id}_records"
-        self._rotations: dict[str, Rotation] = {}
+    def __init__(self, tables: Tables, id: str, key: GalleryKey) -> None:
+        self.tables, self.seal, self._key = tables, Seal(key), key
+        self.records = records_of(tables, id)
+        self._rotations: dict[tuple[str, int], Rotation] = {}
         self._encoders: dict[str, str] = {}
 
-    def rotation(self, space: str) -> Rotation:
-        """Of one space's vectors. Made when first needed: 30 ms for 512 dimensions."""
-        if space not in self._rotations:
-            dim = next(known.dim for known in self.entry.gallery().spaces if known.id == space)
-            self._rotations[space] = Rotation(self.key.derive(f"milvus rotation {space}"), dim)
-        return self._rotations[space]
+    def rotation(self, space: str, dim: int) -> Rotation:
+        """Of one space's vectors, made when first needed."""
+        if (space, dim) not in self._rotations:
+            self._rotations[space, dim] = Rotation(self._key.derive(f"milvus rotation {space}"), dim)
+        return self._rotations[space, dim]
 
     def encoders(self, entry: Entry, known: str = "") -> dict[str, str]:
         """Encoder → space, of all that this gallery's spaces ever had. Read anew unless ``known`` is among them."""
@@ -113,7 +112,9 @@ class MilvusGallery:
                 tags = self.seal.tags(current(earlier.get(subject, []))[0])
             for id, template in zip(commit.template_ids, enrolment.templates, strict=True):
                 encoder = self.seal.hashed("encoder", template.encoder)
-                hidden = self.rotation(template.space).hide(np.asarray(template.vector, np.float32))
+                # Rounded as every store of galleries does, so that all give the same scores and the same exports.
+                kept = np.asarray(template.vector, np.float16).astype(np.float32)
+                hidden = self.rotation(template.space, len(kept)).hide(kept)
                 row = {"id": id, "subject": subject, "encoder": encoder, "tags": tags, "vector": hidden}
                 rows[template.space].append(row)
         for space, some in rows.items():
@@ -160,12 +161,13 @@ class MilvusGallery:
             self._settle(entry, pseudonyms)
             self.tables.delete(self.records, [id])
 
-    def page(self, after: str, limit: int) -> list[str]:
+    def page(self, after: str, limit: int, fresh: Freshness = "SEEN") -> list[str]:
         """Pseudonyms of subjects after that one, in order."""
         found: list[str] = []
         while len(found) < limit:
-            where = f'kind == {COMMIT} and id > "{after}~"'  # ~ sorts after every hexadecimal digit
-            rows = self.tables.query(self.records, where, ["id", "subject"], "SEEN", limit)
+            start = f"{after}~" if after else ""  # ~ sorts after every hexadecimal digit
+            where = f'kind == {COMMIT} and id > "{start}"'
+            rows = self.tables.query(self.records, where, ["id", "subject"], fresh, limit)
             found += dict.fromkeys(row["subject"] for row in rows)
             if len(rows) < limit:
                 break
@@ -184,11 +186,59 @@ class MilvusGallery:
                         row = stored[id]
                         vector = None
                         if vectors:
-                            vector = self.rotation(space).reveal(np.asarray(row["vector"], np.float32))
+                            hidden = np.asarray(row["vector"], np.float32)
+                            vector = self.rotation(space, len(hidden)).reveal(hidden)
+                            vector = vector.astype(np.float16).astype(np.float32)
                         templates.append(Template(id, encoder, space, commit.created, commit.expires, vector))
             if templates:
                 attributes, consent = current(commits[pseudonym])
                 yield Subject(commits[pseudonym][0].subject, tuple(templates), attributes, consent)
+
+    def without(self, entry: Entry, space: str, after: str, limit: int, fresh: Freshness) -> list[str]:
+        """Ids of up to ``limit`` subjects without a template in this space, though in another: a page."""
+        found: list[str] = []
+        while len(found) < limit:
+            pseudonyms = self.page(after, PAGE, fresh)
+            commits, stored = self.commits(pseudonyms, fresh), self.stored(entry, pseudonyms, fresh=fresh)
+            for pseudonym in pseudonyms:
+                spaces = {
+                    stored[id]["space"] for commit in commits[pseudonym] for id in commit.template_ids if id in stored
+                }
+                if spaces and space not in spaces:
+                    found.append(commits[pseudonym][0].subject)
+            if len(pseudonyms) < PAGE:
+                break
+            after = pseudonyms[-1]
+        return found[:limit]
+
+    def expire(self, entry: Entry, now: float) -> tuple[int, int]:
+        """Delete what is past its time: how many templates, how many rows.
+
+        A commit whose attributes or consent still hold stays, without its templates, while its subject has others.
+        """
+        where = f"kind == {COMMIT} and expires <= {int(now * 1e6)}"
+        expired = {row["subject"] for row in self.tables.pages(self.records, where, ["id", "subject"], "SEEN")}
+        templates = rows = 0
+        for some in _chunks(expired):
+            commits, stored = self.commits(some), self.stored(entry, some)
+            gone: list[Commit] = []
+            emptied: list[Commit] = []
+            for found in commits.values():
+                past = [commit for commit in found if commit.expires is not None and commit.expires <= now]
+                left = [commit for commit in found if commit not in past and set(commit.template_ids) & stored.keys()]
+                described = current(found)
+                for number, commit in enumerate(past):
+                    needed = left and current([*left, *past[number + 1 :]]) != described
+                    if not needed:
+                        gone.append(commit)
+                    elif set(commit.template_ids) & stored.keys():
+                        emptied.append(commit)
+                if not left:
+                    gone += [commit for commit in found if commit not in past]
+            if gone or emptied:
+                done = self.remove(entry, gone, keep=emptied)
+                templates, rows = templates + done[0], rows + done[1]
+        return templates, rows
 
     def _note(self, pseudonyms: Iterable[str], enrolments: Sequence[str]) -> str:
         id = f"~journal/{time.time_ns():x}/{os.urandom(8).hex()}"
@@ -250,16 +300,9 @@ class MilvusGallery:
             self.tables.delete(table, gone)
 
 
-def answered(enrolment: Enrolment, commits: Sequence[Commit]) -> Enrolled | None:
-    """What an enrolment with this idempotency key was answered before; an idempotency-conflict if it was another."""
-    for commit in commits:
-        if (commit.subject, commit.digest) != (enrolment.subject, enrolment.digest):
-            raise Problem(
-                "idempotency-conflict",
-                f"idempotency key {enrolment.key} was used for another request. Use a new key for a new request.",
-            )
-        return Enrolled(commit.subject, commit.template_ids, commit.sequence, True)
-    return None
+def records_of(tables: Tables, id: str) -> str:
+    """The collection of a gallery's plain rows."""
+    return f"{tables.prefix}_{id}_records"
 
 
 def _chunks(values: Iterable[str]) -> Iterator[list[str]]:

@@ -122,8 +122,12 @@ class Seal:
         return self._gallery.pseudonym(name).hex()
 
     def hashed(self, what: str, name: str) -> str:
-        """32 hex digits that stand for an encoder, a tag or an idempotency key."""
+        """32 hex digits that stand for an encoder, an attribute or an idempotency key."""
         return hmac.digest(self._names, f"{what}\0{name}".encode(), "sha256")[:16].hex()
+
+    def key(self, key: str) -> str:
+        """Stands for an idempotency key."""
+        return self.hashed("idempotency", key)
 
     def tags(self, attributes: Attributes) -> dict[str, int]:
         """Attributes as they are stored beside a template, to be filtered by."""
@@ -140,7 +144,7 @@ class Seal:
         """A commit's row; in the order of pseudonyms, so that a page of subjects is a page of rows."""
         subject = self.subject(commit.subject)
         expires = NEVER if commit.expires is None else int(commit.expires * 1e6)
-        key = "" if commit.key is None else self.hashed("idempotency", commit.key)
+        key = "" if commit.key is None else self.key(commit.key)
         return self.record(COMMIT, subject + commit.id, asdict(commit), subject=subject, key=key, expires=expires)
 
     def open(self, row: Row) -> Any:
@@ -169,5 +173,5 @@ def hashed(name: str) -> str:
 
 def among(column: str, values: Iterable[str]) -> str:
     """A filter: the column is one of these words of ours, which need no quoting."""
-    quoted = ', '.join(f'"{value}"' for value in sorted(values))
+    quoted = ", ".join(f'"{value}"' for value in sorted(values))
     return f"{column} in [{quoted}]"

@@ -28,7 +28,7 @@ def search(
     searched = gallery.tables.count(table, filter, "SEEN")
     if not searched or not len(queries):
         return [Found((), 0) for _ in queries]
-    hidden = gallery.rotation(space).hide(np.asarray(queries, np.float32))
+    hidden = gallery.rotation(space, queries.shape[1]).hide(np.asarray(queries, np.float32))
     limit = min(MOST, 2 * top_k + 8)
     rows = gallery.tables.search(table, hidden, filter, ["subject"], limit)
     commits = gallery.commits({row["subject"] for found in rows for row in found})

@@ -149,17 +149,18 @@ class Tables:
                 self._client = None
 
     def _level(self, name: str, fresh: Freshness) -> dict[str, Any]:
-        if fresh == "ALL":
+        # Milvus' own level for reading what one wrote, Session, overlooks deletions (2.3.5).
+        if fresh == "ALL" or time.monotonic() - self._written.get(name, -STALE_SECONDS) <= STALE_SECONDS:
             return {"consistency_level": "Strong"}
-        oldest = time.time() - STALE_SECONDS
-        if self._written.get(name, 0.0) >= oldest:
-            return {"consistency_level": "Session"}  # at least as new as this process's last write
-        return {"consistency_level": "Customized", "guarantee_timestamp": int(oldest * 1000) << 18}
+        oldest = int((time.time() - STALE_SECONDS) * 1000)
+        return {"consistency_level": "Customized", "guarantee_timestamp": oldest << 18}
 
     def _write(self, operation: str, name: str, rows: Sequence[Any]) -> None:
         if rows:
-            self._call(operation, name, rows)
-            self._written[name] = time.time()
+            try:
+                self._call(operation, name, rows)
+            finally:  # a write that was given up may still take place
+                self._written[name] = time.monotonic()
 
     def _call(self, operation: str, *args: Any, **kwargs: Any) -> Any:
         import grpc

@@ -20,15 +20,17 @@ class Rotation:
     def __init__(self, seed: bytes, dim: int) -> None:
         # QR of normal numbers, signs fixed by R's diagonal: Mezzadri 2007, arXiv math-ph/0609050.
         orthogonal, upper = np.linalg.qr(_normals(seed, dim * dim).reshape(dim, dim))
-        self._matrix: Vectors = (orthogonal * np.sign(np.diag(upper))).astype(np.float32)
+        self._matrix = orthogonal * np.sign(np.diag(upper))  # float64: what is revealed differs by one rounding alone
 
     def hide(self, vectors: Vectors) -> Vectors:
         """Rows N×D as they are to be stored and searched by. Cosines change by rounding alone, below 1e-6."""
-        return vectors @ self._matrix
+        hidden: Vectors = (vectors @ self._matrix).astype(np.float32)
+        return hidden
 
     def reveal(self, hidden: Vectors) -> Vectors:
         """The rows that ``hide`` was given, to rounding."""
-        return hidden @ self._matrix.T
+        vectors: Vectors = (hidden @ self._matrix.T).astype(np.float32)
+        return vectors
 
 
 def _normals(seed: bytes, count: int) -> NDArray[np.float64]:
