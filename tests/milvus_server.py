@@ -84,7 +84,7 @@ class MilvusServer:
         os.kill(self.pid, signum)
 
     def stop(self) -> None:
-        """Kill the server, as a power cut would, and wait until its launcher has reaped it."""
+        """Kill the server with SIGKILL and wait until its launcher has reaped it."""
         if self._launcher is None:
             return
         if self.pid:
