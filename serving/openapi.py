@@ -56,6 +56,7 @@ TAKEN: Examples = {
     "draining": {},
     "invalid-request": {"errors": [{"field": "faces", "message": "Input should be 'largest' or 'exactly_one'"}]},
 }
+PARAMETERS: Examples = {"invalid-request": {}}
 ENCODER: Examples = {"unknown-encoder": {"got": "mobilefacenet", "encoders": ["edgeface-xs@sha256:…"]}}
 ARTIFACT: Examples = {
     "not-found": {"got": "openvino-int4", "targets": ["openvino-int8"]},

@@ -21,6 +21,8 @@ from pkd.serving.service import Service
 from pkd.serving.settings import Settings
 
 
+OTHERWISE = {"get /v1/encoders/{encoder}/artifact", "get /healthz", "get /readyz"}
+"""Answers that are a file, or too simple for a schema."""
 SNAPSHOT = Path(__file__).parents[2] / "docs" / "openapi.json"
 
 
@@ -87,7 +89,7 @@ def test_every_operation_is_complete(document):
             assert parameter.get("description") is not None and parameter["schema"], (name, parameter["name"])
         for status, answer in operation["responses"].items():
             assert answer["description"], (name, status)
-            if status == "200" and "artifact" not in name and "z" not in name[-2:]:
+            if status == "200" and name not in OTHERWISE:
                 (content,) = answer["content"].values()
                 assert "$ref" in content.get("schema", {}) or "anyOf" in content["itemSchema"], name
             if int(status) >= 400:

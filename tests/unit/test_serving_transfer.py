@@ -61,6 +61,7 @@ def test_a_line_out_for_a_line_in(client, fleet):
 def test_bad_lines_do_not_stop_the_good_ones(client, fleet):
     made.gallery(client, "bad")
     good = {"inputs": [made.embedded(fleet.first, 0)]}
+    strict = {"aligned": True, "quality": {"sharpness": 1e6}}
     nan = made.sent(fleet.first, np.full(made.made.DIM, np.nan))
     wrong = {
         b"{\n": "invalid-request",
@@ -73,7 +74,7 @@ def test_bad_lines_do_not_stop_the_good_ones(client, fleet):
         lines({"subject": "x", "inputs": [made.embedded(fleet.rogue, 0)]}): "not-certified",
         lines({"subject": "x", "inputs": [made.embedded(fleet.following, 0)]}): "space-mismatch",
         lines({"subject": "x", "inputs": [made.image(0)]}): "no-detector",
-        lines({"subject": "x", "inputs": [made.image(0)], "aligned": True, "quality": {"sharpness": 1e6}}): "low-quality",
+        lines({"subject": "x", "inputs": [made.image(0)], **strict}): "low-quality",
         b"x" * 300_000 + b"\n": "too-large",
         b'{"a": [' + b"1," * 140_000 + b"1]}\n": "too-large",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from statistics import NormalDist
 
 import pytest
@@ -78,4 +79,4 @@ def test_a_flat_curve_leads_nowhere(rates):
 @given(st.lists(st.floats(-9, -0.1), min_size=2, max_size=12))
 def test_it_never_falls_as_the_rate_falls(exponents):
     thresholds = [threshold_for(CERTIFICATE, 10**exponent).score for exponent in sorted(exponents, reverse=True)]
-    assert all(a <= b + 1e-12 for a, b in zip(thresholds, thresholds[1:], strict=False))
+    assert all(a <= b + 1e-12 for a, b in pairwise(thresholds))
