@@ -80,23 +80,24 @@ class Batched:
                     break
                 batch.append(further)
                 rows += len(further.crops)
-            self._answer([item for item in batch if item.wanted()])
+            if wanted := [one for one in batch if one.wanted()]:
+                self._answer(wanted)
 
     def _next(self, block: bool) -> _Item | None:
         if self._held:
             item, self._held = self._held, None
             return item
         try:
-            item = self._queue.get(block)
+            taken = self._queue.get(block)
         except Empty:
             return None
-        if item is None and not block:
+        if taken is None and not block:
             self._queue.put(None)  # the end is for the outer loop to see
-        return item
+        return taken
 
     def _answer(self, batch: Sequence[_Item]) -> None:
         try:
-            rows = self._embed(np.concatenate([item.crops for item in batch])) if batch else ()
+            rows = self._embed(np.concatenate([item.crops for item in batch]))
         except Exception as error:
             if len(batch) == 1:
                 batch[0].done.set_exception(error)
@@ -106,7 +107,7 @@ class Batched:
             return
         start = 0
         for item in batch:
-            item.done.set_result(rows[start : start + len(item.crops)])  # type: ignore[arg-type]
+            item.done.set_result(rows[start : start + len(item.crops)])
             start += len(item.crops)
 
     def _embed(self, crops: Rgb) -> Embeddings:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from pkd.toolkit.command import Result, make_parser, run
-from pkd.toolkit.errors import InputError, MissingExtra
+from pkd.toolkit.errors import MissingExtra
 
 EXAMPLES = """
   pkd-serve bundles/teacher bundles/student --detector yunet.onnx
@@ -19,13 +19,16 @@ EXAMPLES = """
   pkd-serve bundles/teacher --host 0.0.0.0 --api-keys keys.txt --trust-key evidence.pub.pem --workers 4
   pkd-serve bundles/teacher --api-keys keys.txt --check-config
 
-every option can be given as the variable beside it instead; a flag wins. PKD_BUNDLES holds bundles, separated by colons.
+  PKD_BUNDLES=bundles/teacher:bundles/student PKD_PORT=9000 pkd-serve    # each option has a variable; a flag wins
 """
 EXTRAS = ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client", "multipart", "python_multipart")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    # Pillow reads the header that the limit is checked on, OpenCV decodes; where a hostile file makes them disagree,
+    # OpenCV's own limit holds. It reads this once, when it is imported.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")
     return run(make(), _serve, argv)
 
 
@@ -80,15 +83,20 @@ def _run(args: argparse.Namespace, console: Console) -> Result:
         with opened(configuration) as it:
             console.print("the configuration is good")
             return {"encoders": list(it.service.encoders.loaded), "keys": it.keys is not None}
-    listener = listen(configuration.host, configuration.port)
-    url = url_of(listener)
-    if configuration.workers == 1:
-        from pkd.serving.process import announcing, limit_opencv, run_alone
+    with listen(configuration.host, configuration.port) as listener:
+        url = url_of(listener)
 
-        limit_opencv()
-        ids = run_alone(configuration, listener, console)
-    else:
-        from pkd.serving.workers import supervise
+        def ready() -> None:
+            print(f"listening on {url}", file=sys.stderr, flush=True)
+
+        if configuration.workers == 1:
+            from pkd.serving.process import run_alone
+
+            ids = run_alone(configuration, listener, console, ready)
+        else:
+            from pkd.serving.workers import supervise
+
+            ids = supervise(configuration, listener, ready, quiet=args.json)
     console.print("drained and stopped")
     return {"url": url, "encoders": ids}
 

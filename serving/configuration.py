@@ -10,20 +10,26 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, get_args
 
 from pkd.serving.logs import Form
-from pkd.serving.settings import Device, Settings, check
+from pkd.serving.settings import Settings, check
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.gpu import Device
 
 OTHERS = frozenset({"PKD_SHARED", "PKD_CACHE", "PKD_KEY_PASSPHRASE"})
 """Variables of other commands of pkd."""
 SERVICE_LINK = re.compile(r"PKD(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP)(_.*)?)?)|PKD_PORT")
 """What Kubernetes sets in every pod beside a Service whose name begins with pkd."""
 YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off", ""})
+GPU_THREADS = 64
+"""Worker threads in front of a GPU: as many as fill two of the largest batches, one that runs and one that gathers."""
 GALLERY = re.compile(r"milvus://[A-Za-z0-9.-]+:\d{1,5}")
+
+
+LIMITS = frozenset(each.name for each in fields(Settings))
+"""The options that are fields of Settings."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Configuration:
     log: Form = "text"
     log_requests: bool = False
     traces: bool = False
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
 
 
 def _switch(text: str) -> bool:
@@ -104,6 +110,12 @@ def _setting(name: str, kind: type) -> Callable[[str], float]:
     return parse
 
 
+def _default(setting: Field[float]) -> str:
+    if setting.default is MISSING:
+        return f"one per core; {GPU_THREADS} with --device cuda"
+    return str(setting.default) if setting.default >= 1e4 else f"{setting.default:g}"
+
+
 def _list(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(os.pathsep) if part)
 
@@ -112,7 +124,13 @@ OPTIONS: tuple[Option, ...] = (
     Option("host", "--host", "PKD_HOST", "ADDRESS", "address to listen on", "127.0.0.1, only this machine"),
     Option("port", "--port", "PKD_PORT", "N", "port; 0 picks a free one", "8000", _whole(0, 65535)),
     Option(
-        "workers", "--workers", "PKD_WORKERS", "N", "processes that share the port and the galleries", "1", _whole(1, 256)
+        "workers",
+        "--workers",
+        "PKD_WORKERS",
+        "N",
+        "processes that share port and galleries",
+        "1",
+        _whole(1, 256),
     ),
     Option(
         "device",
@@ -174,9 +192,7 @@ OPTIONS: tuple[Option, ...] = (
         "none: certificates may come from anyone",
         _list,
     ),
-    Option(
-        "log", "--log", "PKD_LOG", "text|json", "form of the lines on stderr", "text", _one_of(*get_args(Form))
-    ),
+    Option("log", "--log", "PKD_LOG", "text|json", "form of the lines on stderr", "text", _one_of(*get_args(Form))),
     Option(
         "log_requests", "--log-requests", "PKD_LOG_REQUESTS", "yes", "log a line for every request, too", "off", _switch
     ),
@@ -196,14 +212,14 @@ OPTIONS: tuple[Option, ...] = (
             f"PKD_{each.name.upper()}",
             "N",
             each.metadata["says"],
-            "one per core" if each.default is MISSING else f"{each.default:g}" if each.default < 1e4 else str(each.default),
+            _default(each),
             _setting(each.name, int if each.type == "int" else float),
         )
         for each in fields(Settings)
         if each.metadata
     ),
 )
-"""In the order of --help. The limits are those of Settings."""
+"""In the order of --help."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -232,13 +248,14 @@ def configure(args: argparse.Namespace, environment: Mapping[str, str]) -> Confi
                 given[option.name] = option.parse(text)
             except InputError as error:
                 raise InputError(f"{source} {text}: {error}{_hint(source, text)}") from None
+    if given.get("device") == "cuda":
+        given.setdefault("threads", GPU_THREADS)
     bundles = tuple(args.bundles) or _list(environment.get("PKD_BUNDLES", ""))
     if not bundles:
         raise InputError("no bundle to serve. Give one as an argument or in PKD_BUNDLES; pkd-export makes them.")
-    limits = {each.name for each in fields(Settings)}
-    settings = Settings(**{name: value for name, value in given.items() if name in limits})
+    settings = Settings(**{name: value for name, value in given.items() if name in LIMITS})
     made = Configuration(
-        bundles, settings=settings, **{name: value for name, value in given.items() if name not in limits}
+        bundles, settings=settings, **{name: value for name, value in given.items() if name not in LIMITS}
     )
     _judge(made)
     return made
@@ -285,16 +302,9 @@ def _hint(source: str, text: str) -> str:
 def table() -> str:
     """Every option as a row of Markdown: docs/operations.md holds this text."""
     rows = [
-        f"| `{option.flag}` | `{option.variable}` | {option.says} | {option.default} |".replace("cpu|cuda", r"cpu\|cuda")
+        f"| `{option.flag}` | `{option.variable}` | {option.says} | {option.default} |".replace(
+            "cpu|cuda", r"cpu\|cuda"
+        )
         for option in OPTIONS
     ]
     return "\n".join(["| flag | variable | what it is | default |", "| --- | --- | --- | --- |", *rows])
-
-
-def readable(path: str) -> Path:
-    """``path``, if it is a file that can be read. Raises InputError."""
-    try:
-        with Path(path).open("rb"):
-            return Path(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}.") from None

@@ -10,6 +10,7 @@ from pkd.serving.problems import Problem
 from pkd.toolkit.bundle import Bundle, self_test
 from pkd.toolkit.certificate import Certificate, CertificateFile
 from pkd.toolkit.errors import BundleError
+from pkd.toolkit.gpu import Device
 from pkd.toolkit.runtime import OnnxEncoder, open_bundle
 from pkd.toolkit.signing import TrustedKeys
 from pkd.toolkit.space import short
@@ -46,7 +47,7 @@ class Encoders:
                 self._spaces.setdefault(id, certificate.space)
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path], keys: TrustedKeys | None = None) -> Encoders:
+    def open(cls, paths: Sequence[str | Path], keys: TrustedKeys | None = None, device: Device = "cpu") -> Encoders:
         """Open bundles, each on one intra-op thread. Raises BundleError; two bundles of one encoder are refused.
 
         With ``keys`` every certificate must be signed by one of them. Raises NotTrusted naming the file.
@@ -65,7 +66,7 @@ class Encoders:
                 for file in bundle.certificate_files():
                     keys.require(file.data, file.signature, file.path)
             owners[info.id] = bundle.path
-            loaded.append(Loaded(bundle, open_bundle(bundle)))
+            loaded.append(Loaded(bundle, open_bundle(bundle, device=device)))
         if not loaded:
             raise BundleError("no bundle to serve. Make one with pkd-export.")
         return cls(loaded, keys)

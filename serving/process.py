@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from pkd.serving.configuration import Configuration
 from pkd.serving.encoders import Encoders
 from pkd.serving.galleries.gallery import GalleryStore
 from pkd.serving.security import ApiKeys
-from pkd.serving.server import Link, serve, url_of
+from pkd.serving.server import Link, serve
 from pkd.serving.service import Service
 from pkd.toolkit.bundle import NOT_GATED
 from pkd.toolkit.detect import open_detector
@@ -45,23 +43,27 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
     with ExitStack() as stack:
         keys = ApiKeys.read(configuration.api_keys) if configuration.api_keys else None
         trusted = TrustedKeys.read([Path(key) for key in configuration.trust_key]) if configuration.trust_key else None
-        encoders = Encoders.open(configuration.bundles, trusted)
+        encoders = Encoders.open(configuration.bundles, trusted, settings.device)
         spec = configuration.detector
         detector = open_detector(spec, settings.detector_score) if spec else None
-        store = None
-        service = Service(encoders, settings, detector)
+        store = open_store(configuration)
+        if store:
+            stack.callback(store.close)
+        service = Service(encoders, settings, detector, store)
         stack.callback(service.close)
         if configuration.traces:
             stack.callback(telemetry.set_up())
         yield Opened(service, keys, store)
 
 
-def run_alone(configuration: Configuration, listener: socket.socket, console: Console) -> list[str]:
+def run_alone(
+    configuration: Configuration, listener: socket.socket, console: Console, ready: Callable[[], None]
+) -> list[str]:
     """Serve in this process until it is told to stop; returns the ids of the encoders."""
     logs.set_up(configuration.log, configuration.log_requests)
     with opened(configuration) as it:
         introduce(console, it, configuration)
-        serve(it.service, listener, it.keys, announcing(listener), sweeps=it.store)
+        serve(it.service, listener, it.keys, ready, sweeps=it.store)
         return list(it.service.encoders.loaded)
 
 
@@ -78,16 +80,14 @@ def run_worker(
         serve(it.service, listener, it.keys, lambda: None, sweeps=it.store if index == 0 else None, link=link)
 
 
-def announcing(listener: socket.socket) -> Callable[[], None]:
-    """Says once, where people and programs wait for it, that the server answers."""
-    url = url_of(listener)
-    return lambda: print(f"listening on {url}", file=sys.stderr, flush=True)
+def open_store(configuration: Configuration) -> GalleryStore | None:
+    """The galleries, of which every process has a view of its own. Raises InputError or a Problem."""
+    if configuration.gallery is None or configuration.master_key is None:
+        return None
+    from pkd.serving.galleries.sqlite_store import SqliteStore
+    from pkd.serving.galleries.vault import MasterKey
 
-
-def limit_opencv() -> None:
-    """Pillow reads the header that the limit is checked on, OpenCV decodes; where a hostile file makes them disagree,
-    OpenCV's own limit holds. It reads this once, so call it before anything is decoded."""
-    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")
+    return SqliteStore(Path(configuration.gallery), MasterKey.read(Path(configuration.master_key)))
 
 
 def introduce(console: Console, it: Opened, configuration: Configuration) -> None:

@@ -30,8 +30,8 @@ KEEP_ALIVE_SECONDS = 75
 class Link:
     """What a worker process tells its parent and hears from it. A server that is alone has nobody to tell."""
 
-    def ready(self) -> None:
-        """The self-test is passed."""
+    def ready(self, encoders: list[str]) -> None:
+        """The self-test is passed. ``encoders``: ids."""
 
     def may_serve(self) -> bool:
         """Whether connections may be taken: once every worker is ready."""
@@ -138,7 +138,7 @@ class _Server(uvicorn.Server):
         self._service.state.metrics.ready.set(1)
         self._ready()
         if self._link:
-            self._link.ready()
+            self._link.ready(list(self._service.encoders.loaded))
         if self._sweeps:
             self._tasks.append(asyncio.create_task(self._sweep(self._sweeps)))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.gpu import Device
 
 
 def usable_cores() -> int:
@@ -19,9 +20,6 @@ def usable_cores() -> int:
 
 def _number(default: float, low: float, high: float, says: str) -> Any:
     return field(default=default, metadata={"low": low, "high": high, "says": says})
-
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,10 @@ class Settings:
     def __post_init__(self) -> None:
         for each in fields(self):
             if each.metadata:
-                check(each.name, getattr(self, each.name))
+                try:
+                    check(each.name, getattr(self, each.name))
+                except InputError as error:
+                    raise InputError(f"{each.name} {getattr(self, each.name):g}: {error}") from None
 
 
 def check(name: str, value: float) -> None:
@@ -68,4 +69,4 @@ def check(name: str, value: float) -> None:
     (setting,) = (each for each in fields(Settings) if each.name == name)
     low, high = setting.metadata["low"], setting.metadata["high"]
     if not (math.isfinite(value) and low <= value <= high):
-        raise InputError(f"{name.replace('_', ' ')} {value:g}: give a number from {low:g} to {high:g}.")
+        raise InputError(f"give a number from {low:g} to {high:g}.")

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -21,7 +21,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
-from typing import Any, Iterator
+from typing import Any
 
 from pkd.serving import logs
 from pkd.serving.configuration import Configuration
@@ -47,9 +47,9 @@ class PipeLink:
         self._told = 0.0
         threading.Thread(target=self._hear, daemon=True, name="pkd-parent").start()
 
-    def ready(self) -> None:
+    def ready(self, encoders: list[str]) -> None:
         """The self-test is passed."""
-        self._tell("ready")
+        self._tell(("ready", encoders))
 
     def may_serve(self) -> bool:
         """Whether all workers are ready."""
@@ -59,7 +59,7 @@ class PipeLink:
         """Tell so, once a second."""
         if time.monotonic() - self._told > 1:
             self._told = time.monotonic()
-            self._tell("alive")
+            self._tell(("alive",))
 
     def failed(self, error: PkdError) -> None:
         """This worker cannot start, and another one could not either."""
@@ -98,6 +98,7 @@ class _Parent:
     """Index of a worker that is to be replaced → when."""
     waits: dict[int, float] = field(default_factory=dict)
     serving: bool = False
+    encoders: list[str] = field(default_factory=list)
     stops: int = 0
     """Signals to stop so far."""
     reload: bool = False
@@ -116,9 +117,9 @@ class _Parent:
             while worker.pipe.poll():
                 message: Any = worker.pipe.recv()
                 worker.heard = time.monotonic()
-                if message == "ready":
-                    worker.ready = True
-                elif message != "alive":
+                if message[0] == "ready":
+                    worker.ready, self.encoders = True, message[1]
+                elif message[0] == "failed":
                     worker.failure = message[1:]
 
     def bury(self, worker: _Worker) -> None:
@@ -155,11 +156,11 @@ class _Parent:
 
 def supervise(
     configuration: Configuration, listener: socket.socket, ready: Callable[[], None], *, quiet: bool = False
-) -> None:
+) -> list[str]:
     """Serve with ``configuration.workers`` processes until SIGTERM or SIGINT. ``ready``: called when all of them are.
 
-    SIGHUP has them read their keys again. A second signal to stop does not wait. Raises what keeps a worker from
-    starting.
+    SIGHUP has them read their keys again. A second signal to stop does not wait. Returns the ids of the encoders;
+    raises what keeps a worker from starting.
     """
     logs.set_up(configuration.log, configuration.log_requests)
     with TemporaryDirectory(prefix="pkd-serve-") as folder:
@@ -173,6 +174,7 @@ def supervise(
             finally:
                 del os.environ[SHARED]
                 _end(parent)
+    return parent.encoders
 
 
 def _watch(parent: _Parent, ready: Callable[[], None]) -> None:
@@ -253,9 +255,8 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     link = PipeLink(pipe)
     try:
-        from pkd.serving.process import limit_opencv, run_worker
+        from pkd.serving.process import run_worker
 
-        limit_opencv()
         run_worker(configuration, listener, index, link, folder, quiet)  # type: ignore[arg-type]
     except PkdError as error:
         link.failed(error)

@@ -77,6 +77,13 @@ def soon(check: Callable[[], bool], seconds: float = 1.0) -> bool:
 class Conformance:
     """Fixtures ``opened`` (opens a store on the same data each time it is called) and, from it, ``store``."""
 
+    erased = frozenset({"rows", "key"})
+    """What a receipt of a deletion covers at least. Milvus: no key, whose row its disks keep for a while."""
+    ascending = True
+    """Whether subjects are listed by id. Milvus: not, since it must not learn ids, and so cannot sort them."""
+    of_one_moment = True
+    """Whether an export is. Milvus: each subject is, since it has no snapshots."""
+
     @pytest.fixture
     def opened(self) -> Iterator[Open]:
         raise NotImplementedError
@@ -128,7 +135,7 @@ class Conformance:
         receipt = store.delete("staff", ALICE)
         assert (receipt.gallery, receipt.subject, receipt.templates) == ("staff", None, 2)
         assert receipt.rows >= 2
-        assert {"rows", "key"} <= set(receipt.covers)
+        assert self.erased <= set(receipt.covers)
         with refused("unknown-gallery"):
             store.search("staff", ENCODER, unit(1), 1)
         assert store.create("staff", NEW, None, ALICE).subjects == 0
@@ -205,7 +212,7 @@ class Conformance:
         assert types[:2] == ["", "space-mismatch"]
         assert types[2:5] == ["bad-vector"] * 3
         assert types[5:] == ["space-mismatch", "invalid-request", ""]
-        assert store.subjects("staff") == ["ann", "bo"]
+        assert sorted(store.subjects("staff")) == ["ann", "bo"]
 
     def test_an_encoder_keeps_to_its_space(self, store: GalleryStore) -> None:
         enrolled(store.enrol("staff", [one("ann", unit(1)[0])], ALICE))
@@ -256,7 +263,11 @@ class Conformance:
     def test_pages_follow_each_other(self, store: GalleryStore) -> None:
         names = sorted(["Zoë", "ann", "bo", "Ångström", "~", "0"])
         enrolled(store.enrol("staff", [one(name, unit(i)[0]) for i, name in enumerate(reversed(names))], ALICE))
-        assert list(store.subjects("staff")) == names
+        listed = list(store.subjects("staff"))
+        assert sorted(listed) == names
+        if self.ascending:
+            assert listed == names
+        names = listed
         assert list(store.subjects("staff", limit=2)) == names[:2]
         assert list(store.subjects("staff", after=names[1], limit=3)) == names[2:5]
         assert list(store.subjects("staff", after=names[-1])) == []
@@ -264,13 +275,19 @@ class Conformance:
     def test_an_export_is_of_one_moment(self, store: GalleryStore) -> None:
         vectors = unit(1, 30)
         enrolled(store.enrol("staff", [one(f"s{i:02d}", vectors[i], attributes={"n": str(i)}) for i in range(20)], BOB))
+        listed = list(store.subjects("staff"))
+        assert not self.ascending or listed == sorted(listed)
         export = store.export("staff")
         first = next(export)
         enrolled(store.enrol("staff", [one("s05", vectors[21]), one("s99", vectors[22])], ALICE))
         store.delete_subject("staff", "s19", ALICE)
         subjects = [first, *export]
-        assert [subject.id for subject in subjects] == [f"s{i:02d}" for i in range(20)]
-        for i, subject in enumerate(subjects):
+        if not self.of_one_moment:
+            subjects = [subject for subject in subjects if subject.id not in ("s05", "s19", "s99")]
+            listed = [subject for subject in listed if subject not in ("s05", "s19")]
+        assert [subject.id for subject in subjects] == listed
+        for subject in subjects:
+            i = int(subject.id[1:])
             assert dict(subject.attributes) == {"n": str(i)}
             (template,) = subject.templates
             assert template.vector is not None
@@ -323,7 +340,7 @@ class Conformance:
         receipt = store.delete_subject("staff", "ann", ALICE)
         assert (receipt.gallery, receipt.subject, receipt.templates) == ("staff", "ann", 2)
         assert receipt.rows >= 3  # the key, too
-        assert {"rows", "key"} <= set(receipt.covers)
+        assert self.erased <= set(receipt.covers)
         assert len(bytes.fromhex(receipt.hash)) == 32
         with refused("unknown-subject"):
             store.subject("staff", "ann")
@@ -389,11 +406,13 @@ class Conformance:
         assert store.begin_migration("staff", NEW, ALICE) == moving
         with refused("gallery-conflict"):
             store.begin_migration("staff", Space("third@sha256:3", DIM), ALICE)
-        assert list(store.unmoved("staff")) == ["s0", "s1", "s2"]
-        assert list(store.unmoved("staff", after="s0", limit=1)) == ["s1"]
+        listed = list(store.unmoved("staff"))
+        assert listed == list(store.subjects("staff"))
+        assert sorted(listed) == ["s0", "s1", "s2"]
+        assert list(store.unmoved("staff", after=listed[0], limit=1)) == listed[1:2]
         enrolled(store.enrol("staff", [one("s1", vectors[4], encoder=NEXT, space=NEW)], ALICE))
         assert store.get("staff").moved == 1
-        assert list(store.unmoved("staff")) == ["s0", "s2"]
+        assert list(store.unmoved("staff")) == [subject for subject in listed if subject != "s1"]
         assert len(store.search("staff", ENCODER, vectors[:1], 9)[0].hits) == 3  # both answer
         assert [hit.subject for hit in store.search("staff", NEXT, vectors[4:5], 9)[0].hits] == ["s1"]
         with refused("gallery-conflict"):
