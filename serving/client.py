@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from pkd.serving.connection import Connection, Unreachable
+from pkd.serving.connection import Connection
+from pkd.serving.connection import Refused as Refused
+from pkd.serving.connection import Unreachable as Unreachable
 from pkd.serving.galleries.schemas import (
     BulkAnswer,
     EnrolAnswer,

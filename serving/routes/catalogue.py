@@ -39,7 +39,10 @@ def routes(service: Service) -> APIRouter:
         ]
         return answer({"encoders": listed})
 
-    @router.get("/v1/encoders/{encoder}", responses=openapi.responses(EncoderDetail, openapi.ENCODER, openapi.PARAMETERS, openapi.READ))
+    @router.get(
+        "/v1/encoders/{encoder}",
+        responses=openapi.responses(EncoderDetail, openapi.ENCODER, openapi.PARAMETERS, openapi.READ),
+    )
     async def get_encoder(encoder: Spec) -> Response:
         """One encoder, loaded or as a target in a bundle: its certificates, and the files a device needs."""
         return answer(await run_in_threadpool(detail, artifacts.find(encoder)))

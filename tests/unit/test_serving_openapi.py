@@ -20,7 +20,6 @@ from pkd.serving.problems import PROBLEMS
 from pkd.serving.service import Service
 from pkd.serving.settings import Settings
 
-
 OTHERWISE = {"get /v1/encoders/{encoder}/artifact", "get /healthz", "get /readyz"}
 """Answers that are a file, or too simple for a schema."""
 SNAPSHOT = Path(__file__).parents[2] / "docs" / "openapi.json"

@@ -6,6 +6,7 @@ import json
 import time
 from datetime import datetime, timedelta, timezone
 
+import cv2
 import gallery_fixtures as made
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gallery_fixtures import ALIGNED, CROPS, PNG, problem
 from spot_detector import picture, write_spot_detector
 
 from pkd.serving.galleries.schemas import EnrolAnswer, ReceiptAnswer, SubjectAnswer
+from pkd.serving.settings import Settings
 from pkd.toolkit.detect import open_detector
 
 FILE = made.made.png(CROPS[0])
@@ -235,3 +237,24 @@ def test_vectors_are_kept_to_a_millionth(client, fleet):
     side = {"gallery": "g", "subject": "exact"}
     score = client.post("/v1/verify", json={"a": query, "b": side}).json()["score"]
     assert score == pytest.approx(1, abs=2e-6) and isinstance(score, float) and np.isfinite(score)
+
+
+@pytest.mark.shared
+def test_a_real_photograph_is_good_enough(fleet, shared, tmp_path):
+    """The real detector, the default floor; the encoder is the small one of these tests."""
+    detector = open_detector(str(shared / "models" / "yunet_n_dynamic.onnx"), 0.5)
+    photograph = next((shared / "faces/lfw/raw-devtest").rglob("*.jpg"))
+    floor = Settings()
+    with made.serving(fleet, tmp_path, detector=detector, enrol_sharpness=floor.enrol_sharpness) as client:
+        made.gallery(client, "g")
+        answer = post(client, "someone", content=photograph.read_bytes(), headers={"content-type": "image/jpeg"})
+        assert answer.status_code == 201, answer.text
+        quality = answer.json()["templates"][0]["quality"]
+        assert quality["detection_score"] > floor.enrol_detection_score and 40 < quality["face_pixels"] < 250
+        assert floor.enrol_sharpness < quality["sharpness"]
+        blurred = cv2.GaussianBlur(cv2.imread(str(photograph)), (0, 0), 6)
+        sent = cv2.imencode(".jpg", blurred)[1].tobytes()
+        body = problem(
+            post(client, "blurred", content=sent, headers={"content-type": "image/jpeg"}), 422, "low-quality"
+        )
+        assert body["low"] == ["sharpness"]
