@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any
 from pkd.serving.encoders import Encoders, Loaded
 from pkd.serving.problems import Problem
 from pkd.toolkit.bundle import MANIFEST, Bundle
+from pkd.toolkit.errors import BundleError
 from pkd.toolkit.space import EncoderInfo, short
 from pkd.toolkit.target import Target
 
+logger = logging.getLogger("pkd.serving")
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """Of every entry of a zip, so that the same bundle is the same bytes."""
 
@@ -71,7 +74,7 @@ class Artifacts:
     def choose(self, offer: Offer, target: str | None, file: str | None) -> Artifact:
         """The file that was asked for: by name, or a target's own, or what this encoder is run from by default.
 
-        Raises a not-found Problem that lists what there is, BundleError where the file is not what the manifest says.
+        Raises a Problem: not-found, listing what there is; internal where the file is not what the manifest says.
         """
         bundle = offer.loaded.bundle
         hashes = {**bundle.manifest.files, MANIFEST: manifest_sha256(bundle)}
@@ -80,10 +83,11 @@ class Artifacts:
             if found is None or not needed(bundle, found):
                 names = [one.name for one in bundle.manifest.targets]
                 raise Problem("not-found", f"the bundle holds no target {target!r}.", got=target, targets=names)
-            name = file or needed(bundle, found)[0]
             allowed = needed(bundle, found)
+            default = allowed[0]
         else:
-            name, allowed = file or self.default_file(offer), list(hashes)
+            allowed, default = list(hashes), self.default_file(offer)
+        name = default if file is None else file
         if name not in allowed:
             raise Problem("not-found", f"there is no file {name!r} here.", got=name, files=allowed)
         return self._artifact(bundle, name, hashes[name])
@@ -101,7 +105,13 @@ class Artifacts:
         found = path.stat()
         stamp = (found.st_mtime_ns, found.st_size)
         if self._checked.get(path) != stamp:
-            bundle.read(name)
+            try:
+                bundle.read(name)
+            except BundleError as error:
+                logger.error("%s", error)
+                raise Problem(
+                    "internal", "The file is not what its manifest says; the server's log names it."
+                ) from None
             self._checked[path] = stamp
         return Artifact(path, name, sha256)
 

@@ -56,6 +56,7 @@ TAKEN: Examples = {
     "draining": {},
     "invalid-request": {"errors": [{"field": "faces", "message": "Input should be 'largest' or 'exactly_one'"}]},
 }
+PARAMETERS: Examples = {"invalid-request": {}}
 ENCODER: Examples = {"unknown-encoder": {"got": "mobilefacenet", "encoders": ["edgeface-xs@sha256:…"]}}
 ARTIFACT: Examples = {
     "not-found": {"got": "openvino-int4", "targets": ["openvino-int8"]},
@@ -247,7 +248,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI 3.1 document: FastAPI's, with the schemas of bodies that the routes read by themselves."""
     if not app.openapi_schema:
         made = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
-        answers = [ProblemBody, *(model for model in LINES_OUT if model not in BODIES)]
+        answers: list[type[BaseModel]] = [ProblemBody, *(model for model in LINES_OUT if model not in BODIES)]
         modes: list[tuple[type[BaseModel], Mode]] = [(model, "validation") for model in BODIES]
         modes += [(model, "serialization") for model in answers]
         _, sent = models_json_schema(modes, ref_template=REF)

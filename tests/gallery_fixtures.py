@@ -20,6 +20,7 @@ from pkd.serving.security import ApiKeys
 from pkd.serving.service import Service
 from pkd.serving.settings import Settings
 from pkd.serving.vectors import encode
+from pkd.toolkit.certificate import Certificate
 
 MASTER = MasterKey(bytes(range(32)))
 CROPS = made.crops(6, seed=7)
@@ -32,8 +33,9 @@ NDJSON = {"content-type": "application/x-ndjson"}
 
 @dataclass(frozen=True)
 class Fleet:
-    """``first`` may query the teacher and itself, ``second`` the teacher and both students. ``following`` has a space of
-    its own, ``rogue`` lies in the teacher's space and is in no certificate."""
+    """``first`` may query the teacher and itself, ``second`` the teacher and both students; of ``second`` against
+    ``first`` every threshold is 0.1 higher. ``following`` has a space of its own, ``rogue`` lies in the teacher's space
+    and is in no certificate."""
 
     teacher: made.Made
     first: made.Made
@@ -55,7 +57,11 @@ def fleet(folder: Path) -> Fleet:
     bundles = {
         teacher: [one(teacher.info, teacher.info)],
         first: [one(first.info, teacher.info), one(first.info, first.info)],
-        second: [one(second.info, g.info) for g in (teacher, first, second)],
+        second: [
+            one(second.info, teacher.info),
+            shifted(one(second.info, first.info), 0.1),
+            one(second.info, second.info),
+        ],
         rogue: [],
         following: [one(following.info, following.info)],
     }
@@ -63,6 +69,24 @@ def fleet(folder: Path) -> Fleet:
     for path, (encoder, certificates) in zip(folders, bundles.items(), strict=True):
         encoder.write(path, certificates)
     return Fleet(teacher, first, second, rogue, following, folders)
+
+
+def shifted(certificate: Certificate, by: float) -> Certificate:
+    """The same rates at scores that are ``by`` higher."""
+    scores = tuple(score if score < 0 else round(score + by, 6) for score in certificate.calibration.score)
+    points = tuple(
+        point.model_copy(update={"threshold": round(point.threshold + by, 6)}) for point in certificate.points
+    )
+    calibration = certificate.calibration.model_copy(update={"score": scores})
+    changes = {"points": points, "calibration": calibration, "resolved_scores": (scores[0], scores[-1])}
+    return certificate.model_copy(update=changes)
+
+
+def at(cosine: float, axis: int) -> np.ndarray:
+    """A unit vector at this cosine from the first axis, leaning towards another one."""
+    vector = np.zeros(made.DIM)
+    vector[0], vector[axis] = cosine, np.sqrt(1 - cosine**2)
+    return vector
 
 
 @contextmanager

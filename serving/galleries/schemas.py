@@ -260,7 +260,7 @@ class MovedAnswer(BaseModel):
 class BulkAnswer(BaseModel):
     """One line of the answer to a bulk enrolment: durable by the time it is sent, or refused."""
 
-    line: int = Field(description="Which line of the request, from 1")
+    line: int | None = Field(description="Which line of the request, from 1; null: about the body as a whole")
     subject: str | None = None
     key: str | None = None
     templates: list[str] | None = Field(None, description="Ids")

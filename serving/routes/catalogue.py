@@ -39,7 +39,10 @@ def routes(service: Service) -> APIRouter:
         ]
         return answer({"encoders": listed})
 
-    @router.get("/v1/encoders/{encoder}", responses=openapi.responses(EncoderDetail, openapi.ENCODER, openapi.READ))
+    @router.get(
+        "/v1/encoders/{encoder}",
+        responses=openapi.responses(EncoderDetail, openapi.ENCODER, openapi.PARAMETERS, openapi.READ),
+    )
     async def get_encoder(encoder: Spec) -> Response:
         """One encoder, loaded or as a target in a bundle: its certificates, and the files a device needs."""
         return answer(await run_in_threadpool(detail, artifacts.find(encoder)))
@@ -81,7 +84,7 @@ def routes(service: Service) -> APIRouter:
             found.setdefault(space.id, {**space.model_dump(), "encoders": []})["encoders"].append(id)
         return answer({"spaces": list(found.values())})
 
-    @router.get("/v1/certificates", responses=openapi.responses(CertificatesAnswer, openapi.READ))
+    @router.get("/v1/certificates", responses=openapi.responses(CertificatesAnswer, openapi.PARAMETERS, openapi.READ))
     async def list_certificates(
         query: Annotated[str | None, Query(max_length=300, description="Encoder of the query side")] = None,
         gallery: Annotated[str | None, Query(max_length=300, description="Encoder of the gallery side")] = None,

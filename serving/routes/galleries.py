@@ -14,7 +14,7 @@ from pkd.serving.galleries.gallery import Gallery, Receipt, Space
 from pkd.serving.galleries.schemas import GalleriesAnswer, GalleryAnswer, GalleryBody, ReceiptAnswer
 from pkd.serving.images import parse, require_json
 from pkd.serving.problems import Problem
-from pkd.serving.schemas import Name
+from pkd.serving.routes.parameters import GalleryName
 from pkd.serving.security import require
 from pkd.serving.service import Service
 
@@ -31,7 +31,7 @@ def routes(service: Service) -> APIRouter:
         },
         openapi_extra=openapi.json_body(GalleryBody, openapi.GALLERY_EXAMPLE, required=False),
     )
-    async def create_gallery(request: Request, gallery: Name) -> Response:
+    async def create_gallery(request: Request, gallery: GalleryName) -> Response:
         """Create a gallery and pin its space. The same again is no error; another space or retention is."""
         actor = require(request, "enrol")
         sent = await request.body()
@@ -61,13 +61,13 @@ def routes(service: Service) -> APIRouter:
         return answer({"galleries": [shown(one) for one in await service.stored(service.store.list)]})
 
     @router.get("/v1/galleries/{gallery}", responses=openapi.responses(GalleryAnswer, openapi.NAMED, openapi.READ))
-    async def get_gallery(request: Request, gallery: Name) -> Response:
+    async def get_gallery(request: Request, gallery: GalleryName) -> Response:
         """One gallery: its space, and how many templates each encoder made."""
         require(request, "verify")
         return answer(shown(await service.stored(service.store.get, gallery)))
 
     @router.delete("/v1/galleries/{gallery}", responses=openapi.responses(ReceiptAnswer, openapi.NAMED, openapi.TAKEN))
-    async def delete_gallery(request: Request, gallery: Name) -> Response:
+    async def delete_gallery(request: Request, gallery: GalleryName) -> Response:
         """Delete a gallery with everyone in it, and its key. The answer is the receipt."""
         actor = require(request, "admin")
         return answer(receipt(await service.stored(service.store.delete, gallery, actor)))

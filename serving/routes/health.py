@@ -16,12 +16,12 @@ def routes(service: Service) -> APIRouter:
     """The three routes."""
     router = APIRouter(tags=["operations"])
 
-    @router.get("/healthz")
+    @router.get("/healthz", openapi_extra={"security": []})
     async def healthz() -> dict[str, str]:
         """The process is alive."""
         return {"status": "ok"}
 
-    @router.get("/readyz", responses=documented({"not-ready": {}, "draining": {}}))
+    @router.get("/readyz", responses=documented({"not-ready": {}, "draining": {}}), openapi_extra={"security": []})
     async def readyz() -> dict[str, Any]:
         """Every loaded bundle reproduces its golden embeddings; largest 1 − cosine per encoder."""
         service.state.require_ready()

@@ -10,7 +10,8 @@ from pkd.serving.answers import answer
 from pkd.serving.galleries.schemas import IdentifyAnswer, IdentifyBody, IdentifyImage
 from pkd.serving.images import JSON, media_type, parse, read_files, with_query
 from pkd.serving.problems import Problem
-from pkd.serving.schemas import EmbeddingSide, Name
+from pkd.serving.routes.parameters import GalleryName
+from pkd.serving.schemas import EmbeddingSide
 from pkd.serving.security import require
 from pkd.serving.service import Photograph, Service
 
@@ -24,7 +25,7 @@ def routes(service: Service) -> APIRouter:
         responses=openapi.responses(IdentifyAnswer, openapi.IMAGE, openapi.SEARCH, openapi.NAMED, openapi.TAKEN),
         openapi_extra=openapi.images_body(IdentifyBody, IdentifyImage, openapi.IDENTIFY_EXAMPLE),
     )
-    async def identify(request: Request, gallery: Name) -> Response:
+    async def identify(request: Request, gallery: GalleryName) -> Response:
         """Search a gallery for the face of an image or for an embedding.
 
         Templates of every encoder are searched under the certificate of the query's encoder against theirs, and ranked

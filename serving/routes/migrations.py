@@ -18,8 +18,8 @@ from pkd.serving.galleries.schemas import MigrationAnswer, MigrationBody, MovedA
 from pkd.serving.images import parse, require_json
 from pkd.serving.problems import Problem
 from pkd.serving.routes.galleries import receipt, space
-from pkd.serving.routes.subjects import After, Limit, page
-from pkd.serving.schemas import Name
+from pkd.serving.routes.parameters import After, GalleryName, Limit
+from pkd.serving.routes.subjects import page
 from pkd.serving.security import require
 from pkd.serving.service import Service
 
@@ -33,7 +33,7 @@ def routes(service: Service) -> APIRouter:
         responses=openapi.responses(MigrationAnswer, openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
         openapi_extra=openapi.json_body(MigrationBody, openapi.MIGRATION_EXAMPLE),
     )
-    async def begin_migration(request: Request, gallery: Name) -> Response:
+    async def begin_migration(request: Request, gallery: GalleryName) -> Response:
         """Take templates of a second space, too. The same again is no error: a migration is resumable."""
         actor = require(request, "admin")
         require_json(request)
@@ -47,7 +47,7 @@ def routes(service: Service) -> APIRouter:
     @router.get(
         "/v1/galleries/{gallery}/migrations", responses=openapi.responses(MigrationAnswer, openapi.NAMED, openapi.READ)
     )
-    async def get_migration(request: Request, gallery: Name, after: After = "", limit: Limit = 100) -> Response:
+    async def get_migration(request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100) -> Response:
         """How many subjects are moved, and a page of those that are not."""
         require(request, "admin")
         return answer(await shown(await service.stored(service.store.get, gallery), after, limit))
@@ -56,7 +56,7 @@ def routes(service: Service) -> APIRouter:
         "/v1/galleries/{gallery}/migrations/finish",
         responses=openapi.responses(MovedAnswer, openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
     )
-    async def finish_migration(request: Request, gallery: Name) -> Response:
+    async def finish_migration(request: Request, gallery: GalleryName) -> Response:
         """Keep the second space alone. Refused while somebody would be left without a template."""
         return answer(await end(gallery, require(request, "admin"), abandon=False))
 
@@ -64,7 +64,7 @@ def routes(service: Service) -> APIRouter:
         "/v1/galleries/{gallery}/migrations/abandon",
         responses=openapi.responses(MovedAnswer, openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
     )
-    async def abandon_migration(request: Request, gallery: Name) -> Response:
+    async def abandon_migration(request: Request, gallery: GalleryName) -> Response:
         """Keep the first space alone. Refused while somebody is enrolled in the second one only."""
         return answer(await end(gallery, require(request, "admin"), abandon=True))
 

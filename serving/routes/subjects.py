@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pkd.serving import openapi
@@ -15,20 +15,16 @@ from pkd.serving.galleries.schemas import (
     EnrolAnswer,
     EnrolBody,
     EnrolOptions,
-    Key,
     ReceiptAnswer,
     SubjectAnswer,
     SubjectsAnswer,
 )
 from pkd.serving.images import JSON, media_type, parse, read_files, with_query
 from pkd.serving.routes.galleries import receipt
-from pkd.serving.schemas import MANY_VALUES, Name
+from pkd.serving.routes.parameters import After, GalleryName, IdempotencyKey, Limit, SubjectId
+from pkd.serving.schemas import MANY_VALUES
 from pkd.serving.security import require
 from pkd.serving.service import Service
-
-Limit = Annotated[int, Query(ge=1, le=1000, description="Length of the page")]
-After = Annotated[str, Query(max_length=128, description="The `next` of the page before")]
-IdempotencyKey = Annotated[Key | None, Header(description="Sent again with the same content, nothing is done twice")]
 
 
 def routes(service: Service) -> APIRouter:
@@ -46,7 +42,7 @@ def routes(service: Service) -> APIRouter:
         openapi_extra=openapi.images_body(EnrolBody, EnrolOptions, openapi.ENROL_EXAMPLE),
     )
     async def enrol_templates(
-        request: Request, gallery: Name, subject: Name, idempotency_key: IdempotencyKey = None
+        request: Request, gallery: GalleryName, subject: SubjectId, idempotency_key: IdempotencyKey = None
     ) -> Response:
         """Enrol a subject by images, embeddings made elsewhere, or both: all of them or none. No image is kept."""
         actor = require(request, "enrol")
@@ -57,7 +53,7 @@ def routes(service: Service) -> APIRouter:
     @router.get(
         "/v1/galleries/{gallery}/subjects", responses=openapi.responses(SubjectsAnswer, openapi.NAMED, openapi.READ)
     )
-    async def list_subjects(request: Request, gallery: Name, after: After = "", limit: Limit = 100) -> Response:
+    async def list_subjects(request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100) -> Response:
         """A page of the subjects' ids, in ascending order."""
         require(request, "admin")
         found = await service.stored(service.store.subjects, gallery, after=after, limit=limit + 1)
@@ -67,7 +63,7 @@ def routes(service: Service) -> APIRouter:
         "/v1/galleries/{gallery}/subjects/{subject}",
         responses=openapi.responses(SubjectAnswer, openapi.SUBJECT, openapi.READ),
     )
-    async def get_subject(request: Request, gallery: Name, subject: Name) -> Response:
+    async def get_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
         """What is kept of a subject; vectors are given out by the export alone."""
         require(request, "admin")
         return answer(_shown(gallery, await service.stored(service.store.subject, gallery, subject)))
@@ -76,7 +72,7 @@ def routes(service: Service) -> APIRouter:
         "/v1/galleries/{gallery}/subjects/{subject}",
         responses=openapi.responses(ReceiptAnswer, openapi.SUBJECT, openapi.TAKEN),
     )
-    async def delete_subject(request: Request, gallery: Name, subject: Name) -> Response:
+    async def delete_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
         """Delete a subject's templates and key. The answer is the receipt."""
         actor = require(request, "delete")
         return answer(receipt(await service.stored(service.store.delete_subject, gallery, subject, actor)))

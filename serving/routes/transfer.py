@@ -15,7 +15,7 @@ from pkd.serving.galleries.schemas import BulkItem, ExportedSubject
 from pkd.serving.galleries.transfer import Import, export
 from pkd.serving.images import media_type
 from pkd.serving.problems import Problem
-from pkd.serving.schemas import Name
+from pkd.serving.routes.parameters import GalleryName
 from pkd.serving.security import require
 from pkd.serving.service import Service
 
@@ -30,7 +30,7 @@ def routes(service: Service) -> APIRouter:
         responses=openapi.stream(openapi.BULK_ANSWER, openapi.NAMED, openapi.TAKEN, openapi.LINES),
         openapi_extra=openapi.lines_body(BulkItem, openapi.BULK_EXAMPLE),
     )
-    async def enrol_bulk(request: Request, gallery: Name) -> Response:
+    async def enrol_bulk(request: Request, gallery: GalleryName) -> Response:
         """Enrol many subjects: a line per item in, a line per item out, in the same order.
 
         An item's line is sent once the item is durable; a refused item has a `problem` and does not stop the others.
@@ -51,7 +51,7 @@ def routes(service: Service) -> APIRouter:
         response_class=Stream,
         responses=openapi.stream(openapi.EXPORT_ANSWER, openapi.NAMED, openapi.READ),
     )
-    async def export_gallery(request: Request, gallery: Name) -> Response:
+    async def export_gallery(request: Request, gallery: GalleryName) -> Response:
         """Everyone in a gallery with their vectors: a header, a line per subject, and a last line `end`.
 
         Without the last line the export was cut off. It is biometric data: faces can be reconstructed from it.
@@ -65,7 +65,7 @@ def routes(service: Service) -> APIRouter:
         responses=openapi.stream(openapi.BULK_ANSWER, openapi.NAMED, openapi.TAKEN, openapi.LINES),
         openapi_extra=openapi.lines_body(ExportedSubject, openapi.IMPORT_EXAMPLE),
     )
-    async def import_gallery(request: Request, gallery: Name) -> Response:
+    async def import_gallery(request: Request, gallery: GalleryName) -> Response:
         """Enrol everyone of an export into a gallery of the same space. Sent again, nobody is enrolled twice."""
         actor = require(request, "admin")
         _require_lines(request)
