@@ -1,6 +1,6 @@
 """Door: what every request passes before a route sees it, and what it leaves behind.
 
-Keys and their rates, readiness, the bounded queue, its body, clocks; then: counts, a line in the log, a span.
+Keys and their rates, readiness, the bounded queue, the size of bodies, clocks; then counts, a line in the log, a span.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import logging
 import re
 import traceback
-from contextlib import suppress
 from time import perf_counter
 
 import orjson
@@ -115,8 +114,6 @@ class Door:
         finally:
             work.cancel()
             left.cancel()
-            with suppress(asyncio.CancelledError):
-                await left
 
     def _count(self, counts: bool, works: bool, by: int = 1) -> None:
         self.working += by * works
