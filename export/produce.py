@@ -23,9 +23,11 @@ from pkd.export.to_onnx import OPSET, float_graph, opset_of, serialise, uint8_gr
 from pkd.export.to_tensorrt import BuildOptions
 from pkd.export.typed import TypedGraph, TypedGraphs
 from pkd.toolkit.bundle import NOT_GATED, Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
+from pkd.toolkit.bundle_zip import zip_path
 from pkd.toolkit.command import Result, tool_version
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.runtime import Encoder, open_bundle
+from pkd.toolkit.signing import SigningKey
 from pkd.toolkit.space import EncoderInfo, in_mode
 
 Begin = Callable[[str, int], Callable[[int], None]]
@@ -50,6 +52,8 @@ class Order:
     gate: GateOrder | None
     float_nchw: Path | None
     licence: str
+    key: SigningKey | None
+    zip: bool
     force: bool
 
 
@@ -94,7 +98,7 @@ def produce(order: Order, console: Console, begin: Begin) -> Result:
     golden = pack_golden(Golden(crops[:COUNT], expected[:COUNT]))
     with _written_with(order.float_nchw, floats):
         files = {"encoder.onnx": model, "golden.npz": golden, **evidence, **made.files}
-        bundle = write_bundle(order.out, files, manifest, replace=order.force)
+        bundle = write_bundle(order.out, files, manifest, replace=order.force, key=order.key)
     if opset != OPSET:
         console.print(f"note: the graph stays at its own opset {opset}; torch students get {OPSET}.")
     return _result(order, bundle, rows, made, graphs)
@@ -133,7 +137,11 @@ def add_targets(order: Order, console: Console, begin: Begin) -> Result:
     said = gated.said if manifest.gate == NOT_GATED else f"{manifest.gate}. {gated.said}"
     manifest = manifest.model_copy(update={"targets": (*kept, *made.targets), "gate": said})
     evidence = _certificates(gated) | collect(order.certificates, *manifest.encoders.values())
-    bundle = write_bundle(order.out, {**files, **made.files, **evidence}, manifest, replace=True)
+    if bundle.signature and not order.key:
+        console.print(
+            "note: the manifest changes, so its old signature is dropped. Sign the new one with --sign KEY.pem."
+        )
+    bundle = write_bundle(order.out, {**files, **made.files, **evidence}, manifest, replace=True, key=order.key)
     return _result(order, bundle, [], made, graphs)
 
 
@@ -181,8 +189,11 @@ def _result(
 ) -> Mapping[str, object]:
     manifest = bundle.manifest
     info = manifest.encoder
+    packed = bundle.pack(zip_path(order.out)) if order.zip else None
     return {
         "bundle": str(order.out),
+        "zip": str(packed) if packed else None,
+        "signed_by": bundle.signature.key if bundle.signature else None,
         "float_nchw": str(order.float_nchw) if order.float_nchw else None,
         "encoder": info.id,
         "space": info.space.id,

@@ -49,13 +49,14 @@ class Encoders:
     def open(cls, paths: Sequence[str | Path], keys: TrustedKeys | None = None) -> Encoders:
         """Open bundles, each on one intra-op thread. Raises BundleError; two bundles of one encoder are refused.
 
-        With ``keys`` every certificate must be signed by one of them. Raises NotTrusted naming the file.
+        With ``keys`` every manifest must be signed by one of them, and so must every certificate that has a signature
+        of its own. Raises NotTrusted naming the file.
         """
         owners: dict[str, Path] = {}
         spaces: dict[str, int] = {}
         loaded = []
         for path in paths:
-            bundle = Bundle.open(path)
+            bundle = Bundle.open(path, keys)
             info = bundle.manifest.encoder
             if info.id in owners:
                 raise BundleError(f"{path}: holds {short(info.id)}, as does {owners[info.id]}. Pass one of them.")
@@ -63,7 +64,7 @@ class Encoders:
                 raise BundleError(f"{path}: gives {info.space.dim} numbers, other bundles of its space do not.")
             if keys:
                 for file in bundle.certificate_files():
-                    keys.require(file.data, file.signature, file.path)
+                    bundle.require_evidence(keys, file)
             owners[info.id] = bundle.path
             loaded.append(Loaded(bundle, open_bundle(bundle)))
         if not loaded:

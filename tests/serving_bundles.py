@@ -146,6 +146,7 @@ class Made:
         certificates: list[Certificate] | None = None,
         golden: Golden | None = None,
         key: SigningKey | None = None,
+        sealed: SigningKey | None = None,
     ) -> Bundle:
         """Write it as a bundle. ``golden``: other golden crops, to make a bundle that fails its self-test."""
         images = crops(4, seed=99)
@@ -163,7 +164,7 @@ class Made:
             created="2026-01-01T00:00:00Z",
             files={},
         )
-        return write_bundle(path, files, manifest)
+        return write_bundle(path, files, manifest, key=sealed)
 
     def embed(self, images: Rgb) -> np.ndarray:
         """What the graph gives, in a session of its own: the oracle for what the server answers."""

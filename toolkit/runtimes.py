@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pkd.toolkit.bundle import Bundle
+from pkd.toolkit.bundle import Bundle, is_bundle
 from pkd.toolkit.errors import BundleError, TargetUnavailable
 from pkd.toolkit.ncnn_runtime import open_ncnn
 from pkd.toolkit.openvino_runtime import open_openvino
@@ -36,9 +36,9 @@ def open_target(bundle: Bundle, name: str, *, threads: int = 1) -> Encoder:
 
 
 def target_of(path: Path) -> tuple[Path, str] | None:
-    """``BUNDLE/targets/NAME`` → bundle folder and target name; None for any other path."""
+    """``BUNDLE/targets/NAME`` → bundle (folder or zip) and target name; None for any other path."""
     bundle = path.parent.parent
-    if path.parent.name != "targets" or not (bundle / "manifest.json").is_file():
+    if path.parent.name != "targets" or not is_bundle(bundle):
         return None
     return bundle, path.name
 
