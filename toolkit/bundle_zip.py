@@ -76,7 +76,7 @@ def _opened(path: Path) -> Iterator[tuple[ZipFile, dict[str, ZipInfo]]]:
         _check_end(path)
         with ZipFile(path) as archive:
             yield archive, _entries(path, archive)
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, NotImplementedError) as error:
         raise BundleError(f"{path}: cannot be read as a zip: {error}. Copy it again.") from None
 
 

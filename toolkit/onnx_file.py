@@ -15,8 +15,8 @@ MAX_PARTS = 2_000_000
 """Fields of all messages together; a real encoder has some ten thousand."""
 MAX_DEPTH = 50
 """Messages inside one another; protobuf itself stops at 100."""
-PACKED = {21: 2, 22: 2, 23: 2, 25: 4, 26: 4}
-"""Types of which several elements share a byte (4-bit and 2-bit numbers); any other element takes a byte at least."""
+PACKED = {21: 2, 22: 2, 23: 2, 25: 4, 26: 4, 27: 2, 28: 2}
+"""Most elements of a type that share a byte: of 2, 4 and 6 bits. Any other element takes a byte at least."""
 
 # Message → field → message in it: the ways from a model to its tensors. Everything else is skipped.
 INSIDE: dict[str, dict[int, str]] = {
@@ -100,7 +100,7 @@ class _Walk:
                 place = first + length
             elif wire in (FIXED64, FIXED32):
                 place += 8 if wire == FIXED64 else 4
-            else:
+            if wire not in (VARINT, BYTES, FIXED64, FIXED32) or tag >= 1 << 32:  # parsers cut a tag to 32 bits
                 raise _Refused("is no ONNX file")
             if place > end:
                 raise _Refused("ends too early")

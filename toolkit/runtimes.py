@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pkd.toolkit.bundle import Bundle, is_bundle
-from pkd.toolkit.errors import BundleError, TargetUnavailable
+from pkd.toolkit.errors import BundleError, PkdError, TargetUnavailable
 from pkd.toolkit.ncnn_runtime import open_ncnn
 from pkd.toolkit.openvino_runtime import open_openvino
 from pkd.toolkit.runtime import Encoder, open_graph
@@ -32,7 +32,13 @@ def open_target(bundle: Bundle, name: str, *, threads: int = 1) -> Encoder:
         )
     if target.runtime not in RUNTIMES:
         raise TargetUnavailable(f"{bundle.path}: {name}: this pkd runs {', '.join(RUNTIMES)} targets only.")
-    return RUNTIMES[target.runtime](bundle, target, target.file, threads)
+    try:
+        return RUNTIMES[target.runtime](bundle, target, target.file, threads)
+    except PkdError:
+        raise
+    except Exception as error:  # the runtimes' own errors share no public base class
+        said = " ".join(str(error).split())[:300]
+        raise BundleError(f"{bundle.path / target.file}: {target.runtime} cannot load it: {said}") from None
 
 
 def target_of(path: Path) -> tuple[Path, str] | None:

@@ -350,18 +350,15 @@ def test_a_new_target_needs_a_new_signature(world: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl on PATH")
-def test_openssl_alone_verifies_a_certificate(world: Path) -> None:
-    """The command of docs/certificate.md."""
-    certificate = mixed(world / "evaluation")
-    text = (Path(__file__).parents[2] / "docs/certificate.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["certificate", "bundle"])
+def test_openssl_alone_verifies_what_was_signed(world: Path, page: str) -> None:
+    """The commands of docs/certificate.md and docs/bundle.md."""
+    signed = mixed(world / "evaluation") if page == "certificate" else world / "bundle/manifest.json"
+    text = (Path(__file__).parents[2] / f"docs/{page}.md").read_text(encoding="utf-8")
     command = next(block for block in re.findall(r"```sh\n(.*?)```", text, re.S) if "pkeyutl" in block)
-    command = command.replace("CERTIFICATE.json", certificate.name).replace("PUB.pem", str(world / "key.pub.pem"))
-    done = subprocess.run(["bash", "-euc", command], cwd=certificate.parent, capture_output=True, text=True)
-    assert "Verified Successfully" in done.stdout, done.stderr
-    done = subprocess.run(
-        ["bash", "-euc", command.replace("key.pub.pem", "other.pub.pem")],
-        cwd=certificate.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0 and "Verified" not in done.stdout
+    command = command.replace("CERTIFICATE.json", signed.name).replace("PUB.pem", str(world / "key.pub.pem"))
+    for key, fits in (("key.pub.pem", True), ("other.pub.pem", False)):
+        line = ["bash", "-euc", command.replace("key.pub.pem", key)]
+        done = subprocess.run(line, cwd=signed.parent, capture_output=True, text=True)
+        assert (done.returncode == 0 and "Verified Successfully" in done.stdout) == fits, done.stderr
+        assert fits or "Verified Successfully" not in done.stdout

@@ -28,9 +28,11 @@ from pkd.export.to_onnx import serialise
 from pkd.toolkit import bundle_folder, bundle_zip, onnx_file
 from pkd.toolkit.bundle import Bundle, Golden, pack_golden, write_bundle
 from pkd.toolkit.bundle_zip import zip_path
+from pkd.toolkit.cli.encoders import open_encoder
 from pkd.toolkit.errors import BundleError, NotTrusted, PkdError
 from pkd.toolkit.onnx_file import check_onnx
 from pkd.toolkit.signing import SigningKey, TrustedKeys
+from pkd.toolkit.target import Target
 from pkd.toolkit.verification import Check, verify
 
 OURS, THEIRS = (SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32)) for n in (1, 2))
@@ -351,6 +353,41 @@ def test_a_graph_that_lies_about_its_tensors_is_refused_unloaded(tmp_path: Path,
     refused(path, rf"targets/onnxruntime-int8/graph\.onnx: .*{said}")
 
 
+def test_every_way_to_a_tensor_is_known() -> None:
+    """The table of field numbers, against the definition that onnx carries."""
+    kinds = {"TensorProto": "tensor", "SparseTensorProto": "sparse"}
+    for name in ("Model", "TrainingInfo", "Function", "Graph", "Node", "Attribute"):
+        kinds[f"{name}Proto"] = name.lower().removesuffix("info")
+    ways = {
+        kinds[name]: {
+            field.number: kinds[field.message_type.name]
+            for field in getattr(onnx, name).DESCRIPTOR.fields
+            if field.message_type is not None and field.message_type.name in kinds
+        }
+        for name in kinds
+        if name not in ("TensorProto", "SparseTensorProto")
+    }
+    assert ways == onnx_file.INSIDE
+    numbers = {field.name: field.number for field in TensorProto.DESCRIPTOR.fields}
+    assert numbers["data_type"] == onnx_file.TENSOR_TYPE and numbers["name"] == onnx_file.TENSOR_NAME
+    assert numbers["external_data"] == onnx_file.TENSOR_EXTERNAL and numbers["dims"] == onnx_file.TENSOR_DIMS
+    assert numbers["data_location"] == onnx_file.TENSOR_LOCATION
+    assert {number for name, number in numbers.items() if name.endswith("_data")} == (
+        onnx_file.TENSOR_NUMBERS | {onnx_file.TENSOR_EXTERNAL}
+    )
+    kinds_of_numbers = dict(TensorProto.DataType.items())
+    for name, share in {"UINT4": 2, "INT4": 2, "FLOAT4E2M1": 2, "UINT2": 4, "INT2": 4}.items():
+        assert name not in kinds_of_numbers or onnx_file.PACKED[kinds_of_numbers[name]] == share
+
+
+def test_a_tag_of_which_parsers_drop_the_upper_bits_hides_nothing() -> None:
+    data = graph(*summed(), tensors=(outside("secret"),)).SerializeToString()
+    tag = data.index(b"\x3a")  # model.graph
+    hidden = data[:tag] + b"\xba\x80\x80\x80\x10" + data[tag + 1 :]
+    with pytest.raises(BundleError, match=r"x\.onnx: is no ONNX file"):
+        check_onnx(hidden, "x.onnx")
+
+
 def test_onnxruntime_would_read_a_file_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Why references to other files are refused here: the case above is a real one."""
     from pkd.toolkit.runtime import make_session
@@ -405,6 +442,34 @@ def test_a_graph_that_swells_when_it_runs_is_stopped(tmp_path: Path) -> None:
     assert int(megabytes) < 1000
 
 
+OPENVINO = """<?xml version="1.0"?><net name="m" version="11"><layers>
+<layer id="0" name="c" type="Const" version="opset1">
+<data element_type="f32" shape="1000000,1000000" offset="0" size="4000000000000"/>
+<output><port id="0" precision="FP32"><dim>1000000</dim><dim>1000000</dim></port></output></layer>
+</layers><edges/></net>"""
+
+
+@pytest.mark.parametrize("text", [OPENVINO, "<net", ""])
+def test_an_openvino_model_that_lies_is_a_failed_check(tmp_path: Path, text: str) -> None:
+    pytest.importorskip("openvino")
+    files, manifest = content()
+    folder = "targets/openvino-fp32"
+    target = Target(
+        runtime="openvino",
+        precision="fp32",
+        encoder=manifest.encoder,
+        graph="encoder.onnx",
+        file=f"{folder}/encoder.xml",
+        golden_tolerance=1e-5,
+        checked_with="x",
+        made_with="x",
+    )
+    more = {f"{folder}/encoder.xml": text.encode(), f"{folder}/encoder.bin": bytes(16)}
+    made = write_bundle(tmp_path / "b", {**files, **more}, manifest.model_copy(update={"targets": (target,)}))
+    (failure,) = failed(made.path)
+    assert failure.file == folder and "encoder.xml: openvino cannot load it" in failure.detail
+
+
 # Zips
 
 
@@ -434,10 +499,29 @@ def test_a_zip_is_the_bundle_and_the_same_bundle_gives_the_same_bytes(signed: Pa
     assert (again.manifest, again.signature, again.data) == (opened.manifest, opened.signature, opened.data)
     assert [file.data for file in again.certificate_files()] == [file.data for file in opened.certificate_files()]
     assert not verify(made, TRUSTED).failures
+    assert open_encoder(str(made)).info == opened.manifest.encoder
     copy = Path(shutil.copytree(signed, signed.parent / "copy"))
     (copy / "golden.npz").touch()
     assert Bundle.open(copy).pack(copy.with_name("copy.zip")).read_bytes() == made.read_bytes()
     assert again.pack(signed.parent / "again.zip").read_bytes() == made.read_bytes()
+
+
+def test_a_target_is_found_in_a_zip(tmp_path: Path) -> None:
+    files, manifest = content()
+    target = Target(
+        runtime="onnxruntime",
+        precision="fp32",
+        encoder=manifest.encoder,
+        graph="encoder.onnx",
+        file="encoder.onnx",
+        golden_tolerance=1e-5,
+        checked_with="x",
+        made_with="x",
+    )
+    opened = write_bundle(tmp_path / "b", files, manifest.model_copy(update={"targets": (target,)}))
+    made = opened.pack(tmp_path / "b.zip")
+    assert open_encoder(str(made / "targets/onnxruntime-fp32")).info == manifest.encoder
+    assert not verify(made, None).failures
 
 
 def test_a_zip_is_written_whole_or_not_at_all(signed: Path) -> None:
@@ -462,6 +546,12 @@ def test_links_doubles_and_strange_packing_in_a_zip_are_refused(signed: Path) ->
     refused(made, r"made\.zip/encoder\.onnx: is in the archive twice")
     made = zipped(signed, lambda archive, files: archive.writestr(entry("x", packing=zipfile.ZIP_BZIP2), b"other"))
     refused(made, r"made\.zip/x: is encrypted, or packed")
+    made = Bundle.open(signed).pack(signed.parent / "made.zip")
+    data = bytearray(made.read_bytes())
+    directory = int.from_bytes(data[-6:-2], "little")
+    data[directory + 8] |= 1  # the first entry is said to be encrypted
+    made.write_bytes(data)
+    refused(made, r"made\.zip/certificates/.*\.json: is encrypted, or packed")
     made = zipped(signed, lambda archive, files: files.update({"notes.txt": b"x"}))
     refused(made, r"made\.zip/notes\.txt: not listed")
     made = zipped(signed, lambda archive, files: files.pop("golden.npz"))
