@@ -169,7 +169,7 @@ def _bundle(path: Path, keys: TrustedKeys | None) -> list[Check]:
     try:
         bundle = Bundle.peek(path)
     except PkdError as error:
-        return [_failed(MANIFEST, WHOLE, str(error))]
+        return [_refused(MANIFEST, WHOLE, error)]
     signed = _check(MANIFEST, "signature", partial(_manifest_signature, bundle, keys))
     whole = _check(MANIFEST, WHOLE, partial(_whole, bundle))
     checks = [whole, signed]
@@ -244,10 +244,14 @@ def _check(file: str, question: str, ask: Callable[[], str]) -> Check:
     except _Unasked as why:
         return _open(file, question, str(why))
     except PkdError as error:
-        name, said = Path(file).name, str(error)
-        if name in said and ": " not in said[: said.index(name)]:  # the check names the file already
-            said = said[said.index(name) :].removeprefix(f"{name}: ")
-        return _failed(file, question, said)
+        return _refused(file, question, error)
+
+
+def _refused(file: str, question: str, error: PkdError) -> Check:
+    name, said = Path(file).name, str(error)
+    if name in said and ": " not in said[: said.index(name)]:  # the check names the file already
+        said = said[said.index(name) :].removeprefix(f"{name}: ")
+    return _failed(file, question, said)
 
 
 def _failed(file: str, question: str, detail: str) -> Check:

@@ -446,7 +446,9 @@ OPENVINO = """<?xml version="1.0"?><net name="m" version="11"><layers>
 <layer id="0" name="c" type="Const" version="opset1">
 <data element_type="f32" shape="1000000,1000000" offset="0" size="4000000000000"/>
 <output><port id="0" precision="FP32"><dim>1000000</dim><dim>1000000</dim></port></output></layer>
-</layers><edges/></net>"""
+<layer id="1" name="r" type="Result" version="opset1">
+<input><port id="0" precision="FP32"><dim>1000000</dim><dim>1000000</dim></port></input></layer>
+</layers><edges><edge from-layer="0" from-port="0" to-layer="1" to-port="0"/></edges></net>"""
 
 
 @pytest.mark.parametrize("text", [OPENVINO, "<net", ""])
