@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
   pkd-serve bundles/teacher bundles/student --detector yunet.onnx
+  pkd-serve bundles/teacher bundles/student/targets/openvino-int8 bundles/student/targets/openvino-bf16
   curl -F image=@photo.jpg 'localhost:8000/embed?encoding=b64_f16'
   key=$(openssl rand -hex 32); printf %s "$key" | sha256sum > keys.txt
   pkd-serve bundles/teacher --host 0.0.0.0 --api-keys keys.txt --trust-key evidence.pub.pem
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pkd-serve", "Serve encoders over HTTP: embed faces, and verify pairs under measured error rates.", EXAMPLES
     )
     parser.add_argument(
-        "bundles", nargs="+", metavar="BUNDLE", help="bundles, folders or zips; the first teacher is the default"
+        "bundles", nargs="+", metavar="BUNDLE", help="folder, zip, or BUNDLE/targets/NAME; the first teacher is the default"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: only this machine)")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 picks a free one (default: 8000)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import serving_bundles as made
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -149,3 +150,52 @@ def test_a_zip_is_served_like_its_folder(family, tmp_path):
     zipped = family.teacher.write(tmp_path / "t", sealed=key).pack(tmp_path / "t.zip")
     (loaded,) = Encoders.open([zipped], TrustedKeys([key.private.public_key()])).loaded.values()
     assert loaded.encoder.info == family.teacher.info and loaded.self_test() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """A student in two precisions, certified in fp16 alone; int8 is so coarse that its self-test fails."""
+    folder, matrix = tmp_path_factory.mktemp("targets"), made.weights(1, noise=0.2)
+    teacher = made.encoder("teacher", made.weights(1))
+    student = made.encoder("student", matrix, teacher.info.space)
+    half = student.rounded("fp16", matrix.astype(np.float16).astype(np.float32))
+    coarse = student.rounded("int8", np.sign(matrix))
+    teacher.write(folder / "teacher")
+    certified = [made.certificate(half.info, teacher.info)]
+    student.write(folder / "student", certified, targets={"fp16": half, "int8": coarse})
+    return folder, student, half
+
+
+def test_a_target_is_served_as_the_encoder_that_it_is(rounded):
+    folder, student, half = rounded
+    paths = [folder / "teacher", folder / "student", folder / "student/targets/onnxruntime-fp16"]
+    encoders = Encoders.open(paths)
+    teacher = encoders.default.encoder.info
+    assert list(encoders.loaded) == [teacher.id, student.info.id, half.info.id]
+    crops = made.crops(3)
+    answered = encoders.get(half.info.id)
+    np.testing.assert_allclose(answered.encoder.embed(crops), half.embed(crops), atol=1e-6)
+    assert np.abs(answered.encoder.embed(crops) - student.embed(crops)).max() > 1e-5
+    assert encoders.certificate_file(half.info.id, teacher.id)
+    with pytest.raises(Problem) as refused:
+        encoders.certificate_file(student.info.id, teacher.id)
+    assert refused.value.members["works"]["queries"] == [half.info.id]
+
+
+def test_a_target_is_held_to_its_own_tolerance(rounded):
+    folder, _, half = rounded
+    opened = Encoders.open([folder / f"student/targets/onnxruntime-{p}" for p in ("fp16", "int8")])
+    passed, failed = opened.loaded.values()
+    assert passed.encoder.info == half.info
+    assert 0 < passed.self_test() < 1e-4
+    with pytest.raises(BundleError, match=r"onnxruntime-int8: golden crops come out .*allowed 0\.001"):
+        failed.self_test()
+
+
+def test_a_target_that_computes_the_bundles_own_encoder_is_that_encoder(tmp_path):
+    own = made.encoder("teacher", made.weights(1))
+    own.write(tmp_path / "t", targets={"fp32": own})
+    with pytest.raises(BundleError, match=r"onnxruntime-fp32: holds teacher@.* as does .*t\. Pass one"):
+        Encoders.open([tmp_path / "t", tmp_path / "t/targets/onnxruntime-fp32"])
+    with pytest.raises(BundleError, match="has no target ncnn-fp32; it has onnxruntime-fp32"):
+        Encoders.open([tmp_path / "t/targets/ncnn-fp32"])
