@@ -11,12 +11,13 @@ from pkd.toolkit.ncnn_runtime import open_ncnn
 from pkd.toolkit.openvino_runtime import open_openvino
 from pkd.toolkit.runtime import Encoder, open_graph
 from pkd.toolkit.target import Target
+from pkd.toolkit.tensorrt_runtime import open_tensorrt
 
 Open = Callable[[Bundle, Target, str, int], Encoder]
 
 
 def open_target(bundle: Bundle, name: str, *, threads: int = 1) -> Encoder:
-    """The encoder of the target ``<runtime>-<precision>``, on the CPU.
+    """The encoder of the target ``<runtime>-<precision>``, on the CPU or, of TensorRT, on the GPU.
 
     Raises BundleError for a target that the bundle lacks, TargetUnavailable for one that was not built or cannot run
     here, MissingExtra without its runtime.
@@ -57,4 +58,6 @@ RUNTIMES: dict[str, Open] = {
     "onnxruntime": _onnxruntime,
     "openvino": open_openvino,
     "ncnn": open_ncnn,
+    "tensorrt": open_tensorrt,
+    "tensorrt_rtx": open_tensorrt,
 }
