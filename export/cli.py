@@ -31,6 +31,7 @@ EXAMPLES = """
   pkd-export runs/student -o bundles/student --format onnx openvino --precision fp32 int8 --calib faces/val.txt
   pkd-export runs/student -o bundles/student --precision fp32 int8 --calib faces/val.txt --gate faces/dev \
       --gate-teacher teacher.onnx --gate-teacher-preprocess mean=127.5,std=127.5 --max-tar-drop 0.01
+  pkd-export runs/student -o bundles/student --format onnx openvino ncnn --bench      # what each costs here
   pkd-export runs/student -o bundles/student --trt --precision fp16      # without a GPU: the graph, and exit code 3
   pkd-export --from-bundle bundles/student --trt --precision fp16        # later, on the machine with the GPU
   pkd-export runs/student -o bundles/student --sign release.pem --zip    # also bundles/student.zip, to hand out
@@ -75,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         metavar="X",
         help="the upper end of the interval of what a target loses may be no more; default: 0.01, one point",
+    )
+    parser.add_argument(
+        "--bench",
+        action="store_true",
+        help="measure every target's CPU time, size and memory here, into bench.json in the bundle",
     )
     trt = parser.add_argument_group("tensorrt")
     trt.add_argument("--batch", default="1:8:32", metavar="MIN:USUAL:MAX", help="batch sizes; default: 1:8:32")
@@ -155,6 +161,7 @@ def _order(args: argparse.Namespace) -> Order:
         licence=args.licence,
         key=SigningKey.read(args.sign) if args.sign else None,
         zip=args.zip,
+        bench=args.bench,
         force=args.force,
     )
 

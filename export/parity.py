@@ -136,8 +136,9 @@ def insightface_blob(crops: Rgb) -> NDArray[np.float32]:
 def parity_table(rows: Sequence[ParityRow]) -> Table:
     """For people: one line per graph, with the worst over its batches."""
     batches = ", ".join(str(batch) for batch in BATCHES)
-    headings = ("graph", "max abs", "1 − worst cosine", "similarity RMS", "norm error", "batch invariance", "")
-    table = Table(*headings, title=f"b = {batches}")
+    table = Table(title=f"parity with the source, worst of batch {batches}", title_justify="left", pad_edge=False)
+    for heading in ("graph", "max abs", "1 − cosine", "pairs RMS", "norm error", "batch vs alone", ""):
+        table.add_column(heading, no_wrap=heading == "graph")
     for graph in dict.fromkeys(row.graph for row in rows):
         own = [row for row in rows if row.graph == graph]
         figures = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import onnx
 from rich.console import Console
 
+from pkd.export.bench import BENCH, ROUNDS, bench, bench_table, size_on_disk
 from pkd.export.calibration import read_calibration
 from pkd.export.certificates import collect
 from pkd.export.gate import Gated, GateOrder, gate, gate_table, require_passed
@@ -54,6 +56,7 @@ class Order:
     licence: str
     key: SigningKey | None
     zip: bool
+    bench: bool
     force: bool
 
 
@@ -98,6 +101,7 @@ def produce(order: Order, console: Console, begin: Begin) -> Result:
     golden = pack_golden(Golden(crops[:COUNT], expected[:COUNT]))
     with _written_with(order.float_nchw, floats):
         files = {"encoder.onnx": model, "golden.npz": golden, **evidence, **made.files}
+        files |= _bench(order, files, manifest, console, begin)
         bundle = write_bundle(order.out, files, manifest, replace=order.force, key=order.key)
     if opset != OPSET:
         console.print(f"note: the graph stays at its own opset {opset}; torch students get {OPSET}.")
@@ -132,7 +136,7 @@ def add_targets(order: Order, console: Console, begin: Begin) -> Result:
     files = {
         name: bundle.read(name)
         for name in manifest.files
-        if not any(name.startswith(f"targets/{old}/") for old in added) or name in needed
+        if name != BENCH and (not any(name.startswith(f"targets/{old}/") for old in added) or name in needed)
     }
     said = gated.said if manifest.gate == NOT_GATED else f"{manifest.gate}. {gated.said}"
     manifest = manifest.model_copy(update={"targets": (*kept, *made.targets), "gate": said})
@@ -141,7 +145,9 @@ def add_targets(order: Order, console: Console, begin: Begin) -> Result:
         console.print(
             "note: the manifest changes, so its old signature is dropped. Sign the new one with --sign KEY.pem."
         )
-    bundle = write_bundle(order.out, {**files, **made.files, **evidence}, manifest, replace=True, key=order.key)
+    files = {**files, **made.files, **evidence}
+    files |= _bench(order, files, manifest, console, begin)
+    bundle = write_bundle(order.out, files, manifest, replace=True, key=order.key)
     return _result(order, bundle, [], made, graphs)
 
 
@@ -169,6 +175,18 @@ def _gate(order: Order, reference: Encoder, made: Made, console: Console, begin:
         console.print(gate_table(gated.rows))
     require_passed(gated)
     return gated
+
+
+def _bench(
+    order: Order, files: Mapping[str, bytes], manifest: Manifest, console: Console, begin: Begin
+) -> dict[str, bytes]:
+    if not order.bench:
+        return {}
+    found = bench(files, manifest, ROUNDS, begin("benchmark, round", ROUNDS))
+    console.print(bench_table(found))
+    for name, reason in found.skipped.items():
+        console.print(f"not measured: {name}: {reason}", markup=False)
+    return {BENCH: (found.model_dump_json(indent=2) + "\n").encode()}
 
 
 def _certificates(gated: Gated) -> dict[str, bytes]:
@@ -208,7 +226,7 @@ def _result(
                 "encoder": target.encoder.id,
                 "graph": target.graph,
                 "file": target.file,
-                "bytes": _size(bundle, target.file),
+                "bytes": size_on_disk(bundle, target.file),
                 "golden_tolerance": target.golden_tolerance,
                 "settings": target.settings,
             }
@@ -218,16 +236,8 @@ def _result(
         "missing": made.missing,
         "certificates": [f"{c.query} against {c.gallery}" for c in bundle.certificates()],
         "gate": manifest.gate,
+        "bench": json.loads(bundle.read(BENCH)) if BENCH in manifest.files else None,
     }
-
-
-def _size(bundle: Bundle, file: str | None) -> int:
-    """Bytes of a target's file, and of weights beside it."""
-    if file is None:
-        return 0
-    stem = file.rpartition(".")[0]
-    parts = [file] if file.endswith(".onnx") else [n for n in bundle.manifest.files if n.startswith(f"{stem}.")]
-    return sum(len(bundle.read(name)) for name in parts if name == file or not name.endswith(".onnx"))
 
 
 def _teller(begin: Begin) -> Callable[[str], None]:
