@@ -58,8 +58,8 @@ def test_both_graphs_compute_the_network_for_any_preprocessing(tmp_path: Path, p
     path = teacher_file(tmp_path / "t.onnx")
     checked(path, preprocess)
     source = open_onnx(path, preprocess)
-    for network in (onnx_network(path), network_of(uint8_graph(onnx_network(path), preprocess, DIM))):
-        floats = serialise(float_graph(network, preprocess, DIM))
+    for plain in (onnx_network(path), network_of(uint8_graph(onnx_network(path), preprocess, DIM))):
+        floats = serialise(float_graph(plain, preprocess, DIM))
         rows = measure("float", source.embed(CROPS), CROPS, onnx_runner(floats, insightface_blob, "t"))
         assert all(row.passed for row in rows)
 
