@@ -24,6 +24,7 @@ from pkd.toolkit.runtime import Embeddings, batches, unit_rows
 from pkd.toolkit.space import EncoderInfo
 from pkd.toolkit.target import Target
 
+Settings = Mapping[str, str | int | float | bool]
 EXTRAS = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
 """Package → the extra of pkd that installs it, which is also what pkd-export --format calls it."""
 
@@ -45,10 +46,14 @@ class TensorRtEncoder:
         self.info.preprocess.check(crops)
         if not len(crops):
             return np.empty((0, self.info.space.dim), np.float32)
+        return unit_rows(self.raw(crops), self.info.name)
+
+    def raw(self, crops: Rgb) -> NDArray[np.float32]:
+        """uint8 N×S×S×3, N ≥ 1 → float32 N×D as the engine gives it. Raises PkdError where TensorRT or CUDA fails."""
         lane = self._lane()
         rows = [lane.run(part)[:kept] for part, kept in split(crops, *self._limits)]
         self._idle.append(lane)  # not after an error: it may be of no more use
-        return unit_rows(np.concatenate(rows), self.info.name)
+        return np.concatenate(rows)
 
     def _lane(self) -> _Lane:
         with self._opening:
@@ -81,44 +86,53 @@ class _Lane:
 
 
 def open_tensorrt(bundle: Bundle, target: Target, file: str, threads: int) -> TensorRtEncoder:
-    """Open the engine ``file``. ``threads``: of the CPU, of no effect.
+    """Open the engine ``file``. ``threads``: of the CPU, of no effect. Raises as ``load_engine``."""
+    ports = bundle.manifest.graph.input_name, bundle.manifest.graph.output_name
+    try:
+        return load_engine(target.runtime, bundle.read(file), target.settings, target.encoder, ports)
+    except TargetUnavailable as reason:
+        raise TargetUnavailable(
+            f"{bundle.path}: {target.name}: {reason}. Use another target, or build this one where it shall run: "
+            f"pkd-export --from-bundle {bundle.path} --format {EXTRAS[target.runtime]} --precision {target.precision}"
+        ) from None
+
+
+def load_engine(
+    package: str, data: bytes, settings: Settings, info: EncoderInfo, ports: tuple[str, str]
+) -> TensorRtEncoder:
+    """Load a serialised engine. ``settings``: of its target; ``ports``: names of its input and output.
 
     Raises TargetUnavailable without a GPU and for an engine of another GPU or version, MissingExtra without the
-    package, BundleError for an engine that does not load or is not what the manifest says.
+    package, BundleError for an engine that does not load or is not what was stated.
     """
-    where, package = f"{bundle.path}: {target.name}", target.runtime
     gpu = find_gpu()
     if gpu is None:
-        raise TargetUnavailable(f"{where}: no NVIDIA GPU with a working driver was found. Use another target.")
+        raise TargetUnavailable("no NVIDIA GPU with a working driver was found")
     try:
         trt = importlib.import_module(package)
     except ImportError:
         raise MissingExtra(package, EXTRAS[package]) from None
     messages: list[str] = []
     runtime = trt.Runtime(error_logger(trt, messages))
-    data = bundle.read(file)
-    refusal = mismatch(target.settings, gpu.capability, str(trt.__version__)) or invalidity(trt, runtime, data)
+    refusal = mismatch(settings, gpu.capability, str(trt.__version__)) or invalidity(trt, runtime, data)
     if refusal:
-        raise TargetUnavailable(
-            f"{where}: {refusal}. Build it for this machine: pkd-export --from-bundle {bundle.path} "
-            f"--format {EXTRAS[package]} --precision {target.precision}"
-        )
+        raise TargetUnavailable(refusal)
     enter_device()
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise BundleError(f"{where}: {package} cannot load the engine: {messages[-1] if messages else 'no reason'}")
-    spec, size = bundle.manifest.graph, target.encoder.preprocess.size
+        raise BundleError(f"{info.name}: {package} cannot load the engine: {messages[-1] if messages else 'no reason'}")
+    size = info.preprocess.size
     expected = {
-        spec.input_name: (trt.TensorIOMode.INPUT, trt.DataType.UINT8, (size, size, 3)),
-        spec.output_name: (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, (target.encoder.space.dim,)),
+        ports[0]: (trt.TensorIOMode.INPUT, trt.DataType.UINT8, (size, size, 3)),
+        ports[1]: (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, (info.space.dim,)),
     }
     found = {
         name: (engine.get_tensor_mode(name), engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))[1:])
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
     }
     if found != expected:
-        raise BundleError(f"{where}: the engine has {found}, expected {expected}. Export the bundle again.")
-    return TensorRtEncoder(target.encoder, engine, (spec.input_name, spec.output_name))
+        raise BundleError(f"{info.name}: the engine has {found}, expected {expected}. Export the bundle again.")
+    return TensorRtEncoder(info, engine, ports)
 
 
 def split(crops: Rgb, smallest: int, largest: int) -> Iterator[tuple[Rgb, int]]:
@@ -129,7 +143,7 @@ def split(crops: Rgb, smallest: int, largest: int) -> Iterator[tuple[Rgb, int]]:
         yield np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) if missing else part, len(part)
 
 
-def mismatch(settings: Mapping[str, str | int | float | bool], capability: str, version: str) -> str | None:
+def mismatch(settings: Settings, capability: str, version: str) -> str | None:
     """What an engine with these ``settings`` needs and what is here, where they differ. ``capability``: ``8.9``."""
     built_for, built_by = str(settings.get("compute_capability")), str(settings.get("tensorrt"))
     if built_by != version:

@@ -47,7 +47,7 @@ def with_engine(folder: Path, package: str, **changes: str) -> Bundle:
 @pytest.mark.skipif(HERE is not None, reason="this machine has a GPU")
 def test_without_a_gpu_an_engine_is_unavailable_and_says_so(tmp_path: Path) -> None:
     bundle = with_engine(tmp_path, "tensorrt_rtx")
-    with pytest.raises(TargetUnavailable, match=r"b: tensorrt_rtx-fp32: no NVIDIA GPU .* Use another target"):
+    with pytest.raises(TargetUnavailable, match=r"b: tensorrt_rtx-fp32: no NVIDIA GPU .* was found\. Use another"):
         open_target(bundle, "tensorrt_rtx-fp32")
 
 
