@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Any, TextIO
+from typing import TextIO
 
 import cv2
 import numpy as np
@@ -41,7 +42,7 @@ def main(path: str, name: str, file: str = "") -> None:
     target = bundle.manifest.target(name)
     package = target.runtime if target else INSIGHTFACE if name == INSIGHTFACE else "onnxruntime"
     try:
-        module = _package(package)
+        version = _import(package)
         level = _level()
         embed = _open(bundle, name, file)
         error = self_test(bundle, embed, target)
@@ -49,7 +50,7 @@ def main(path: str, name: str, file: str = "") -> None:
         said = (str(reason).splitlines() or [type(reason).__name__])[0]
         _say(out, {"skipped": said.replace(path, "BUNDLE")})
         return
-    _say(out, {"runtime": f"{package} {module.__version__}", "golden_error": error})
+    _say(out, {"runtime": f"{package} {version}", "golden_error": error})
     golden = bundle.golden().crops
     for line in sys.stdin:
         batch, calls = json.loads(line)
@@ -62,11 +63,16 @@ def main(path: str, name: str, file: str = "") -> None:
         _say(out, {"cpu_ms": cpu_ms, "wall_ms": wall_ms, "memory_mb": (_peak() - level) / 1e6})
 
 
-def _package(name: str) -> Any:
+def _import(package: str) -> str:
+    """Import the runtime, so that its own memory is not counted, and say which version it is."""
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(package)
     except ImportError:
-        raise MissingExtra(name, EXTRAS.get(name, name)) from None
+        raise MissingExtra(package, EXTRAS.get(package, package)) from None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # onnxruntime comes in packages of other names
+        return str(module.__version__)
 
 
 def _open(bundle: Bundle, name: str, file: str) -> Embed:
