@@ -38,7 +38,7 @@ def main() -> int:
         return 0
     bundle = export(args.run, args.out / "bundle", args.max_tar_drop)
     names = [target.name for target in bundle.manifest.targets]
-    reports = {name: evaluate(bundle, name, args.out) for name in names}
+    reports = {name: evaluate(bundle, number, args.out) for number, name in enumerate(names)}
     lost = compare(args.out, names)
     found = {
         "training": bundle.manifest.training,
@@ -66,15 +66,18 @@ def export(run: Path, folder: Path, drop: str) -> Bundle:
     return Bundle.open(folder)
 
 
-def evaluate(bundle: Bundle, name: str, out: Path) -> Report:
-    """A target against the teacher's gallery on test.txt. Each with a cache of its own: a rewrite of fp32 has the id of
-    fp32, so that a common cache would answer for it."""
-    folder = out / "evaluations" / name
+def evaluate(bundle: Bundle, number: int, out: Path) -> Report:
+    """A target against the teacher's gallery on test.txt.
+
+    Rewrites of fp32 share an encoder id, so that one would be answered from the other's cache: the second has another.
+    """
+    target, before = bundle.manifest.targets[number], bundle.manifest.targets[:number]
+    cache = f"cache-{sum(other.encoder.id == target.encoder.id for other in before)}"
+    folder = out / "evaluations" / target.name
     if not (folder / "report.json").is_file():
         command(
-            "pkd-evaluate", *teacher_options(EDGEFACE), "--student", str(bundle.path / "targets" / name),
-            "--faces", str(SHARED / "faces/splits/test.txt"), "--cache", str(out / "cache" / name),
-            "--out", str(folder),
+            "pkd-evaluate", *teacher_options(EDGEFACE), "--student", str(bundle.path / "targets" / target.name),
+            "--faces", str(SHARED / "faces/splits/test.txt"), "--cache", str(out / cache), "--out", str(folder),
         )  # fmt: skip
     report: Report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return report

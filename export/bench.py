@@ -122,13 +122,13 @@ def bench(files: Mapping[str, bytes], manifest: Manifest, rounds: int, advance: 
 
 def bench_table(found: Bench) -> Table:
     """For the console."""
-    title = f"CPU ms per image on one thread (share of {BASELINE}'s), {found.rounds} rounds, {found.cpu}"
+    title = f"CPU ms per image on one thread, × that of {BASELINE}; {found.rounds} rounds on {found.cpu}"
     table = Table(title=title, title_justify="left")
     for heading in ("", "MB", "peak MB", *(f"batch {batch}" for batch in BATCHES)):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for row in found.rows:
         figures = (f"{row.bytes / 1e6:.2f}", f"{row.memory_mb:.0f}")
-        table.add_row(row.name, *figures, *(f"{time.cpu_ms:.2f} ({time.ratio:.2f}×)" for time in row.times))
+        table.add_row(row.name, *figures, *(f"{time.cpu_ms:.2f} {time.ratio:.2f}×" for time in row.times))
     return table
 
 
