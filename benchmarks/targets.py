@@ -136,7 +136,7 @@ def table(found: Report) -> str:
                 "over the same drawn people."
             ),
             markdown_table(
-                ("target", "S–T TAR", "lost, points", "made with"),
+                ("target", "S–T TAR", "lost, points", "calibration"),
                 [accuracy(name, found) for name in found["accuracy"]],
             ),
             prose(f"Gate, on other people: {found['gate']}."),
