@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pkd-serve", "Serve encoders over HTTP: embed faces, and verify pairs under measured error rates.", EXAMPLES
     )
     parser.add_argument(
-        "bundles", nargs="+", metavar="BUNDLE", help="folder, zip, or BUNDLE/targets/NAME; the first teacher is the default"
+        "bundles", nargs="+", metavar="BUNDLE", help="folder, zip or BUNDLE/targets/NAME; first teacher: the default"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: only this machine)")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 picks a free one (default: 8000)")
