@@ -14,6 +14,7 @@ from pkd.toolkit.errors import MissingExtra
 
 EXAMPLES = """
   pkd-serve bundles/teacher bundles/student --detector yunet.onnx
+  pkd-serve bundles/teacher bundles/student/targets/openvino-int8 bundles/student/targets/openvino-bf16
   curl -F image=@photo.jpg 'localhost:8000/embed?encoding=b64_f16'
   pkd-serve --new-api-key kiosk-1 --scopes embed,verify --rate 20    # prints the key and its line for keys.txt
   pkd-serve bundles/teacher --host 0.0.0.0 --api-keys keys.txt --trust-key evidence.pub.pem --workers 4
@@ -39,7 +40,12 @@ def make() -> argparse.ArgumentParser:
     parser = make_parser(
         "pkd-serve", "Serve encoders over HTTP: embed faces, and verify pairs under measured error rates.", EXAMPLES
     )
-    parser.add_argument("bundles", nargs="*", metavar="BUNDLE", help="bundles; the first teacher is the default")
+    parser.add_argument(
+        "bundles",
+        nargs="*",
+        metavar="BUNDLE",
+        help="folder, zip or BUNDLE/targets/NAME; first teacher: the default ($PKD_BUNDLES)",
+    )
     add_options(parser)
     parser.add_argument("--check-config", action="store_true", help="open everything, say what is wrong, and exit")
     keys = parser.add_argument_group("make a key, and serve nothing")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from time import perf_counter
 
 from pkd.serving.batching import Batched
+from pkd.serving.encoders import Loaded
 from pkd.serving.metrics import Metrics
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.runtime import Embeddings, Encoder
@@ -15,9 +16,11 @@ from pkd.toolkit.space import EncoderInfo, short
 class Inference:
     """What stands between the worker threads and the encoders. One per Service; close it when the threads are done."""
 
-    def __init__(self, encoders: Iterable[Encoder], metrics: Metrics, batched: bool) -> None:
-        timed = {encoder.info.id: _Timed(encoder, metrics) for encoder in encoders}
-        self._fronts: dict[str, Encoder] = {id: Batched(one) for id, one in timed.items()} if batched else {**timed}
+    def __init__(self, loaded: Iterable[Loaded], metrics: Metrics) -> None:
+        self._fronts: dict[str, Encoder] = {}
+        for one in loaded:
+            timed = _Timed(one.encoder, metrics)
+            self._fronts[timed.info.id] = Batched(timed) if one.device == "cuda" else timed
 
     def embed(self, encoder: Encoder, crops: Rgb) -> Embeddings:
         """``encoder.embed(crops)``, for one of the encoders that were given."""

@@ -125,11 +125,12 @@ def introduce(console: Console, it: Opened, configuration: Configuration) -> Non
         except UnsupportedFmr:
             smallest, largest = certificate.points[-1].fmr, certificate.points[0].fmr
             state = f"FMR {fmr:g} not covered, requests must state one of {smallest:g} to {largest:g}"
-        signed = f", signed by {file.signature.key[:17]}…" if file.signature and encoders.keys else ""
+        signature = file.signature or file.bundle
+        signed = f", signed by {signature.key[:17]}…" if signature and encoders.keys else ""
         synthetic = " (synthetic faces)" if certificate.synthetic else ""
         say(f"certified {short(certificate.query)} → {short(certificate.gallery)}: {state}{synthetic}{signed}")
-    if encoders.files and not encoders.keys:
-        say("no --trust-key: certificates may come from anyone")
+    if not encoders.keys:
+        say("no --trust-key: bundles and certificates may come from anyone")
     if not encoders.files:
         say("no certificate in these bundles: /verify will refuse every pair")
     if not configuration.detector:

@@ -65,8 +65,7 @@ class Service:
     ) -> None:
         self.encoders, self.settings, self._store = encoders, settings, store
         self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
-        batched = settings.device == "cuda"
-        self.inference = Inference((one.encoder for one in encoders.loaded.values()), self.state.metrics, batched)
+        self.inference = Inference(encoders.loaded.values(), self.state.metrics)
         self.pipeline = Pipeline(detector, self.inference)
         self._proving: asyncio.Task[None] | None = None
         self._workers = Pool(settings.threads, self.state.metrics)

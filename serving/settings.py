@@ -53,7 +53,7 @@ class Settings:
     enrol_sharpness: float = _number(10, 0, 1e6, "smallest sharpness of a face that may be enrolled; below is blur")
 
     device: Device = "cpu"
-    """Where encoders run. On a GPU their crops are batched over requests."""
+    """Where bundles run. On a GPU the crops of many requests are batched."""
 
     def __post_init__(self) -> None:
         for each in fields(self):

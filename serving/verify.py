@@ -132,8 +132,9 @@ def about(encoders: Encoders, file: CertificateFile) -> dict[str, Any]:
     """What an answer says of the certificate it rests on: as the schema CertificateAnswer."""
     c = file.certificate
     signature = None
-    if file.signature:
-        signature = {"key": file.signature.key, "verified": encoders.keys is not None}
+    if signed := file.signature or file.bundle:
+        covers = "certificate" if file.signature else "bundle"
+        signature = {"key": signed.key, "verified": encoders.keys is not None, "covers": covers}
     return {
         "query": c.query,
         "gallery": c.gallery,

@@ -12,11 +12,14 @@ import pytest
 import serving_bundles as made
 
 from pkd.serving.batching import BUCKETS, Batched
+from pkd.serving.encoders import Loaded
+from pkd.serving.inference import Inference
 from pkd.serving.metrics import Metrics
 from pkd.serving.pool import Pool, current_job
 from pkd.serving.problems import Problem
 from pkd.toolkit.errors import InputError, TargetUnavailable
 from pkd.toolkit.runtime import open_bundle
+from pkd.toolkit.space import short
 
 CROPS = made.crops(120, seed=7)
 
@@ -189,6 +192,16 @@ def test_without_a_gpu_nothing_runs_on_the_cpu_instead(tmp_path):
     bundle = made.encoder("teacher", made.weights(1)).write(tmp_path / "teacher")
     with pytest.raises(TargetUnavailable, match="cuda: this onnxruntime has no CUDAExecutionProvider"):
         open_bundle(bundle, device="cuda")
+
+
+def test_only_what_runs_on_a_gpu_is_batched(real, tmp_path):
+    bundle = made.encoder("teacher", made.weights(1)).write(tmp_path / "teacher")
+    for device, size in (("cpu", "3.0"), ("cuda", "4.0")):
+        metrics = Metrics([short(real.info.id)])
+        inference = Inference([Loaded(bundle, real, device=device)], metrics)
+        assert np.allclose(inference.embed(real, CROPS[:3]), real.embed(CROPS[:3]), atol=1e-6)
+        inference.close()
+        assert f'pkd_batch_size_sum{{encoder="{short(real.info.id)}"}} {size}' in metrics.page().decode()
 
 
 @pytest.mark.gpu
