@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import pytest
+from milvus_server import MilvusServer, missing
 
 cv2.setNumThreads(1)  # tests run beside each other; OpenCV's own pool would only fight with them
 
@@ -30,3 +32,15 @@ def shared() -> Path:
     if not HAS_SHARED:
         pytest.skip(NO_SHARED)
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    """A running Milvus, empty at first. Skips with a reason where none can be started."""
+    reason = missing()
+    if reason:
+        pytest.skip(f"no Milvus server: {reason}")
+    server = MilvusServer(tmp_path_factory.mktemp("milvus"))
+    server.start()
+    yield server
+    server.close()

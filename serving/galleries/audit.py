@@ -1,0 +1,132 @@
+"""Audit log: what was done to galleries, as a chain of hashes.
+
+Each record holds the hash of the one before it, so that changing, removing or inserting one breaks the chain there.
+What a chain cannot show is that its *end* was cut off, or that all of it was made anew: note the head (sequence and
+hash) outside from time to time, and give it to ``verify``. Who holds the database and no noted head can rewrite it all.
+
+The hash is SHA-256 over these bytes, integers big-endian and unsigned::
+
+    "pkd-audit-1\\n" · previous hash (32) · sequence (8) · time in µs since 1970 (8) · templates (8) · rows (8)
+    · then of actor, action, gallery, subject: length (4) and bytes (UTF-8; the subject's are its pseudonym)
+
+A subject appears as HMAC-SHA256 under a key derived from the gallery's (vault.py): with that key an operator can find a
+subject's records; once it is destroyed, nobody can tell whose they were. Sequences count 1, 2, 3 …: order is that of
+the sequence, never of the clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import sqlite3
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pkd.serving.galleries.gallery import Action
+from pkd.toolkit.errors import NotTrusted
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS audit (
+    sequence INTEGER PRIMARY KEY, time INTEGER NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
+    gallery TEXT NOT NULL, subject BLOB, templates INTEGER NOT NULL, rows INTEGER NOT NULL,
+    previous BLOB NOT NULL, hash BLOB NOT NULL
+) STRICT
+"""
+FIRST = bytes(32)
+"""What stands in the place of a previous hash in the first record."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The newest record: what to note outside."""
+
+    sequence: int
+    """0: the log is empty."""
+    hash: str
+    """Hex."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One change. ``time``: microseconds since 1970. ``subject``: a pseudonym; None where no single one is meant."""
+
+    sequence: int
+    time: int
+    actor: str
+    action: str
+    gallery: str
+    subject: bytes | None
+    templates: int
+    """How many templates were added or deleted."""
+    rows: int
+    """How many rows were deleted."""
+    previous: bytes
+    hash: bytes
+
+    def computed(self) -> bytes:
+        """The hash that the record should have."""
+        numbers = (self.sequence, self.time, self.templates, self.rows)
+        texts = (self.actor.encode(), self.action.encode(), self.gallery.encode(), self.subject or b"")
+        parts = [b"pkd-audit-1\n", self.previous, struct.pack(">4Q", *numbers)]
+        for text in texts:
+            parts += (struct.pack(">I", len(text)), text)
+        return hashlib.sha256(b"".join(parts)).digest()
+
+
+def append(
+    db: sqlite3.Connection,
+    actor: str,
+    action: Action,
+    gallery: str,
+    *,
+    subject: bytes | None = None,
+    templates: int = 0,
+    rows: int = 0,
+) -> Head:
+    """Record a change, in the transaction that makes it: ``db`` must be in one that may write."""
+    last = head(db)
+    now = max(0, time.time_ns() // 1000)
+    blank = Record(
+        last.sequence + 1, now, actor, action, gallery, subject, templates, rows, bytes.fromhex(last.hash), b""
+    )
+    hash = blank.computed()
+    db.execute(
+        "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (blank.sequence, now, actor, action, gallery, subject, templates, rows, blank.previous, hash),
+    )
+    return Head(blank.sequence, hash.hex())
+
+
+def head(db: sqlite3.Connection) -> Head:
+    """The newest record's sequence and hash."""
+    found = db.execute("SELECT sequence, hash FROM audit ORDER BY sequence DESC LIMIT 1").fetchone()
+    return Head(found[0], found[1].hex()) if found else Head(0, FIRST.hex())
+
+
+def records(db: sqlite3.Connection, after: int = 0) -> Iterator[Record]:
+    """Every record after that sequence, oldest first."""
+    rows = db.execute("SELECT * FROM audit WHERE sequence > ? ORDER BY sequence", (after,))
+    return (Record(*row) for row in rows)
+
+
+def verify(db: sqlite3.Connection, noted: Head | None = None) -> Head:
+    """Walk the chain and return its head; raises NotTrusted that names the first broken record.
+
+    ``noted``: a head from before, kept outside. Without it a log whose end was cut off looks whole.
+    """
+    previous, sequence = FIRST, 0
+    for record in records(db):
+        if record.sequence != sequence + 1:
+            raise NotTrusted(f"audit record {sequence + 1}: is missing; the next is {record.sequence}.")
+        if not hmac.compare_digest(record.previous, previous):
+            raise NotTrusted(f"audit record {record.sequence}: does not follow the record before it.")
+        if not hmac.compare_digest(record.computed(), record.hash):
+            raise NotTrusted(f"audit record {record.sequence}: was changed after it was written.")
+        previous, sequence = record.hash, record.sequence
+        if noted and noted.sequence == sequence and noted.hash != previous.hex():
+            raise NotTrusted(f"audit record {sequence}: is not the one that was noted outside; the log was rewritten.")
+    if noted and noted.sequence > sequence:
+        raise NotTrusted(f"audit record {sequence + 1}: is missing, and {noted.sequence} was noted outside: cut off.")
+    return Head(sequence, previous.hex())

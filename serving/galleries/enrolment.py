@@ -1,0 +1,136 @@
+"""Enrolling one subject in SQLite: checks, then rows, within the transaction of the whole request."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from dataclasses import asdict
+
+import numpy as np
+
+from pkd.serving.galleries import audit
+from pkd.serving.galleries.gallery import Enrolled, Enrolment, Gallery, NewTemplate
+from pkd.serving.galleries.memory_index import template_id
+from pkd.serving.galleries.tail import STORED
+from pkd.serving.galleries.vault import GalleryKey, SubjectKey
+from pkd.serving.problems import Problem
+
+TOLERANCE = 0.01
+"""Largest distance of a vector's length from 1."""
+
+
+def enrol_one(db: sqlite3.Connection, gallery: Gallery, key: GalleryKey, enrolment: Enrolment, actor: str) -> Enrolled:
+    """All templates of one enrolment, or a Problem before anything is written."""
+    (id,) = db.execute("SELECT id FROM galleries WHERE name = ?", (gallery.name,)).fetchone()
+    before = _answered(db, id, enrolment)
+    if before:
+        return before
+    encoders: dict[str, str] = dict(
+        db.execute("SELECT name, space FROM encoders WHERE gallery = ? AND templates > 0", (id,)).fetchall()
+    )
+    if not enrolment.templates:
+        raise Problem("invalid-request", f"subject {enrolment.subject}: no template was given. Send at least one.")
+    for template in enrolment.templates:
+        check(gallery, template, encoders)
+        encoders[template.encoder] = template.space
+    now = time.time()
+    subject, subject_key = _subject(db, id, key, enrolment)
+    expires = enrolment.expires
+    if expires is None and gallery.retention is not None:
+        expires = now + gallery.retention
+    made = [
+        template_id(_insert(db, id, subject, subject_key, template, now, expires)) for template in enrolment.templates
+    ]
+    head = audit.append(db, actor, "enrol", gallery.name, subject=key.pseudonym(enrolment.subject), templates=len(made))
+    if enrolment.key is not None:
+        db.execute(
+            "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (id, enrolment.key, subject, enrolment.digest, json.dumps(made), head.sequence, now),
+        )
+    return Enrolled(enrolment.subject, tuple(made), head.sequence, False)
+
+
+def check(gallery: Gallery, template: NewTemplate, encoders: dict[str, str]) -> None:
+    """Raise a Problem unless the gallery takes this template. ``encoders``: those it has templates of → their space."""
+    space = next((space for space in gallery.spaces if space.id == template.space), None)
+    if space is None or encoders.get(template.encoder, space.id) != space.id:
+        expected = [encoders[template.encoder]] if template.encoder in encoders else [s.id for s in gallery.spaces]
+        raise Problem(
+            "space-mismatch",
+            f"gallery {gallery.name} takes {template.encoder} in space {' or '.join(expected)}, not {template.space}.",
+            expected=expected,
+            got=template.space,
+        )
+    vector = np.asarray(template.vector)
+    if vector.shape != (space.dim,):
+        raise Problem("bad-vector", f"the embedding has shape {vector.shape}, its space has {space.dim:,} numbers.")
+    if not abs(float(np.linalg.norm(vector.astype(np.float64))) - 1) <= TOLERANCE:  # NaN fails, too
+        raise Problem("bad-vector", "the embedding is not a unit vector.")
+
+
+def _answered(db: sqlite3.Connection, gallery: int, enrolment: Enrolment) -> Enrolled | None:
+    if enrolment.key is None:
+        return None
+    found = db.execute(
+        "SELECT s.name, a.digest, a.templates, a.sequence FROM answers a JOIN subjects s ON s.id = a.subject "
+        "WHERE a.gallery = ? AND a.key = ?",
+        (gallery, enrolment.key),
+    ).fetchone()
+    if found is None:
+        return None
+    subject, digest, templates, sequence = found
+    if (subject, digest) != (enrolment.subject, enrolment.digest):
+        raise Problem(
+            "idempotency-conflict",
+            f"idempotency key {enrolment.key} was used for another request. Use a new key for a new request.",
+        )
+    return Enrolled(subject, tuple(json.loads(templates)), sequence, True)
+
+
+def _subject(db: sqlite3.Connection, gallery: int, key: GalleryKey, enrolment: Enrolment) -> tuple[int, SubjectKey]:
+    """The subject's row, made or described anew as the enrolment says, and their key."""
+    attributes = json.dumps(dict(enrolment.attributes), sort_keys=True, ensure_ascii=False)
+    consent = json.dumps(asdict(enrolment.consent), ensure_ascii=False) if enrolment.consent else None
+    found = db.execute(
+        "SELECT id, key, attributes FROM subjects WHERE gallery = ? AND name = ?", (gallery, enrolment.subject)
+    ).fetchone()
+    if found is None:
+        subject_key, wrapped = key.new_subject(enrolment.subject)
+        made = db.execute(
+            "INSERT INTO subjects (gallery, name, key, attributes, consent) VALUES (?, ?, ?, ?, ?)",
+            (gallery, enrolment.subject, wrapped, attributes, consent),
+        )
+        assert made.lastrowid
+        return made.lastrowid, subject_key
+    id, wrapped, described = found
+    if enrolment.attributes and attributes != described:
+        db.execute("UPDATE subjects SET attributes = ? WHERE id = ?", (attributes, id))
+    if consent:
+        db.execute("UPDATE subjects SET consent = ? WHERE id = ?", (consent, id))
+    return id, key.subject(enrolment.subject, wrapped)
+
+
+def _insert(
+    db: sqlite3.Connection,
+    gallery: int,
+    subject: int,
+    key: SubjectKey,
+    template: NewTemplate,
+    now: float,
+    expires: float | None,
+) -> int:
+    """Write one template; returns its number, which the ciphertext is bound to."""
+    db.execute(
+        "INSERT INTO encoders (gallery, name, space) VALUES (?, ?, ?) "
+        "ON CONFLICT (gallery, name) DO UPDATE SET space = excluded.space WHERE templates = 0",
+        (gallery, template.encoder, template.space),
+    )
+    (encoder,) = db.execute(
+        "SELECT id FROM encoders WHERE gallery = ? AND name = ?", (gallery, template.encoder)
+    ).fetchone()
+    number: int
+    (number,) = db.execute("SELECT coalesce(max(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'templates'").fetchone()
+    sealed = key.seal(np.asarray(template.vector, STORED).tobytes(), template_id(number), template.encoder)
+    db.execute("INSERT INTO templates VALUES (?, ?, ?, ?, ?, ?)", (number, subject, encoder, now, expires, sealed))
+    return number

@@ -1,0 +1,140 @@
+"""MemoryIndex: a gallery's templates in memory, exactly searched by any number of threads.
+
+Searches that arrive while one runs are answered together in one matrix product; changes take their turn between them
+(drain.py). So a change waits for one batch at most, and a search never sees half a change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkd.serving.galleries.attribute_sets import AttributeSets
+from pkd.serving.galleries.drain import Drain
+from pkd.serving.galleries.gallery import Attributes, Found, Hit
+from pkd.serving.galleries.matrix import Floats, Ints, Matrix, Spread
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Templates to be added. Numbers are the store's own; N of each."""
+
+    encoder: str
+    templates: Ints
+    subjects: Ints
+    names: Mapping[int, str]
+    """Subject number → id."""
+    attributes: Mapping[int, Attributes]
+    """Subject number → attributes."""
+    vectors: Floats
+    """N×D."""
+
+
+@dataclass(frozen=True)
+class _Query:
+    encoder: str
+    vector: Floats
+    top_k: int
+    where: Attributes
+
+
+class MemoryIndex:
+    """Thread-safe."""
+
+    def __init__(self, spread: Spread = map) -> None:
+        """``spread``: an executor's ``map``, to search a large gallery on several cores."""
+        self._spread = spread
+        self._matrices: dict[str, Matrix] = {}
+        self._names: dict[int, str] = {}
+        self._sets = AttributeSets()
+        self._drain: Drain[_Query, Found] = Drain(self._answer)
+
+    def __len__(self) -> int:
+        """Templates of all encoders."""
+        return sum(len(matrix) for matrix in self._matrices.values())
+
+    def search(self, encoder: str, queries: Floats, top_k: int, where: Attributes | None) -> Sequence[Found]:
+        """As GalleryStore.search; ``queries`` Q×D, unit rows."""
+        return self._drain.do([_Query(encoder, query, top_k, where or {}) for query in queries])
+
+    def add(self, rows: Rows) -> None:
+        """Add templates. The attributes given are those of the subjects from now on."""
+        self._drain.alone(lambda: self._add(rows))
+
+    def remove(self, templates: Ints) -> None:
+        """Forget templates, and subjects that have no other; numbers that are not here are passed over."""
+        self._drain.alone(lambda: self._remove(templates))
+
+    def describe(self, subject: int, attributes: Attributes) -> None:
+        """Give a subject other attributes."""
+        self._drain.alone(lambda: self._describe(subject, attributes))
+
+    def templates(self, encoder: str) -> Ints:
+        """The numbers of an encoder's templates, ascending."""
+        matrix = self._matrices.get(encoder)
+        return matrix.templates() if matrix else np.zeros(0, np.int64)
+
+    def vector(self, encoder: str, template: int) -> Floats | None:
+        """One template's vector; None where it is not here."""
+        matrix = self._matrices.get(encoder)
+        return matrix.vector(template) if matrix else None
+
+    def _answer(self, batch: Sequence[_Query]) -> Sequence[Found]:
+        answers: dict[int, Found] = {}
+        for encoder in {query.encoder for query in batch}:
+            places = [place for place, query in enumerate(batch) if query.encoder == encoder]
+            matrix = self._matrices.get(encoder)
+            if matrix is None:
+                answers.update((place, Found((), 0)) for place in places)
+                continue
+            near = matrix.search(
+                np.stack([batch[place].vector for place in places]),
+                [batch[place].top_k for place in places],
+                [self._sets.allowed(batch[place].where) if batch[place].where else None for place in places],
+                self._names.__getitem__,
+                self._spread,
+            )
+            for place, found in zip(places, near, strict=True):
+                hits = (Hit(self._names[subject], template_id(number), score) for score, subject, number in found.best)
+                answers[place] = Found(tuple(hits), found.searched)
+        return [answers[place] for place in range(len(batch))]
+
+    def _add(self, rows: Rows) -> None:
+        if rows.encoder not in self._matrices:
+            self._matrices[rows.encoder] = Matrix(rows.vectors.shape[1])
+        sets = np.empty(len(rows.templates), np.int32)
+        counts = dict(zip(*(part.tolist() for part in np.unique(rows.subjects, return_counts=True)), strict=True))
+        numbers = {}
+        for subject, count in counts.items():
+            numbers[subject] = self._sets.hold(rows.attributes[subject], count)
+            self._names[subject] = rows.names[subject]
+        sets[:] = [numbers[subject] for subject in rows.subjects.tolist()]
+        self._matrices[rows.encoder].add(rows.templates, rows.subjects, sets, rows.vectors)
+
+    def _remove(self, templates: Ints) -> None:
+        touched = [np.zeros(0, np.int64)]
+        for matrix in self._matrices.values():
+            subjects, sets = matrix.remove(templates)
+            self._sets.release(sets)
+            touched.append(subjects)
+        gone = np.unique(np.concatenate(touched))
+        for matrix in self._matrices.values():
+            gone = np.setdiff1d(gone, matrix.holding(gone), assume_unique=True)
+        for subject in gone.tolist():
+            del self._names[subject]
+        self._matrices = {encoder: matrix for encoder, matrix in self._matrices.items() if len(matrix)}
+
+    def _describe(self, subject: int, attributes: Attributes) -> None:
+        number = self._sets.hold(attributes, 1)  # held while it is handed out
+        for matrix in self._matrices.values():
+            before = matrix.describe(subject, number)
+            self._sets.hold(attributes, len(before))
+            self._sets.release(before)
+        self._sets.release(np.array([number], np.int32))
+
+
+def template_id(number: int) -> str:
+    """How a template's number is written outside."""
+    return f"{number:012x}"

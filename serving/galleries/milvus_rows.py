@@ -1,0 +1,177 @@
+"""What a gallery keeps in Milvus: two kinds of collections, their rows, and how these are sealed.
+
+``…_records`` holds plain rows, told apart by ``kind``; every other collection holds the rotated templates of one space.
+Subjects appear as keyed pseudonyms, encoders and attributes as keyed hashes, and all else is in ``data``, encrypted
+with a key derived from the gallery's. So a filter is made of hexadecimal digits alone, whatever a client sends.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pkd.serving.galleries.gallery import Attributes, Consent, Enrolment, Gallery, Space
+from pkd.serving.galleries.milvus_tables import NOTHING, Row
+from pkd.serving.galleries.vault import GalleryKey, SubjectKey
+
+JOURNAL, COMMIT, SUBJECT, MOVED, ENCODER = range(5)
+"""Kinds of records: a change under way · an enrolment that took place · a subject is there · and has a template in the
+second space · an encoder's name and space."""
+
+RECORDS = {"id": 128, "kind": 0, "subject": 64, "key": 64, "created": 0, "expires": 0, "data": 60_000}
+TEMPLATES = {"id": 64, "subject": 64, "encoder": 64, "tags": -1}
+INDEXED = ("subject", "key")
+NEVER = 2**62
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A gallery's own row: all but its counts."""
+
+    id: str
+    """Of its collections; begins with when it was made, in µs, 16 hex digits."""
+    name: str
+    space: Space
+    moving_to: Space | None
+    created: float
+    retention: float | None
+    wrapped: str
+    """The gallery's key under the master key, base64."""
+    tables: Mapping[str, str]
+    """Space → collection of its templates."""
+
+    def row(self) -> Row:
+        """As it is stored."""
+        return {"id": self.id, "name": hashed(self.name), "data": json.dumps(asdict(self)), "vector": NOTHING}
+
+    @classmethod
+    def of(cls, row: Row) -> Entry:
+        """From what ``row`` gave."""
+        known = json.loads(row["data"])
+        moving = known.pop("moving_to")
+        return cls(**{**known, "space": Space(**known["space"])}, moving_to=Space(**moving) if moving else None)
+
+    def gallery(self, subjects: int = 0, templates: Mapping[str, int] | None = None, moved: int = 0) -> Gallery:
+        """As an operator sees it."""
+        return Gallery(
+            self.name, self.space, self.moving_to, self.created, self.retention, subjects, templates or {}, moved
+        )
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One enrolment that took place. Templates that no commit names were never enrolled."""
+
+    id: str
+    """Random, 32 hex digits; its templates are ``id.0``, ``id.1`` …"""
+    subject: str
+    sequence: int
+    """µs since 1970, but always above the subject's last one."""
+    created: float
+    expires: float | None
+    templates: Sequence[Sequence[str]]
+    """Encoder and space of each."""
+    attributes: Attributes
+    consent: Mapping[str, str] | None
+    key: str | None
+    digest: str
+
+    @classmethod
+    def new(cls, enrolment: Enrolment, retention: float | None, earlier: Sequence[Commit]) -> Commit:
+        """What this enrolment is to become, after those that the subject has."""
+        now = time.time()
+        expires = enrolment.expires
+        if expires is None and retention is not None:
+            expires = now + retention
+        return cls(
+            id=os.urandom(16).hex(),
+            subject=enrolment.subject,
+            sequence=max([int(now * 1e6), *(commit.sequence + 1 for commit in earlier)]),
+            created=now,
+            expires=expires,
+            templates=[(template.encoder, template.space) for template in enrolment.templates],
+            attributes=dict(enrolment.attributes),
+            consent=asdict(enrolment.consent) if enrolment.consent else None,
+            key=enrolment.key,
+            digest=enrolment.digest,
+        )
+
+    @property
+    def template_ids(self) -> tuple[str, ...]:
+        """Of all its templates, in the order they were given."""
+        return tuple(f"{self.id}.{number}" for number in range(len(self.templates)))
+
+
+class Seal:
+    """What one gallery's key makes of names and data."""
+
+    def __init__(self, key: GalleryKey) -> None:
+        self._gallery = key
+        self._names = key.derive("milvus names")
+        self._data = SubjectKey(key.gallery, "", key.derive("milvus records"))  # one key for all records
+
+    def subject(self, name: str) -> str:
+        """A subject's pseudonym, 64 hex digits: also their place in every listing."""
+        return self._gallery.pseudonym(name).hex()
+
+    def hashed(self, what: str, name: str) -> str:
+        """32 hex digits that stand for an encoder, an attribute or an idempotency key."""
+        return hmac.digest(self._names, f"{what}\0{name}".encode(), "sha256")[:16].hex()
+
+    def key(self, key: str) -> str:
+        """Stands for an idempotency key."""
+        return self.hashed("idempotency", key)
+
+    def tags(self, attributes: Attributes) -> dict[str, int]:
+        """Attributes as they are stored beside a template, to be filtered by."""
+        return {self.hashed("attribute", f"{len(name)}\0{name}{value}"): 1 for name, value in attributes.items()}
+
+    def record(self, kind: int, id: str, data: Any = None, **columns: object) -> Row:
+        """A row of the records; ``data`` is encrypted and bound to its id."""
+        text = json.dumps(data, ensure_ascii=False).encode()
+        sealed = base64.b64encode(self._data.seal(text, id, "")).decode()
+        plain = {"subject": "", "key": "", "created": int(time.time() * 1e6), "expires": NEVER}
+        return {"id": id, "kind": kind, **plain, **columns, "data": sealed, "vector": NOTHING}
+
+    def commit(self, commit: Commit) -> Row:
+        """A commit's row; in the order of pseudonyms, so that a page of subjects is a page of rows."""
+        subject = self.subject(commit.subject)
+        expires = NEVER if commit.expires is None else int(commit.expires * 1e6)
+        key = "" if commit.key is None else self.key(commit.key)
+        return self.record(COMMIT, subject + commit.id, asdict(commit), subject=subject, key=key, expires=expires)
+
+    def open(self, row: Row) -> Any:
+        """The data of a record; raises Sealed."""
+        return json.loads(self._data.open(base64.b64decode(row["data"]), row["id"], ""))
+
+    def encoder_row(self, encoder: str, space: str) -> Row:
+        """Says which space an encoder's templates are in."""
+        return self.record(ENCODER, f"~encoder/{self.hashed('encoder', encoder)}", [encoder, space])
+
+
+def current(commits: Iterable[Commit]) -> tuple[Attributes, Consent | None]:
+    """A subject's attributes and consent: the newest that are stated."""
+    attributes: Attributes = {}
+    consent: Mapping[str, str] | None = None
+    for commit in sorted(commits, key=lambda commit: (commit.sequence, commit.id)):
+        attributes = commit.attributes or attributes
+        consent = commit.consent or consent
+    return attributes, Consent(**consent) if consent else None
+
+
+def hashed(name: str) -> str:
+    """Stands for a gallery's name in filters, whatever characters that has."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def among(column: str, values: Iterable[str]) -> str:
+    """A filter: the column is one of these words of ours, which need no quoting."""
+    quoted = ", ".join(f'"{value}"' for value in sorted(values))
+    return f"{column} in [{quoted}]"

@@ -1,0 +1,397 @@
+"""MilvusStore: galleries in Milvus, for several server machines and for more templates than one memory holds.
+
+Each gallery has its own collections, so that deleting it is dropping them; one collection more lists the galleries.
+What may happen because Milvus has no transactions, and what it learns of the people in it: docs/galleries.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import sqlite3
+import threading
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from pkd.serving.galleries import audit
+from pkd.serving.galleries.gallery import (
+    Action,
+    Attributes,
+    Enrolled,
+    Enrolment,
+    Found,
+    Gallery,
+    Moved,
+    Receipt,
+    Space,
+    Subject,
+    Vectors,
+)
+from pkd.serving.galleries.milvus_enrolment import enrol
+from pkd.serving.galleries.milvus_gallery import SWEEP_SECONDS, MilvusGallery, records_of
+from pkd.serving.galleries.milvus_rows import COMMIT, INDEXED, MOVED, RECORDS, SUBJECT, TEMPLATES, Entry, hashed
+from pkd.serving.galleries.milvus_search import search
+from pkd.serving.galleries.milvus_tables import NOTHING, Freshness, NoTable, Row, Tables
+from pkd.serving.galleries.sqlite_file import explained
+from pkd.serving.galleries.sqlite_store import unknown_gallery
+from pkd.serving.galleries.vault import MasterKey
+from pkd.serving.problems import Problem
+
+GALLERIES = {"id": 64, "name": 64, "data": 60_000}
+KNOWN_SECONDS = 0.3
+"""How long a gallery's row is believed before it is read again."""
+BATCH = 256
+"""Enrolments written in one step."""
+EXPORTED = 200
+"""Subjects read at a time by an export."""
+HEARTBEAT = "check"
+"""A row of the galleries that is none."""
+ID = re.compile("[0-9a-f]{24}")
+ATTEMPTS = 5
+COVERS = ("rows", "index")
+"""What a receipt may claim: nothing answers by it any more. Milvus clears its disks later, by its own settings."""
+
+T = TypeVar("T")
+
+
+class MilvusStore:
+    """A GalleryStore on Milvus 2.3 or newer. Blocking and thread-safe; one a process, any number of machines.
+
+    ``audit_file``: the log of what *this machine's* processes changed, in SQLite; Milvus cannot keep a chain.
+    """
+
+    def __init__(self, tables: Tables, audit_file: Path, master: MasterKey) -> None:
+        self._tables, self._master = tables, master
+        self._galleries = f"{tables.prefix}_galleries"
+        self._known: dict[str, tuple[float, Entry]] = {}
+        self._opened: dict[str, MilvusGallery] = {}
+        self._ready, self._starting = False, threading.Lock()
+        self._auditing = threading.Lock()
+        self._audit = sqlite3.connect(audit_file, timeout=5, isolation_level=None, check_same_thread=False)
+        self._audit.execute("PRAGMA journal_mode = WAL")
+        self._audit.execute("PRAGMA synchronous = FULL")
+        self._audit.execute(audit.SCHEMA)
+
+    def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
+        """Create, or return what is there if it has this very space; else a gallery-conflict."""
+        for _ in range(ATTEMPTS):
+            found = self._find(name, "ALL")
+            if found:
+                if found.space != space:
+                    raise Problem(
+                        "gallery-conflict",
+                        f"gallery {name} exists with space {found.space.id}. Use another name, or migrate it.",
+                        expected=found.space.id,
+                        got=space.id,
+                    )
+                return self.get(name)
+            _, wrapped = self._master.new_gallery(name)
+            id, table = _new_id(), _new_id()
+            entry = Entry(id, name, space, None, time.time(), retention, b64encode(wrapped).decode(), {})
+            entry = replace(entry, tables={space.id: f"{self._tables.prefix}_{id}_{table}"})
+            with ThreadPoolExecutor(2) as both:  # Milvus takes over a second to load a collection
+                records = both.submit(self._tables.create, records_of(self._tables, id), RECORDS, 0, INDEXED)
+                self._tables.create(entry.tables[space.id], TEMPLATES, space.dim)
+                records.result()
+            self._tables.insert(self._galleries, [entry.row()])
+            # Two that create the same name at once: whoever sees the other withdraws, so that at most one stays.
+            if len(self._rows(f'name == "{hashed(name)}"', "ALL")) == 1:
+                self._append(actor, "create", name)
+                return self.get(name)
+            self._tables.delete(self._galleries, [id])
+            self._drop(entry.id)
+            time.sleep(random.random())
+        raise Problem("gallery-conflict", f"gallery {name} is being created by others at this moment. Try again.")
+
+    def get(self, name: str) -> Gallery:
+        """One gallery."""
+        return self._with(name, self._describe)
+
+    def list(self) -> Sequence[Gallery]:
+        """All, by name."""
+        entries = [Entry.of(row) for row in self._rows('id > ""', "SEEN")]
+        described = []
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            with contextlib.suppress(NoTable):  # deleted meanwhile
+                described.append(self._describe(self._open(entry), entry))
+        return described
+
+    def delete(self, name: str, actor: str) -> Receipt:
+        """Delete a gallery with all that is in it, and its key."""
+
+        def delete(gallery: MilvusGallery, entry: Entry) -> Receipt:
+            templates = sum(self._tables.count(table, 'id > ""', "ALL") for table in entry.tables.values())
+            rows = 1 + templates + self._tables.count(gallery.records, f"kind == {COMMIT}", "ALL")
+            self._tables.delete(self._galleries, [entry.id])
+            self._known.pop(name, None)
+            self._opened.pop(entry.id, None)
+            self._drop(entry.id)
+            head = self._append(actor, "delete-gallery", name, templates=templates, rows=rows)
+            return Receipt(name, None, templates, rows, COVERS, head.sequence, head.hash)
+
+        return self._with(name, delete, "ALL")
+
+    def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | Problem]:
+        """Enrol many subjects; a Problem in the place of each that was refused."""
+        done: list[Enrolled | Problem] = []
+        for start in range(0, len(enrolments), BATCH):
+            some = enrolments[start : start + BATCH]
+
+            def write(opened: MilvusGallery, entry: Entry, some: Sequence[Enrolment] = some) -> None:
+                def spaces() -> Sequence[Space]:
+                    return self._entry(gallery, "ALL").gallery().spaces
+
+                for one, answer in zip(some, enrol(opened, entry, some, spaces), strict=True):
+                    if isinstance(answer, Enrolled) and not answer.replayed:
+                        subject = opened.seal.subject(one.subject)
+                        self._append(actor, "enrol", gallery, subject, templates=len(answer.templates))
+                    done.append(answer)
+
+            self._with(gallery, write)
+        return done
+
+    def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
+        """One subject, with their vectors where asked for."""
+
+        def read(opened: MilvusGallery, entry: Entry) -> Subject:
+            for found in opened.subjects(entry, [opened.seal.subject(subject)], vectors=vectors):
+                return found
+            raise Problem("unknown-subject", f"Gallery {gallery} has no subject {subject}.")
+
+        return self._with(gallery, read)
+
+    def subjects(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
+        """Ids after ``after``, in the order of their pseudonyms: Milvus does not know them, so cannot sort them."""
+
+        def page(opened: MilvusGallery, entry: Entry) -> Sequence[str]:
+            pseudonyms = opened.page(opened.seal.subject(after) if after else "", limit)
+            return [subject.id for subject in opened.subjects(entry, pseudonyms, vectors=False)]
+
+        return self._with(gallery, page)
+
+    def delete_subject(self, gallery: str, subject: str, actor: str) -> Receipt:
+        """Delete a subject's templates, and all else that is kept of them."""
+
+        def delete(opened: MilvusGallery, entry: Entry) -> Receipt:
+            pseudonym = opened.seal.subject(subject)
+            commits = opened.commits([pseudonym], "ALL").get(pseudonym)
+            if not commits:
+                raise Problem("unknown-subject", f"Gallery {gallery} has no subject {subject}.")
+            templates, rows = opened.remove(entry, commits)
+            head = self._append(actor, "delete-subject", gallery, pseudonym, templates=templates, rows=rows)
+            return Receipt(gallery, subject, templates, rows, COVERS, head.sequence, head.hash)
+
+        return self._with(gallery, delete)
+
+    def search(
+        self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None
+    ) -> Sequence[Found]:
+        """For each of the unit rows Q×D the nearest subjects among templates of ``encoder``, exactly."""
+        return self._with(gallery, lambda opened, entry: search(opened, entry, encoder, queries, top_k, where or {}))
+
+    def begin_migration(self, gallery: str, space: Space, actor: str) -> Gallery:
+        """Take templates of a second space, too. The same space again is no error: a migration is resumable."""
+
+        def begin(opened: MilvusGallery, entry: Entry) -> None:
+            if entry.moving_to == space:
+                return
+            if entry.moving_to or entry.space.id == space.id:
+                state = f"moves to {entry.moving_to.id} already" if entry.moving_to else "has this space already"
+                raise Problem("gallery-conflict", f"gallery {gallery} {state}. End that first, or choose another.")
+            table = f"{self._tables.prefix}_{entry.id}_{_new_id()}"
+            self._tables.create(table, TEMPLATES, space.dim)
+            self._change(replace(entry, moving_to=space, tables={**entry.tables, space.id: table}))
+            self._append(actor, "begin-migration", gallery)
+
+        self._with(gallery, begin, "ALL")
+        return self.get(gallery)
+
+    def unmoved(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
+        """Subjects without a template in the second space: a page, as ``subjects``."""
+
+        def page(opened: MilvusGallery, entry: Entry) -> Sequence[str]:
+            start = opened.seal.subject(after) if after else ""
+            return opened.without(entry, _second(entry).id, start, limit, "SEEN")
+
+        return self._with(gallery, page)
+
+    def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> Moved:
+        """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round.
+
+        A gallery-conflict while a subject would be left without a template.
+        """
+
+        def end(opened: MilvusGallery, entry: Entry) -> Moved:
+            kept, left = (entry.space, _second(entry)) if abandon else (_second(entry), entry.space)
+            self._require_moved(opened, entry, kept)
+            now = replace(entry, space=kept, moving_to=None, tables={kept.id: entry.tables[kept.id]})
+            self._change(now)
+            # Who enrolled in the space that is left before this row was there is seen now; who does so after it sees
+            # the row, and withdraws.
+            try:
+                self._require_moved(opened, entry, kept)
+            except Problem:
+                self._change(entry)
+                raise
+            templates = self._tables.count(entry.tables[left.id], 'id > ""', "ALL")
+            self._tables.drop(entry.tables[left.id])
+            moved = [row["id"] for row in self._tables.pages(opened.records, f"kind == {MOVED}", ["id"], "ALL")]
+            self._tables.delete(opened.records, moved)
+            head = self._append(actor, "end-migration", gallery, templates=templates, rows=templates + len(moved))
+            receipt = Receipt(gallery, None, templates, templates + len(moved), COVERS, head.sequence, head.hash)
+            return Moved(templates, receipt)
+
+        return self._with(gallery, end, "ALL")
+
+    def expire(self, now: float) -> int:
+        """Delete what is past its time; returns how many templates. Sweeps what dead processes left, too."""
+        total = 0
+        entries = [Entry.of(row) for row in self._rows('id > ""', "ALL")]
+        for entry in entries:
+            with contextlib.suppress(NoTable):
+                opened = self._open(entry)
+                templates, rows = opened.expire(entry, now)
+                opened.sweep(entry, time.time() - SWEEP_SECONDS)
+                if templates:
+                    self._append("retention", "expire", entry.name, templates=templates, rows=rows)
+                total += templates
+        self._sweep({entry.id for entry in entries})
+        return total
+
+    def export(self, gallery: str) -> Iterator[Subject]:
+        """Every subject with vectors, in the order of ``subjects``; each as of the moment it is read."""
+        self._with(gallery, lambda opened, entry: None)
+        return self._export(gallery)
+
+    def check(self) -> None:
+        """Raise a store-unavailable Problem unless the store can read and write right now."""
+        self._rows(f'id == "{HEARTBEAT}"', "SEEN")
+        self._tables.upsert(self._galleries, [{"id": HEARTBEAT, "name": "", "data": "", "vector": NOTHING}])
+        with self._auditing, explained():
+            self._audit.execute("BEGIN IMMEDIATE")
+            self._audit.execute("ROLLBACK")
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+        self._tables.close()
+        with self._auditing:
+            self._audit.close()
+
+    def _with(self, name: str, do: Callable[[MilvusGallery, Entry], T], fresh: Freshness = "SEEN") -> T:
+        """Do something with a gallery; once more from the start if a collection of it was dropped meanwhile."""
+        for attempt in (fresh, "ALL"):
+            entry = self._entry(name, "ALL" if attempt == "ALL" else "SEEN")
+            try:
+                return do(self._open(entry), entry)
+            except NoTable:
+                self._known.pop(name, None)
+        raise unknown_gallery(name)
+
+    def _entry(self, name: str, fresh: Freshness) -> Entry:
+        read, entry = self._known.get(name, (0.0, None))
+        if entry is None or fresh == "ALL" or time.monotonic() - read > KNOWN_SECONDS:
+            read, entry = time.monotonic(), self._find(name, fresh)
+            if entry is None:
+                self._known.pop(name, None)
+                raise unknown_gallery(name)
+            self._known[name] = read, entry
+        return entry
+
+    def _find(self, name: str, fresh: Freshness) -> Entry | None:
+        rows = self._rows(f'name == "{hashed(name)}"', fresh)
+        return Entry.of(rows[0]) if rows else None
+
+    def _rows(self, where: str, fresh: Freshness) -> Sequence[Row]:
+        with self._starting:
+            if not self._ready:
+                self._tables.create(self._galleries, GALLERIES)
+                self._ready = True
+        rows = self._tables.pages(self._galleries, where, ["id", "data"], fresh)
+        return [row for row in rows if row["id"] != HEARTBEAT]
+
+    def _change(self, entry: Entry) -> None:
+        self._tables.upsert(self._galleries, [entry.row()])
+        self._known.pop(entry.name, None)
+        if self._find(entry.name, "ALL") != entry:
+            raise Problem("gallery-conflict", f"gallery {entry.name} is being changed by others. Look and try again.")
+
+    def _open(self, entry: Entry) -> MilvusGallery:
+        opened = self._opened.get(entry.id)
+        if opened is None:
+            key = self._master.gallery(entry.name, b64decode(entry.wrapped))
+            opened = self._opened.setdefault(entry.id, MilvusGallery(self._tables, entry.id, key))
+        return opened
+
+    def _describe(self, opened: MilvusGallery, entry: Entry) -> Gallery:
+        templates = {}
+        for encoder, space in sorted(opened.encoders(entry).items()):
+            where = f'encoder == "{opened.seal.hashed("encoder", encoder)}"'
+            count = self._tables.count(entry.tables[space], where, "SEEN")
+            if count:
+                templates[encoder] = count
+        subjects, moved = (self._tables.count(opened.records, f"kind == {kind}", "SEEN") for kind in (SUBJECT, MOVED))
+        return entry.gallery(subjects, templates, moved)
+
+    def _export(self, gallery: str) -> Iterator[Subject]:
+        after = ""
+        while True:
+            entry = self._entry(gallery, "SEEN")
+            opened = self._open(entry)
+            pseudonyms = opened.page(after, EXPORTED)
+            yield from opened.subjects(entry, pseudonyms, vectors=True)
+            if len(pseudonyms) < EXPORTED:
+                return
+            after = pseudonyms[-1]
+
+    def _require_moved(self, opened: MilvusGallery, entry: Entry, space: Space) -> None:
+        for behind in opened.without(entry, space.id, "", 1, "ALL"):
+            raise Problem(
+                "gallery-conflict",
+                f"gallery {entry.name}: subjects would be left without a template, {behind} first. "
+                f"Enrol them in space {space.id}, or delete them.",
+            )
+
+    def _drop(self, entry_id: str) -> None:
+        for name in self._tables.names():
+            if name.startswith(f"{self._tables.prefix}_{entry_id}_"):
+                self._tables.drop(name)
+
+    def _sweep(self, entries: set[str]) -> None:
+        """Drop the collections of galleries that were never finished, or not dropped to the end."""
+        for name in self._tables.names():
+            id = name.removeprefix(f"{self._tables.prefix}_").split("_")[0]
+            if ID.fullmatch(id) and id not in entries and int(id[:16], 16) < (time.time() - SWEEP_SECONDS) * 1e6:
+                self._tables.drop(name)
+
+    def _append(
+        self, actor: str, action: Action, gallery: str, subject: str | None = None, templates: int = 0, rows: int = 0
+    ) -> audit.Head:
+        pseudonym = bytes.fromhex(subject) if subject else None
+        with self._auditing, explained():
+            self._audit.execute("BEGIN IMMEDIATE")
+            try:
+                head = audit.append(
+                    self._audit, actor, action, gallery, subject=pseudonym, templates=templates, rows=rows
+                )
+                self._audit.execute("COMMIT")
+            except BaseException:
+                self._audit.execute("ROLLBACK")
+                raise
+            return head
+
+
+def _new_id() -> str:
+    return f"{time.time_ns() // 1000:016x}{os.urandom(4).hex()}"
+
+
+def _second(entry: Entry) -> Space:
+    if entry.moving_to is None:
+        raise Problem("gallery-conflict", f"gallery {entry.name} is not being migrated. Begin a migration first.")
+    return entry.moving_to

@@ -1,0 +1,402 @@
+"""SqliteStore: galleries in one SQLite file, searched in memory. The default GalleryStore.
+
+SQLite (write-ahead log, synchronous FULL) is the durable truth; every process has all templates in memory and follows
+what the others commit (tail.py). Vectors are float16, encrypted; ids of galleries and subjects, attributes and consent
+are stored as they are. Order is that of sequences, never of the clock, which only dates things and expires templates:
+set back, nothing happens; set forward, ``expire`` deletes what that clock calls past its time, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pkd.serving.galleries import audit
+from pkd.serving.galleries.enrolment import enrol_one
+from pkd.serving.galleries.gallery import (
+    Attributes,
+    Consent,
+    Enrolled,
+    Enrolment,
+    Found,
+    Gallery,
+    Moved,
+    Receipt,
+    Space,
+    Subject,
+    Template,
+    Vectors,
+)
+from pkd.serving.galleries.memory_index import template_id
+from pkd.serving.galleries.sqlite_file import SqliteFile, explained
+from pkd.serving.galleries.tail import STORED, Tail
+from pkd.serving.galleries.vault import GalleryKey, MasterKey
+from pkd.serving.problems import Problem
+
+PATIENCE = 0.2
+"""Seconds a search waits for changes that another thread is taking in; then it answers by what is known."""
+ANSWERS_KEPT = 7 * 86400.0
+"""Seconds an idempotency key is remembered."""
+CHANGES_KEPT = 3600
+"""Seconds a change is kept for processes to follow; one that was silent for longer reads everything anew."""
+ATTEMPTS = 5
+"""How often the write-ahead log is tried to be cut after a deletion, a second each."""
+
+logger = logging.getLogger("pkd.serving")
+
+
+class SqliteStore:
+    """A GalleryStore. Blocking and thread-safe; one a process, any number of processes on one folder."""
+
+    def __init__(self, folder: Path, master: MasterKey, *, create: bool = True) -> None:
+        """Open or create the database in ``folder`` and read every template into memory.
+
+        Raises InputError (another master key, an unknown schema) or Problem store-unavailable.
+        """
+        self._file = SqliteFile(folder, master, create=create)
+        try:
+            self._tail = Tail(self._file)
+            self._tail.catch_up()
+            self._wal_owed = not self._file.truncate()
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def unreadable(self) -> Sequence[str]:
+        """Why templates that do not decrypt take no part in searches, one line each."""
+        return list(self._tail.unreadable.values())
+
+    def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
+        """Create, or return what is there if it has this very space; else a gallery-conflict."""
+        with self._file.writing() as db:
+            self._file.require_master(db)
+            found = db.execute("SELECT space, dim FROM galleries WHERE name = ?", (name,)).fetchone()
+            if found and found != (space.id, space.dim):
+                raise Problem(
+                    "gallery-conflict",
+                    f"gallery {name} exists with space {found[0]}. Use another name, or migrate it.",
+                    expected=found[0],
+                    got=space.id,
+                )
+            if not found:
+                _, wrapped = self._file.master.new_gallery(name)
+                db.execute(
+                    "INSERT INTO galleries (name, key, space, dim, created, retention) VALUES (?, ?, ?, ?, ?, ?)",
+                    (name, wrapped, space.id, space.dim, time.time(), retention),
+                )
+                audit.append(db, actor, "create", name)
+        self._tail.catch_up()
+        return self.get(name)
+
+    def get(self, name: str) -> Gallery:
+        """One gallery."""
+        with self._file.reading() as db:
+            return _gallery(db, name)
+
+    def list(self) -> Sequence[Gallery]:
+        """All, by name."""
+        with self._file.reading() as db:
+            names = [name for (name,) in db.execute("SELECT name FROM galleries ORDER BY name")]
+            return [_gallery(db, name) for name in names]
+
+    def delete(self, name: str, actor: str) -> Receipt:
+        """Delete a gallery with all that is in it, and its key."""
+        with self._file.writing() as db:
+            gallery = _gallery(db, name)
+            templates = sum(gallery.templates.values())
+            (answers,) = db.execute(
+                "SELECT count(*) FROM answers a JOIN galleries g ON g.id = a.gallery WHERE g.name = ?", (name,)
+            ).fetchone()
+            rows = 1 + len(gallery.templates) + gallery.subjects + templates + answers
+            db.execute("DELETE FROM galleries WHERE name = ?", (name,))
+            head = audit.append(db, actor, "delete-gallery", name, templates=templates, rows=rows)
+        return Receipt(name, None, templates, rows, self._erased("key"), head.sequence, head.hash)
+
+    def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | Problem]:
+        """Enrol many subjects in one durable step; a Problem in the place of each that was refused."""
+        done: list[Enrolled | Problem] = []
+        with self._file.writing() as db:
+            now = _gallery(db, gallery)
+            key = self._key(db, gallery)
+            for enrolment in enrolments:
+                try:
+                    done.append(enrol_one(db, now, key, enrolment, actor))
+                except Problem as problem:
+                    done.append(problem)
+        self._tail.catch_up()
+        return done
+
+    def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
+        """One subject, with their vectors where asked for."""
+        with self._file.reading() as db:
+            key = self._key(db, gallery)
+            row = _subject_row(db, gallery, subject)
+            return _subject(db, key, row, vectors)
+
+    def subjects(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
+        """Ids in ascending order after ``after``: a page."""
+        with self._file.reading() as db:
+            _gallery_row(db, gallery)
+            rows = db.execute(
+                "SELECT s.name FROM subjects s JOIN galleries g ON g.id = s.gallery "
+                "WHERE g.name = ? AND s.name > ? ORDER BY s.name LIMIT ?",
+                (gallery, after, limit),
+            )
+            return [name for (name,) in rows]
+
+    def delete_subject(self, gallery: str, subject: str, actor: str) -> Receipt:
+        """Delete a subject's templates and key."""
+        with self._file.writing() as db:
+            key = self._key(db, gallery)
+            row = _subject_row(db, gallery, subject)
+            templates, rows = _delete_subject(db, row[0])
+            head = audit.append(
+                db,
+                actor,
+                "delete-subject",
+                gallery,
+                subject=key.pseudonym(subject),
+                templates=templates,
+                rows=rows,
+            )
+        return Receipt(gallery, subject, templates, rows, self._erased("key"), head.sequence, head.hash)
+
+    def search(
+        self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None
+    ) -> Sequence[Found]:
+        """For each of the unit rows Q×D the nearest subjects among templates of ``encoder``, exactly.
+
+        Where the database cannot be read, the answer is by what was read before.
+        """
+        try:
+            self._tail.catch_up(PATIENCE)
+        except Problem as problem:
+            logger.warning("searching by what is in memory: %s", problem)
+        followed = self._tail.gallery(gallery)
+        if followed is None:
+            raise unknown_gallery(gallery)
+        return followed.index.search(encoder, np.asarray(queries, np.float32), top_k, where)
+
+    def begin_migration(self, gallery: str, space: Space, actor: str) -> Gallery:
+        """Take templates of a second space, too. The same space again is no error: a migration is resumable."""
+        with self._file.writing() as db:
+            now = _gallery(db, gallery)
+            if now.moving_to is None and now.space.id != space.id:
+                db.execute(
+                    "UPDATE galleries SET next_space = ?, next_dim = ? WHERE name = ?", (space.id, space.dim, gallery)
+                )
+                audit.append(db, actor, "begin-migration", gallery)
+            elif now.moving_to != space:
+                state = f"moves to {now.moving_to.id} already" if now.moving_to else "has this space already"
+                raise Problem("gallery-conflict", f"gallery {gallery} {state}. End that first, or choose another.")
+        return self.get(gallery)
+
+    def unmoved(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
+        """Subjects without a template in the second space: a page, as ``subjects``."""
+        with self._file.reading() as db:
+            now = _moving(db, gallery)
+            assert now.moving_to
+            return _without(db, gallery, now.moving_to.id, after, limit)
+
+    def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> Moved:
+        """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round.
+
+        A gallery-conflict while a subject would be left without a template.
+        """
+        with self._file.writing() as db:
+            now = _moving(db, gallery)
+            assert now.moving_to
+            kept, left = (now.space, now.moving_to) if abandon else (now.moving_to, now.space)
+            behind = _without(db, gallery, kept.id, "", 1)
+            if behind:
+                raise Problem(
+                    "gallery-conflict",
+                    f"gallery {gallery}: subjects would be left without a template, {behind[0]} first. "
+                    f"Enrol them in space {kept.id}, or delete them.",
+                )
+            (id, *_) = _gallery_row(db, gallery)
+            encoders = "(SELECT id FROM encoders WHERE gallery = ? AND space = ?)"
+            templates = db.execute(f"DELETE FROM templates WHERE encoder IN {encoders}", (id, left.id)).rowcount
+            rows = (
+                templates + db.execute("DELETE FROM encoders WHERE gallery = ? AND space = ?", (id, left.id)).rowcount
+            )
+            db.execute(
+                "UPDATE galleries SET space = ?, dim = ?, next_space = NULL, next_dim = NULL WHERE id = ?",
+                (kept.id, kept.dim, id),
+            )
+            head = audit.append(db, actor, "end-migration", gallery, templates=templates, rows=rows)
+        return Moved(templates, Receipt(gallery, None, templates, rows, self._erased(), head.sequence, head.hash))
+
+    def expire(self, now: float) -> int:
+        """Delete what is past its time; returns how many templates. Called again and again by the server."""
+        with self._file.writing() as db:
+            rows = db.execute(
+                "SELECT s.id, s.name, g.name, count(*) FROM templates t JOIN subjects s ON s.id = t.subject "
+                "JOIN galleries g ON g.id = s.gallery WHERE t.expires <= ? GROUP BY s.id",
+                (now,),
+            ).fetchall()
+            keys = {gallery: self._key(db, gallery) for gallery in {row[2] for row in rows}}
+            for id, name, gallery, templates in rows:
+                gone = db.execute("DELETE FROM templates WHERE subject = ? AND expires <= ?", (id, now)).rowcount
+                if not db.execute("SELECT 1 FROM templates WHERE subject = ? LIMIT 1", (id,)).fetchone():
+                    gone += _delete_subject(db, id)[1]
+                pseudonym = keys[gallery].pseudonym(name)
+                audit.append(db, "retention", "expire", gallery, subject=pseudonym, templates=templates, rows=gone)
+            db.execute("DELETE FROM answers WHERE created <= ?", (now - ANSWERS_KEPT,))
+            db.execute("DELETE FROM changes WHERE time < unixepoch() - ?", (CHANGES_KEPT,))
+        total: int = sum(row[3] for row in rows)
+        if total:
+            self._erased()
+        elif self._wal_owed:
+            self._wal_owed = not self._file.truncate()
+        return total
+
+    def export(self, gallery: str) -> Iterator[Subject]:
+        """Every subject with vectors, by id, as of one moment. Until it is through, deletions cannot cut the log."""
+        with explained():
+            db = self._file.connect()
+            db.execute("BEGIN")
+            try:
+                key = self._key(db, gallery)
+                (id, *_) = _gallery_row(db, gallery)
+            except BaseException:
+                db.close()
+                raise
+        return _exported(db, key, id)
+
+    def check(self) -> None:
+        """Raise a store-unavailable Problem unless the store can read and write right now.
+
+        Commits a heartbeat: a transaction that is undone would touch no disk and notice neither a full one nor one
+        that has become read-only.
+        """
+        with self._file.writing() as db:
+            db.execute("UPDATE about SET value = value + 1 WHERE name = 'heartbeat'")
+        self._tail.catch_up()
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+        self._tail.close()
+        self._file.close()
+
+    def _key(self, db: sqlite3.Connection, gallery: str) -> GalleryKey:
+        row = _gallery_row(db, gallery)
+        followed = self._tail.gallery(gallery)
+        if followed and followed.id == row[0]:
+            return followed.key
+        self._file.require_master(db)
+        return self._file.master.gallery(gallery, row[1])
+
+    def _erased(self, *also: str) -> tuple[str, ...]:
+        """Follow a deletion into memory and the write-ahead log; returns what the receipt may claim."""
+        self._tail.catch_up()
+        cut = any(self._file.truncate() for _ in range(ATTEMPTS))
+        self._wal_owed = not cut
+        return ("rows", *also, "index", *(("wal",) if cut else ()))
+
+
+def unknown_gallery(name: str) -> Problem:
+    """The Problem of a gallery that is not there."""
+    return Problem("unknown-gallery", f"No gallery is called {name}. PUT /v1/galleries/{name} creates it.")
+
+
+def _gallery_row(db: sqlite3.Connection, name: str) -> tuple[int, bytes]:
+    row: tuple[int, bytes] | None = db.execute("SELECT id, key FROM galleries WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        raise unknown_gallery(name)
+    return row
+
+
+def _gallery(db: sqlite3.Connection, name: str) -> Gallery:
+    (id, _) = _gallery_row(db, name)
+    space, dim, next_space, next_dim, created, retention, subjects = db.execute(
+        "SELECT space, dim, next_space, next_dim, created, retention, subjects FROM galleries WHERE id = ?", (id,)
+    ).fetchone()
+    templates = db.execute(
+        "SELECT name, templates FROM encoders WHERE gallery = ? AND templates > 0 ORDER BY name", (id,)
+    )
+    moved = 0
+    if next_space:
+        (moved,) = db.execute(
+            "SELECT count(DISTINCT t.subject) FROM templates t JOIN encoders e ON e.id = t.encoder "
+            "WHERE e.gallery = ? AND e.space = ?",
+            (id, next_space),
+        ).fetchone()
+    moving_to = Space(next_space, next_dim) if next_space else None
+    return Gallery(name, Space(space, dim), moving_to, created, retention, subjects, dict(templates.fetchall()), moved)
+
+
+def _moving(db: sqlite3.Connection, name: str) -> Gallery:
+    gallery = _gallery(db, name)
+    if gallery.moving_to is None:
+        raise Problem("gallery-conflict", f"gallery {name} is not being migrated. Begin a migration first.")
+    return gallery
+
+
+def _without(db: sqlite3.Connection, gallery: str, space: str, after: str, limit: int) -> list[str]:
+    """Subjects that have no template in a space."""
+    rows = db.execute(
+        "SELECT s.name FROM subjects s JOIN galleries g ON g.id = s.gallery WHERE g.name = ? AND s.name > ? "
+        "AND NOT EXISTS (SELECT 1 FROM templates t JOIN encoders e ON e.id = t.encoder "
+        "WHERE t.subject = s.id AND e.space = ?) ORDER BY s.name LIMIT ?",
+        (gallery, after, space, limit),
+    )
+    return [name for (name,) in rows]
+
+
+SubjectRow = tuple[int, str, bytes, str, str | None]
+
+
+def _subject_row(db: sqlite3.Connection, gallery: str, subject: str) -> SubjectRow:
+    row: SubjectRow | None = db.execute(
+        "SELECT s.id, s.name, s.key, s.attributes, s.consent FROM subjects s JOIN galleries g ON g.id = s.gallery "
+        "WHERE g.name = ? AND s.name = ?",
+        (gallery, subject),
+    ).fetchone()
+    if row is None:
+        raise Problem("unknown-subject", f"Gallery {gallery} has no subject {subject}.")
+    return row
+
+
+def _subject(db: sqlite3.Connection, gallery: GalleryKey, row: SubjectRow, vectors: bool) -> Subject:
+    id, name, wrapped, attributes, consent = row
+    key = gallery.subject(name, wrapped) if vectors else None
+    templates = []
+    for number, encoder, space, created, expires, sealed in db.execute(
+        "SELECT t.id, e.name, e.space, t.created, t.expires, t.sealed FROM templates t "
+        "JOIN encoders e ON e.id = t.encoder WHERE t.subject = ? ORDER BY t.id",
+        (id,),
+    ):
+        vector = None
+        if key:
+            plain = key.open(sealed, template_id(number), encoder)
+            vector = np.frombuffer(plain, STORED).astype(np.float32)
+        templates.append(Template(template_id(number), encoder, space, created, expires, vector))
+    return Subject(name, tuple(templates), json.loads(attributes), Consent(**json.loads(consent)) if consent else None)
+
+
+def _delete_subject(db: sqlite3.Connection, id: int) -> tuple[int, int]:
+    """Delete all of a subject: how many templates, and how many rows."""
+    templates = db.execute("DELETE FROM templates WHERE subject = ?", (id,)).rowcount
+    answers = db.execute("DELETE FROM answers WHERE subject = ?", (id,)).rowcount
+    db.execute("DELETE FROM subjects WHERE id = ?", (id,))
+    return templates, templates + answers + 1
+
+
+def _exported(db: sqlite3.Connection, key: GalleryKey, gallery: int) -> Iterator[Subject]:
+    try:
+        with explained():
+            rows = db.execute(
+                "SELECT id, name, key, attributes, consent FROM subjects WHERE gallery = ? ORDER BY name", (gallery,)
+            )
+            for row in rows:
+                yield _subject(db, key, row, True)
+    finally:
+        db.close()

@@ -1,0 +1,178 @@
+"""Transfer: a gallery as NDJSON, out of one server and into another. Header, a line per subject, and a last line that
+proves that nothing is missing.
+
+Vectors leave here as plain numbers: an export is biometric data, and whoever may make one may read everyone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Discriminator, RootModel, Tag
+
+from pkd.serving.answers import line, when
+from pkd.serving.galleries.admission import admit
+from pkd.serving.galleries.bulk import Answer, Item
+from pkd.serving.galleries.enrolling import consent_of
+from pkd.serving.galleries.gallery import Enrolment, Gallery, NewTemplate, Subject
+from pkd.serving.galleries.schemas import FORMAT, ExportedSubject, ExportedTemplate, ExportEnd, ExportHeader
+from pkd.serving.images import parse
+from pkd.serving.problems import Problem, from_error
+from pkd.serving.schemas import MANY_VALUES
+from pkd.serving.vectors import decode
+from pkd.toolkit.errors import PkdError
+
+if TYPE_CHECKING:
+    from pkd.serving.service import Service
+
+PIECE = 64
+"""Subjects that are read and sent together."""
+
+
+def _kind(sent: object) -> str:
+    keys = sent if isinstance(sent, dict) else {}
+    return "header" if "format" in keys else "end" if "end" in keys else "subject"
+
+
+class Line(
+    RootModel[
+        Annotated[
+            Annotated[ExportHeader, Tag("header")]
+            | Annotated[ExportedSubject, Tag("subject")]
+            | Annotated[ExportEnd, Tag("end")],
+            Discriminator(_kind),
+        ]
+    ]
+):
+    """Any line of an export, told apart by its fields."""
+
+
+async def export(service: Service, gallery: Gallery) -> AsyncGenerator[bytes, None]:
+    """The lines of an export. The store is read in one thread, for its cursor may belong to that thread."""
+    loop = asyncio.get_running_loop()
+    reader = ThreadPoolExecutor(1, thread_name_prefix="pkd-export")
+    subjects: Iterator[Subject] = iter(())
+    count = 0
+    try:
+        yield line(_header(gallery))
+        subjects = await loop.run_in_executor(reader, lambda: iter(service.store.export(gallery.name)))
+        while piece := await loop.run_in_executor(reader, lambda: list(map(_exported, islice(subjects, PIECE)))):
+            count += len(piece)
+            yield b"".join(piece)
+        yield line({"end": True, "subjects": count})
+    except Problem as problem:  # too late for a status: no last line, and the reason in its place
+        yield line({"problem": problem.body()})
+    finally:
+        close = getattr(subjects, "close", None)
+        if close:
+            reader.submit(close)
+        reader.shutdown(wait=False)
+
+
+class Import:
+    """One import: lines of an export → enrolments, under keys made of their content, so that it can be sent again."""
+
+    def __init__(self, service: Service) -> None:
+        self._encoders = service.encoders
+        self._subjects = 0
+        self._ended = False
+
+    async def read(self, gallery: Gallery, item: Item) -> Answer | None:
+        """A line; only subjects and faults are answered."""
+        answer = Answer(item.number)
+        try:
+            if isinstance(item.content, Problem):
+                return answer.refused(item.content)
+            sent = parse(Line, item.content, MANY_VALUES).root
+            if isinstance(sent, ExportHeader):
+                return None
+            if isinstance(sent, ExportEnd):
+                self._ended = True
+                return answer.refused(self._fault(sent.subjects)) if sent.subjects != self._subjects else None
+            self._subjects += 1
+            answer = Answer(item.number, sent.subject)
+            digest = hashlib.sha256(item.content.strip()).hexdigest()
+            return Answer(item.number, sent.subject, None, self._enrolments(gallery, sent, digest))
+        except Problem as problem:
+            return answer.refused(problem)
+        except PkdError as error:
+            return answer.refused(from_error(error))
+
+    def end(self) -> bytes:
+        """The last line of the answer: empty if the body ended as an export does."""
+        return b"" if self._ended else line({"line": None, "problem": self._fault(None).body()})
+
+    def _fault(self, stated: int | None) -> Problem:
+        said = "has no last line" if stated is None else f"states {stated:,} subjects"
+        return Problem(
+            "invalid-request",
+            f"the import {said} and {self._subjects:,} subjects were read: it was cut off. Send the whole export "
+            "again; what was imported is not imported twice.",
+        )
+
+    def _enrolments(self, gallery: Gallery, sent: ExportedSubject, digest: str) -> list[Enrolment]:
+        """One for each time at which templates expire."""
+        groups: dict[float | None, list[NewTemplate]] = defaultdict(list)
+        for one in sent.templates:
+            groups[one.expires.timestamp() if one.expires else None].append(self._template(gallery, one))
+        return [
+            Enrolment(
+                subject=sent.subject,
+                templates=templates,
+                attributes=sent.attributes,
+                consent=consent_of(sent.consent),
+                expires=expires,
+                key=f"import:{digest}:{expires}",
+                digest=digest,
+            )
+            for expires, templates in groups.items()
+        ]
+
+    def _template(self, gallery: Gallery, one: ExportedTemplate) -> NewTemplate:
+        space = admit(self._encoders, gallery, one.encoder, one.space)
+        dim = next(known.dim for known in gallery.spaces if known.id == space)
+        return NewTemplate(one.encoder, space, decode(one.embedding, one.encoding, dim).astype(np.float32))
+
+
+def _header(gallery: Gallery) -> dict[str, Any]:
+    def space(one: Any) -> dict[str, Any]:
+        return {"id": one.id, "dim": one.dim, "metric": "cosine"}
+
+    return {
+        "format": FORMAT,
+        "gallery": gallery.name,
+        "space": space(gallery.space),
+        "moving_to": gallery.moving_to and space(gallery.moving_to),
+        "subjects": gallery.subjects,
+    }
+
+
+def _exported(subject: Subject) -> bytes:
+    consent = subject.consent
+    return line(
+        {
+            "subject": subject.id,
+            "attributes": dict(subject.attributes),
+            "consent": consent and {"basis": consent.basis, "reference": consent.reference, "given": consent.given},
+            "templates": [
+                {
+                    "id": one.id,
+                    "encoder": one.encoder,
+                    "space": one.space,
+                    "created": when(one.created),
+                    "expires": when(one.expires),
+                    "embedding": base64.b64encode(np.asarray(one.vector, "<f2").tobytes()).decode(),
+                    "encoding": "b64_f16",
+                }
+                for one in subject.templates
+            ],
+        }
+    )
