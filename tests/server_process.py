@@ -41,7 +41,7 @@ class Running:
 
 @contextmanager
 def pkd_serve(folder: Path, *options: object) -> Iterator[Running]:
-    """The real command on a free port of this machine, with a gallery in ``folder``. Dies with the block, not before."""
+    """The real command on a free port of this machine, with a gallery in ``folder``. Ends with the block."""
     key = folder / "master.key"
     if not key.exists():
         MasterKey.create(key)

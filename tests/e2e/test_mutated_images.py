@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import io
-import re
 import struct
-import subprocess
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -21,6 +16,7 @@ import pytest
 import serving_bundles as made
 from conftest import HAS_SHARED, SHARED
 from PIL import Image
+from server_process import Running, pkd_serve
 
 from pkd.serving.problems import PROBLEMS
 from pkd.toolkit.synthetic import face
@@ -30,49 +26,37 @@ GROWTH_MB = 250
 """Two decodes of 40 megapixels at once, the largest that is taken, need 240 MB for a moment."""
 
 
-@contextmanager
-def serving(folder: Path) -> Iterator[tuple[httpx.Client, int]]:
-    """The real command on a tiny encoder: a client, and the process id."""
-    family = made.family(folder)
-    command = [str(Path(sys.executable).with_name("pkd-serve")), str(family.folders[0]), "--port", "0", *DETECTOR]
-    process = subprocess.Popen([*command, "--threads", "2"], stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        url = next(found[1] for line in process.stderr if (found := re.search(r"^listening on (\S+)$", line)))
-        with httpx.Client(base_url=url, timeout=60) as client:
-            yield client, process.pid
-        assert process.poll() is None, "the server died"
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, int]]:
-    with serving(tmp_path_factory.mktemp("server")) as started:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("server")
+    with pkd_serve(folder, made.family(folder).folders[0], *DETECTOR, "--threads", "2") as started:
         yield started
 
 
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
 @pytest.mark.soak
-def test_mutated_files(server: tuple[httpx.Client, int], soak: bool) -> None:
-    client, pid = server
+def test_mutated_files(server: Running, client: httpx.Client, soak: bool) -> None:
     count, seen = (10_000 if soak else 400), Counter[str]()
     known = dict(unusual())
     seen.update(judge(client, data, aligned) for data in known.values() for aligned in (True, False))
-    before = peak_mb(pid)
+    before = server.peak_mb()
     with ThreadPoolExecutor(4) as pool:
         jobs = [
             pool.submit(judge, client, data, bool(i % 2)) for i, data in enumerate(islice(mutations(known, 7), count))
         ]
         seen.update(job.result() for job in jobs)
-    assert peak_mb(pid) - before < GROWTH_MB
+    assert server.peak_mb() - before < GROWTH_MB
     assert seen["200"] and seen["bad-image"] and seen["unsupported-media"] and seen["too-large"], seen
     assert client.get("/readyz").status_code == 200
 
 
-def test_orientations(server: tuple[httpx.Client, int]) -> None:
+def test_orientations(client: httpx.Client) -> None:
     """One picture stored in all eight EXIF orientations gives one embedding."""
-    client, _ = server
     upright = Image.fromarray(face(seed=5, person=1, image=0))
     undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90"}
     undo |= {7: "TRANSVERSE", 8: "ROTATE_270"}
@@ -188,9 +172,3 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def with_jpeg_size(data: bytes, side: int) -> bytes:
     at = data.index(b"\xff\xc0") + 5
     return data[:at] + struct.pack(">HH", side, side) + data[at + 4 :]
-
-
-def peak_mb(pid: int) -> float:
-    """Largest resident size of the process so far."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1024

@@ -1,4 +1,4 @@
-"""Mixed load: embeddings, enrolments, searches, comparisons, deletions and refusals. Memory and descriptors stay level."""
+"""Mixed load: embeddings, enrolments, searches, comparisons, deletions, refusals. Memory and descriptors stay level."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import gallery_fixtures as made
 import numpy as np
 import pytest
-from pkd.serving.client import Client, Embedding, Enrolled, Refused
 from scipy import stats
 from server_process import Running, pkd_serve
+
+from pkd.serving.client import Client, Embedding, Enrolled, Refused
 
 MINUTES = 30
 WARM_UP = 1 / 5
@@ -27,7 +29,8 @@ def test_memory_and_descriptors_stay_level(tmp_path: Path, soak: bool) -> None:
     seconds = 60 * MINUTES if soak else 8
     fleet = made.fleet(tmp_path)
     with pkd_serve(tmp_path, *fleet.folders, "--threads", "2", "--enrol-sharpness", "0") as server:
-        Client(server.url).create_gallery("staff")
+        with Client(server.url) as client:
+            client.create_gallery("staff")
         stop, answers = threading.Event(), Counter[str]()
         clients = [threading.Thread(target=visit, args=(server.url, fleet, n, stop, answers)) for n in range(4)]
         for client in clients:
@@ -54,21 +57,20 @@ def visit(url: str, fleet: made.Fleet, number: int, stop: threading.Event, answe
     """One client that does this and that until it is told to stop; counts what it did and what was refused."""
     chance = random.Random(number)
     crops = [made.made.png(crop) for crop in made.CROPS]
+    query = Embedding(fleet.first.embed(made.CROPS[:1])[0], fleet.first.info.id)
+    deeds: dict[str, Callable[[Client, str, bytes], object]] = {
+        "embed": lambda client, _, crop: client.embed(crop, aligned=True),
+        "enrol": lambda client, subject, crop: client.enrol("staff", subject, crop, aligned=True),
+        "identify": lambda client, *_: client.identify("staff", query, target_fpir=0.01),
+        "verify": lambda client, subject, _: client.verify(query, Enrolled("staff", subject), target_fmr=1e-3),
+        "delete": lambda client, subject, _: client.delete_subject("staff", subject),
+        "broken": lambda client, _, crop: client.embed(crop[: len(crop) // 2], aligned=True),
+    }
     with Client(url) as client:
         while not stop.is_set():
-            subject, crop = f"s{chance.randrange(200)}", chance.choice(crops)
-            query = Embedding(fleet.first.embed(made.CROPS[:1])[0], fleet.first.info.id)
-            deeds = {
-                "embed": lambda: client.embed(crop, aligned=True),
-                "enrol": lambda: client.enrol("staff", subject, crop, aligned=True),
-                "identify": lambda: client.identify("staff", query, target_fpir=0.01),
-                "verify": lambda: client.verify(query, Enrolled("staff", subject), target_fmr=1e-3),
-                "delete": lambda: client.delete_subject("staff", subject),
-                "broken": lambda: client.embed(crop[: len(crop) // 2], aligned=True),
-            }
             deed = chance.choice(list(deeds))
             try:
-                deeds[deed]()
+                deeds[deed](client, f"s{chance.randrange(200)}", chance.choice(crops))
                 answers[deed] += 1
             except Refused as refused:
                 assert refused.type in ("bad-image", "unknown-subject"), refused
