@@ -80,7 +80,7 @@ class ExecuTorchEncoder:
 
 
 def open_executorch(bundle: Bundle, target: Target, file: str, threads: int) -> ExecuTorchEncoder:
-    """Open ``file`` (``.pte``). Raises MissingExtra, or BundleError for a program of other shapes than the encoder's."""
+    """Open ``file`` (``.pte``). Raises MissingExtra, or BundleError for a program of other shapes."""
     net = ExecuTorchNet(bundle.read(file), threads)
     size = target.encoder.preprocess.size
     expected = ((1, size, size, 3), (1, target.encoder.space.dim))
