@@ -21,8 +21,9 @@ from pkd.export.cli import main
 from pkd.export.golden import synthetic_crops
 from pkd.export.to_executorch import to_executorch
 from pkd.export.to_onnx import serialise, uint8_graph
+from pkd.serving.encoders import Loaded
 from pkd.toolkit.bundle import Bundle, self_test
-from pkd.toolkit.errors import BundleError, InputError
+from pkd.toolkit.errors import BundleError, InputError, TargetUnavailable
 from pkd.toolkit.executorch_runtime import open_executorch
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import open_bundle
@@ -133,3 +134,8 @@ def test_what_xnnpack_lacks_is_refused_by_name() -> None:
     graph.graph.node[2].input[1] = "computed"
     with pytest.raises(InputError, match=r"XNNPACK has no .*where.*, which this network needs"):
         to_executorch(serialise(uint8_graph(graph, Preprocess(), DIM)))
+
+
+def test_no_server_loads_what_needs_torch(made: Bundle) -> None:
+    with pytest.raises(TargetUnavailable, match="for devices"):
+        Loaded.open(made.path / "targets/executorch-fp32")
