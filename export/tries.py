@@ -68,12 +68,17 @@ class Tries:
             yield from self._mixed(form, f"{trained}, ")
 
     def _mixed(self, form: Form, before: str) -> Iterator[str]:
-        plain = len(self.graphs.get("fp32", form).data)
         for count in self._counts(form):
+            if not self._small(form):  # before layers are measured, and more of them can only make it larger
+                return
             self.graphs.leave(form, count)
-            if len(self.graphs.get("int8", form).data) * MOST_BYTES > plain:
+            if not self._small(form):
                 return
             yield f"{before}{count} layer{'s' if count > 1 else ''} in float32"
+
+    def _small(self, form: Form) -> bool:
+        made, plain = self.graphs.get("int8", form).data, self.graphs.get("fp32", form).data
+        return len(made) * MOST_BYTES <= len(plain)
 
     def _counts(self, form: Form) -> list[int]:
         """Numbers of layers to leave in float32; none where a number was ordered."""

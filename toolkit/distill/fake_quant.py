@@ -50,10 +50,10 @@ def scale_of(low: float, high: float, grid: Grid) -> tuple[float, int]:
     if grid.symmetric:
         high = max(-low, high)
         low = -high
-    scale = float(torch.tensor((high - low) / grid.steps, dtype=torch.float32))
+    scale = (high - low) / grid.steps
     if scale < torch.finfo(torch.float32).tiny:
         return 1.0, 0
-    return scale, 0 if grid.symmetric else round(grid.lowest - low / scale)
+    return float(torch.tensor(scale)), 0 if grid.symmetric else round(grid.lowest - low / scale)
 
 
 def fake_quantise(values: Tensor, low: float, high: float, grid: Grid) -> Tensor:

@@ -25,7 +25,7 @@ from pkd.toolkit.distill.trainer import Trainer
 from pkd.toolkit.errors import InputError, TrainingDiverged
 from pkd.toolkit.space import EncoderInfo, describe, require_same_space
 
-RATE = 0.02
+RATE = 0.1
 """Peak learning rate, of that of the run: its weights are near where they should end up."""
 
 
