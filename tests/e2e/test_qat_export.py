@@ -80,8 +80,7 @@ def test_training_on_rescues_what_int8_ruined(
     command += ["--gate-fmr", "0.02", "--max-tar-drop", "0.2", "--qat", "--qat-steps", "120"]
     assert main([*command, "--qat-faces", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
-    code = main([c for c in command])
-    assert code == 0, capsys.readouterr().err
+    assert main(command) == 0, capsys.readouterr().err
     told = json.loads(capsys.readouterr().out)
     first, last = told["gated"][0], told["gated"][-1]
     assert not first["passed"] and first["drop"]["difference"] > 0.2, "plain INT8 really fails"

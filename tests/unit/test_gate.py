@@ -131,3 +131,25 @@ def test_the_command_gates_and_certifies_every_target(
 def test_a_student_needs_its_teacher(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["run", "-o", str(tmp_path / "made"), "--gate", "faces"]) == 2
     assert "Pass --gate-teacher SPEC, too." in capsys.readouterr().err
+
+
+def test_a_second_try_measures_the_target_alone_and_is_judged_more_strictly(faces: Path) -> None:
+    class Counted(Projection):
+        asked = 0
+
+        def embed(self, crops: Rgb) -> Embeddings:
+            self.asked += len(crops)
+            return super().embed(crops)
+
+    reference, target = Counted(TEACHER), Projection(in_mode(TEACHER, "int8"), 0.35)
+    opened = Gate(order(faces, max_drop=0.5), reference, silent)
+    (first,) = opened.judge({"int8": target})
+    asked = reference.asked
+    (second,) = opened.judge({"int8": target}, "another way", level=0.99)
+    assert reference.asked == asked > 0
+    assert first.row.drop == second.row.drop and first.row.most == first.row.drop.ci95[1] < second.row.most
+    between = Gate(order(faces, max_drop=(first.row.most + second.row.most) / 2), reference, silent)
+    assert between.judge({"int8": target})[0].row.passed
+    assert not between.judge({"int8": target}, "another way", level=0.99)[0].row.passed
+    said = opened.conclude([first, second]).said
+    assert "in try 2 on these people: another way" in said and said.count("int8 loses") == 1
