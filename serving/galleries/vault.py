@@ -26,6 +26,8 @@ KEY = 32
 """Bytes of every key."""
 NONCE = 12
 """Bytes in front of every ciphertext."""
+LEVELS = ("gallery", "subject", "template", "encoder")
+"""What the parts of a place name, outermost first."""
 _HEX = re.compile(r"\s*([0-9a-fA-F]{64})\s*", re.ASCII)
 _MAKE = "Make a key with pkd-gallery new-key FILE"
 
@@ -174,7 +176,8 @@ def _open(cipher: AESGCM, sealed: bytes, place: bytes) -> bytes:
     try:
         return cipher.decrypt(sealed[:NONCE], sealed[NONCE:], place)
     except (InvalidTag, ValueError):
-        what = " ".join(part.decode("utf-8", "replace") for part in place.split(b"\0")[1::2])
+        names = [part.decode("utf-8", "replace") for part in place.split(b"\0")[3::2]]
+        what = ", ".join(f"{level} {name}" for level, name in zip(LEVELS, names, strict=False))
         raise Sealed(f"{what}: does not decrypt: changed, moved, or sealed with another key.") from None
 
 
