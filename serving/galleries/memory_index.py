@@ -6,7 +6,7 @@ Searches that arrive while one runs are answered together in one matrix product;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +24,12 @@ class Rows:
     encoder: str
     templates: Ints
     subjects: Ints
-    names: Mapping[int, str]
-    """Subject number → id."""
-    attributes: Mapping[int, Attributes]
-    """Subject number → attributes."""
+    names: Sequence[str]
+    """The subjects' ids."""
+    attributes: Sequence[Attributes]
+    """Distinct sets of attributes, fewer than N."""
+    described: Ints
+    """Which of them each subject has."""
     vectors: Floats
     """N×D."""
 
@@ -104,13 +106,10 @@ class MemoryIndex:
     def _add(self, rows: Rows) -> None:
         if rows.encoder not in self._matrices:
             self._matrices[rows.encoder] = Matrix(rows.vectors.shape[1])
-        sets = np.empty(len(rows.templates), np.int32)
-        counts = dict(zip(*(part.tolist() for part in np.unique(rows.subjects, return_counts=True)), strict=True))
-        numbers = {}
-        for subject, count in counts.items():
-            numbers[subject] = self._sets.hold(rows.attributes[subject], count)
-            self._names[subject] = rows.names[subject]
-        sets[:] = [numbers[subject] for subject in rows.subjects.tolist()]
+        counts = np.bincount(rows.described, minlength=len(rows.attributes)).tolist()
+        numbers = [self._sets.hold(items, count) for items, count in zip(rows.attributes, counts, strict=True)]
+        sets = np.array(numbers, np.int32)[rows.described]
+        self._names.update(zip(rows.subjects.tolist(), rows.names, strict=True))
         self._matrices[rows.encoder].add(rows.templates, rows.subjects, sets, rows.vectors)
 
     def _remove(self, templates: Ints) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pkd.serving.galleries import audit
-from pkd.serving.galleries.enrolment import enrol_one
+from pkd.serving.galleries.enrolment import Enrolling
 from pkd.serving.galleries.gallery import (
     Attributes,
     Consent,
@@ -124,10 +124,11 @@ class SqliteStore:
         done: list[Enrolled | Problem] = []
         with self._file.writing() as db:
             now = _gallery(db, gallery)
-            key = self._key(db, gallery)
+            (id, _) = _gallery_row(db, gallery)
+            enrolling = Enrolling(db, now, id, self._key(db, gallery), actor)
             for enrolment in enrolments:
                 try:
-                    done.append(enrol_one(db, now, key, enrolment, actor))
+                    done.append(enrolling.enrol(enrolment))
                 except Problem as problem:
                     done.append(problem)
         self._tail.catch_up()

@@ -10,6 +10,7 @@ import json
 import logging
 import sqlite3
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,10 +20,9 @@ from itertools import groupby
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pkd.serving.galleries.gallery import Attributes
 from pkd.serving.galleries.memory_index import MemoryIndex, Rows, template_id
 from pkd.serving.galleries.sqlite_file import SqliteFile, explained
-from pkd.serving.galleries.vault import GalleryKey, Sealed, SubjectKey
+from pkd.serving.galleries.vault import GalleryKey, Sealed
 from pkd.serving.settings import usable_cores
 
 STORED = np.dtype("<f2")
@@ -43,18 +43,8 @@ class Followed:
     index: MemoryIndex
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A template as the database has it."""
-
-    gallery: int
-    encoder: str
-    template: int
-    subject: int
-    name: str
-    key: bytes
-    attributes: str
-    sealed: bytes
+_Row = tuple[int, str, int, int, str, bytes, str, bytes]
+"""Gallery, encoder, template, subject, their id, key and attributes, ciphertext."""
 
 
 class Tail:
@@ -166,39 +156,36 @@ class Tail:
             (self._template,),
         )
         for chunk in iter(lambda: cursor.fetchmany(AT_ONCE), []):
-            rows = [_Row(*row) for row in chunk]
-            rows.sort(key=lambda row: (row.gallery, row.encoder, row.template))
-            for (gallery, encoder), group in groupby(rows, key=lambda row: (row.gallery, row.encoder)):
+            groups: dict[tuple[int, str], list[_Row]] = defaultdict(list)
+            for row in chunk:
+                groups[row[:2]].append(row)
+            for (gallery, encoder), rows in groups.items():
                 if gallery in self._by_id:
-                    self._add_rows(self._by_id[gallery], encoder, list(group))
+                    self._add_rows(self._by_id[gallery], encoder, rows)
             self._template = chunk[-1][2]
 
     def _add_rows(self, gallery: Followed, encoder: str, rows: Sequence[_Row]) -> None:
-        good, plain = [], []
-        keys: dict[int, SubjectKey] = {}
-        for row in rows:
-            try:
-                if row.subject not in keys:
-                    keys[row.subject] = gallery.key.subject(row.name, row.key)
-                plain.append(keys[row.subject].open(row.sealed, template_id(row.template), encoder))
-                good.append(row)
-            except Sealed as error:
-                self.unreadable[row.template] = str(error)
-                logger.error("%s It takes no part in searches.", error)
+        sealed = ((name, key, template_id(template), data) for _, _, template, _, name, key, _, data in rows)
+        plain = list(gallery.key.templates(sealed, encoder))
+        for row, found in zip(rows, plain, strict=True):
+            if isinstance(found, Sealed):
+                self.unreadable[row[2]] = str(found)
+                logger.error("%s It takes no part in searches.", found)
+        good = [row for row, found in zip(rows, plain, strict=True) if not isinstance(found, Sealed)]
         if not good:
             return
-        parsed: dict[str, Attributes] = {}
-        for row in good:
-            if row.attributes not in parsed:
-                parsed[row.attributes] = json.loads(row.attributes)
+        data = b"".join(found for found in plain if not isinstance(found, Sealed))
+        _, _, templates, subjects, names, _, attributes, _ = zip(*good, strict=True)
+        places = {text: place for place, text in enumerate(dict.fromkeys(attributes))}
         gallery.index.add(
             Rows(
                 encoder,
-                np.array([row.template for row in good], np.int64),
-                np.array([row.subject for row in good], np.int64),
-                {row.subject: row.name for row in good},
-                {row.subject: parsed[row.attributes] for row in good},
-                np.frombuffer(b"".join(plain), STORED).reshape(len(good), -1).astype(np.float32),
+                np.array(templates, np.int64),
+                np.array(subjects, np.int64),
+                names,
+                [json.loads(text) for text in places],
+                np.array([places[text] for text in attributes], np.int64),
+                np.frombuffer(data, STORED).reshape(len(good), -1).astype(np.float32),
             )
         )
 

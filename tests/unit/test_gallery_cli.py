@@ -82,7 +82,7 @@ def test_verify_passes_and_names_the_head(folder: Path, key: Path, capsys: pytes
         ("UPDATE audit SET actor = 'eve' WHERE sequence = 3", "audit record 3"),
         (
             "UPDATE templates SET sealed = zeroblob(60) WHERE id = 4",
-            "subject s001, template 000000000004, encoder teacher@sha256:a: does not decrypt",
+            "template 000000000004, encoder teacher@sha256:a: does not",
         ),
         ("UPDATE subjects SET name = 'bob' WHERE name = 'ann'", "subject bob: does not decrypt"),
         ("UPDATE galleries SET name = 'guests'", "gallery guests: does not decrypt"),
@@ -165,6 +165,9 @@ def test_mistakes_are_one_line(folder: Path, key: Path, tmp_path: Path, capsys: 
     assert "exists already" in failed(capsys, 2, "export", folder, "staff", key, "--master-key", key)
     (tmp_path / "junk").write_text('{"format": "other"}\n')
     assert "has format other" in failed(capsys, 2, "import", folder, tmp_path / "junk", "--master-key", key)
+    head = {"format": "pkd-gallery-1", "gallery": "staff", "space": {"id": OLD.id, "dim": OLD.dim}}
+    (tmp_path / "junk").write_text(json.dumps(head) + '\n{"subject": "x", "templates": [{}]}\n')
+    assert "line 2" in failed(capsys, 2, "import", folder, tmp_path / "junk", "--master-key", key)
     (tmp_path / "junk").write_text("junk\n")
     assert "line 1" in failed(capsys, 2, "import", folder, tmp_path / "junk", "--master-key", key)
     assert "No such file" in failed(capsys, 2, "import", folder, tmp_path / "none", "--master-key", key)

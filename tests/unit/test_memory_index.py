@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 from gallery_conformance import plain_search, unit
@@ -15,8 +16,8 @@ def rows(first: int, count: int, *, encoder: str = "e", subjects: int = 10**6, s
     """Templates first … of subjects first % subjects …"""
     templates = np.arange(first, first + count)
     owners = templates % subjects + 1
-    names = {number: f"s{number:04d}" for number in owners.tolist()}
-    return Rows(encoder, templates, owners, names, {number: {"site": site} for number in names}, unit(first, count))
+    names = [f"s{number:04d}" for number in owners.tolist()]
+    return Rows(encoder, templates, owners, names, [{"site": site}], np.zeros(count, np.int64), unit(first, count))
 
 
 def test_a_subject_stays_as_long_as_one_template_does() -> None:
@@ -68,7 +69,7 @@ def test_contents_tell_whether_two_hold_the_same() -> None:
     other.remove(np.array([3]))
     assert one.contents() != other.contents()
     swapped = rows(3, 1)
-    other.add(Rows("e", swapped.templates, swapped.subjects, swapped.names, swapped.attributes, unit(77)))
+    other.add(replace(swapped, vectors=unit(77)))
     assert one.contents() != other.contents()
 
 

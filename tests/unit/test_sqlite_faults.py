@@ -14,6 +14,7 @@ import pytest
 from gallery_conformance import ALICE, ENCODER, OLD, enrolled, one, refused, unit
 
 from pkd.serving.galleries import sqlite_file, sqlite_store
+from pkd.serving.galleries.enrolment import Enrolling
 from pkd.serving.galleries.inspection import inspect
 from pkd.serving.galleries.sqlite_file import NAME, SqliteFile, rewrap
 from pkd.serving.galleries.sqlite_store import SqliteStore
@@ -293,17 +294,14 @@ def test_a_changed_master_key_stops_those_who_have_the_old_one(store: SqliteStor
 
 
 def test_an_error_in_the_middle_leaves_nothing(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = iter(range(10))
+    calls, real = iter(range(10)), Enrolling._insert
 
     def insert(*args: object) -> int:
         if next(calls) == 1:
             raise sqlite3.OperationalError("database or disk is full")
         return real(*args)  # type: ignore[arg-type]
 
-    from pkd.serving.galleries import enrolment
-
-    real = enrolment._insert
-    monkeypatch.setattr(enrolment, "_insert", insert)
+    monkeypatch.setattr(Enrolling, "_insert", insert)
     with refused("store-unavailable"):
         store.enrol("staff", [one("late", unit(1)[0]), one("later", unit(2)[0])], ALICE)
     assert store.get("staff").subjects == 20
