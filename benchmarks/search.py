@@ -152,9 +152,10 @@ def table(results: Report) -> str:
             f"| {int(count):,} | {tenth:.1f} | {hundredth:.1f} | {size['memory_mb']:,.0f} | {size['vectors_mb']:,.0f} |"
         )
     start = results["start"]
+    each = f"{start['disk_bytes']:,.0f} bytes each on disk"
     lines += [
         "",
-        f"A database of {start['templates']:,} templates, one a subject: {start['disk_bytes']:,.0f} bytes each on disk, "
+        f"A database of {start['templates']:,} templates, one a subject: {each}, "
         f"{start['enrol_us']:.0f} µs CPU each to enrol a thousand at a time, {start['open_us']:.1f} µs each to open "
         f"(decrypt and index): {start['open_us']:.0f} s per million.",
     ]

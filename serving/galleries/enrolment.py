@@ -11,13 +11,10 @@ import numpy as np
 
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.gallery import Enrolled, Enrolment, Gallery, NewTemplate
-from pkd.serving.galleries.memory_index import template_id
+from pkd.serving.galleries.memory_index import TOLERANCE, template_id
 from pkd.serving.galleries.tail import STORED
 from pkd.serving.galleries.vault import GalleryKey, SubjectKey
 from pkd.serving.problems import Problem
-
-TOLERANCE = 0.01
-"""Largest distance of a vector's length from 1."""
 
 
 class Enrolling:
@@ -29,9 +26,8 @@ class Enrolling:
         rows = db.execute("SELECT name, space FROM encoders WHERE gallery = ? AND templates > 0", (id,))
         self._spaces: dict[str, str] = dict(rows.fetchall())
         self._encoders: dict[str, int] = {}
-        (self._newest,) = db.execute(
-            "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'templates'"
-        ).fetchone()
+        newest = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'templates'")
+        self._newest = int(newest.fetchone()[0])
 
     def enrol(self, enrolment: Enrolment) -> Enrolled:
         """All templates of one enrolment, or a Problem before anything is written."""

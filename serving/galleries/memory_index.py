@@ -15,6 +15,10 @@ from pkd.serving.galleries.attribute_sets import AttributeSets
 from pkd.serving.galleries.drain import Drain
 from pkd.serving.galleries.gallery import Attributes, Found, Hit
 from pkd.serving.galleries.matrix import Floats, Ints, Matrix, Spread
+from pkd.serving.problems import Problem
+
+TOLERANCE = 0.01
+"""Largest distance of a vector's length from 1."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,12 @@ class MemoryIndex:
         return sum(len(matrix) for matrix in self._matrices.values())
 
     def search(self, encoder: str, queries: Floats, top_k: int, where: Attributes | None) -> Sequence[Found]:
-        """As GalleryStore.search; ``queries`` Q×D, unit rows."""
+        """As GalleryStore.search; ``queries`` Q×D, unit rows. Raises a bad-vector Problem for anything else."""
+        matrix = self._matrices.get(encoder)
+        if matrix and queries.shape[1:] != (matrix.dim,):
+            raise Problem("bad-vector", f"the query has shape {queries.shape[1:]}, its space {matrix.dim:,} numbers.")
+        if not (abs(np.linalg.norm(queries, axis=1) - 1) <= TOLERANCE).all():  # NaN fails, too
+            raise Problem("bad-vector", "a query is not a unit vector.")
         return self._drain.do([_Query(encoder, query, top_k, where or {}) for query in queries])
 
     def add(self, rows: Rows) -> None:
