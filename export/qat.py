@@ -72,7 +72,7 @@ class Qat:
 
         symmetric = FORMS[form.int8][1].get("ActivationSymmetric", False)
         plain = folded(load_student(self.run).module)
-        student = Int8Student(plain, SIGNED if symmetric else UNSIGNED, splits_prelu=not form.keeps_prelu)
+        student = Int8Student(plain, SIGNED if symmetric else UNSIGNED)
         prepared = self.prepared
         student.ranges = ranges_of(student, self.calibration, self.info, self.progress)
         advance = self.progress(f"qat int8-{form.int8}", self.order.steps)

@@ -12,7 +12,7 @@ from pkd.export.calibration import Calibration
 from pkd.export.half import to_half
 from pkd.export.quantize import LayerCost, calibrate, embeddings, layers, quantise, sensitivity, similarity_rms
 from pkd.export.ranges import Ranges
-from pkd.export.rewrite import decompose_prelu, shorten_names
+from pkd.export.rewrite import decompose_prelu, shorten_names, split_prelu
 from pkd.export.to_onnx import serialise
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.space import EncoderInfo, in_mode
@@ -53,7 +53,7 @@ class Retrained:
 class Int8Source:
     """What the INT8 graphs of one form are made from. Ranges and costs are measured once."""
 
-    graph: onnx.ModelProto
+    plain: onnx.ModelProto
     info: EncoderInfo
     settings: Settings
     label: str
@@ -99,12 +99,12 @@ class TypedGraphs:
 
     def layers(self, form: Form) -> int:
         """How many layers INT8 computes."""
-        return len(layers(self._source(form).graph))
+        return len(layers(self._source(form).plain))
 
     def _make(self, precision: str, form: Form) -> TypedGraph:
         if precision == "int8":
             return self._int8(form)
-        graph = _as(form, self.plain)
+        graph = self.plain if form.keeps_prelu else decompose_prelu(self.plain)
         if precision == "fp32":
             return TypedGraph(serialise(graph), self.info, {})
         if precision == "bf16":  # the runtime rounds, see openvino_runtime.HINTS
@@ -114,7 +114,9 @@ class TypedGraphs:
     def _int8(self, form: Form) -> TypedGraph:
         source, calibration = self._source(form), self._calibration()
         keep = self._costliest(form, source)
-        made = quantise(source.graph, source.ranges, form.int8, keep)
+        made = quantise(source.plain, source.ranges, form.int8, keep)
+        if not form.keeps_prelu:
+            made = split_prelu(made)
         data = serialise(shorten_names(made))
         held = calibration.held_out
         settings: Settings = {
@@ -135,18 +137,18 @@ class TypedGraphs:
     def _measured(
         self, form: Form, plain: onnx.ModelProto, info: EncoderInfo, settings: Settings, note: str
     ) -> Int8Source:
-        calibration, graph, label = self._calibration(), _as(form, plain), f"{form.int8}{note}"
+        calibration, label = self._calibration(), f"{form.int8}{note}"
         passes = 1 if calibration.method == "minmax" else 2
         advance = self.progress(f"calibrate int8-{label}", passes * len(calibration.crops))
-        ranges = calibrate(graph, calibration.crops, calibration.method, advance)
-        return Int8Source(graph, info, settings, label, self.keep_float, ranges)
+        ranges = calibrate(plain, calibration.crops, calibration.method, advance)
+        return Int8Source(plain, info, settings, label, self.keep_float, ranges)
 
     def _costliest(self, form: Form, source: Int8Source) -> list[str]:
         if source.keep and not source.costs:
             held = self._calibration().held_out
-            advance = self.progress(f"layer sensitivity int8-{source.label}", len(layers(source.graph)))
+            advance = self.progress(f"layer sensitivity int8-{source.label}", len(layers(source.plain)))
             expected = embeddings(self.plain, held)
-            source.costs = sensitivity(source.graph, source.ranges, form.int8, held, advance, expected)
+            source.costs = sensitivity(source.plain, source.ranges, form.int8, held, advance, expected)
             self.costs[source.label] = source.costs
         return [cost.layer for cost in source.costs[: source.keep]]
 
@@ -154,7 +156,3 @@ class TypedGraphs:
         if self.calibration is None:
             raise InputError("--precision int8 needs real crops to find the ranges on: pass --calib DIR or LIST.")
         return self.calibration
-
-
-def _as(form: Form, plain: onnx.ModelProto) -> onnx.ModelProto:
-    return plain if form.keeps_prelu else decompose_prelu(plain)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pkd.export.golden import synthetic_crops
 from pkd.export.quantize import calibrate, embeddings, quantise, similarity_rms
 from pkd.export.ranges import choose_ranges
-from pkd.export.rewrite import decompose_prelu
 from pkd.export.to_onnx import torch_network, uint8_graph
 from pkd.toolkit.distill.backbones import build
 from pkd.toolkit.distill.fake_quant import (
@@ -127,9 +126,8 @@ def student() -> nn.Module:
 def test_a_student_is_rounded_where_its_graph_is(form: str, student: nn.Module) -> None:
     crops = synthetic_crops(48, 112)
     plain = uint8_graph(torch_network(student, 112), SCALING, 16)
-    graph = decompose_prelu(plain) if form == "u8s8" else plain
-    expected, int8 = (embeddings(each, crops) for each in (graph, quantised(graph, form, crops[:12])))
-    ours = Int8Student(folded(student), GRIDS[form][0], splits_prelu=form == "u8s8")
+    expected, int8 = (embeddings(each, crops) for each in (plain, quantised(plain, form, crops[:12])))
+    ours = Int8Student(folded(student), GRIDS[form][0])
     pixels = torch.from_numpy(SCALING(crops))
     ours.ranges = choose_ranges(
         lambda: iter([{k: v.numpy() for k, v in ours.activations(pixels[:12]).items()}]), "minmax"

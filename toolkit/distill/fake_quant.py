@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.functional import conv2d, linear, prelu, relu
+from torch.nn.functional import conv2d, linear
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.overrides import TorchFunctionMode
 
@@ -24,7 +24,6 @@ from pkd.toolkit.distill.layers import Backbone, fused
 Ranges = Mapping[str, tuple[float, float]]
 """Name of an activation → the lowest and highest value that INT8 tells apart."""
 LINEAR = (conv2d, linear)
-PRELU = (prelu, torch.prelu)
 SUMS = (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)
 
 
@@ -99,18 +98,16 @@ class Int8Student(Backbone):
     layer or a sum. It stays in eval mode: running statistics and dropout belong to an earlier training.
     """
 
-    def __init__(self, student: nn.Module, grid: Grid, splits_prelu: bool) -> None:
-        """``splits_prelu``: the graph computes PReLU as a·x + (1 − a)·ReLU(x), a sum like any other."""
+    def __init__(self, student: nn.Module, grid: Grid) -> None:
         super().__init__()
         self.plain = student
         self.stages = tuple(f"plain.{name}" for name in getattr(student, "stages", ()))
         self.grid = grid
-        self.splits_prelu = splits_prelu
         self.ranges: Ranges = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """N×3×S×S → N×dim."""
-        rounding = _Rounding(self.splits_prelu, self.ranges, self.grid)
+        rounding = _Rounding(self.ranges, self.grid)
         x = rounding.made(x, ())
         with rounding:
             out: Tensor = self.plain(x)
@@ -118,7 +115,7 @@ class Int8Student(Backbone):
 
     def activations(self, x: Tensor) -> dict[str, Tensor]:
         """Everything that gets a range, in float32 for N×3×S×S, by name."""
-        watching = _Watching(self.splits_prelu)
+        watching = _Watching()
         watching.made(x, ())
         with torch.no_grad(), watching:
             self.plain(x)
@@ -133,9 +130,8 @@ class Int8Student(Backbone):
 class _Calls(TorchFunctionMode, ABC):
     """Within it every call that makes a tensor has a number, the same in every pass."""
 
-    def __init__(self, splits_prelu: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._splits_prelu = splits_prelu
         self._number = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -144,10 +140,6 @@ class _Calls(TorchFunctionMode, ABC):
             return self.made(func(x, self.weight(weight), *rest, **(kwargs or {})), (x,), linear=True)
         if func in SUMS and isinstance(args[1], Tensor):
             return self.made(args[0] + args[1], args[:2], linear=True)
-        if func in PRELU and self._splits_prelu:
-            x, slope = args[0], args[1].view(-1, *[1] * (args[0].ndim - 2))
-            terms = self.made(slope * x, ()), self.made((1 - slope) * relu(x), ())
-            return self.made(terms[0] + terms[1], terms, linear=True)
         out = func(*args, **(kwargs or {}))
         return self.made(out, ()) if isinstance(out, Tensor) else out
 
@@ -169,8 +161,8 @@ class _Calls(TorchFunctionMode, ABC):
 class _Watching(_Calls):
     """Keeps what is made, and notes what a linear operator reads or makes."""
 
-    def __init__(self, splits_prelu: bool) -> None:
-        super().__init__(splits_prelu)
+    def __init__(self) -> None:
+        super().__init__()
         self.values: dict[str, Tensor] = {}
         self.rounded: set[str] = set()
         self._maker: dict[int, tuple[str, Tensor]] = {}
@@ -189,8 +181,8 @@ class _Watching(_Calls):
 class _Rounding(_Calls):
     """Rounds whatever has a range, and weights."""
 
-    def __init__(self, splits_prelu: bool, ranges: Ranges, grid: Grid) -> None:
-        super().__init__(splits_prelu)
+    def __init__(self, ranges: Ranges, grid: Grid) -> None:
+        super().__init__()
         self._ranges = ranges
         self._grid = grid
 
