@@ -1,7 +1,7 @@
 """Artifacts: the files of bundles that devices download, each under the SHA-256 that the manifest states.
 
-The file of a folder is given out from where it lies, hashed anew whenever it changed on the disk. What lies in a zip, or
-is packed into one, is copied to the folder for temporary files when it is first asked for.
+The file of a folder is given out from where it lies, hashed anew whenever it changed on the disk. What lies in a zip,
+or is packed into one, is copied to the folder for temporary files when it is first asked for.
 """
 
 from __future__ import annotations
