@@ -26,7 +26,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # The long forms of the tests that have one: about an hour and a half.
 soak: $(READY)
