@@ -62,6 +62,8 @@ class Configuration:
     trust_key: tuple[str, ...] = ()
     gallery: str | None = None
     master_key: str | None = None
+    audit: str | None = None
+    milvus_token: str | None = None
     log: Form = "text"
     log_requests: bool = False
     traces: bool = False
@@ -165,6 +167,22 @@ OPTIONS: tuple[Option, ...] = (
         "FILE",
         "the key that every gallery's key is wrapped by; kept away from the galleries and their backups",
         "none; needed with --gallery",
+    ),
+    Option(
+        "audit",
+        "--audit",
+        "PKD_AUDIT_FILE",
+        "FILE",
+        "audit log of this machine, beside Milvus, which cannot keep one",
+        "none; needed with milvus://",
+    ),
+    Option(
+        "milvus_token",
+        "--milvus-token",
+        "PKD_MILVUS_TOKEN_FILE",
+        "FILE",
+        "file that holds USER:PASSWORD of Milvus",
+        "none: Milvus asks for none",
     ),
     Option(
         "api_keys",
@@ -275,6 +293,12 @@ def _judge(made: Configuration) -> None:
             f"--gallery {made.gallery}: templates are encrypted under a master key. Pass --master-key FILE "
             "(PKD_MASTER_KEY_FILE), a file that lies elsewhere."
         )
+    milvus = bool(made.gallery and made.gallery.startswith("milvus://"))
+    if milvus and not made.audit:
+        raise InputError(f"--gallery {made.gallery}: Milvus keeps no audit log. Pass --audit FILE (PKD_AUDIT_FILE).")
+    for option, value in (("--audit", made.audit), ("--milvus-token", made.milvus_token)):
+        if value and not milvus:
+            raise InputError(f"{option} {value}: it is for --gallery milvus://HOST:PORT alone. Leave it out.")
     if made.master_key and not made.gallery:
         raise InputError(f"--master-key {made.master_key}: there is no gallery to use it for. Pass --gallery, too.")
     if made.settings.device == "cuda" and made.workers > 1:

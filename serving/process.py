@@ -20,7 +20,7 @@ from pkd.serving.server import Link, serve
 from pkd.serving.service import Service
 from pkd.toolkit.bundle import NOT_GATED
 from pkd.toolkit.detect import open_detector
-from pkd.toolkit.errors import UnsupportedFmr
+from pkd.toolkit.errors import InputError, UnsupportedFmr
 from pkd.toolkit.signing import TrustedKeys
 from pkd.toolkit.space import short
 
@@ -84,10 +84,26 @@ def open_store(configuration: Configuration) -> GalleryStore | None:
     """The galleries, of which every process has a view of its own. Raises InputError or a Problem."""
     if configuration.gallery is None or configuration.master_key is None:
         return None
-    from pkd.serving.galleries.sqlite_store import SqliteStore
     from pkd.serving.galleries.vault import MasterKey
 
-    return SqliteStore(Path(configuration.gallery), MasterKey.read(Path(configuration.master_key)))
+    master = MasterKey.read(Path(configuration.master_key))
+    scheme, _, address = configuration.gallery.partition("milvus://")
+    if scheme or not address or configuration.audit is None:
+        from pkd.serving.galleries.sqlite_store import SqliteStore
+
+        return SqliteStore(Path(configuration.gallery), master)
+    from pkd.serving.galleries.milvus_store import MilvusStore
+    from pkd.serving.galleries.milvus_tables import Tables
+
+    token = _secret(configuration.milvus_token) if configuration.milvus_token else ""
+    return MilvusStore(Tables(f"http://{address}", token), Path(configuration.audit), master)
+
+
+def _secret(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text file'}.") from None
 
 
 def introduce(console: Console, it: Opened, configuration: Configuration) -> None:

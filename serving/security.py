@@ -33,10 +33,10 @@ if sys.platform != "win32":
 logger = logging.getLogger("pkd.serving")
 SCOPES = {
     "embed": "embed images",
-    "verify": "compare two faces; search a gallery for one",
+    "verify": "compare two faces; list galleries, and search one for a face",
     "enrol": "create galleries and add templates to them",
     "delete": "delete subjects",
-    "admin": "read subjects, export, migrate and delete galleries, read the audit log",
+    "admin": "read subjects; export, import, migrate and delete galleries",
 }
 """What a key can be allowed to do. No scope contains another."""
 BEFORE_SCOPES = frozenset({"embed", "verify"})

@@ -8,8 +8,11 @@ is at most D·2⁻²⁴·|x||q| (Higham, Accuracy and Stability of Numerical Alg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,13 @@ SPARSE = 8
 """A filter that leaves less than one row in so many gathers them first."""
 AT_ONCE = 4096
 """Rows scored in float64 at a time."""
+QUERIES_AT_ONCE = 32
+FEW = 4
+"""Queries from which a matrix product is faster than dot products (measured)."""
+TILE = 128
+"""Rows of one matrix product."""
+GATHERED = 256
+"""Rows that a filter leaves, copied together at a time."""
 LOWEST = np.finfo(np.float32).min
 LONGEST = 1.001
 """Length of a template at most: float16 rounds a unit vector."""
@@ -33,11 +43,17 @@ Scored = tuple[float, int, int]
 """Score, subject, template."""
 
 
+class Spread(Protocol):
+    """``map``, or an executor's."""
+
+    def __call__(self, work: Callable[[Block], None], blocks: Iterable[Block], /) -> Iterator[None]: ...
+
+
 class Block:
     """Rows of one allocation; a row without a template has template 0 and is filled again."""
 
     def __init__(self, rows: int, dim: int) -> None:
-        self.vectors = np.empty((rows, dim), np.float32)  # pages are taken from the system when first written
+        self.vectors = np.zeros((rows, dim), np.float32)  # memory is taken from the system when first written
         self.templates = np.zeros(rows, np.int64)
         self.subjects = np.zeros(rows, np.int64)
         self.sets = np.full(rows, NOBODY, np.int32)
@@ -126,42 +142,76 @@ class Matrix:
         return None
 
     def search(
-        self, queries: Floats, top_k: Sequence[int], allowed: Sequence[Allowed | None], name: Callable[[int], str]
+        self,
+        queries: Floats,
+        top_k: Sequence[int],
+        allowed: Sequence[Allowed | None],
+        name: Callable[[int], str],
+        spread: Spread = map,
     ) -> list[Nearest]:
         """For each of the rows Q×D its ``top_k`` nearest subjects; equal scores in the order of their names.
 
-        ``allowed``: attribute set → whether its subjects take part; None: everyone.
+        ``allowed``: attribute set → whether its subjects take part; None: everyone. ``spread``: as ``map``, which may
+        work on several blocks at once.
         """
-        races = [_Race(self.dim, query, k) for query, k in zip(queries, top_k, strict=True)]
-        for block in self._blocks:
-            masks = [_mask(block, sets) for sets in allowed]
-            dense = []
-            for place, (race, mask) in enumerate(zip(races, masks, strict=True)):
-                taking_part = block.live if mask is None else int(np.count_nonzero(mask))
-                race.searched += taking_part
-                if mask is not None and taking_part * SPARSE < block.used:
-                    rows = np.flatnonzero(mask)
-                    race.run(block, block.vectors[rows] @ queries[place], rows)
-                elif taking_part:
-                    dense.append(place)
-            if not dense:
-                continue
-            vectors = block.vectors[: block.used]
-            if len(dense) == 1:
-                scores = (vectors @ queries[dense[0]])[None]
-            else:
-                scores = queries[dense] @ vectors.T
-            for place, row in zip(dense, scores, strict=True):
-                mask = masks[place]
-                if mask is not None:
-                    row[~mask] = -np.inf
-                races[place].run(block, row, None)
-        return [Nearest(race.finish(name), race.searched) for race in races]
+        found: list[Nearest] = []
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            part = slice(start, start + QUERIES_AT_ONCE)
+            races = [_Race(self.dim, query, k) for query, k in zip(queries[part], top_k[part], strict=True)]
+            asked, sets, taking_in = queries[part], allowed[part], Lock()
+            deque(spread(lambda block: _race(block, asked, sets, races, taking_in), self._blocks), maxlen=0)  # noqa: B023
+            found += [Nearest(race.finish(name), race.searched) for race in races]
+        return found
 
     def _grow(self) -> Block:
         rows = min(max(sum(len(block.templates) for block in self._blocks), SMALLEST_BLOCK), LARGEST_BLOCK)
         self._blocks.append(Block(rows, self.dim))
         return self._blocks[-1]
+
+
+def _race(
+    block: Block, queries: Floats, allowed: Sequence[Allowed | None], races: Sequence[_Race], taking_in: Lock
+) -> None:
+    """Send every query through one block."""
+    masks = [_mask(block, sets) for sets in allowed]
+    counts = [block.live if mask is None else int(np.count_nonzero(mask)) for mask in masks]
+    sparse = [mask is not None and count * SPARSE < block.used for mask, count in zip(masks, counts, strict=True)]
+    dense = [place for place, count in enumerate(counts) if count and not sparse[place]]
+    scores = dict(zip(dense, products(block.vectors, block.used, queries[dense]), strict=True))
+    for place, (race, mask) in enumerate(zip(races, masks, strict=True)):
+        rows = None
+        if mask is not None and sparse[place]:
+            rows = np.flatnonzero(mask)
+            scores[place] = _gathered(block.vectors, rows, queries[place])
+        elif mask is not None and place in scores:
+            scores[place][~mask] = -np.inf
+        with taking_in:
+            race.searched += counts[place]
+            if counts[place]:
+                race.run(block, scores[place], rows)
+
+
+def products(vectors: Floats, used: int, queries: Floats) -> Floats:
+    """Scalar products Q×``used`` of each query with the first rows; ``vectors`` has a multiple of TILE rows.
+
+    How the product is cut decides its speed, not its result: one call a query is a dot product a row, at the speed
+    of memory; for several, a tile of rows stays in the cache while every query passes over it.
+    """
+    if len(queries) < FEW:
+        made = [np.matmul(vectors[:used, None, :], query)[:, 0] for query in queries]
+        return np.stack(made) if made else np.zeros((0, used), np.float32)
+    tiles = vectors[: -(-used // TILE) * TILE].reshape(-1, TILE, vectors.shape[1])
+    scores: Floats = np.matmul(tiles, queries.T).reshape(-1, len(queries))[:used]
+    return np.ascontiguousarray(scores.T)
+
+
+def _gathered(vectors: Floats, rows: NDArray[np.intp], query: Floats) -> Floats:
+    """Scalar products with some rows, gathered a cacheful at a time."""
+    scores = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), GATHERED):
+        part = vectors[rows[start : start + GATHERED]]
+        scores[start : start + GATHERED] = np.matmul(part[:, None, :], query)[:, 0]
+    return scores
 
 
 class _Race:

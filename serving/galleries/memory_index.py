@@ -14,7 +14,7 @@ import numpy as np
 from pkd.serving.galleries.attribute_sets import AttributeSets
 from pkd.serving.galleries.drain import Drain
 from pkd.serving.galleries.gallery import Attributes, Found, Hit
-from pkd.serving.galleries.matrix import Floats, Ints, Matrix
+from pkd.serving.galleries.matrix import Floats, Ints, Matrix, Spread
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class _Query:
 class MemoryIndex:
     """Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, spread: Spread = map) -> None:
+        """``spread``: an executor's ``map``, to search a large gallery on several cores."""
+        self._spread = spread
         self._matrices: dict[str, Matrix] = {}
         self._names: dict[int, str] = {}
         self._sets = AttributeSets()
@@ -92,6 +94,7 @@ class MemoryIndex:
                 [batch[place].top_k for place in places],
                 [self._sets.allowed(batch[place].where) if batch[place].where else None for place in places],
                 self._names.__getitem__,
+                self._spread,
             )
             for place, found in zip(places, near, strict=True):
                 hits = (Hit(self._names[subject], template_id(number), score) for score, subject, number in found.best)

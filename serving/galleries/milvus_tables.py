@@ -46,8 +46,8 @@ class Tables:
     """
 
     def __init__(self, uri: str, token: str = "", prefix: str = "pkd", timeout: float = 5.0, shards: int = 1) -> None:
-        self.prefix = prefix
-        self._uri, self._token, self._timeout, self._shards = uri, token, timeout, shards
+        self.prefix, self.timeout = prefix, timeout
+        self._uri, self._token, self._shards = uri, token, shards
         self._client: Any = None
         self._connecting = threading.Lock()
         self._written: dict[str, float] = {}
@@ -168,7 +168,7 @@ class Tables:
 
         try:
             method: Callable[..., Any] = getattr(self._connected(), operation)
-            return method(*args, timeout=self._timeout, **kwargs)
+            return method(*args, timeout=self.timeout, **kwargs)
         except MilvusException as error:
             if error.code in (100, 4) or "collection not found" in str(error):
                 raise NoTable(str(args[0] if args else "")) from None
@@ -184,5 +184,5 @@ class Tables:
                 except ImportError:
                     raise MissingExtra("pymilvus", "milvus") from None
                 logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every error that it raises, too
-                self._client = MilvusClient(self._uri, token=self._token, timeout=self._timeout)
+                self._client = MilvusClient(self._uri, token=self._token, timeout=self.timeout)
             return self._client

@@ -283,6 +283,7 @@ class SqliteStore:
 
     def close(self) -> None:
         """Let go of files and connections."""
+        self._tail.close()
         self._file.close()
 
     def _key(self, db: sqlite3.Connection, gallery: str) -> GalleryKey:

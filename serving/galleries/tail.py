@@ -11,16 +11,19 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from pkd.serving.galleries.gallery import Attributes
 from pkd.serving.galleries.memory_index import MemoryIndex, Rows, template_id
 from pkd.serving.galleries.sqlite_file import SqliteFile, explained
 from pkd.serving.galleries.vault import GalleryKey, Sealed, SubjectKey
+from pkd.serving.settings import usable_cores
 
 STORED = np.dtype("<f2")
 """Element type of a stored vector."""
@@ -37,7 +40,7 @@ class Followed:
     id: int
     name: str
     key: GalleryKey
-    index: MemoryIndex = field(default_factory=MemoryIndex)
+    index: MemoryIndex
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Tail:
         self._file = file
         self._db = file.connect()
         self._lock = threading.Lock()
+        self._cores = ThreadPoolExecutor(usable_cores(), thread_name_prefix="pkd-search")
+        # Matrix products are cut so small that BLAS' own threads would only wait for each other, at 100 times the cost.
+        threadpool_limits(1, user_api="blas")
         self._forget()
 
     def _forget(self) -> None:
@@ -71,6 +77,10 @@ class Tail:
         self._by_name: dict[str, Followed] = {}
         self.unreadable: dict[int, str] = {}
         """Templates that do not decrypt and so take no part in searches → why."""
+
+    def close(self) -> None:
+        """End the threads of searches."""
+        self._cores.shutdown()
 
     def gallery(self, name: str) -> Followed | None:
         """A gallery as of the last catching up."""
@@ -132,10 +142,13 @@ class Tail:
         for id, name, wrapped in rows:
             if id not in self._by_id:
                 try:
-                    self._by_id[id] = Followed(id, name, self._file.master.gallery(name, wrapped))
+                    self._by_id[id] = self._follow(id, name, wrapped)
                 except Sealed as error:
                     logger.error("%s It is not served.", error)
         self._by_name = {gallery.name: gallery for gallery in self._by_id.values()}
+
+    def _follow(self, id: int, name: str, wrapped: bytes) -> Followed:
+        return Followed(id, name, self._file.master.gallery(name, wrapped), MemoryIndex(self._cores.map))
 
     def _apply_removals(self, changes: Sequence[tuple[int, str, int | None, int]]) -> None:
         gone = sorted((gallery, which) for _, what, gallery, which in changes if what == "template" and gallery)

@@ -122,11 +122,14 @@ class MasterKey:
         """Read a key file. Raises InputError: not a key, or others than its owner may read or change it."""
         try:
             with path.open("rb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                seen = os.fstat(file.fileno())
+                mode = stat.S_IMODE(seen.st_mode)
                 text = file.read(1024).decode("ascii", "replace")
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}. {_MAKE}.") from None
-        if os.name == "posix" and mode & 0o077:
+        # A secret that Kubernetes mounts belongs to root and is read through the group of the pod.
+        mounted = os.name == "posix" and seen.st_uid == 0 != os.geteuid()
+        if os.name == "posix" and mode & (0o037 if mounted else 0o077):
             raise InputError(
                 f"{path}: others than its owner may read or change this master key (mode {mode:o}). "
                 f"Run chmod 600 {path}, and pkd-gallery rekey if someone may have seen it."

@@ -2,35 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from gallery_conformance import Conformance, Open
-from milvus_server import MilvusServer
-
-from pkd.serving.galleries.milvus_store import MilvusStore
-from pkd.serving.galleries.milvus_tables import Tables
-from pkd.serving.galleries.vault import MasterKey
-
-MASTER = MasterKey(bytes(range(32)))
-
-
-@pytest.fixture
-def opened(milvus_server: MilvusServer, tmp_path: Path) -> Iterator[Open]:
-    """Opens stores on one empty set of galleries."""
-    stores: list[MilvusStore] = []
-
-    def open() -> MilvusStore:
-        stores.append(MilvusStore(Tables(milvus_server.uri), tmp_path / "audit.db", MASTER))
-        return stores[-1]
-
-    first = open()
-    for gallery in first.list():
-        first.delete(gallery.name, "the test before")
-    yield open
-    for store in stores:
-        store.close()
+from milvus_stores import milvus_opened  # noqa: F401 - a fixture
 
 
 class TestMilvusStore(Conformance):
@@ -41,5 +15,5 @@ class TestMilvusStore(Conformance):
     of_one_moment = False
 
     @pytest.fixture
-    def opened(self, opened: Open) -> Open:
-        return opened
+    def opened(self, milvus_opened: Open) -> Open:  # noqa: F811
+        return milvus_opened

@@ -53,11 +53,19 @@ def test_every_option_takes_both_forms_and_gives_the_same():
         "detector": "d",
         "gallery": "g",
         "master_key": "m",
+        "audit": "a",
+        "milvus_token": "t",
         "trust_key": "t",
         **dict.fromkeys(("port", "workers", "threads", "queue", "drain_seconds"), "3"),
         **dict.fromkeys(("max_body", "max_stream"), "2048"),
     }
-    together = {"gallery": {"PKD_MASTER_KEY_FILE": "m"}, "master_key": {"PKD_GALLERY": "g"}}
+    milvus = {"PKD_GALLERY": "milvus://localhost:19530", "PKD_MASTER_KEY_FILE": "m", "PKD_AUDIT_FILE": "b"}
+    together = {
+        "gallery": {"PKD_MASTER_KEY_FILE": "m"},
+        "master_key": {"PKD_GALLERY": "g"},
+        "audit": milvus,
+        "milvus_token": milvus,
+    }
     assert {option.name for option in OPTIONS} == {
         *(each.name for each in fields(Configuration) if each.name not in ("bundles", "settings")),
         *(each.name for each in fields(Settings)),
@@ -67,7 +75,7 @@ def test_every_option_takes_both_forms_and_gives_the_same():
         text = "1" if option.kind == "yes" else text
         flag = [option.flag] if option.kind == "yes" else [option.flag, text]
         other = together.get(option.name, {})
-        by_flag, by_variable = configured("b", *flag, **other), configured("b", **{option.variable: text}, **other)
+        by_flag, by_variable = configured("b", *flag, **other), configured("b", **{**other, option.variable: text})
         assert by_flag == by_variable, option
         assert by_flag != configured("b"), option
 
@@ -86,6 +94,8 @@ def test_every_option_takes_both_forms_and_gives_the_same():
         ("PKD_GALLERY", "milvus://db", "PKD_GALLERY milvus://db"),
         ("PKD_GALLERY", "galleries", "PKD_MASTER_KEY_FILE"),
         ("PKD_MASTER_KEY_FILE", "key", "Pass --gallery"),
+        ("PKD_AUDIT_FILE", "log", "--audit log: it is for --gallery milvus://"),
+        ("PKD_MILVUS_TOKEN_FILE", "token", "--milvus-token token: it is for"),
         ("PKD_HOST", "0.0.0.0", "PKD_API_KEYS_FILE"),
         ("PKD_THREAD", "3", "PKD_THREAD: no such setting; did you mean PKD_THREADS"),
         ("PKD_MASTER_KEY", "00ff", "PKD_MASTER_KEY: no such setting; did you mean PKD_MASTER_KEY_FILE.* files only"),
@@ -121,7 +131,10 @@ def test_nothing_to_serve_and_a_gpu_for_several():
 
 
 def test_workers_are_handed_what_was_configured():
-    made = configured("b", "--queue", "5", "--gallery", "milvus://localhost:19530", "--master-key", "m")
+    milvus = ["--gallery", "milvus://localhost:19530", "--master-key", "m"]
+    with pytest.raises(InputError, match="--audit FILE"):
+        configured("b", *milvus)
+    made = configured("b", "--queue", "5", *milvus, "--audit", "a")
     assert pickle.loads(pickle.dumps(made)) == made
 
 

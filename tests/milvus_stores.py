@@ -1,0 +1,33 @@
+"""Stores on the Milvus server of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from milvus_server import MilvusServer
+
+from pkd.serving.galleries.milvus_store import MilvusStore
+from pkd.serving.galleries.milvus_tables import Tables
+from pkd.serving.galleries.vault import MasterKey
+
+Open = Callable[[], MilvusStore]
+MASTER = MasterKey(bytes(range(32)))
+
+
+@pytest.fixture
+def milvus_opened(milvus_server: MilvusServer, tmp_path: Path) -> Iterator[Open]:
+    """Opens stores on one empty set of galleries."""
+    stores: list[MilvusStore] = []
+
+    def open() -> MilvusStore:
+        stores.append(MilvusStore(Tables(milvus_server.uri), tmp_path / "audit.db", MASTER))
+        return stores[-1]
+
+    first = open()
+    for gallery in first.list():
+        first.delete(gallery.name, "the test before")
+    yield open
+    for store in stores:
+        store.close()
