@@ -37,6 +37,7 @@ def create_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
         version=version("pkd"),
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
     )
     app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]

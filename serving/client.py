@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from pkd.serving.connection import Connection
+from pkd.serving.connection import Connection, lines_of
 from pkd.serving.connection import Refused as Refused
 from pkd.serving.connection import Unreachable as Unreachable
 from pkd.serving.galleries.schemas import (
@@ -208,9 +208,9 @@ class Client:
         """The lines of an export. Raises Unreachable where it was cut off, for it has no last line then."""
         last: dict[str, Any] = {}
         with self._connection.stream("GET", f"/v1/galleries/{gallery}/export") as response:
-            for line in response.iter_lines():
+            for line in lines_of(response):
                 last = json.loads(line)
-                yield line.encode() + b"\n"
+                yield line + b"\n"
         if not last.get("end"):
             raise Unreachable(
                 f"{self._connection.url}: the export of {gallery} was cut off. {last.get('problem', 'Try again.')}"

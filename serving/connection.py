@@ -120,8 +120,8 @@ class Connection:
         headers = {"content-type": "application/x-ndjson"}
         try:
             with self.stream("POST", path, content=content, headers=headers) as response:
-                for text in response.iter_lines():
-                    answer = BulkAnswer.model_validate_json(text)
+                for line in lines_of(response):
+                    answer = BulkAnswer.model_validate_json(line)
                     place = (answer.line or 0) - 1
                     busy = answer.problem is not None and answer.problem.get("status") in BUSY
                     if 0 <= place < len(lines) and (final or not busy):
@@ -142,6 +142,16 @@ class Connection:
 
     def _unreachable(self, error: Exception) -> Unreachable:
         return Unreachable(f"{self.url}: {type(error).__name__}: {error or 'no answer'}. Is pkd-serve running there?")
+
+
+def lines_of(response: httpx.Response) -> Iterator[bytes]:
+    """Lines of NDJSON as they come. httpx's own ``iter_lines`` also ends them at U+2028, which JSON may hold."""
+    kept = b""
+    for piece in response.iter_bytes():
+        *whole, kept = (kept + piece).split(b"\n")
+        yield from filter(None, whole)
+    if kept:
+        yield kept
 
 
 def _refused(response: httpx.Response) -> Refused:

@@ -198,6 +198,8 @@ class Service:
 
     async def _enrolled(self, side: SubjectSide) -> list[Shown]:
         subject = await self.stored(self.store.subject, side.gallery, side.subject, vectors=True)
+        if not subject.templates:  # expired in this very moment
+            raise Problem("unknown-subject", f"{side.subject} has no template in the gallery {side.gallery}.")
         shown = []
         for one in subject.templates:
             assert one.vector is not None

@@ -35,6 +35,11 @@ class Item:
     number: int
     content: bytes | Problem
 
+    @property
+    def size(self) -> int:
+        """Bytes held for it."""
+        return len(self.content) if isinstance(self.content, bytes) else 0
+
 
 @dataclass
 class Answer:
@@ -66,7 +71,11 @@ async def enrol_lines(
                 problem = Problem("draining", "The server is shutting down. Send what has no answer to another one.")
                 yield line(_told(Answer(batch[0].number, problem=problem), ()))
                 return
-            yield b"".join([line(one) for one in await _store(service, name, batch, actor, read)])
+            told = await _store(service, name, batch, actor, read)
+            for one in told:
+                if "problem" in one:
+                    service.state.metrics.refusal(one["problem"]["type"])
+            yield b"".join(map(line, told))
     finally:
         await arriving.aclose()
 
@@ -121,11 +130,22 @@ def _told(answer: Answer, outcomes: Sequence[Enrolled | Problem]) -> dict[str, A
 
 
 async def _batches(body: AsyncIterator[bytes], limit: int) -> AsyncGenerator[list[Item], None]:
-    """Whatever has arrived, at most ``BATCH`` items; the body is read on meanwhile, so far ahead and no further."""
+    """Whatever has arrived, at most ``BATCH`` items; the body is read on meanwhile, so far ahead and no further.
+
+    At most about ``limit`` bytes wait, and as many are worked on: what does not fit stays in the socket.
+    """
     waiting: asyncio.Queue[Item | None] = asyncio.Queue(BATCH)
+    room = asyncio.Event()
+    room.set()
+    held = 0
 
     async def fill() -> None:
+        nonlocal held
         async for item in _items(body, limit):
+            await room.wait()
+            held += item.size
+            if held >= limit:
+                room.clear()
             await waiting.put(item)
         await waiting.put(None)
 
@@ -137,6 +157,8 @@ async def _batches(body: AsyncIterator[bytes], limit: int) -> AsyncGenerator[lis
             while len(taken) < BATCH and not waiting.empty():
                 taken.append(waiting.get_nowait())
             more = None not in taken
+            held -= sum(item.size for item in taken if item)
+            room.set()
             if batch := [item for item in taken if item]:
                 yield batch
     finally:

@@ -6,7 +6,15 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from pkd.serving.schemas import MAX_IMAGES, Input, Name, Query, Sent, SpaceAnswer
 from pkd.serving.vectors import Encoding
@@ -23,11 +31,18 @@ def _structured(sent: Any) -> Any:
     if isinstance(sent, str):
         try:
             return json.loads(sent)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError("must be JSON") from None
     return sent
 
 
+def _in_calendar(moment: datetime) -> datetime:
+    if moment.year > 9000:
+        raise ValueError("lies too far ahead; leave it out for no end")
+    return moment
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_in_calendar)]
 AttributeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 AttributeValue = Annotated[str, StringConstraints(max_length=256)]
 Attributes = Annotated[dict[AttributeName, AttributeValue], Field(max_length=16), BeforeValidator(_structured)]
@@ -56,7 +71,7 @@ class GalleryBody(Sent):
     """JSON body of PUT /v1/galleries/{gallery}; may be left out."""
 
     space: str | None = Field(None, max_length=300, description="Id of its space; the default encoder's if left out")
-    retention_seconds: float | None = Field(None, gt=0, le=1e10, description="Templates are deleted after; null: kept")
+    retention_seconds: float | None = Field(None, ge=1, le=1e10, description="Templates are deleted after; null: kept")
 
 
 class EnrolOptions(Sent):
@@ -69,7 +84,7 @@ class EnrolOptions(Sent):
     )
     attributes: Attributes = Field(default={}, description="Replaces the subject's attributes, unless empty")
     consent: Annotated[ConsentBody | None, BeforeValidator(_structured)] = None
-    expires: AwareDatetime | None = Field(None, description="When these templates are deleted; else by retention")
+    expires: Moment | None = Field(None, description="When these templates are deleted; else by retention")
     quality: Annotated[FloorBody, BeforeValidator(_structured)] = Field(
         default=FloorBody(), description="Smallest values"
     )
@@ -93,7 +108,7 @@ class IdentifyOptions(Sent):
 
     top_k: int = Field(5, ge=1, le=100, description="Most candidates")
     target_fpir: float | None = Field(
-        None, gt=0, lt=1, description="Share of searches for strangers that may find somebody; default 0.01"
+        None, ge=1e-12, lt=1, description="Share of searches for strangers that may find somebody; default 0.01"
     )
     threshold: float | None = Field(None, ge=-1, le=1, description="Cosine similarity, instead of target_fpir")
     where: Annotated[Attributes | None, BeforeValidator(_structured)] = Field(
@@ -284,7 +299,7 @@ class ExportedTemplate(Sent):
     encoder: EncoderId
     space: EncoderId
     created: datetime | None = None
-    expires: AwareDatetime | None = None
+    expires: Moment | None = None
     embedding: str
     encoding: Encoding
 

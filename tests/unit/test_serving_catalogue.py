@@ -29,7 +29,7 @@ def with_targets(folder, encoder):
     int8 = in_mode(encoder.info, "int8-qdq-0123456789abcdef")
     own = {"golden_tolerance": 0.1, "checked_with": "test", "made_with": "test"}
     place = "targets/openvino-int8"
-    files |= {f"{place}/graph.onnx": b"graph", f"{place}/encoder.xml": XML, f"{place}/encoder.bin": BIN}
+    files |= {f"{place}/graph.onnx": encoder.model, f"{place}/encoder.xml": XML, f"{place}/encoder.bin": BIN}
     targets = (
         Target(
             runtime="openvino",

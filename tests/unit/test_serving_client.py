@@ -84,13 +84,14 @@ def test_a_refusal_carries_what_works(client, fleet):
 def test_many(client, fleet, monkeypatch):
     monkeypatch.setattr(connection, "CHUNK_LINES", 7)
     client.create_gallery("many")
-    items = [Item(f"s{i:02}", (device(fleet.first, i % 6),), options={"attributes": {"n": str(i)}}) for i in range(20)]
+    unusual = {"attributes": {"n": "a\u2028line separator, \x85 and \n"}}
+    items = [Item(f"s{i:02}", (device(fleet.first, i % 6),), options=unusual) for i in range(20)]
     items.append(Item("bad name", (FILES[0],)))
     told = list(client.enrol_bulk("many", items))
     assert [item for item, _ in told] == items
     assert [answer.problem and answer.problem["type"] for _, answer in told] == [None] * 20 + ["invalid-request"]
     lines = list(client.export("many"))
-    assert len(lines) == 22
+    assert len(lines) == 22 and json.loads(lines[1])["attributes"] == unusual["attributes"]
     client.create_gallery("copy")
     for replayed in (False, True):
         told = list(client.import_gallery("copy", lines))

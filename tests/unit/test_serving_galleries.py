@@ -73,7 +73,7 @@ def test_names_are_no_paths(client, name):
 
 
 @pytest.mark.parametrize(
-    "body", [[], {"spaces": 1}, {"retention_seconds": 0}, {"retention_seconds": -5}, {"retention_seconds": "x"}]
+    "body", [[], {"spaces": 1}, {"retention_seconds": 0.5}, {"retention_seconds": -5}, {"retention_seconds": "x"}]
 )
 def test_bodies_that_are_none(client, body):
     problem(client.put("/v1/galleries/g", json=body), 422, "invalid-request")

@@ -38,7 +38,7 @@ def bulk(client, name, content, route="templates:bulk"):
     answer = client.post(f"/v1/galleries/{name}/{route}", content=content, headers=NDJSON)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/x-ndjson"
-    return [BulkAnswer.model_validate_json(line) for line in answer.text.splitlines()]
+    return [BulkAnswer.model_validate_json(line) for line in filter(None, answer.content.split(b"\n"))]
 
 
 def test_a_line_out_for_a_line_in(client, fleet):
