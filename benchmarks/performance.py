@@ -29,6 +29,7 @@ PARTS = {
     "coverage": "How often intervals hold the truth",
     "halvings": "Do thresholds carry over to other people",
     "targets": "What each target costs and loses",
+    "serving_cost": "What serving costs",
     "method_table": "Methods at equal budget",
     "inheritance": "A teacher's own classifier against heads made from its embeddings",
 }

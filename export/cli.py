@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pkd.export.gate import GateOrder
     from pkd.export.produce import Order
 
-FORMATS = ("onnx", "openvino", "ncnn", "trt", "trt-rtx")
+FORMATS = ("onnx", "openvino", "ncnn", "executorch", "trt", "trt-rtx")
 PRECISIONS = ("fp32", "fp16", "int8", "bf16")
 METHODS = ("minmax", "percentile", "entropy")
 EXAMPLES = """

@@ -21,7 +21,7 @@ from pkd.export.parity import BATCHES, ParityRow, insightface_blob, measure, onn
 from pkd.export.ranges import Method
 from pkd.export.source import open_run, open_teacher
 from pkd.export.targets import TARGETS, Made, make, wanted
-from pkd.export.to_onnx import OPSET, float_graph, opset_of, serialise, uint8_graph
+from pkd.export.to_onnx import OPSET, WEB_OPSET, float_graph, opset_of, serialise, uint8_graph
 from pkd.export.to_tensorrt import BuildOptions
 from pkd.export.typed import TypedGraph, TypedGraphs
 from pkd.toolkit.bundle import NOT_GATED, Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
@@ -105,6 +105,11 @@ def produce(order: Order, console: Console, begin: Begin) -> Result:
         bundle = write_bundle(order.out, files, manifest, replace=order.force, key=order.key)
     if opset != OPSET:
         console.print(f"note: the graph stays at its own opset {opset}; torch students get {OPSET}.")
+    if opset > WEB_OPSET:
+        console.print(
+            f"note: browsers will refuse encoder.onnx: onnxruntime-web loads graphs up to opset {WEB_OPSET}. "
+            "Export the teacher to an older one if it is for them."
+        )
     return _result(order, bundle, rows, made, graphs)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pkd.serving.problems import Problem
 from pkd.toolkit.bundle import Bundle, self_test
 from pkd.toolkit.certificate import Certificate, CertificateFile
-from pkd.toolkit.errors import BundleError
+from pkd.toolkit.errors import BundleError, TargetUnavailable
 from pkd.toolkit.gpu import Device
 from pkd.toolkit.runtime import Encoder, open_bundle
 from pkd.toolkit.runtimes import open_target, target_of
@@ -44,6 +44,11 @@ class Loaded:
             return cls(bundle, open_bundle(bundle, device=device), device=device)
         bundle = Bundle.open(named[0], keys)
         target = bundle.manifest.target(named[1])
+        if target is not None and target.runtime == "executorch":
+            raise TargetUnavailable(
+                f"{path}: an ExecuTorch target is for devices; in Python it needs torch, which no server loads. "
+                f"Serve {named[0]} itself, or an onnxruntime or OpenVINO target of it."
+            )
         on_gpu = target is not None and target.runtime in GPU_RUNTIMES
         return cls(bundle, open_target(bundle, named[1]), target, "cuda" if on_gpu else "cpu")
 
