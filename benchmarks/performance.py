@@ -31,6 +31,7 @@ PARTS = {
     "targets": "What each target costs and loses",
     "serving_cost": "What serving costs",
     "method_table": "Methods at equal budget",
+    "search": "Searching a gallery in memory",
     "inheritance": "A teacher's own classifier against heads made from its embeddings",
 }
 """Script and result in benchmarks/ → heading."""

@@ -128,6 +128,18 @@ class Made:
     encoders: dict[str, Encoder] = field(default_factory=dict)
     """Name → the target as an encoder; of one that cannot run here, its graph in onnxruntime."""
 
+    def replaced(self, newer: Made) -> Made:
+        """With the targets of ``newer`` in the place of those of the same name."""
+        named = {target.name: target for target in newer.targets}
+        prefixes = tuple(f"targets/{name}/" for name in named)
+        return Made(
+            [named.get(target.name, target) for target in self.targets],
+            {name: data for name, data in self.files.items() if not name.startswith(prefixes)} | newer.files,
+            [row for row in self.rows if row.graph not in named] + newer.rows,
+            {name: entry for name, entry in self.missing.items() if name not in named} | newer.missing,
+            self.encoders | newer.encoders,
+        )
+
 
 @dataclass(frozen=True)
 class TargetEncoder:

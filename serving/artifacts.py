@@ -1,25 +1,27 @@
-"""Artifacts: the files of a bundle that a device downloads, each under the SHA-256 that the manifest states."""
+"""Artifacts: the files of bundles that devices download, each under the SHA-256 that the manifest states.
+
+The file of a folder is given out from where it lies, hashed anew whenever it changed on the disk. What lies in a zip,
+or is packed into one, is copied to the folder for temporary files when it is first asked for.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import zipfile
-from collections.abc import Iterator
+import threading
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pkd.serving.encoders import Encoders, Loaded
 from pkd.serving.problems import Problem
-from pkd.toolkit.bundle import MANIFEST, Bundle
+from pkd.toolkit.bundle import MANIFEST, SIGNATURE, Bundle
 from pkd.toolkit.errors import BundleError
 from pkd.toolkit.space import EncoderInfo, short
 from pkd.toolkit.target import Target
 
 logger = logging.getLogger("pkd.serving")
-EPOCH = (1980, 1, 1, 0, 0, 0)
-"""Of every entry of a zip, so that the same bundle is the same bytes."""
 
 
 @dataclass(frozen=True)
@@ -30,38 +32,57 @@ class Offer:
     info: EncoderInfo
 
     @property
+    def bundle(self) -> Bundle:
+        """Where it lies."""
+        return self.loaded.bundle
+
+    @property
     def targets(self) -> list[Target]:
         """Forms of this very encoder."""
-        return [one for one in self.loaded.bundle.manifest.targets if one.encoder.id == self.info.id]
+        return [one for one in self.bundle.manifest.targets if one.encoder.id == self.info.id]
+
+    @property
+    def default_file(self) -> str:
+        """``encoder.onnx``, or for another numeric mode the first target's file that is there."""
+        if self.info.id == self.bundle.manifest.encoder.id:
+            return "encoder.onnx"
+        return next(one.file or one.graph for one in sorted(self.targets, key=lambda one: one.file is None))
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file to download."""
+    """A file to download, checked."""
 
     path: Path
     name: str
     sha256: str
+    size: int
+    """Bytes."""
 
 
 class Artifacts:
-    """Every encoder of every loaded bundle. A file is hashed again whenever it changed on the disk."""
+    """Every encoder of every loaded bundle, and the files that were asked for. Safe to use from threads."""
 
     def __init__(self, encoders: Encoders) -> None:
         self._encoders = encoders
-        self._checked: dict[Path, tuple[int, int]] = {}
+        self._copies: dict[tuple[Path, str], Artifact] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
+        self._folder: TemporaryDirectory[str] | None = None
+        self._lock = threading.Lock()
         self.offers: dict[str, Offer] = {}
         for loaded in encoders.loaded.values():
             for id, info in loaded.bundle.manifest.encoders.items():
                 self.offers.setdefault(id, Offer(loaded, info))
 
+    def close(self) -> None:
+        """Delete the copies."""
+        if self._folder:
+            self._folder.cleanup()
+
     def find(self, spec: str) -> Offer:
         """By id, short id, or a name that only one has. Raises an unknown-encoder Problem."""
-        if spec in self.offers:
-            return self.offers[spec]
-        if (id := self._encoders.resolve(spec)) in self.offers:
-            return self.offers[id]
-        named = [id for id in self.offers if short(id) == spec]
+        id = self._encoders.resolve(spec)
+        named = [one for one in self.offers if one in (spec, id)] or [one for one in self.offers if short(one) == spec]
         if len(named) == 1:
             return self.offers[named[0]]
         raise Problem(
@@ -76,44 +97,68 @@ class Artifacts:
 
         Raises a Problem: not-found, listing what there is; internal where the file is not what the manifest says.
         """
-        bundle = offer.loaded.bundle
-        hashes = {**bundle.manifest.files, MANIFEST: manifest_sha256(bundle)}
+        manifest = offer.bundle.manifest
         if target is not None:
-            found = bundle.manifest.target(target)
-            if found is None or not needed(bundle, found):
-                names = [one.name for one in bundle.manifest.targets]
+            found = manifest.target(target)
+            if found is None or found.file is None:
+                names = [one.name for one in manifest.targets if one.file]
                 raise Problem("not-found", f"the bundle holds no target {target!r}.", got=target, targets=names)
-            allowed = needed(bundle, found)
-            default = allowed[0]
+            allowed, default = needed(offer.bundle, found), found.file
         else:
-            allowed, default = list(hashes), self.default_file(offer)
+            signature = [SIGNATURE] if offer.bundle.signature else []
+            allowed, default = [MANIFEST, *signature, *manifest.files], offer.default_file
         name = default if file is None else file
         if name not in allowed:
             raise Problem("not-found", f"there is no file {name!r} here.", got=name, files=allowed)
-        return self._artifact(bundle, name, hashes[name])
+        return self.get(offer.bundle, name)
 
-    def default_file(self, offer: Offer) -> str:
-        """``encoder.onnx``, or for another numeric mode the first target's file that is there."""
-        if offer.info.id == offer.loaded.encoder.info.id:
-            return "encoder.onnx"
-        return next(one.file or one.graph for one in offer.targets)
+    def get(self, bundle: Bundle, name: str) -> Artifact:
+        """A file of ``bundle``. Raises an internal Problem where it is not what the manifest says."""
+        with self._lock:
+            try:
+                if bundle.path.is_dir() and name in bundle.manifest.files:
+                    return self._in_place(bundle, name)
+                return self._copies.get((bundle.path, name)) or self._keep(bundle, name, _read(bundle, name))
+            except (BundleError, FileNotFoundError) as error:
+                raise _changed(error) from None
 
-    def _artifact(self, bundle: Bundle, name: str, sha256: str) -> Artifact:
+    def packed(self, bundle: Bundle) -> Artifact:
+        """The whole bundle as one zip, as ``pkd-export --zip`` writes it. Raises as ``get``."""
+        with self._lock:
+            try:
+                kept = self._copies.get((bundle.path, ""))
+                return kept or self._keep(bundle, "", bundle.pack(self._place() / "bundle.zip").read_bytes())
+            except BundleError as error:
+                raise _changed(error) from None
+            finally:
+                if self._folder:
+                    (self._place() / "bundle.zip").unlink(missing_ok=True)
+
+    def describe(self, bundle: Bundle, names: list[str]) -> list[dict[str, Any]]:
+        """As the schema FileAnswer."""
+        found = [self.get(bundle, name) for name in names]
+        return [{"name": one.name, "sha256": one.sha256, "bytes": one.size} for one in found]
+
+    def _in_place(self, bundle: Bundle, name: str) -> Artifact:
         path = bundle.path / name
-        if name == MANIFEST:
-            return Artifact(path, name, sha256)
         found = path.stat()
         stamp = (found.st_mtime_ns, found.st_size)
-        if self._checked.get(path) != stamp:
-            try:
-                bundle.read(name)
-            except BundleError as error:
-                logger.error("%s", error)
-                raise Problem(
-                    "internal", "The file is not what its manifest says; the server's log names it."
-                ) from None
-            self._checked[path] = stamp
-        return Artifact(path, name, sha256)
+        if self._stamps.get(path) != stamp:
+            bundle.read(name)
+            self._stamps[path] = stamp
+        return Artifact(path, name, bundle.manifest.files[name], found.st_size)
+
+    def _keep(self, bundle: Bundle, name: str, data: bytes) -> Artifact:
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = self._place() / sha256
+        path.write_bytes(data)
+        self._copies[bundle.path, name] = made = Artifact(path, name, sha256, len(data))
+        return made
+
+    def _place(self) -> Path:
+        if self._folder is None:
+            self._folder = TemporaryDirectory(prefix="pkd-artifacts-")
+        return Path(self._folder.name)
 
 
 def needed(bundle: Bundle, target: Target) -> list[str]:
@@ -130,45 +175,14 @@ def needed(bundle: Bundle, target: Target) -> list[str]:
     return [target.file, *(beside if len(main.parts) > 1 else [])]
 
 
-def describe(bundle: Bundle, names: list[str]) -> list[dict[str, Any]]:
-    """As the schema FileAnswer."""
-    hashes = bundle.manifest.files
-    return [{"name": name, "sha256": hashes[name], "bytes": (bundle.path / name).stat().st_size} for name in names]
+def _read(bundle: Bundle, name: str) -> bytes:
+    if name == MANIFEST:
+        return bundle.data
+    if name == SIGNATURE and bundle.signature:
+        return bundle.signature.text()
+    return bundle.read(name)
 
 
-def zipped(bundle: Bundle) -> Iterator[bytes]:
-    """The bundle as one zip file without compression, piece by piece. Raises BundleError for a file that changed."""
-    pipe = _Pipe()
-    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(zipfile.ZipInfo(MANIFEST, EPOCH), (bundle.path / MANIFEST).read_bytes())
-        for name in bundle.manifest.files:
-            archive.writestr(zipfile.ZipInfo(name, EPOCH), bundle.read(name))
-            yield pipe.take()
-    yield pipe.take()
-
-
-def manifest_sha256(bundle: Bundle) -> str:
-    """Of the manifest, which states the hash of everything else."""
-    return hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest()
-
-
-class _Pipe:
-    """What zipfile writes to: it cannot seek, and gives what was written."""
-
-    def __init__(self) -> None:
-        self._kept = bytearray()
-
-    def write(self, data: bytes) -> int:
-        self._kept += data
-        return len(data)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def take(self) -> bytes:
-        """What was written since the last time."""
-        taken, self._kept = bytes(self._kept), bytearray()
-        return taken
+def _changed(error: Exception) -> Problem:
+    logger.error("%s", error)
+    return Problem("internal", "The file is not what its manifest says; the server's log names it.")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pkd.serving.artifacts import Artifacts
 from pkd.serving.encoders import Encoders, Loaded
 from pkd.serving.galleries import identification
 from pkd.serving.galleries.admission import encoder_to_search
@@ -67,6 +68,7 @@ class Service:
         self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
         self.inference = Inference(encoders.loaded.values(), self.state.metrics)
         self.pipeline = Pipeline(detector, self.inference)
+        self.artifacts = Artifacts(encoders)
         self._proving: asyncio.Task[None] | None = None
         self._workers = Pool(settings.threads, self.state.metrics)
         self._clerks = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="pkd-store")
@@ -109,6 +111,7 @@ class Service:
         """Drop what still waits; running images and writes finish. Whoever opened the store closes it."""
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._clerks.shutdown(wait=True, cancel_futures=True)
+        self.artifacts.close()
         self.inference.close()
 
     async def embed(self, request: EmbedRequest) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, Response
 
 from pkd.serving import openapi
 from pkd.serving.answers import answer
-from pkd.serving.artifacts import Artifacts, Offer, describe, manifest_sha256, needed, zipped
+from pkd.serving.artifacts import Offer, needed
 from pkd.serving.problems import Problem
 from pkd.serving.schemas import CertificatesAnswer, EncoderDetail, EncodersAnswer, SpacesAnswer
 from pkd.serving.service import Service
@@ -24,7 +24,7 @@ RANGE = re.compile(r"bytes=(?:\d+-\d*|-\d+)(?:,\s*(?:\d+-\d*|-\d+))*")
 def routes(service: Service) -> APIRouter:
     """Any key may read these: they say nothing about a person."""
     router = APIRouter(tags=["catalogue"])
-    encoders, artifacts = service.encoders, Artifacts(service.encoders)
+    encoders, artifacts = service.encoders, service.artifacts
 
     @router.get("/v1/encoders", responses=openapi.responses(EncodersAnswer, openapi.READ))
     async def list_encoders() -> Response:
@@ -61,19 +61,24 @@ def routes(service: Service) -> APIRouter:
     ) -> Response:
         """Download what a device runs: `encoder.onnx`, a file of a target, or the whole bundle.
 
-        The `ETag` is the file's SHA-256 (of a zip: its manifest's). `If-None-Match` answers 304 to a device that is up
-        to date; files take `Range` and `If-Range`, so that a download that broke off goes on.
+        The `ETag` is the file's SHA-256. `If-None-Match` answers 304 to a device that is up to date; `Range` and
+        `If-Range` let a download that broke off go on.
         """
         offer = artifacts.find(encoder)
+        stem = short(offer.info.id).replace("@", "-")
         if as_ == "bundle":
-            return _bundle(request, offer, target or file)
-        chosen = await run_in_threadpool(artifacts.choose, offer, target, file)
+            if target is not None or file is not None:
+                raise Problem("invalid-request", "as=bundle is the whole bundle: leave out target and file.")
+            chosen = await run_in_threadpool(artifacts.packed, offer.bundle)
+            name, kind = f"{stem}.zip", "application/zip"
+        else:
+            chosen = await run_in_threadpool(artifacts.choose, offer, target, file)
+            name, kind = f"{stem}-{chosen.name.replace('/', '-')}", "application/octet-stream"
         headers = {"ETag": f'"{chosen.sha256}"', "Cache-Control": "private, no-cache"}
         if _known(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
-        _check_range(request, headers["ETag"], chosen.path.stat().st_size)
-        name = f"{short(offer.info.id).replace('@', '-')}-{chosen.name.replace('/', '-')}"
-        return FileResponse(chosen.path, headers=headers, media_type="application/octet-stream", filename=name)
+        _check_range(request, headers["ETag"], chosen.size)
+        return FileResponse(chosen.path, headers=headers, media_type=kind, filename=name)
 
     @router.get("/v1/spaces", responses=openapi.responses(SpacesAnswer, openapi.READ))
     async def list_spaces() -> Response:
@@ -99,17 +104,17 @@ def routes(service: Service) -> APIRouter:
         return answer({"certificates": found})
 
     def detail(offer: Offer) -> dict[str, Any]:
-        bundle, id = offer.loaded.bundle, offer.info.id
+        bundle, id = offer.bundle, offer.info.id
         return {
             **offer.info.model_dump(),
             "licence": bundle.manifest.licence,
-            "default": offer.loaded is encoders.default and id == offer.loaded.encoder.info.id,
+            "default": id == encoders.default.encoder.info.id,
             "loaded": id in encoders.loaded,
             "certificates": {
                 "as_query_against": sorted(g for q, g in encoders.files if q == id),
                 "as_gallery_for": sorted(q for q, g in encoders.files if g == id),
             },
-            "artifact": describe(bundle, [artifacts.default_file(offer)])[0],
+            "artifact": artifacts.describe(bundle, [offer.default_file])[0],
             "targets": [
                 {
                     "name": one.name,
@@ -117,25 +122,13 @@ def routes(service: Service) -> APIRouter:
                     "precision": one.precision,
                     "golden_tolerance": one.golden_tolerance,
                     "settings": one.settings,
-                    "files": describe(bundle, needed(bundle, one)),
+                    "files": artifacts.describe(bundle, needed(bundle, one)),
                 }
                 for one in offer.targets
             ],
         }
 
     return router
-
-
-def _bundle(request: Request, offer: Offer, other: str | None) -> Response:
-    if other is not None:
-        raise Problem("invalid-request", "as=bundle is the whole bundle: leave out target and file.")
-    bundle = offer.loaded.bundle
-    headers = {"ETag": f'"{manifest_sha256(bundle)}"', "Cache-Control": "private, no-cache", "Accept-Ranges": "none"}
-    if _known(request, headers["ETag"]):
-        return Response(status_code=304, headers=headers)
-    name = f"{short(bundle.manifest.encoder.id).replace('@', '-')}.zip"
-    headers["Content-Disposition"] = f'attachment; filename="{name}"'
-    return StreamingResponse(zipped(bundle), headers=headers, media_type="application/zip")
 
 
 def _known(request: Request, etag: str) -> bool:

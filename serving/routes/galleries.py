@@ -43,7 +43,11 @@ def routes(service: Service) -> APIRouter:
         try:
             made = await service.stored(service.store.create, gallery, space, body.retention_seconds, actor)
         except Problem as problem:
-            raise problem.explain(works={"spaces": [problem.members.get("expected")]}) from None
+            if problem.type == "gallery-conflict":
+                pinned = (await service.stored(service.store.get, gallery)).space.id
+                conflict = {"expected": {"space": pinned}, "got": {"space": space.id}, "works": {"spaces": [pinned]}}
+                problem.members.update(conflict)
+            raise
         if body.retention_seconds not in (None, made.retention):
             raise Problem(
                 "gallery-conflict",

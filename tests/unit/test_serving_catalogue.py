@@ -180,9 +180,13 @@ def test_the_whole_bundle(client, bundle, tmp_path):
     assert answer.headers["content-type"] == "application/zip" and answer.content == again.content
     with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
         archive.extractall(tmp_path / "unpacked")
-    assert Bundle.open(tmp_path / "unpacked").manifest == device.manifest
+    (tmp_path / "device.zip").write_bytes(answer.content)
+    for opened in (tmp_path / "unpacked", tmp_path / "device.zip"):
+        assert Bundle.open(opened).manifest == device.manifest
     etag = answer.headers["etag"]
-    assert etag == f'"{hashlib.sha256((device.path / "manifest.json").read_bytes()).hexdigest()}"'
+    assert etag == f'"{hashlib.sha256(answer.content).hexdigest()}"'
+    part = client.get(url, params={"as": "bundle"}, headers={"range": "bytes=1000-", "if-range": etag})
+    assert (part.status_code, part.content) == (206, answer.content[1000:])
     assert client.get(url, params={"as": "bundle"}, headers={"if-none-match": etag}).status_code == 304
     problem(client.get(url, params={"as": "bundle", "target": "openvino-int8"}), 422, "invalid-request")
     problem(client.get(url, params={"as": "tar"}), 422, "invalid-request")
@@ -193,10 +197,27 @@ def test_a_file_that_changed_on_the_disk_is_not_given_out(tmp_path):
     with made.running(Service(Encoders.open(family.folders), Settings(threads=1))) as client:
         url = "/v1/encoders/student/artifact"
         assert client.get(url).status_code == 200
-        (family.folders[1] / "encoder.onnx").write_bytes(family.teacher.model)
-        answer = client.get(url)
-        assert answer.status_code == 500 and answer.json()["type"] == "internal"
-        assert str(tmp_path) not in answer.text
+        (family.folders[1] / "encoder.onnx").write_bytes(family.stranger.model)
+        (family.folders[0] / "encoder.onnx").unlink()
+        for encoder, params in (("student", {}), ("student", {"as": "bundle"}), ("teacher", {})):
+            answer = client.get(f"/v1/encoders/{encoder}/artifact", params=params)
+            assert answer.status_code == 500 and answer.json()["type"] == "internal"
+            assert str(tmp_path) not in answer.text
+
+
+def test_a_bundle_that_is_a_zip_and_a_target_that_is_served(bundle, tmp_path):
+    device, int8 = bundle
+    packed = device.pack(tmp_path / "device.zip")
+    with made.running(Service(Encoders.open([packed]), Settings(threads=1))) as client:
+        url = f"/v1/encoders/{int8.id}/artifact"
+        assert client.get(url).content == XML
+        assert client.get(url, params={"as": "bundle"}).content == packed.read_bytes()
+        manifest = client.get(url, params={"file": "manifest.json"})
+        assert manifest.content == (device.path / "manifest.json").read_bytes()
+    served = device.path / "targets" / "onnxruntime-fp32"
+    with made.running(Service(Encoders.open([served]), Settings(threads=1))) as client:
+        body = client.get(f"/v1/encoders/{device.manifest.encoder.id}").json()
+        assert body["loaded"] and body["default"] and body["artifact"]["name"] == "encoder.onnx"
 
 
 def test_what_a_device_needs(bundle):

@@ -68,6 +68,10 @@ def test_rates_of_zero_are_no_tail():
     assert extrapolated(measured, 1e-5) == pytest.approx(0.8)
 
 
+def test_less_than_a_decade_is_followed_as_far_as_it_goes():
+    assert extrapolated(curve((-1.0, 0.0), (1.0, 0.5)), 0.25) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (0.0, 0.0)])
 def test_a_flat_curve_leads_nowhere(rates):
     flat = curve((-1.0, 0.7), rates)
