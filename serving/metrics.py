@@ -58,6 +58,7 @@ class Metrics:
         self._galleries = gauge("galleries", "Galleries", "livemostrecent")
         self._subjects = gauge("gallery_subjects", "Subjects in all galleries", "livemostrecent")
         self._templates = gauge("gallery_templates", "Templates in all galleries", "livemostrecent", "encoder")
+        self.store_up = gauge("store_up", "1 where the galleries can be read and written", "livemostrecent")
         self._expired = counter("templates_expired", "Templates deleted because their time was over")
         self.ready = gauge("ready_workers", "Worker processes that answer", "livesum")
         for type in PROBLEMS:  # there from the start, so that a rate over the first refusal is right

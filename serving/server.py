@@ -145,10 +145,14 @@ class _Server(uvicorn.Server):
     async def _sweep(self, store: GalleryStore) -> None:
         """Delete templates whose time is over, again and again. A store that is away now is tried again later."""
         while True:
+            metrics = self._service.state.metrics
             try:
+                await asyncio.to_thread(store.check)
                 expired = await asyncio.to_thread(store.expire, time.time())
-                self._service.state.metrics.galleries(await asyncio.to_thread(store.list), expired)
+                metrics.galleries(await asyncio.to_thread(store.list), expired)
+                metrics.store_up.set(1)
             except Exception as error:
+                metrics.store_up.set(0)
                 logger.error("retention: what has expired is not deleted, tried again later: %s", type(error).__name__)
             await asyncio.sleep(self._service.settings.sweep_seconds)
 

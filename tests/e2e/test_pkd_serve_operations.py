@@ -175,12 +175,13 @@ def value(server, series):
 
 
 def test_what_has_expired_is_deleted_and_counted_once(two):
-    assert two.ask("PUT", "/v1/galleries/short", json={"retention_seconds": 0.5}).status_code == 201
+    assert two.ask("PUT", "/v1/galleries/short", json={"retention_seconds": 1}).status_code == 201
     made_ = two.ask("POST", "/v1/galleries/short/subjects/bob/templates?aligned=true", content=CROP, headers=PNG)
     assert made_.status_code == 201
     until(lambda: two.ask("GET", "/v1/galleries/short/subjects/bob").status_code == 404)
     until(lambda: value(two, "pkd_templates_expired_total") == 1)
     until(lambda: value(two, "pkd_galleries") == 2)
+    assert value(two, "pkd_store_up") == 1
 
 
 def test_a_rate_holds_over_all_workers(two):
