@@ -123,8 +123,6 @@ def _spawn(folder: Path) -> subprocess.Popen[bytes]:
     config.set("common.session.ttl", 3)  # s: for so long a killed server blocks its successor
     config.set("queryCoord.distPullInterval", 100)
     config.set("proxy.timeTickInterval", 50)  # ms: for so long a strong read waits
-    for pair in os.environ.get("MILVUS_TEST_SET", "").split():
-        config.set(*pair.split("="))
     config.resolve()
     written = folder / "configs" / "milvus.yaml"
     written.write_text(written.read_text().replace("\nqueryCoord:\n", QUERY_COORDINATOR))

@@ -31,6 +31,7 @@ PAGE = 1_000
 MOST = 16_384
 """Rows that Milvus gives for one query or search at most."""
 LOAD_SECONDS = 30.0
+RETRY_SECONDS = 1.0
 NOTHING: list[float] = [0.0, 0.0]
 """Every collection must have a vector; those of plain rows have this one."""
 
@@ -50,11 +51,13 @@ class Tables:
         self._uri, self._token, self._shards = uri, token, shards
         self._client: Any = None
         self._connecting = threading.Lock()
+        self._retry = 0.0
         self._written: dict[str, float] = {}
 
     def create(self, name: str, fields: Mapping[str, int], dim: int = 0, indexed: Sequence[str] = ()) -> None:
         """Create and load a collection, unless it is there. ``fields``: name → longest text, 0 for a number and -1 for
         a dictionary; the first one is the primary key. ``dim`` 0: rows without a vector of their own."""
+        self.names()  # says what is missing, if anything is
         from pymilvus import DataType, MilvusClient
 
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -163,9 +166,11 @@ class Tables:
                 self._written[name] = time.monotonic()
 
     def _call(self, operation: str, *args: Any, **kwargs: Any) -> Any:
-        import grpc
-        from pymilvus import MilvusException
-
+        try:
+            import grpc
+            from pymilvus import MilvusException
+        except ImportError:
+            raise MissingExtra("pymilvus", "milvus") from None
         try:
             method: Callable[..., Any] = getattr(self._connected(), operation)
             return method(*args, timeout=self.timeout, **kwargs)
@@ -178,11 +183,15 @@ class Tables:
 
     def _connected(self) -> Any:
         with self._connecting:
-            if self._client is None:
-                try:
-                    from pymilvus import MilvusClient
-                except ImportError:
-                    raise MissingExtra("pymilvus", "milvus") from None
-                logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every error that it raises, too
+            if self._client is not None:
+                return self._client
+            if time.monotonic() < self._retry:  # for those who waited here while another one failed
+                raise Problem("store-unavailable", "Milvus could not be reached a moment ago.")
+            from pymilvus import MilvusClient
+
+            logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every error that it raises, too
+            try:
                 self._client = MilvusClient(self._uri, token=self._token, timeout=self.timeout)
+            finally:
+                self._retry = 0.0 if self._client is not None else time.monotonic() + RETRY_SECONDS
             return self._client

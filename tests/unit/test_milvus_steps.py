@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gallery_conformance import ALICE, BOB, ENCODER, NEW, NEXT, OLD, enrolled, one, unit
+from gallery_conformance import ALICE, BOB, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
 from milvus_server import MilvusServer
 from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 
@@ -19,6 +19,7 @@ from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, NewTempl
 from pkd.serving.galleries.milvus_rows import COMMIT, JOURNAL, SUBJECT
 from pkd.serving.galleries.milvus_store import MilvusStore
 from pkd.serving.galleries.milvus_tables import Row, Tables
+from pkd.serving.galleries.vault import MasterKey
 from pkd.serving.problems import Problem
 
 
@@ -246,6 +247,16 @@ def test_milvus_learns_no_name_no_attribute_and_no_vector(opened: Open) -> None:
         assert np.abs(vectors - vector).max(1).min() > 0.1
     assert abs(hidden[0] @ hidden[1] - vectors[0] @ vectors[1]) < 1e-6
     assert MASTER.key.hex() not in stolen
+
+
+def test_another_master_key_opens_nothing(milvus_server: MilvusServer, opened: Open, tmp_path: Path) -> None:
+    opened().create("staff", OLD, None, ALICE)
+    other = MilvusStore(Tables(milvus_server.uri), tmp_path / "other.db", MasterKey(bytes(32)))
+    for call in (lambda: other.search("staff", ENCODER, unit(1), 1), other.list, lambda: list(other.export("staff"))):
+        with refused("store-unavailable") as caught:
+            call()
+        assert "key" in caught.value.detail
+    other.close()
 
 
 def test_templates_without_a_commit_do_not_crowd_out_others(opened: Open) -> None:
