@@ -50,6 +50,8 @@ KNOWN_SECONDS = 0.3
 """How long a gallery's row is believed before it is read again."""
 BATCH = 256
 """Enrolments written in one step."""
+PURGE_SECONDS = 3600.0
+"""How often Milvus is asked to write its files anew without what was deleted."""
 EXPORTED = 200
 """Subjects read at a time by an export."""
 HEARTBEAT = "check"
@@ -73,6 +75,7 @@ class MilvusStore:
         self._galleries = f"{tables.prefix}_galleries"
         self._known: dict[str, tuple[float, Entry]] = {}
         self._opened: dict[str, MilvusGallery] = {}
+        self._purged = time.monotonic()
         self._ready, self._starting = False, threading.Lock()
         self._auditing = threading.Lock()
         self._audit = sqlite3.connect(audit_file, timeout=5, isolation_level=None, check_same_thread=False)
@@ -267,6 +270,9 @@ class MilvusStore:
         for id in self._opened.keys() - ids:  # deleted by other processes: their keys go from memory, too
             self._opened.pop(id, None)
         self._sweep(ids)
+        if time.monotonic() - self._purged >= PURGE_SECONDS:
+            self._purged = time.monotonic()
+            self._tables.purge()
         return total
 
     def export(self, gallery: str) -> Iterator[Subject]:

@@ -52,6 +52,7 @@ class Tables:
         self._client: Any = None
         self._connecting = threading.Lock()
         self._retry = 0.0
+        self._deleted: set[str] = set()
         self._written: dict[str, float] = {}
 
     def create(self, name: str, fields: Mapping[str, int], dim: int = 0, indexed: Sequence[str] = ()) -> None:
@@ -99,6 +100,8 @@ class Tables:
 
     def delete(self, name: str, keys: Sequence[str]) -> None:
         """Delete the rows with these primary keys, the first field, which every collection calls ``id``."""
+        if keys:
+            self._deleted.add(name)
         for start in range(0, len(keys), PAGE):
             self._write("delete", name, list(keys[start : start + PAGE]))
 
@@ -139,10 +142,20 @@ class Tables:
         )
         return [[{"id": hit["id"], "score": hit["distance"], **hit["entity"]} for hit in hits] for hits in found]
 
-    def purge(self, name: str) -> None:
-        """Ask Milvus to write segments anew without the rows that were deleted. It does so in its own time."""
-        self._call("flush", name)
-        self._call("compact", name)
+    def purge(self) -> None:
+        """Ask Milvus to write anew, without them, the segments that this process deleted rows of.
+
+        It does so in its own time. By itself it waits until a fifth of a segment is deleted.
+        """
+        for name in list(self._deleted):
+            try:
+                self._call("flush", name)
+                self._call("compact", name)
+            except NoTable:
+                pass
+            except Problem:
+                continue  # next time
+            self._deleted.discard(name)
 
     def close(self) -> None:
         """Close the connection."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gallery_conformance import ALICE, BOB, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
+from gallery_conformance import ALICE, BOB, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, soon, unit
 from milvus_server import MilvusServer
 from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 
@@ -247,6 +247,20 @@ def test_milvus_learns_no_name_no_attribute_and_no_vector(opened: Open) -> None:
         assert np.abs(vectors - vector).max(1).min() > 0.1
     assert abs(hidden[0] @ hidden[1] - vectors[0] @ vectors[1]) < 1e-6
     assert MASTER.key.hex() not in stolen
+
+
+def test_what_was_deleted_leaves_the_segments(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened()
+    store.create("staff", OLD, None, ALICE)
+    enrolled(store.enrol("staff", [one(f"s{i}", unit(i)[0]) for i in range(3)], ALICE))
+    (table,) = store._entry("staff", "ALL").tables.values()
+    client = store._tables._connected()
+    client.flush(table)
+    store.delete_subject("staff", "s1", ALICE)
+    assert client.get_collection_stats(table)["row_count"] == 3  # marked as deleted, and still there
+    monkeypatch.setattr("pkd.serving.galleries.milvus_store.PURGE_SECONDS", 0)
+    store.expire(0)
+    assert soon(lambda: client.get_collection_stats(table)["row_count"] == 2, 60)
 
 
 def test_another_master_key_opens_nothing(milvus_server: MilvusServer, opened: Open, tmp_path: Path) -> None:
