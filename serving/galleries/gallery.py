@@ -19,7 +19,17 @@ Vectors = NDArray[np.float32]
 """Unit rows N×D."""
 Attributes = Mapping[str, str]
 """What an operator may filter on: a site, a role. Not a place for names: attributes are stored as they are."""
-Action = Literal["create", "enrol", "delete-subject", "delete-gallery", "expire", "begin-migration", "end-migration"]
+Action = Literal[
+    "create",
+    "enrol",
+    "delete-subject",
+    "delete-gallery",
+    "expire",
+    "begin-migration",
+    "end-migration",
+    "rekey",
+]
+"""What the audit log records. ``rekey``: all gallery keys were wrapped by another master key."""
 
 
 @dataclass(frozen=True)

@@ -129,17 +129,14 @@ class Matrix:
         found = [np.intersect1d(block.subjects[: block.used], subjects) for block in self._blocks]
         return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
-    def templates(self) -> Ints:
-        """The numbers of all, in ascending order."""
-        return np.sort(np.concatenate([np.zeros(0, np.int64), *(b.templates[b.templates > 0] for b in self._blocks)]))
-
-    def vector(self, template: int) -> Floats | None:
-        """One row, for checks."""
-        for block in self._blocks:
-            for row in np.flatnonzero(block.templates == template):
-                found: Floats = block.vectors[row].copy()
-                return found
-        return None
+    def checksum(self) -> int:
+        """Of all templates with their vectors, in any order: ``checksum`` of the same rows gives the same."""
+        parts = [block.templates > 0 for block in self._blocks]
+        sums = (
+            checksum(block.templates[rows], block.vectors[rows])
+            for block, rows in zip(self._blocks, parts, strict=True)
+        )
+        return sum(sums) % 2**64
 
     def search(
         self,
@@ -167,6 +164,14 @@ class Matrix:
         rows = min(max(sum(len(block.templates) for block in self._blocks), SMALLEST_BLOCK), LARGEST_BLOCK)
         self._blocks.append(Block(rows, self.dim))
         return self._blocks[-1]
+
+
+def checksum(templates: Ints, vectors: Floats) -> int:
+    """A number that depends on which template has which bits, not on their order; sums of it are of all."""
+    bits = np.ascontiguousarray(vectors, np.float32).view(np.uint32).astype(np.uint64)
+    places = np.arange(1, bits.shape[1] + 1, dtype=np.uint64)
+    total: int = ((bits * places).sum(axis=1) * templates.astype(np.uint64)).sum(dtype=np.uint64).item()
+    return total
 
 
 def _race(

@@ -71,15 +71,15 @@ class MemoryIndex:
         """Give a subject other attributes."""
         self._drain.alone(lambda: self._describe(subject, attributes))
 
-    def templates(self, encoder: str) -> Ints:
-        """The numbers of an encoder's templates, ascending."""
-        matrix = self._matrices.get(encoder)
-        return matrix.templates() if matrix else np.zeros(0, np.int64)
+    def contents(self) -> dict[str, tuple[int, int]]:
+        """Encoder → how many templates, and the checksum of them all: what pkd-gallery verify compares."""
+        found: dict[str, tuple[int, int]] = {}
 
-    def vector(self, encoder: str, template: int) -> Floats | None:
-        """One template's vector; None where it is not here."""
-        matrix = self._matrices.get(encoder)
-        return matrix.vector(template) if matrix else None
+        def look() -> None:
+            found.update((encoder, (len(matrix), matrix.checksum())) for encoder, matrix in self._matrices.items())
+
+        self._drain.alone(look)
+        return found
 
     def _answer(self, batch: Sequence[_Query]) -> Sequence[Found]:
         answers: dict[int, Found] = {}

@@ -109,7 +109,7 @@ class SqliteFile:
         self.path = folder / NAME
         self.master = master
         if not create and not self.path.is_file():
-            raise InputError(f"{self.path}: no such database. Give the folder that pkd-serve --store was given.")
+            raise InputError(f"{self.path}: no such database. Give the folder that pkd-serve --gallery was given.")
         if create:
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -230,6 +230,25 @@ def explained() -> Iterator[None]:
         said = str(error)
         reason = next((meaning for part, meaning in MEANING.items() if part in said), f"SQLite says: {said}")
         raise Problem("store-unavailable", f"Galleries: {reason}.") from error
+
+
+def rewrap(file: SqliteFile, master: MasterKey) -> int:
+    """Wrap every gallery's key with another master key, in one step; returns how many. Nothing else is written anew.
+
+    Copies of the database from before still open with the old key: destroy them, or it, as the reason demands.
+    """
+    with file.writing() as db:
+        file.require_master(db)
+        galleries = db.execute("SELECT id, name, key FROM galleries").fetchall()
+        for id, name, wrapped in galleries:
+            db.execute(
+                "UPDATE galleries SET key = ? WHERE id = ?", (master.wrap(file.master.gallery(name, wrapped)), id)
+            )
+        db.execute("UPDATE about SET value = ? WHERE name = 'master'", (master.id,))
+        audit.append(db, "pkd-gallery", "rekey", "", rows=len(galleries))
+    file.master = master
+    file.truncate()
+    return len(galleries)
 
 
 def _statements(script: str) -> Iterator[str]:

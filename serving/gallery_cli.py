@@ -1,0 +1,168 @@
+"""pkd-gallery: keys, checks, copies of galleries in SQLite. Run as: pkd-gallery verify galleries --master-key FILE"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from pkd.toolkit.command import Result, make_parser, progress, run
+from pkd.toolkit.errors import InputError, MissingExtra, NotTrusted, PkdError
+
+if TYPE_CHECKING:
+    from pkd.serving.galleries.audit import Head
+    from pkd.serving.galleries.vault import MasterKey
+
+EXAMPLES = """
+  pkd-gallery new-key master.key
+  pkd-gallery verify galleries --master-key master.key          # prints the head of the audit log: note it elsewhere
+  pkd-gallery verify galleries --master-key master.key --noted 1200:5f0c…
+  pkd-gallery export galleries staff staff.jsonl --master-key master.key
+  pkd-gallery import galleries staff.jsonl --master-key new.key --sealed-with master.key
+  pkd-gallery rekey galleries --master-key master.key --new-key new.key
+"""
+_NOTED = re.compile(r"(\d{1,18}):([0-9a-f]{64})", re.ASCII)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = make_parser("pkd-gallery", "Look after galleries that pkd-serve --gallery keeps in SQLite.", EXAMPLES)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        if name != "new-key":
+            made.add_argument("folder", type=Path, metavar="DIR", help="folder that pkd-serve --gallery was given")
+            made.add_argument("--master-key", type=Path, required=True, metavar="FILE", help="its master key")
+        return made
+
+    made = command("new-key", "write a new master key, mode 600")
+    made.add_argument("file", type=Path, metavar="FILE")
+    made = command("verify", "check the audit log, that every row decrypts, and that the index equals the rows")
+    made.add_argument("--noted", metavar="SEQUENCE:HASH", help="a head of the audit log, noted outside earlier")
+    made = command("export", "write a gallery's subjects with vectors to a file, one JSON object a line")
+    made.add_argument("gallery", metavar="GALLERY")
+    made.add_argument("file", type=Path, metavar="FILE")
+    made.add_argument("--plain", action="store_true", help="do not encrypt: the file then holds readable embeddings")
+    made = command("import", "enrol what an export holds; what is there already is passed over, so run it again freely")
+    made.add_argument("file", type=Path, metavar="FILE")
+    made.add_argument("--gallery", metavar="NAME", help="import into this gallery (default: the exported one's name)")
+    made.add_argument(
+        "--sealed-with", type=Path, metavar="FILE", help="master key of the export (default: the store's)"
+    )
+    made = command("rekey", "wrap every gallery's key with another master key; servers must be stopped")
+    made.add_argument("--new-key", type=Path, required=True, metavar="FILE", help="master key from now on")
+    return run(parser, _run, argv)
+
+
+def _run(args: argparse.Namespace, console: Console) -> Result:
+    try:
+        from pkd.serving.galleries.vault import MasterKey
+        from pkd.serving.problems import Problem
+    except ModuleNotFoundError as missing:
+        if missing.name in ("fastapi", "starlette", "orjson", "threadpoolctl"):
+            raise MissingExtra(missing.name, "serve") from None
+        raise
+    if args.command == "new-key":
+        made = MasterKey.create(args.file)
+        console.print(f"wrote {args.file}, master key {made.id}. Keep a copy where the database's backups are not.")
+        return {"file": str(args.file), "master": made.id}
+    try:
+        return COMMANDS[args.command](args, MasterKey.read(args.master_key), console)
+    except Problem as problem:
+        kind = InputError if problem.status < 500 else PkdError
+        raise kind(problem.detail) from None
+
+
+def _verify(args: argparse.Namespace, master: MasterKey, console: Console) -> Result:
+    from pkd.serving.galleries.inspection import count_templates, inspect
+    from pkd.serving.galleries.sqlite_file import SqliteFile
+
+    noted = _noted(args.noted)
+    with (
+        closing(SqliteFile(args.folder, master, create=False)) as file,
+        progress(console, "decrypting", count_templates(file)) as step,
+    ):
+        found = inspect(file, noted, step)
+    for line in found.wrong:
+        console.print(line, style="red", markup=False, soft_wrap=True)
+    if found.wrong:
+        many = "1 thing is wrong" if len(found.wrong) == 1 else f"{len(found.wrong)} things are wrong, first"
+        raise NotTrusted(f"{file.path}: {many}: {found.wrong[0]}")
+    head = f"{found.head.sequence}:{found.head.hash}"
+    console.print(
+        f"{found.galleries:,} galleries, {found.subjects:,} subjects, {found.templates:,} templates: all decrypt, and "
+        f"the index equals them. The audit log is whole; note its head elsewhere:\n{head}",
+        markup=False,
+        soft_wrap=True,
+    )
+    counts = {"galleries": found.galleries, "subjects": found.subjects, "templates": found.templates}
+    return {**counts, "audit_head": head, "noted_head_checked": bool(noted)}
+
+
+def _export(args: argparse.Namespace, master: MasterKey, console: Console) -> Result:
+    from pkd.serving.galleries.sqlite_store import SqliteStore
+    from pkd.serving.galleries.transfer import export
+
+    with (
+        closing(SqliteStore(args.folder, master, create=False)) as store,
+        progress(console, "exporting", store.get(args.gallery).subjects) as step,
+    ):
+        count = export(store, args.gallery, args.file, None if args.plain else master, step)
+    state = "readable by anyone who has the file" if args.plain else f"encrypted under master key {master.id}"
+    console.print(f"wrote {count:,} subjects to {args.file}, {state}", markup=False, soft_wrap=True)
+    return {"gallery": args.gallery, "subjects": count, "file": str(args.file), "encrypted": not args.plain}
+
+
+def _import(args: argparse.Namespace, master: MasterKey, console: Console) -> Result:
+    from pkd.serving.galleries.sqlite_store import SqliteStore
+    from pkd.serving.galleries.transfer import import_
+    from pkd.serving.galleries.vault import MasterKey
+
+    sealed_with = MasterKey.read(args.sealed_with) if args.sealed_with else master
+    with closing(SqliteStore(args.folder, master)) as store:
+        with args.file.open("rb") as file:
+            total = max(0, sum(1 for _ in file) - 2)
+        with progress(console, "importing", total) as step:
+            gallery, done = import_(store, args.file, sealed_with, step, "pkd-gallery", args.gallery)
+    console.print(
+        f"{gallery}: {done.subjects:,} subjects, {done.templates:,} templates enrolled, "
+        f"{done.there_already:,} were there already",
+        markup=False,
+    )
+    return {"gallery": gallery, **vars(done)}
+
+
+def _rekey(args: argparse.Namespace, master: MasterKey, console: Console) -> Result:
+    from pkd.serving.galleries.sqlite_file import SqliteFile, rewrap
+    from pkd.serving.galleries.vault import MasterKey
+
+    after = MasterKey.read(args.new_key)
+    with closing(SqliteFile(args.folder, master, create=False)) as file:
+        count = rewrap(file, after)
+    console.print(f"{count:,} gallery keys are wrapped by master key {after.id} now. Start the server with it.")
+    return {"galleries": count, "master": after.id}
+
+
+COMMANDS = {"verify": _verify, "export": _export, "import": _import, "rekey": _rekey}
+
+
+def _noted(text: str | None) -> Head | None:
+    from pkd.serving.galleries.audit import Head
+
+    if text is None:
+        return None
+    found = _NOTED.fullmatch(text)
+    if not found:
+        raise InputError(f"--noted {text}: give SEQUENCE:HASH as pkd-gallery verify prints it.")
+    return Head(int(found[1]), found[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
