@@ -28,6 +28,7 @@ PARTS = {
     "template_pairs": "The pair list of IJB-C",
     "coverage": "How often intervals hold the truth",
     "halvings": "Do thresholds carry over to other people",
+    "targets": "What each target costs and loses",
     "method_table": "Methods at equal budget",
     "inheritance": "A teacher's own classifier against heads made from its embeddings",
 }

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.status import Status
 
 from pkd.toolkit.bundle import require_free
+from pkd.toolkit.bundle_zip import zip_path
 from pkd.toolkit.command import Result, make_parser, run
 from pkd.toolkit.errors import InputError, MissingExtra, TargetUnavailable
+from pkd.toolkit.signing import SigningKey
 from pkd.toolkit.space import short
 
 if TYPE_CHECKING:
@@ -29,8 +31,10 @@ EXAMPLES = """
   pkd-export runs/student -o bundles/student --format onnx openvino --precision fp32 int8 --calib faces/val.txt
   pkd-export runs/student -o bundles/student --precision fp32 int8 --calib faces/val.txt --gate faces/dev \
       --gate-teacher teacher.onnx --gate-teacher-preprocess mean=127.5,std=127.5 --max-tar-drop 0.01
+  pkd-export runs/student -o bundles/student --format onnx openvino ncnn --bench      # what each costs here
   pkd-export runs/student -o bundles/student --trt --precision fp16      # without a GPU: the graph, and exit code 3
   pkd-export --from-bundle bundles/student --trt --precision fp16        # later, on the machine with the GPU
+  pkd-export runs/student -o bundles/student --sign release.pem --zip    # also bundles/student.zip, to hand out
   pkd-export runs/student -o bundles/student --float-nchw student.onnx   # loads in insightface's model_zoo, too
 """
 
@@ -73,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="X",
         help="the upper end of the interval of what a target loses may be no more; default: 0.01, one point",
     )
+    parser.add_argument(
+        "--bench",
+        action="store_true",
+        help="measure every target's CPU time, size and memory here, into bench.json in the bundle",
+    )
     trt = parser.add_argument_group("tensorrt")
     trt.add_argument("--batch", default="1:8:32", metavar="MIN:USUAL:MAX", help="batch sizes; default: 1:8:32")
     trt.add_argument("--workspace", type=int, default=1024, metavar="MIB", help="scratch memory; default: 1024")
@@ -89,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--float-nchw", type=Path, metavar="FILE.onnx", help="also write the graph with float N×3×H×W input"
     )
     parser.add_argument("--licence", default="not stated", metavar="TEXT", help="licence of the weights")
-    parser.add_argument("--force", action="store_true", help="replace an older bundle, and FILE.onnx")
+    parser.add_argument(
+        "--sign", type=Path, metavar="KEY.pem", help="ed25519 key that signs the manifest; see pkd-verify --new-key"
+    )
+    parser.add_argument("--zip", action="store_true", help="also write BUNDLE.zip: the same bundle as one file")
+    parser.add_argument("--force", action="store_true", help="replace an older bundle, its zip, and FILE.onnx")
     return run(parser, export, argv)
 
 
@@ -146,6 +159,9 @@ def _order(args: argparse.Namespace) -> Order:
         gate=_gate(args),
         float_nchw=args.float_nchw,
         licence=args.licence,
+        key=SigningKey.read(args.sign) if args.sign else None,
+        zip=args.zip,
+        bench=args.bench,
         force=args.force,
     )
 
@@ -194,7 +210,12 @@ def _tell(console: Console, result: Result) -> None:
         console.print(f"target {target['name']}: {state}{moved}{own}")
     console.print(f"certificates: {certificates or 'none; add them with --certificates EVAL'}")
     console.print(f"gate: {result['gate']}")
-    console.print("wrote " + " and ".join(path for path in (result["bundle"], result["float_nchw"]) if path))
+    console.print(f"signed by: {result['signed_by'] or 'nobody; sign with --sign KEY.pem'}", soft_wrap=True)
+    stale = zip_path(Path(result["bundle"]))
+    if not result["zip"] and stale.exists():
+        console.print(f"note: {stale} is still what it was; write it again with --zip.")
+    written = (result[name] for name in ("bundle", "zip", "float_nchw"))
+    console.print("wrote " + " and ".join(path for path in written if path))
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -207,10 +228,16 @@ def _check_outputs(args: argparse.Namespace) -> None:
         wrong = next((name for name, value in given.items() if value), None)
         if wrong:
             raise InputError(f"--from-bundle adds to a bundle and changes nothing that is in it. Leave {wrong} out.")
+        if args.from_bundle.is_file():
+            raise InputError(f"--from-bundle {args.from_bundle}: is a file. Unpack it, and give the folder.")
     elif args.out is None:
         raise InputError("-o BUNDLE is missing: where should the bundle be written?")
     else:
         require_free(args.out.resolve(), replace=args.force)
+        if args.out.suffix == ".zip":
+            raise InputError(f"-o {args.out}: names the folder; --zip writes the zip beside it. Leave .zip out.")
+        if args.zip and zip_path(args.out).exists() and not args.force:
+            raise InputError(f"{zip_path(args.out)} exists already. Choose another path or pass --force.")
     if args.keep_float < 0 or args.workspace < 1:
         raise InputError("--keep-float must not be negative, and --workspace must be 1 MiB or more.")
     path = args.float_nchw

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from pkd.export.quantize import similarity_rms
 from pkd.toolkit.errors import BadVector, GateFailed, InputError
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.record import Record
@@ -47,6 +48,8 @@ class ParityRow(Record):
     """Largest |1 − length| of a row as the graph gives it."""
     invariance: float
     """Largest difference of one coordinate to the same crop embedded alone."""
+    similarity_rms: float | None = None
+    """Root mean square difference of the cosines of all pairs in the batch to the source's; None for a batch of one."""
 
     @property
     def passed(self) -> bool:
@@ -89,9 +92,14 @@ def measure(
                 worst_cosine=float(cosines.min()),
                 norm_error=float(np.abs(norms - 1).max()),
                 invariance=float(np.abs(made - alone[:batch]).max()),
+                similarity_rms=_rms(made / norms[:, None], expected[:batch]),
             )
         )
     return rows
+
+
+def _rms(rows: NDArray[np.float64], expected: Embeddings) -> float | None:
+    return similarity_rms(rows.astype(np.float32), expected) if len(rows) > 1 else None
 
 
 def onnx_runner(
@@ -128,12 +136,15 @@ def insightface_blob(crops: Rgb) -> NDArray[np.float32]:
 def parity_table(rows: Sequence[ParityRow]) -> Table:
     """For people: one line per graph, with the worst over its batches."""
     batches = ", ".join(str(batch) for batch in BATCHES)
-    table = Table("graph", "max abs", "1 − worst cosine", "norm error", "batch invariance", "", title=f"b = {batches}")
+    table = Table(title=f"parity with the source, worst of batch {batches}", title_justify="left", pad_edge=False)
+    for heading in ("graph", "max abs", "1 − cosine", "pairs RMS", "norm error", "batch vs alone", ""):
+        table.add_column(heading, no_wrap=heading == "graph")
     for graph in dict.fromkeys(row.graph for row in rows):
         own = [row for row in rows if row.graph == graph]
         figures = (
             max(row.max_abs for row in own),
             1 - min(row.worst_cosine for row in own),
+            max(row.similarity_rms or 0 for row in own),
             max(row.norm_error for row in own),
             max(row.invariance for row in own),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import onnx
 from rich.console import Console
 
+from pkd.export.bench import BENCH, ROUNDS, bench, bench_table, size_on_disk
 from pkd.export.calibration import read_calibration
 from pkd.export.certificates import collect
 from pkd.export.gate import Gated, GateOrder, gate, gate_table, require_passed
@@ -23,9 +25,11 @@ from pkd.export.to_onnx import OPSET, float_graph, opset_of, serialise, uint8_gr
 from pkd.export.to_tensorrt import BuildOptions
 from pkd.export.typed import TypedGraph, TypedGraphs
 from pkd.toolkit.bundle import NOT_GATED, Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
+from pkd.toolkit.bundle_zip import zip_path
 from pkd.toolkit.command import Result, tool_version
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.runtime import Encoder, open_bundle
+from pkd.toolkit.signing import SigningKey
 from pkd.toolkit.space import EncoderInfo, in_mode
 
 Begin = Callable[[str, int], Callable[[int], None]]
@@ -50,6 +54,9 @@ class Order:
     gate: GateOrder | None
     float_nchw: Path | None
     licence: str
+    key: SigningKey | None
+    zip: bool
+    bench: bool
     force: bool
 
 
@@ -94,7 +101,8 @@ def produce(order: Order, console: Console, begin: Begin) -> Result:
     golden = pack_golden(Golden(crops[:COUNT], expected[:COUNT]))
     with _written_with(order.float_nchw, floats):
         files = {"encoder.onnx": model, "golden.npz": golden, **evidence, **made.files}
-        bundle = write_bundle(order.out, files, manifest, replace=order.force)
+        files |= _bench(order, files, manifest, console, begin)
+        bundle = write_bundle(order.out, files, manifest, replace=order.force, key=order.key)
     if opset != OPSET:
         console.print(f"note: the graph stays at its own opset {opset}; torch students get {OPSET}.")
     return _result(order, bundle, rows, made, graphs)
@@ -128,12 +136,18 @@ def add_targets(order: Order, console: Console, begin: Begin) -> Result:
     files = {
         name: bundle.read(name)
         for name in manifest.files
-        if not any(name.startswith(f"targets/{old}/") for old in added) or name in needed
+        if name != BENCH and (not any(name.startswith(f"targets/{old}/") for old in added) or name in needed)
     }
     said = gated.said if manifest.gate == NOT_GATED else f"{manifest.gate}. {gated.said}"
     manifest = manifest.model_copy(update={"targets": (*kept, *made.targets), "gate": said})
     evidence = _certificates(gated) | collect(order.certificates, *manifest.encoders.values())
-    bundle = write_bundle(order.out, {**files, **made.files, **evidence}, manifest, replace=True)
+    if bundle.signature and not order.key:
+        console.print(
+            "note: the manifest changes, so its old signature is dropped. Sign the new one with --sign KEY.pem."
+        )
+    files = {**files, **made.files, **evidence}
+    files |= _bench(order, files, manifest, console, begin)
+    bundle = write_bundle(order.out, files, manifest, replace=True, key=order.key)
     return _result(order, bundle, [], made, graphs)
 
 
@@ -163,6 +177,18 @@ def _gate(order: Order, reference: Encoder, made: Made, console: Console, begin:
     return gated
 
 
+def _bench(
+    order: Order, files: Mapping[str, bytes], manifest: Manifest, console: Console, begin: Begin
+) -> dict[str, bytes]:
+    if not order.bench:
+        return {}
+    found = bench(files, manifest, ROUNDS, begin("benchmark, round", ROUNDS))
+    console.print(bench_table(found))
+    for name, reason in found.skipped.items():
+        console.print(f"not measured: {name}: {reason}", markup=False)
+    return {BENCH: (found.model_dump_json(indent=2) + "\n").encode()}
+
+
 def _certificates(gated: Gated) -> dict[str, bytes]:
     return {
         f"certificates/{certificate.file_name}": (certificate.model_dump_json(indent=2) + "\n").encode()
@@ -181,8 +207,11 @@ def _result(
 ) -> Mapping[str, object]:
     manifest = bundle.manifest
     info = manifest.encoder
+    packed = bundle.pack(zip_path(order.out)) if order.zip else None
     return {
         "bundle": str(order.out),
+        "zip": str(packed) if packed else None,
+        "signed_by": bundle.signature.key if bundle.signature else None,
         "float_nchw": str(order.float_nchw) if order.float_nchw else None,
         "encoder": info.id,
         "space": info.space.id,
@@ -197,7 +226,7 @@ def _result(
                 "encoder": target.encoder.id,
                 "graph": target.graph,
                 "file": target.file,
-                "bytes": _size(bundle, target.file),
+                "bytes": size_on_disk(bundle, target.file),
                 "golden_tolerance": target.golden_tolerance,
                 "settings": target.settings,
             }
@@ -207,16 +236,8 @@ def _result(
         "missing": made.missing,
         "certificates": [f"{c.query} against {c.gallery}" for c in bundle.certificates()],
         "gate": manifest.gate,
+        "bench": json.loads(bundle.read(BENCH)) if BENCH in manifest.files else None,
     }
-
-
-def _size(bundle: Bundle, file: str | None) -> int:
-    """Bytes of a target's file, and of weights beside it."""
-    if file is None:
-        return 0
-    stem = file.rpartition(".")[0]
-    parts = [file] if file.endswith(".onnx") else [n for n in bundle.manifest.files if n.startswith(f"{stem}.")]
-    return sum(len(bundle.read(name)) for name in parts if name == file or not name.endswith(".onnx"))
 
 
 def _teller(begin: Begin) -> Callable[[str], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,9 +24,12 @@ from pkd.toolkit.openvino_runtime import HINTS, compile_model
 from pkd.toolkit.runtime import Embeddings, Encoder, unit_rows
 from pkd.toolkit.space import EncoderInfo
 from pkd.toolkit.target import Target
+from pkd.toolkit.tensorrt_runtime import load_engine
 
 Embed = Callable[[Rgb], NDArray[np.float32]]
 Tell = Callable[[str], None]
+PORTS = ("crops", "embedding")
+"""Input and output of every graph of a bundle, see to_onnx."""
 ORT = f"onnxruntime {onnxruntime.__version__}"
 
 
@@ -67,13 +71,19 @@ def _ncnn(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) 
 
 
 def _tensorrt(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
-    engine = build_engine("tensorrt", graph.data, options, tell)
-    return Built({"encoder.engine": engine.data}, f"tensorrt {engine.version}", engine.settings, ORT, None)
+    return _engine("tensorrt", graph, options, tell)
 
 
 def _tensorrt_rtx(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
-    engine = build_engine("tensorrt_rtx", graph.data, options, tell)
-    return Built({"encoder.engine": engine.data}, f"tensorrt_rtx {engine.version}", engine.settings, ORT, None)
+    return _engine("tensorrt_rtx", graph, options, tell)
+
+
+def _engine(package: str, graph: TypedGraph, options: BuildOptions, tell: Tell) -> Built:
+    engine = build_engine(package, graph.data, options, tell)
+    made_with, embed = f"{package} {engine.version}", None
+    with suppress(TargetUnavailable):  # built here, but it runs elsewhere
+        embed = load_engine(package, engine.data, engine.settings, graph.encoder, PORTS).raw
+    return Built({"encoder.engine": engine.data}, made_with, engine.settings, made_with if embed else ORT, embed)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from onnx import TensorProto, compose, helper, numpy_helper, shape_inference, version_converter
+from onnx.utils import Extractor
 
 from pkd.export.rewrite import fold_batch_norm
 from pkd.toolkit.errors import InputError, MissingExtra, PkdError
@@ -105,6 +106,12 @@ def uint8_graph(network: onnx.ModelProto, preprocess: Preprocess, dim: int) -> o
     front.add("Transpose", perm=[0, 3, 1, 2])
     taken = helper.make_tensor_value_info("crops", TensorProto.UINT8, [BATCH, size, size, 3])
     return _assemble(taken, front, network, dim)
+
+
+def network_of(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The float32 N×3×S×S network inside what ``uint8_graph`` made."""
+    (entry,), (unit,) = ([n for n in graph.graph.node if n.name == name] for name in ("pkd/network", "pkd/unit"))
+    return Extractor(shape_inference.infer_shapes(graph)).extract_model([entry.output[0]], [unit.input[0]])
 
 
 def float_graph(network: onnx.ModelProto, preprocess: Preprocess, dim: int) -> onnx.ModelProto:

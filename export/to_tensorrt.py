@@ -15,6 +15,7 @@ from typing import Any
 
 from pkd.toolkit.errors import InputError, PkdError, TargetUnavailable
 from pkd.toolkit.gpu import find_gpu
+from pkd.toolkit.tensorrt_runtime import EXTRAS, error_logger, one_line
 
 MIB = 1 << 20
 
@@ -51,13 +52,13 @@ def build_engine(package: str, model: bytes, options: BuildOptions, tell: Callab
         raise TargetUnavailable("no NVIDIA GPU with a working driver was found, and tensorrt builds on one only")
     trt = _package(package)
     messages: list[str] = []
-    logger = _logger(trt, messages)
+    logger = error_logger(trt, messages)
     builder = trt.Builder(logger)
     network = builder.create_network(_typed(trt))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(model):
         first = parser.get_error(0).desc() if parser.num_errors else "no reason given"
-        raise InputError(f"{package} {trt.__version__} cannot parse the graph: {_line(first)}")
+        raise InputError(f"{package} {trt.__version__} cannot parse the graph: {one_line(first)}")
 
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * MIB)
@@ -95,11 +96,10 @@ def parse_batches(text: str) -> tuple[int, int, int]:
 
 
 def _package(name: str) -> Any:
-    extra = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}[name]
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise TargetUnavailable(f"{name} is not installed (pip install 'pkd[{extra}]')") from None
+        raise TargetUnavailable(f"{name} is not installed (pip install 'pkd[{EXTRAS[name]}]')") from None
 
 
 def _typed(trt: Any) -> int:
@@ -127,20 +127,6 @@ def _open_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def _logger(trt: Any, messages: list[str]) -> Any:
-    """Keeps errors for our own message and prints nothing: the classes exist only once the package is imported."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                messages.append(_line(message))
-
-    return Logger()
-
-
 def _monitor(trt: Any, tell: Callable[[str], None]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -159,7 +145,3 @@ def _monitor(trt: Any, tell: Callable[[str], None]) -> Any:
             self.steps.pop(phase_name, None)
 
     return Monitor()
-
-
-def _line(message: str) -> str:
-    return " ".join(message.split())[:300]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
   pkd-serve bundles/teacher bundles/student --detector yunet.onnx
+  pkd-serve bundles/teacher bundles/student/targets/openvino-int8 bundles/student/targets/openvino-bf16
   curl -F image=@photo.jpg 'localhost:8000/embed?encoding=b64_f16'
   key=$(openssl rand -hex 32); printf %s "$key" | sha256sum > keys.txt
   pkd-serve bundles/teacher --host 0.0.0.0 --api-keys keys.txt --trust-key evidence.pub.pem
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(
         "pkd-serve", "Serve encoders over HTTP: embed faces, and verify pairs under measured error rates.", EXAMPLES
     )
-    parser.add_argument("bundles", nargs="+", metavar="BUNDLE", help="bundles; the first teacher is the default")
+    parser.add_argument(
+        "bundles", nargs="+", metavar="BUNDLE", help="folder, zip or BUNDLE/targets/NAME; first teacher: the default"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: only this machine)")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 picks a free one (default: 8000)")
     parser.add_argument(
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         type=Path,
         metavar="PUB.pem",
-        help="ed25519 public key; refuse certificates that no such key has signed; repeatable",
+        help="ed25519 public key; refuse bundles and certificates that no such key has signed; repeatable",
     )
     return run(parser, _serve, argv)
 
@@ -114,14 +117,15 @@ def _introduce(console: Console, encoders: Encoders, fmr: float, detector: bool,
         except UnsupportedFmr:
             smallest, largest = certificate.points[-1].fmr, certificate.points[0].fmr
             state = f"FMR {fmr:g} not covered, requests must state one of {smallest:g} to {largest:g}"
-        signed = f", signed by {file.signature.key[:17]}…" if file.signature and encoders.keys else ""
+        signature = file.signature or file.bundle
+        signed = f", signed by {signature.key[:17]}…" if signature and encoders.keys else ""
         console.print(
             f"certified {pair}: {state}{' (synthetic faces)' if certificate.synthetic else ''}{signed}",
             markup=False,
             soft_wrap=True,
         )
-    if encoders.files and not encoders.keys:
-        console.print("no --trust-key: certificates may come from anyone")
+    if not encoders.keys:
+        console.print("no --trust-key: bundles and certificates may come from anyone")
     if not encoders.files:
         console.print("no certificate in these bundles: /verify will refuse every pair")
     if not detector:

@@ -10,21 +10,38 @@ from pkd.serving.problems import Problem
 from pkd.toolkit.bundle import Bundle, self_test
 from pkd.toolkit.certificate import Certificate, CertificateFile
 from pkd.toolkit.errors import BundleError
-from pkd.toolkit.runtime import OnnxEncoder, open_bundle
+from pkd.toolkit.runtime import Encoder, open_bundle
+from pkd.toolkit.runtimes import open_target, target_of
 from pkd.toolkit.signing import TrustedKeys
 from pkd.toolkit.space import short
+from pkd.toolkit.target import Target
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One bundle and its session, shared by all worker threads (onnxruntime sessions may be)."""
+    """One bundle and its encoder, shared by all worker threads (every runtime's may be)."""
 
     bundle: Bundle
-    encoder: OnnxEncoder
+    encoder: Encoder
+    target: Target | None = None
+    """Which form of the bundle's encoder this is, where one was asked for."""
+
+    @classmethod
+    def open(cls, path: Path, keys: TrustedKeys | None = None) -> Loaded:
+        """A bundle, or BUNDLE/targets/NAME; who signed it is checked before any of it reaches a runtime.
+
+        Raises BundleError, NotTrusted, MissingExtra, or TargetUnavailable.
+        """
+        named = target_of(path)
+        if named is None:
+            bundle = Bundle.open(path, keys)
+            return cls(bundle, open_bundle(bundle))
+        bundle = Bundle.open(named[0], keys)
+        return cls(bundle, open_target(bundle, named[1]), bundle.manifest.target(named[1]))
 
     def self_test(self) -> float:
-        """Largest 1 − cosine over the golden crops. Raises BundleError above the bundle's tolerance."""
-        return self_test(self.bundle, self.encoder.embed)
+        """Largest 1 − cosine over the golden crops. Raises BundleError above the tolerance of bundle or target."""
+        return self_test(self.bundle, self.encoder.embed, self.target)
 
 
 class Encoders:
@@ -47,25 +64,26 @@ class Encoders:
 
     @classmethod
     def open(cls, paths: Sequence[str | Path], keys: TrustedKeys | None = None) -> Encoders:
-        """Open bundles, each on one intra-op thread. Raises BundleError; two bundles of one encoder are refused.
+        """Open bundles or targets of them, each on one intra-op thread. Two of one encoder are refused: BundleError.
 
-        With ``keys`` every certificate must be signed by one of them. Raises NotTrusted naming the file.
+        With ``keys`` every manifest must be signed by one of them, and so must every certificate that has a signature
+        of its own. Raises NotTrusted naming the file.
         """
         owners: dict[str, Path] = {}
         spaces: dict[str, int] = {}
         loaded = []
         for path in paths:
-            bundle = Bundle.open(path)
-            info = bundle.manifest.encoder
+            item = Loaded.open(Path(path), keys)
+            bundle, info = item.bundle, item.encoder.info
             if info.id in owners:
                 raise BundleError(f"{path}: holds {short(info.id)}, as does {owners[info.id]}. Pass one of them.")
             if spaces.setdefault(info.space.id, info.space.dim) != info.space.dim:
                 raise BundleError(f"{path}: gives {info.space.dim} numbers, other bundles of its space do not.")
             if keys:
                 for file in bundle.certificate_files():
-                    keys.require(file.data, file.signature, file.path)
-            owners[info.id] = bundle.path
-            loaded.append(Loaded(bundle, open_bundle(bundle)))
+                    bundle.require_evidence(keys, file)
+            owners[info.id] = Path(path)
+            loaded.append(item)
         if not loaded:
             raise BundleError("no bundle to serve. Make one with pkd-export.")
         return cls(loaded, keys)

@@ -134,8 +134,11 @@ class EmbedAnswer(BaseModel):
 
 
 class SignatureAnswer(BaseModel):
-    key: str = Field(description="Fingerprint of the ed25519 key that is said to have signed the certificate")
+    key: str = Field(description="Fingerprint of the ed25519 key that is said to have signed")
     verified: bool = Field(description="True: checked at start. False: the server was started without trusted keys")
+    covers: Literal["certificate", "bundle"] = Field(
+        description="What was signed: the certificate itself, or only the bundle that holds it"
+    )
 
 
 class CertificateAnswer(BaseModel):
@@ -147,7 +150,7 @@ class CertificateAnswer(BaseModel):
     data_name: str
     synthetic: bool = Field(description="True: measured on procedural faces; the rates say nothing about people")
     created: str
-    signature: SignatureAnswer | None = Field(description="null where the certificate is not signed")
+    signature: SignatureAnswer | None = Field(description="null where neither the certificate nor its bundle is signed")
 
 
 class VerifyAnswer(BaseModel):

@@ -23,7 +23,7 @@ class Terms:
 
     certificate: Certificate
     signature: dict[str, Any] | None
-    """Who signed it, and whether that was checked; None where it is not signed."""
+    """Who signed it, and whether that was checked; None where neither it nor its bundle is signed."""
     threshold: float
     target_fmr: float | None
 
@@ -42,8 +42,9 @@ def settle(encoders: Encoders, a: Side, b: Side, policy: Policy | None, default_
             )
     file = encoders.certificate_file(query, gallery)
     certificate, signature = file.certificate, None
-    if file.signature:
-        signature = {"key": file.signature.key, "verified": encoders.keys is not None}
+    if signed := file.signature or file.bundle:
+        covers = "certificate" if file.signature else "bundle"
+        signature = {"key": signed.key, "verified": encoders.keys is not None, "covers": covers}
     if policy is not None and policy.threshold is not None:
         return Terms(certificate, signature, policy.threshold, None)
     fmr = default_fmr if policy is None or policy.target_fmr is None else policy.target_fmr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from pkd.toolkit.images import Rgb
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import make_session
 from pkd.toolkit.signing import SigningKey
-from pkd.toolkit.space import EmbeddingSpace, EncoderInfo, describe
+from pkd.toolkit.space import EmbeddingSpace, EncoderInfo, describe, in_mode
+from pkd.toolkit.target import Target
 
 DIM = 32
 OPSET = 18
@@ -146,8 +147,13 @@ class Made:
         certificates: list[Certificate] | None = None,
         golden: Golden | None = None,
         key: SigningKey | None = None,
+        sealed: SigningKey | None = None,
+        targets: Mapping[str, Made] | None = None,
     ) -> Bundle:
-        """Write it as a bundle. ``golden``: other golden crops, to make a bundle that fails its self-test."""
+        """Write it as a bundle. ``golden``: other golden crops, to make a bundle that fails its self-test.
+
+        ``targets``: precision → the encoder in it, as targets for onnxruntime.
+        """
         images = crops(4, seed=99)
         golden = golden or Golden(images, self.embed(images))
         files = {"encoder.onnx": self.model, "golden.npz": pack_golden(golden)}
@@ -161,13 +167,33 @@ class Made:
             golden_tolerance=1e-4,
             tool="test",
             created="2026-01-01T00:00:00Z",
+            targets=tuple(_target(precision, one) for precision, one in (targets or {}).items()),
             files={},
         )
-        return write_bundle(path, files, manifest)
+        files |= {target.graph: targets[target.precision].model for target in manifest.targets} if targets else {}
+        return write_bundle(path, files, manifest, key=sealed)
 
     def embed(self, images: Rgb) -> np.ndarray:
         """What the graph gives, in a session of its own: the oracle for what the server answers."""
         return np.asarray(make_session(self.model, 1).run(None, {"crops": images})[0])
+
+    def rounded(self, precision: str, matrix: np.ndarray) -> Made:
+        """The same encoder with ``matrix`` for its weights, as another precision has them: of another id."""
+        return Made(graph(matrix), in_mode(self.info, precision))
+
+
+def _target(precision: str, made: Made) -> Target:
+    file = f"targets/onnxruntime-{precision}/encoder.onnx"
+    return Target(
+        runtime="onnxruntime",
+        precision=precision,
+        encoder=made.info,
+        graph=file,
+        file=file,
+        golden_tolerance=1e-3,
+        checked_with="test",
+        made_with="test",
+    )
 
 
 def encoder(name: str, matrix: np.ndarray, space: EmbeddingSpace | None = None) -> Made:

@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import io
 import json
-import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
-from pkd.toolkit.bundle_folder import aside_of, build_folder, check_name, list_files, read_file, recover, swap_in
+from pkd.toolkit.bundle_folder import (
+    MAX_FILE,
+    MAX_FILES,
+    aside_of,
+    build_folder,
+    check_name,
+    list_files,
+    read_file,
+    recover,
+    swap_in,
+)
+from pkd.toolkit.bundle_zip import SUFFIX as ZIP
+from pkd.toolkit.bundle_zip import list_zip, read_zip, write_zip
 from pkd.toolkit.certificate import Certificate, CertificateFile, parse_certificate
-from pkd.toolkit.errors import BundleError
+from pkd.toolkit.errors import BundleError, PkdError
+from pkd.toolkit.golden import Golden as Golden
+from pkd.toolkit.golden import pack_golden as pack_golden
+from pkd.toolkit.golden import read_golden
 from pkd.toolkit.images import Rgb
+from pkd.toolkit.onnx_file import check_onnx
 from pkd.toolkit.record import Record
-from pkd.toolkit.signing import SUFFIX, Signature
+from pkd.toolkit.signing import SUFFIX, Signature, SigningKey, TrustedKeys
 from pkd.toolkit.space import EncoderInfo, short
 from pkd.toolkit.target import Target
 
-SCHEMA = 2
-"""What is written. Schema 1 had no targets."""
-READABLE = (1, SCHEMA)
+SCHEMA = 3
+"""What is written. Schema 1 had no targets; 2 no signature, and its readers refuse one as a file that is not listed."""
+READABLE = (1, 2, SCHEMA)
 MANIFEST = "manifest.json"
+SIGNATURE = MANIFEST + SUFFIX
+"""The one file beside the manifest that it cannot list."""
 NOT_GATED = "not gated"
 MAX_MANIFEST = 1 << 20
 """Bytes; a real manifest has a few kilobytes."""
-MAX_GOLDEN = 64 << 20
-"""Bytes of golden.npz once decompressed."""
+MAX_SIGNATURE = 1 << 10
+"""Bytes; a signature file has 169."""
 
 
 class GraphSpec(Record):
@@ -95,28 +114,22 @@ class Manifest(Record):
 
 
 @dataclass(frozen=True)
-class Golden:
-    """Synthetic crops and their embeddings: the self-test that a server, a phone or a browser runs at start."""
-
-    crops: Rgb
-    """uint8 N×H×W×3."""
-    embeddings: NDArray[np.float32]
-    """N×D, unit rows."""
-
-
-@dataclass(frozen=True)
 class Bundle:
-    """A directory whose every file was checked against the manifest."""
+    """A directory, or a zip of one, whose every file was checked against the manifest."""
 
     path: Path
     manifest: Manifest
+    data: bytes
+    """The manifest as it lies on disk: what is signed."""
+    signature: Signature | None
+    """Of ``data``, unchecked; None where nobody signed."""
 
     def read(self, name: str) -> bytes:
         """Bytes of one listed file, checked against its hash. Raises BundleError."""
         expected = self.manifest.files.get(name)
         if expected is None:
             raise BundleError(f"{self.path}: the manifest lists no {name}. Export the bundle again.")
-        data = read_file(self.path, name)
+        data = _read(self.path, name)
         if hashlib.sha256(data).hexdigest() != expected:
             raise BundleError(
                 f"{self.path / name}: its SHA-256 is not the manifest's; the file was changed or damaged. "
@@ -126,21 +139,7 @@ class Bundle:
 
     def golden(self) -> Golden:
         """The golden crops and embeddings. Raises BundleError unless they fit the encoder and are finite unit rows."""
-        where = self.path / "golden.npz"
-        data = self.read("golden.npz")
-        try:
-            with zipfile.ZipFile(io.BytesIO(data)) as parts:
-                size = sum(part.file_size for part in parts.infolist())
-            if size > MAX_GOLDEN:
-                raise BundleError(f"{where}: holds {size:,} bytes, over the limit of {MAX_GOLDEN:,}. Do not trust it.")
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                golden = Golden(arrays["crops"], arrays["embeddings"])
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-            raise BundleError(f"{where}: cannot be read: {error}. Export the bundle again.") from None
-        wrong = _golden_fault(golden, self.manifest.encoder)
-        if wrong:
-            raise BundleError(f"{where}: {wrong}. Export the bundle again.")
-        return golden
+        return read_golden(self.read("golden.npz"), self.manifest.encoder, self.path / "golden.npz")
 
     def certificate_files(self) -> list[CertificateFile]:
         """Every certificate in the bundle and its signature, unchecked.
@@ -158,32 +157,79 @@ class Bundle:
             named = (self.manifest.encoders.get(id) for id in (certificate.query, certificate.gallery))
             require_about(certificate, next(filter(None, named), self.manifest.encoder), where)
             signature = Signature.parse(self.read(signed), self.path / signed) if signed in signatures else None
-            found.append(CertificateFile(where, data, certificate, signature))
+            found.append(CertificateFile(where, data, certificate, signature, self.signature))
         return found
 
     def certificates(self) -> list[Certificate]:
         """Every certificate in the bundle. Raises as ``certificate_files``."""
         return [file.certificate for file in self.certificate_files()]
 
-    @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Open a bundle and check every file. Raises BundleError naming the file at fault."""
+    def require_signed(self, keys: TrustedKeys) -> str:
+        """The fingerprint of the trusted key that signed the manifest, and with it every file. Raises NotTrusted."""
+        return keys.require(self.data, self.signature, self.path / MANIFEST, "pkd-export --sign KEY.pem")
+
+    def require_evidence(self, keys: TrustedKeys, file: CertificateFile) -> str:
+        """The fingerprint of the trusted key that vouches for a certificate of this bundle. Raises NotTrusted.
+
+        Its own signature, where it has one, is what counts. An unsigned one is vouched for by whoever signed the
+        manifest, which holds its hash.
+        """
+        if file.signature is None:
+            return self.require_signed(keys)
+        return keys.require(file.data, file.signature, file.path)
+
+    def pack(self, path: str | Path) -> Path:
+        """Write the bundle to ``path`` as one zip, all or nothing; the same bundle gives the same bytes."""
         path = Path(path)
-        bundle = cls(path, _read_manifest(path))
-        listed = bundle.manifest.files
+        own = {MANIFEST: self.data} | ({SIGNATURE: self.signature.text()} if self.signature else {})
+        names = sorted([*own, *self.manifest.files])
+        write_zip(path, ((name, own[name] if name in own else self.read(name)) for name in names))
+        return path
+
+    @classmethod
+    def peek(cls, path: str | Path) -> Bundle:
+        """The manifest and its signature; nothing else was read or checked. Raises BundleError or NotTrusted."""
+        path = Path(path)
+        manifest, data = _read_manifest(path)
+        signed = SIGNATURE in _names(path) and manifest.schema_version >= 3
+        found = Signature.parse(_read(path, SIGNATURE, MAX_SIGNATURE), path / SIGNATURE) if signed else None
+        return cls(path, manifest, data, found)
+
+    @classmethod
+    def open(cls, path: str | Path, keys: TrustedKeys | None = None) -> Bundle:
+        """Open a bundle (a folder or a zip) and check every file. Raises BundleError naming the file at fault.
+
+        With ``keys`` the manifest must be signed by one of them, which is asked before any other file is read. Raises
+        NotTrusted.
+        """
+        bundle = cls.peek(path)
+        if keys:
+            bundle.require_signed(keys)
+        bundle.check()
+        return bundle
+
+    def check(self) -> None:
+        """Check every file but the signature. Raises BundleError naming the file at fault."""
+        path, listed = self.path, self.manifest.files
         for required in ("encoder.onnx", "golden.npz"):
             if required not in listed:
                 raise BundleError(f"{path / MANIFEST}: lists no {required}. Export the bundle again.")
+        if len(listed) > MAX_FILES:
+            raise BundleError(f"{path / MANIFEST}: lists more than {MAX_FILES:,} files. Do not trust it.")
         for name in listed:
             check_name(path, name)
-        for name in list_files(path):
-            if name not in listed and name != MANIFEST:
+            if name in (MANIFEST, SIGNATURE):
+                raise BundleError(f"{path / MANIFEST}: lists {name}, which no manifest can. Do not trust it.")
+        own = {MANIFEST, SIGNATURE} if self.manifest.schema_version >= 3 else {MANIFEST}
+        for name in _names(path):
+            if name not in listed and name not in own:
                 raise BundleError(f"{path / name}: not listed in the manifest. Remove it, or export the bundle again.")
         for name in listed:
-            bundle.read(name)
-        bundle.golden()
-        bundle.certificates()
-        return bundle
+            data = self.read(name)
+            if name.endswith(".onnx"):
+                check_onnx(data, path / name)
+        self.golden()
+        self.certificates()
 
 
 def self_test(bundle: Bundle, embed: Callable[[Rgb], NDArray[np.float32]], target: Target | None = None) -> float:
@@ -197,22 +243,36 @@ def self_test(bundle: Bundle, embed: Callable[[Rgb], NDArray[np.float32]], targe
         if target
         else (str(bundle.path), bundle.manifest.golden_tolerance)
     )
-    made = np.asarray(embed(golden.crops), np.float64)
+    try:
+        made = np.asarray(embed(golden.crops), np.float64)
+    except PkdError:
+        raise
+    except Exception as error:  # the runtimes' own errors share no public base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BundleError(f"{where}: does not run on its golden crops: {reason[:300]}") from None
     if made.shape != golden.embeddings.shape:
         raise BundleError(f"{where}: golden crops give {made.shape}, expected {golden.embeddings.shape}.")
-    error = float(np.max(1.0 - np.sum(made * golden.embeddings, axis=1)))
-    if not error <= allowed:
+    away = float(np.max(1.0 - np.sum(made * golden.embeddings, axis=1)))
+    if not away <= allowed:
         raise BundleError(
-            f"{where}: golden crops come out {error:.2g} away (1 − cosine), allowed {allowed:g}. "
+            f"{where}: golden crops come out {away:.2g} away (1 − cosine), allowed {allowed:g}. "
             "This runtime does not compute the encoder that was exported; do not serve it."
         )
-    return error
+    return away
 
 
-def write_bundle(path: str | Path, files: Mapping[str, bytes], manifest: Manifest, *, replace: bool = False) -> Bundle:
+def write_bundle(
+    path: str | Path,
+    files: Mapping[str, bytes],
+    manifest: Manifest,
+    *,
+    replace: bool = False,
+    key: SigningKey | None = None,
+) -> Bundle:
     """Write ``files`` and a manifest with their hashes to the directory ``path``, all or nothing.
 
-    ``manifest.files`` is filled in here. With ``replace`` an older bundle at ``path`` is swapped out; a process killed
+    ``manifest.files`` is filled in here, and the manifest is signed with ``key``.
+    With ``replace`` an older bundle at ``path`` is swapped out; a process killed
     in between leaves the old bundle or the new one, at worst under the hidden name that the next write puts back.
     Raises BundleError if ``path`` is taken by something else, or what is written would not open.
     """
@@ -221,11 +281,17 @@ def write_bundle(path: str | Path, files: Mapping[str, bytes], manifest: Manifes
     require_free(path, replace=replace)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
     manifest = manifest.model_copy(update={"files": hashes, "schema_version": SCHEMA})
-    content = {**files, MANIFEST: manifest_bytes(manifest)}
+    data = manifest_bytes(manifest)
+    content = {**files, MANIFEST: data} | ({SIGNATURE: key.sign(data).text()} if key else {})
     with build_folder(path, content) as building:
-        Bundle.open(building)
+        bundle = Bundle.open(building)
         swap_in(building, path)
-    return Bundle(path, manifest)
+    return dataclasses.replace(bundle, path=path)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether ``path`` looks like a bundle: a folder with a manifest, or a zip."""
+    return (path / MANIFEST).is_file() or (path.suffix == ZIP and path.is_file())
 
 
 def require_free(path: str | Path, *, replace: bool = False) -> None:
@@ -240,7 +306,7 @@ def require_free(path: str | Path, *, replace: bool = False) -> None:
     listed = _listed_loosely(path)
     if listed is None:
         raise BundleError(f"{path} exists and is not a bundle. Choose another path; --force replaces only bundles.")
-    foreign = [name for name in list_files(path) if name not in listed and name != MANIFEST]
+    foreign = [name for name in list_files(path) if name not in listed and name not in (MANIFEST, SIGNATURE)]
     if foreign:
         raise BundleError(f"{path} holds {foreign[0]}, which is not part of the bundle there. Move it away first.")
     if not replace:
@@ -266,33 +332,44 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     return (manifest.model_dump_json(indent=2) + "\n").encode()
 
 
-def pack_golden(golden: Golden) -> bytes:
-    """``golden.npz`` as bytes."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, crops=golden.crops, embeddings=golden.embeddings)
-    return buffer.getvalue()
+def _names(path: Path) -> list[str]:
+    return list_zip(path) if path.is_file() else list_files(path)
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _read(path: Path, name: str, limit: int = MAX_FILE) -> bytes:
+    return read_zip(path, name, limit=limit) if path.is_file() else read_file(path, name, limit=limit)
+
+
+def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
     where = path / MANIFEST
-    if not where.is_file():
+    if MANIFEST not in list_zip(path) if path.is_file() else not where.is_file():
         aside = aside_of(path)
         left = f" An export that was killed left the old one at {aside}: rename it back." if aside.exists() else ""
         raise BundleError(f"{path}: not a bundle, it has no {MANIFEST}. Make one with pkd-export.{left}")
-    data = read_file(path, MANIFEST, limit=MAX_MANIFEST)
+    data = _read(path, MANIFEST, MAX_MANIFEST)
     try:
-        version = json.loads(data)["schema_version"]  # first of all: another version may have other fields
+        # First of all, for another version may have other fields.
+        version = json.loads(data, object_pairs_hook=partial(_no_twins, where))["schema_version"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{where}: not the manifest of a bundle: it states no schema_version.") from None
     if version not in READABLE or isinstance(version, bool):
-        known = " and ".join(map(str, READABLE))
+        known = f"{', '.join(map(str, READABLE[:-1]))} and {SCHEMA}"
         raise BundleError(f"{where}: bundle schema {version!r}; this pkd reads {known}. Upgrade pkd or export again.")
     try:
-        return Manifest.model_validate_json(data)
+        return Manifest.model_validate_json(data), data
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "content"
         raise BundleError(f"{where}: {field}: {first['msg']}. Export the bundle again.") from None
+
+
+def _no_twins(where: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Readers differ in which of two equal keys they take, so none may be there."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise BundleError(f"{where}: has {name[:100]!r} twice in one object. Do not trust it.")
+    return found
 
 
 def _listed_loosely(path: Path) -> set[str] | None:
@@ -302,16 +379,3 @@ def _listed_loosely(path: Path) -> set[str] | None:
         return set(manifest["files"]) if {"schema_version", "encoder"} <= set(manifest) else None
     except (BundleError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def _golden_fault(golden: Golden, encoder: EncoderInfo) -> str | None:
-    size = encoder.preprocess.size
-    crops, rows = golden.crops, golden.embeddings
-    if crops.dtype != np.uint8 or crops.shape[1:] != (size, size, 3) or not len(crops):
-        return f"crops are {crops.dtype} {crops.shape}, expected uint8 N×{size}×{size}×3"
-    if rows.dtype != np.float32 or rows.shape != (len(crops), encoder.space.dim):
-        return f"embeddings are {rows.dtype} {rows.shape}, expected float32 {len(crops)}×{encoder.space.dim}"
-    norms = np.linalg.norm(rows, axis=1)
-    if not np.all(np.abs(norms - 1) <= 1e-3):  # also false for NaN
-        return "an embedding is not a finite unit vector"
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import tempfile
@@ -10,6 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from pkd.toolkit.errors import BundleError
+
+MAX_FILE = 2 << 30
+"""Bytes of one file; protobuf, and so ONNX, ends there, too."""
+MAX_BUNDLE = 8 << 30
+"""Bytes of all files together."""
+MAX_FILES = 1000
 
 
 def check_name(root: Path, name: str) -> None:
@@ -27,22 +34,41 @@ def check_name(root: Path, name: str) -> None:
 def list_files(root: Path) -> list[str]:
     """Relative POSIX names of all files below ``root``, sorted. Hidden ones (``.DS_Store``) are left out: never read.
 
-    Raises BundleError for links, pipes, devices: nothing in a bundle may lead elsewhere.
+    Raises BundleError for links, pipes, devices: nothing in a bundle may lead elsewhere. And for more, or larger, files
+    than a bundle may have, before any of them is read.
     """
-    found = []
-    for path in sorted(root.rglob("*")):
+    sizes: dict[str, int] = {}
+    for path in root.rglob("*"):
         name = path.relative_to(root)
         if any(part.startswith(".") for part in name.parts):
             continue
-        mode = path.lstat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
             raise BundleError(f"{path}: is a link or a special file; a bundle holds plain files only. Copy the file.")
-        if stat.S_ISREG(mode):
-            found.append(name.as_posix())
-    return found
+        if stat.S_ISREG(found.st_mode):
+            sizes[name.as_posix()] = found.st_size
+            if len(sizes) > MAX_FILES:
+                break
+    check_sizes(root, sizes)
+    return sorted(sizes)
 
 
-def read_file(root: Path, name: str, *, limit: int | None = None) -> bytes:
+def check_sizes(root: Path, sizes: Mapping[str, int]) -> None:
+    """Raise BundleError where the files, in bytes by name, are more or larger than a bundle may have."""
+    if len(sizes) > MAX_FILES:
+        raise BundleError(f"{root}: holds more than {MAX_FILES:,} files. Do not trust it.")
+    for name, size in sizes.items():
+        if size > MAX_FILE:
+            raise BundleError(f"{root / name}: has {size:,} bytes, over the limit of {MAX_FILE:,}. Do not trust it.")
+    if sum(sizes.values()) > MAX_BUNDLE:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise BundleError(
+            f"{root}: its files have {sum(sizes.values()):,} bytes, over the limit of {MAX_BUNDLE:,} (largest: "
+            f"{largest}). Do not trust it."
+        )
+
+
+def read_file(root: Path, name: str, *, limit: int = MAX_FILE) -> bytes:
     """Bytes of the plain file ``name`` below ``root``, at most ``limit``. Raises BundleError; follows no links."""
     check_name(root, name)
     target = root
@@ -54,10 +80,11 @@ def read_file(root: Path, name: str, *, limit: int | None = None) -> bytes:
         if not stat.S_ISREG(target.lstat().st_mode):
             raise BundleError(f"{target}: is not a plain file. Copy or export the bundle again.")
         with target.open("rb") as file:
-            data = file.read() if limit is None else file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size + 1) if size <= limit else b""
     except OSError as error:
         raise BundleError(f"{target}: {error.strerror}, but it is part of the bundle. Copy the whole bundle.") from None
-    if limit is not None and len(data) > limit:
+    if max(size, len(data)) > limit:
         raise BundleError(f"{target}: is larger than {limit:,} bytes. Do not trust it.")
     return data
 

@@ -217,6 +217,8 @@ class CertificateFile:
     data: bytes
     certificate: Certificate
     signature: Signature | None
+    bundle: Signature | None = None
+    """Of the manifest of the bundle that holds it, and so of these bytes, too."""
 
     @classmethod
     def read(cls, path: Path) -> CertificateFile:

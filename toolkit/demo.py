@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from pkd.toolkit.bundle import Bundle
+from pkd.toolkit.bundle import Bundle, is_bundle
 from pkd.toolkit.certificate import Certificate, OperatingPoint
 from pkd.toolkit.command import progress
 from pkd.toolkit.demo_faces import VISITOR_IMAGES, Groups, draw_groups, images_drawn, split_groups
@@ -189,7 +189,7 @@ def _export(config: DemoConfig, steps: Steps, role: str) -> Bundle:
     bundle = config.out / "bundles" / role
     source: list[str | Path] = [config.out / "runs" / role]
     if role == "teacher" and config.teacher is not None:
-        if (Path(config.teacher) / "manifest.json").is_file():
+        if is_bundle(Path(config.teacher)):
             return Bundle.open(config.teacher)
         if Path(config.teacher).is_dir():
             source = [config.teacher]  # a run

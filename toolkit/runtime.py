@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -21,6 +22,8 @@ from pkd.toolkit.space import EncoderInfo, describe, name_of
 Embeddings = NDArray[np.float32]
 FASTEST = "onnxruntime-fp32"
 """The target that computes a bundle's own encoder as onnxruntime likes it best."""
+MAX_MEMORY = 4 << 30
+"""Bytes for the weights and results of all bundles that one process has opened."""
 
 
 class Encoder(Protocol):
@@ -126,7 +129,7 @@ def open_graph(bundle: Bundle, info: EncoderInfo, name: str, *, threads: int = 1
     """Open the ONNX file ``name`` of a bundle as ``info``. Raises BundleError as ``open_bundle``."""
     where, spec = bundle.path / name, bundle.manifest.graph
     try:
-        session = make_session(bundle.read(name), threads)
+        session = make_session(bundle.read(name), threads, bounded=True)
     except BundleError:
         raise
     except Exception as error:
@@ -147,14 +150,28 @@ def open_graph(bundle: Bundle, info: EncoderInfo, name: str, *, threads: int = 1
     return encoder
 
 
-def make_session(model: bytes, threads: int) -> ort.InferenceSession:
-    """A CPU session that does not spin: spinning doubles the cost where cores are shared."""
+def make_session(model: bytes, threads: int, *, bounded: bool = False) -> ort.InferenceSession:
+    """A CPU session that does not spin: spinning doubles the cost where cores are shared.
+
+    ``bounded``: it fails instead of taking more than its share of MAX_MEMORY, whatever its graph asks for.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # errors are raised; printing them as well would only frighten
+    if bounded:
+        _bound_memory()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@cache
+def _bound_memory() -> None:
+    """Once in a process: onnxruntime has one allocator that sessions may share, and only that takes a limit."""
+    arena = {"max_mem": MAX_MEMORY, "arena_extend_strategy": -1, "initial_chunk_size_bytes": -1}
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg({**arena, "max_dead_bytes_per_chunk": -1}))
 
 
 def unit_rows(vectors: NDArray[np.float32], source: str = "encoder") -> Embeddings:

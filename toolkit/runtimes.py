@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pkd.toolkit.bundle import Bundle
-from pkd.toolkit.errors import BundleError, TargetUnavailable
+from pkd.toolkit.bundle import Bundle, is_bundle
+from pkd.toolkit.errors import BundleError, PkdError, TargetUnavailable
 from pkd.toolkit.ncnn_runtime import open_ncnn
 from pkd.toolkit.openvino_runtime import open_openvino
 from pkd.toolkit.runtime import Encoder, open_graph
 from pkd.toolkit.target import Target
+from pkd.toolkit.tensorrt_runtime import open_tensorrt
 
 Open = Callable[[Bundle, Target, str, int], Encoder]
 
 
 def open_target(bundle: Bundle, name: str, *, threads: int = 1) -> Encoder:
-    """The encoder of the target ``<runtime>-<precision>``, on the CPU.
+    """The encoder of the target ``<runtime>-<precision>``, on the CPU or, of TensorRT, on the GPU.
 
     Raises BundleError for a target that the bundle lacks, TargetUnavailable for one that was not built or cannot run
     here, MissingExtra without its runtime.
@@ -32,13 +33,19 @@ def open_target(bundle: Bundle, name: str, *, threads: int = 1) -> Encoder:
         )
     if target.runtime not in RUNTIMES:
         raise TargetUnavailable(f"{bundle.path}: {name}: this pkd runs {', '.join(RUNTIMES)} targets only.")
-    return RUNTIMES[target.runtime](bundle, target, target.file, threads)
+    try:
+        return RUNTIMES[target.runtime](bundle, target, target.file, threads)
+    except PkdError:
+        raise
+    except Exception as error:  # the runtimes' own errors share no public base class
+        said = " ".join(str(error).split())[:300]
+        raise BundleError(f"{bundle.path / target.file}: {target.runtime} cannot load it: {said}") from None
 
 
 def target_of(path: Path) -> tuple[Path, str] | None:
-    """``BUNDLE/targets/NAME`` → bundle folder and target name; None for any other path."""
+    """``BUNDLE/targets/NAME`` → bundle (folder or zip) and target name; None for any other path."""
     bundle = path.parent.parent
-    if path.parent.name != "targets" or not (bundle / "manifest.json").is_file():
+    if path.parent.name != "targets" or not is_bundle(bundle):
         return None
     return bundle, path.name
 
@@ -51,4 +58,6 @@ RUNTIMES: dict[str, Open] = {
     "onnxruntime": _onnxruntime,
     "openvino": open_openvino,
     "ncnn": open_ncnn,
+    "tensorrt": open_tensorrt,
+    "tensorrt_rtx": open_tensorrt,
 }

@@ -52,7 +52,7 @@ class Signature:
             read = cls(f"sha256:{found[1].decode()}", base64.b64decode(found[2]))
             if read.text() == data:  # base64 has several spellings of one value; only one is a signature file
                 return read
-        raise NotTrusted(f"{path}: not a signature file of pkd. Sign again with pkd-evaluate --sign KEY.pem.")
+        raise NotTrusted(f"{path}: not a signature file of pkd. Sign again with --sign KEY.pem.")
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,15 @@ class TrustedKeys:
         """Read SPKI PEM files. Raises InputError for a private key, another kind of key, or no key."""
         return cls(_public(path) for path in paths)
 
-    def require(self, data: bytes, signature: Signature | None, path: str | Path) -> str:
-        """The fingerprint of the trusted key that signed ``data``; ``path`` is what errors name.
+    def require(
+        self, data: bytes, signature: Signature | None, path: str | Path, sign: str = "pkd-evaluate --sign KEY.pem"
+    ) -> str:
+        """The fingerprint of the trusted key that signed ``data``; ``path`` is what errors name, ``sign`` how to sign.
 
         Raises NotTrusted where it is unsigned, signed by another key, or changed.
         """
         if signature is None:
-            raise NotTrusted(
-                f"{path}: is not signed: no {Path(path).name}{SUFFIX} beside it. Sign with pkd-evaluate --sign KEY.pem."
-            )
+            raise NotTrusted(f"{path}: is not signed: no {Path(path).name}{SUFFIX} beside it. Sign with {sign}.")
         key = self._keys.get(signature.key)
         if key is None:
             raise NotTrusted(

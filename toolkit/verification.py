@@ -12,8 +12,8 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from pkd.toolkit.bundle import MANIFEST, Bundle, self_test
-from pkd.toolkit.certificate import Certificate, file_name, parse_certificate, read_certificate
+from pkd.toolkit.bundle import MANIFEST, Bundle, is_bundle, self_test
+from pkd.toolkit.certificate import Certificate, CertificateFile, file_name, parse_certificate, read_certificate
 from pkd.toolkit.errors import InputError, MissingExtra, NotTrusted, PkdError, TargetUnavailable
 from pkd.toolkit.evaluation.certify import certify
 from pkd.toolkit.evaluation.rates import EXPECTED
@@ -26,6 +26,8 @@ from pkd.toolkit.target import Target
 
 REPORT = "report.json"
 CONSISTENT = "schema and consistency"
+WHOLE = "every file's SHA-256"
+GOLDEN = "reproduces its golden embeddings"
 ROUNDING = 1e-9
 Kind = Literal["certificate", "evaluation", "bundle"]
 
@@ -59,12 +61,12 @@ def verify(path: Path, keys: TrustedKeys | None) -> Verdict:
     ``keys``: whose signatures are believed; None: signatures are not checked. Raises InputError for a path that is no
     certificate file, no pkd-evaluate folder and no bundle.
     """
+    if is_bundle(path):
+        return Verdict(path=str(path), kind="bundle", checks=tuple(_bundle(path, keys)))
     if path.is_file():
         if path.name == REPORT or path.suffix == SUFFIX:
             raise InputError(f"{path}: is a part of something. Give the folder of the evaluation, or a certificate.")
         return Verdict(path=str(path), kind="certificate", checks=tuple(_certificate_file(path, path.name, keys)))
-    if (path / MANIFEST).is_file():
-        return Verdict(path=str(path), kind="bundle", checks=tuple(_bundle(path, keys)))
     if (path / REPORT).is_file():
         return Verdict(path=str(path), kind="evaluation", checks=tuple(_evaluation(path, keys)))
     what = "holds neither report.json nor manifest.json" if path.is_dir() else "no such file or folder"
@@ -162,35 +164,39 @@ def _agrees(path: Path, expected: Certificate | None) -> str:
     return "every field"
 
 
-def _bundle(folder: Path, keys: TrustedKeys | None) -> list[Check]:
-    opened: list[Bundle] = []
-
-    def whole() -> str:
-        opened.append(Bundle.open(folder))
-        return f"{len(opened[0].manifest.files)} files as listed"
-
-    checks = [_check(MANIFEST, "every file's SHA-256", whole)]
-    if not opened:
+def _bundle(path: Path, keys: TrustedKeys | None) -> list[Check]:
+    """The signature first: nothing of a bundle is run that should have been signed and is not."""
+    try:
+        bundle = Bundle.peek(path)
+    except PkdError as error:
+        return [_refused(MANIFEST, WHOLE, error)]
+    signed = _check(MANIFEST, "signature", partial(_manifest_signature, bundle, keys))
+    whole = _check(MANIFEST, WHOLE, partial(_whole, bundle))
+    checks = [whole, signed]
+    if whole.result == "failed":
         return checks
-    bundle = opened[0]
-    checks.append(_check("encoder.onnx", "reproduces its golden embeddings", partial(_tested, bundle)))
+    trusted = signed.result != "failed"
+    checks.append(_check("encoder.onnx", GOLDEN, partial(_tested, bundle, None, trusted)))
     for target in bundle.manifest.targets:
-        question = "reproduces its golden embeddings"
-        checks.append(_check(f"targets/{target.name}", question, partial(_tested, bundle, target)))
+        checks.append(_check(f"targets/{target.name}", GOLDEN, partial(_tested, bundle, target, trusted)))
     for file in bundle.certificate_files():
-        name = file.path.relative_to(folder).as_posix()
+        name = file.path.relative_to(path).as_posix()
         expected = file_name(file.certificate.query, file.certificate.gallery)
         checks.append(_certificate(file.data, file.path, name))
         if file.path.name != expected:
             checks.append(_failed(name, "file name", f"holds the certificate {expected}."))
-        checks.append(_signed(file.data, file.path, name, partial(_given, file.signature), keys))
-    checks.append(_bundle_signature(keys))
-    if keys and not any(check.question == "signature" and check.result == "ok" for check in checks):
-        checks.append(_failed(MANIFEST, "signature", "nothing in this bundle is signed by a trusted key."))
+        checks.append(_check(name, "signature", partial(_evidence_signature, bundle, file, keys)))
     return checks
 
 
-def _tested(bundle: Bundle, target: Target | None = None) -> str:
+def _whole(bundle: Bundle) -> str:
+    bundle.check()
+    return f"{len(bundle.manifest.files)} files as listed"
+
+
+def _tested(bundle: Bundle, target: Target | None, trusted: bool) -> str:
+    if not trusted:
+        raise _Unasked("not run: a graph is a program, and no trusted key signed the manifest")
     try:
         encoder: Encoder = open_target(bundle, target.name) if target else open_bundle(bundle)
     except (TargetUnavailable, MissingExtra) as error:
@@ -198,14 +204,18 @@ def _tested(bundle: Bundle, target: Target | None = None) -> str:
     return f"1 − cosine is {max(0.0, self_test(bundle, encoder.embed, target)):.1g} at most"
 
 
-def _bundle_signature(keys: TrustedKeys | None) -> Check:
-    """A manifest has no signature yet: certificates do, and they name encoders by the digest of their source."""
-    covered = "only certificates are signed" if keys else "no --trust-key"
-    return _open(MANIFEST, "signature", f"{covered}: whoever changes a file can change its hash, too")
+def _manifest_signature(bundle: Bundle, keys: TrustedKeys | None) -> str:
+    if keys:
+        return f"{bundle.require_signed(keys)}, for every file"
+    more = "" if bundle.signature else ": whoever changes a file can change its hash, too"
+    raise _Unasked(_unchecked(bundle.signature) + more)
 
 
-def _given(signature: Signature | None) -> Signature | None:
-    return signature
+def _evidence_signature(bundle: Bundle, file: CertificateFile, keys: TrustedKeys | None) -> str:
+    if keys:
+        key = bundle.require_evidence(keys, file)
+        return key if file.signature else f"none of its own; {key} signed the bundle that holds it"
+    raise _Unasked(_unchecked(file.signature))
 
 
 def _signed(
@@ -215,9 +225,13 @@ def _signed(
         found = signature()
         if keys:
             return keys.require(data, found, path)
-        raise _Unasked(f"signed by {found.key}; pass --trust-key PUB.pem to check it" if found else "not signed")
+        raise _Unasked(_unchecked(found))
 
     return _check(name, "signature", signed)
+
+
+def _unchecked(signature: Signature | None) -> str:
+    return f"signed by {signature.key}; pass --trust-key PUB.pem to check it" if signature else "not signed"
 
 
 class _Unasked(Exception):
@@ -230,10 +244,14 @@ def _check(file: str, question: str, ask: Callable[[], str]) -> Check:
     except _Unasked as why:
         return _open(file, question, str(why))
     except PkdError as error:
-        name, said = Path(file).name, str(error)
-        if name in said and ": " not in said[: said.index(name)]:  # the check names the file already
-            said = said[said.index(name) :].removeprefix(f"{name}: ")
-        return _failed(file, question, said)
+        return _refused(file, question, error)
+
+
+def _refused(file: str, question: str, error: PkdError) -> Check:
+    name, said = Path(file).name, str(error)
+    if name in said and ": " not in said[: said.index(name)]:  # the check names the file already
+        said = said[said.index(name) :].removeprefix(f"{name}: ")
+    return _failed(file, question, said)
 
 
 def _failed(file: str, question: str, detail: str) -> Check:

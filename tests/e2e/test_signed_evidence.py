@@ -23,7 +23,7 @@ from pkd.toolkit.bundle import Bundle, write_bundle
 from pkd.toolkit.cli.evaluate import main as evaluate
 from pkd.toolkit.cli.verify import main as verify
 from pkd.toolkit.evaluation.results import Evaluation
-from pkd.toolkit.signing import PASSPHRASE
+from pkd.toolkit.signing import PASSPHRASE, SigningKey
 
 BIN = Path(sys.executable).parent
 PEOPLE = 60
@@ -32,7 +32,7 @@ Out = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """faces/, labels.csv, teacher.onnx, student/, key.pem, other.pem, evaluation/ (signed), bundle/ (signed)."""
+    """faces/, labels.csv, teacher.onnx, student/, key.pem, other.pem and signed evaluation/, bundle/, bundle.zip."""
     folder = tmp_path_factory.mktemp("evidence")
     write_people(folder / "faces", [3] * PEOPLE)
     rows = [f"p{i:03d},{'f & <x>' if i % 2 else 'm'},{'' if i < 3 else 'young'}" for i in range(PEOPLE)]
@@ -50,12 +50,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "3 identities have no age (first: p000, p001, p002)" in done.stderr
     source = ["--teacher", folder / "teacher.onnx", "--teacher-preprocess", PREPROCESS]
-    done = subprocess.run(
-        [BIN / "pkd-export", *source, "--certificates", folder / "evaluation", "-o", folder / "bundle"],
-        capture_output=True,
-        text=True,
-    )
+    more = ["--certificates", folder / "evaluation", "--sign", folder / "key.pem", "--zip", "-o", folder / "bundle"]
+    done = subprocess.run([BIN / "pkd-export", *source, *more], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "signed by: sha256:" in done.stderr and "bundle.zip" in done.stderr
     return folder
 
 
@@ -96,7 +94,7 @@ def change_digit(path: Path, field: str) -> None:
 
 
 def test_what_was_signed_is_accepted(world: Path, capsys: Out) -> None:
-    targets = [world / "evaluation", world / "bundle", mixed(world / "evaluation")]
+    targets = [world / "evaluation", world / "bundle", world / "bundle.zip", mixed(world / "evaluation")]
     assert checked(*targets, "--trust-key", world / "key.pub.pem") == 0
     assert "authenticity" not in capsys.readouterr().err
     assert checked(*targets, "--trust-key", world / "other.pub.pem", "--trust-key", world / "key.pub.pem") == 0
@@ -129,7 +127,7 @@ def test_one_changed_digit_is_found_with_and_without_a_key(
 
 
 def test_another_key_is_refused(world: Path, capsys: Out) -> None:
-    for target in (world / "evaluation", world / "bundle", mixed(world / "evaluation")):
+    for target in (world / "evaluation", world / "bundle", world / "bundle.zip", mixed(world / "evaluation")):
         assert checked(target, "--trust-key", world / "other.pub.pem") == 4
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("pkd-verify: ") and "is signed by sha256:" in last and "trusted is sha256:" in last
@@ -262,7 +260,8 @@ def test_the_bundle_carries_the_signatures(world: Path, tmp_path: Path, capsys: 
     assert export([str(x) for x in unsigned]) == 0
     assert checked(tmp_path / "plain") == 0
     assert checked(tmp_path / "plain", "--trust-key", world / "key.pub.pem") == 4
-    assert "nothing in this bundle is signed" in capsys.readouterr().err.strip().splitlines()[-1]
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "manifest.json: is not signed" in last and "pkd-export --sign" in last
 
 
 @contextmanager
@@ -291,10 +290,11 @@ def compare(url: str) -> dict[str, object]:
 
 def test_a_server_that_trusts_the_key_serves_and_says_so(world: Path) -> None:
     encoder = Bundle.open(world / "bundle").manifest.encoder.id
-    with serving(world / "bundle", "--trust-key", world / "key.pub.pem") as url:
+    with serving(world / "bundle.zip", "--trust-key", world / "key.pub.pem") as url:
         told = compare(url)
     assert told["query"] == encoder
     assert isinstance(told["signature"], dict) and told["signature"]["verified"] is True
+    assert told["signature"]["covers"] == "certificate"
     assert str(told["signature"]["key"]).startswith("sha256:")
 
 
@@ -304,62 +304,61 @@ def test_a_server_without_a_key_says_that_nobody_checked(world: Path) -> None:
     assert isinstance(told["signature"], dict) and told["signature"]["verified"] is False
 
 
-def test_a_server_refuses_what_its_key_did_not_sign(world: Path, tmp_path: Path, capsys: Out) -> None:
-    assert (
-        export(
-            [
-                *[
-                    "--teacher",
-                    str(world / "teacher.onnx"),
-                    "--teacher-preprocess",
-                    PREPROCESS,
-                    "-o",
-                    str(tmp_path / "b"),
-                ],
-                *["--certificates", str(world / "evaluation")],
-            ]
-        )
-        == 0
-    )
-    for bundle, key, said in (
-        (world / "bundle", "other.pub.pem", "is signed by sha256:"),
-        (world / "bundle", "key.pem", "is a private key"),
-        (world / "bundle", "none.pem", "No such file"),
-    ):
-        code = serve([str(bundle), "--trust-key", str(world / key)])
-        assert code == (4 if "signed" in said else 2)
-        assert said in capsys.readouterr().err.strip().splitlines()[-1]
+def refused_by_name(capsys: Out, bundle: Path, key: Path, file: str, said: str) -> None:
+    """pkd-serve and pkd-verify refuse it with this key and name the file; without a key pkd-verify finds nothing."""
+    assert serve([str(bundle), "--trust-key", str(key)]) == 4
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in line and file in line, line
+    assert any(file in f and said in why for f, _, why in failures(capsys, bundle, "--trust-key", key))
+    assert checked(bundle) == 0
+    capsys.readouterr()
 
-    bundle = Bundle.open(tmp_path / "b")
-    forged = {}
-    for name in bundle.manifest.files:
-        data = bundle.read(name)
-        forged[name] = data.replace(b'"seed": 0', b'"seed": 1') if name.endswith(".json") else data
-    write_bundle(tmp_path / "forged", forged, bundle.manifest)  # every hash in the manifest is right
-    unsigned = {name: data for name, data in forged.items() if not name.endswith(".sig")}
-    write_bundle(tmp_path / "unsigned", unsigned, bundle.manifest)
-    for name, said in (("forged", "was changed after"), ("unsigned", "is not signed")):
-        assert serve([str(tmp_path / name), "--trust-key", str(world / "key.pub.pem")]) == 4
-        line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert said in line and "certificates/" in line
-        assert checked(tmp_path / name) == 0
-        assert checked(tmp_path / name, "--trust-key", world / "key.pub.pem") == 4
-        capsys.readouterr()
+
+def test_a_server_refuses_what_its_key_did_not_sign(world: Path, tmp_path: Path, capsys: Out) -> None:
+    for key, said in (("key.pem", "is a private key"), ("none.pem", "No such file")):
+        assert serve([str(world / "bundle"), "--trust-key", str(world / key)]) == 2
+        assert said in capsys.readouterr().err.strip().splitlines()[-1]
+    refused_by_name(capsys, world / "bundle", world / "other.pub.pem", "manifest.json", "is signed by sha256:")
+
+    key = world / "key.pub.pem"
+    bundle = Bundle.open(world / "bundle")
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    swapped = {n: d.replace(b'"seed": 0', b'"seed": 1') if n.endswith(".json") else d for n, d in files.items()}
+    write_bundle(tmp_path / "unsigned", files, bundle.manifest)  # every certificate is still signed
+    write_bundle(tmp_path / "rehashed", swapped, bundle.manifest)  # every hash in the manifest is right
+    shutil.copy(world / "bundle/manifest.json.sig", tmp_path / "rehashed")
+    write_bundle(tmp_path / "resealed", swapped, bundle.manifest, key=SigningKey.read(world / "key.pem"))
+    for name, file, said in (
+        ("unsigned", "manifest.json", "is not signed"),
+        ("rehashed", "manifest.json", "was changed after"),
+        ("resealed", "certificates/", "was changed after"),
+    ):
+        refused_by_name(capsys, tmp_path / name, key, file, said)
+
+
+def test_a_new_target_needs_a_new_signature(world: Path, tmp_path: Path, capsys: Out) -> None:
+    copy = Path(shutil.copytree(world / "bundle", tmp_path / "bundle"))
+    trust, again = ("--trust-key", world / "key.pub.pem"), ["--from-bundle", str(copy), "--precision", "fp16"]
+    assert export([*again, "--sign", str(world / "key.pem")]) == 0
+    assert checked(copy, *trust) == 0
+    capsys.readouterr()
+    assert export(again) == 0
+    assert "its old signature is dropped" in capsys.readouterr().err
+    assert not (copy / "manifest.json.sig").exists()
+    ((file, question, why),) = failures(capsys, copy, *trust)
+    assert (file, question) == ("manifest.json", "signature") and "is not signed" in why
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl on PATH")
-def test_openssl_alone_verifies_a_certificate(world: Path) -> None:
-    """The command of docs/certificate.md."""
-    certificate = mixed(world / "evaluation")
-    text = (Path(__file__).parents[2] / "docs/certificate.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["certificate", "bundle"])
+def test_openssl_alone_verifies_what_was_signed(world: Path, page: str) -> None:
+    """The commands of docs/certificate.md and docs/bundle.md."""
+    signed = mixed(world / "evaluation") if page == "certificate" else world / "bundle/manifest.json"
+    text = (Path(__file__).parents[2] / f"docs/{page}.md").read_text(encoding="utf-8")
     command = next(block for block in re.findall(r"```sh\n(.*?)```", text, re.S) if "pkeyutl" in block)
-    command = command.replace("CERTIFICATE.json", certificate.name).replace("PUB.pem", str(world / "key.pub.pem"))
-    done = subprocess.run(["bash", "-euc", command], cwd=certificate.parent, capture_output=True, text=True)
-    assert "Verified Successfully" in done.stdout, done.stderr
-    done = subprocess.run(
-        ["bash", "-euc", command.replace("key.pub.pem", "other.pub.pem")],
-        cwd=certificate.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0 and "Verified" not in done.stdout
+    command = command.replace("CERTIFICATE.json", signed.name).replace("PUB.pem", str(world / "key.pub.pem"))
+    for key, fits in (("key.pub.pem", True), ("other.pub.pem", False)):
+        line = ["bash", "-euc", command.replace("key.pub.pem", key)]
+        done = subprocess.run(line, cwd=signed.parent, capture_output=True, text=True)
+        assert (done.returncode == 0 and "Verified Successfully" in done.stdout) == fits, done.stderr
+        assert fits or "Verified Successfully" not in done.stdout

@@ -147,7 +147,7 @@ def test_the_layout_of_the_manifest_is_pinned_and_schema_1_still_read() -> None:
         made_with="openvino 1",
         settings={"threads": 1},
     )
-    current = GOLDEN_MANIFEST.replace('"schema_version": 1', '"schema_version": 2')
+    current = GOLDEN_MANIFEST.replace('"schema_version": 1', '"schema_version": 3')
     current = current.replace('  "tool"', GOLDEN_TARGET + '  "tool"')
     assert manifest_bytes(manifest.model_copy(update={"targets": (target,)})) == current.encode()
     assert Manifest.model_validate_json(current).targets == (target,)
@@ -304,7 +304,7 @@ def test_a_pipe_is_refused_instead_of_waited_for(good: Path) -> None:
         Bundle.open(good)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None, True, [1]])
+@pytest.mark.parametrize("version", [0, 4, "1", None, True, [1]])
 def test_another_schema_is_refused_before_anything_else(good: Path, version: object) -> None:
     (good / "manifest.json").write_text(json.dumps({"schema_version": version, "new_field": 1}))
     with pytest.raises(BundleError, match="schema"):

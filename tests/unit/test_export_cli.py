@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 from bundle_factory import bundle, certificate, network, teacher_file
@@ -10,6 +11,7 @@ from onnx import helper
 from pkd.export.cli import main
 from pkd.toolkit.bundle import Bundle
 from pkd.toolkit.errors import BadVector
+from pkd.toolkit.signing import TrustedKeys, new_key
 
 STATED = "channels=rgb,mean=127.5,std=127.5"
 
@@ -143,3 +145,28 @@ def test_a_float_graph_of_a_size_insightface_takes_for_something_else_is_refused
     sized = [*teacher[:3], STATED + ",size=192", "--json", "-o", "made"]
     assert "192" in refusal(capsys, [*sized, "--float-nchw", "float.onnx"])
     made_by(capsys, sized)
+
+
+def test_signing_and_packing(teacher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, fingerprint = new_key(Path("key.pem"))
+    sign = ["--sign", "key.pem", "--zip"]
+    result = made_by(capsys, [*teacher, "-o", "made", *sign])
+    assert (result["signed_by"], result["zip"]) == (fingerprint, "made.zip")
+    keys = TrustedKeys.read([Path("key.pub.pem")])
+    assert Bundle.open("made", keys).data == Bundle.open("made.zip", keys).data
+    refused = {
+        "made.zip exists already": [*teacher, "-o", "made", *sign],
+        "names the folder": [*teacher, "-o", "new.zip"],
+        "is a public key": [*teacher, "-o", "new", "--sign", "key.pub.pem"],
+        "none.pem: No such file": [*teacher, "-o", "new", "--sign", "none.pem"],
+        "Unpack it": ["--from-bundle", "made.zip"],
+    }
+    rmtree("made")
+    for said, command in refused.items():
+        assert said in refusal(capsys, command)
+    plain = made_by(capsys, [*teacher, "-o", "made", "--force"])
+    assert (plain["signed_by"], plain["zip"]) == (None, None)
+    assert Bundle.open("made").signature is None
+    again = made_by(capsys, [*teacher, "-o", "made", "--force", *sign])
+    assert Bundle.open("made.zip", keys).data == Bundle.open("made", keys).data
+    assert again["encoder"] == result["encoder"]

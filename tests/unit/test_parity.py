@@ -65,6 +65,19 @@ def test_only_larger_batches_may_fail_and_do() -> None:
     assert [row.passed for row in rows] == [True, False, False, False]
 
 
+def test_each_graph_says_how_far_it_moves_the_similarities_of_pairs() -> None:
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(DIM, DIM)))
+    turned = measure("turned", EXPECTED, CROPS, lambda crops: (3 * TRUE(crops) @ turn).astype(np.float32))
+    noisy = measure("noisy", EXPECTED, CROPS, lambda crops: off_by(0.1)[: len(crops)])
+    assert [row.similarity_rms is None for row in noisy] == [True, False, False, False], "one crop makes no pair"
+    assert turned[-1].worst_cosine < 0.9
+    assert turned[-1].similarity_rms < 1e-6, "neither a rotation nor a length changes a similarity"
+    similarities = (rows @ rows.T for rows in (off_by(0.1).astype(float), EXPECTED.astype(float)))
+    difference = np.subtract(*similarities)[np.triu_indices(len(EXPECTED), 1)]
+    assert noisy[-1].similarity_rms == pytest.approx(np.sqrt(np.mean(difference**2)), rel=1e-4)
+    assert noisy[-1].similarity_rms > 1e-3
+
+
 def test_rows_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(BadVector, match="not a number"):
         measure("nan", EXPECTED, CROPS, lambda crops: TRUE(crops) * np.float32("nan"))

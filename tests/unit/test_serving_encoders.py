@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import serving_bundles as made
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pkd.serving.encoders import Encoders
 from pkd.serving.problems import Problem
+from pkd.serving.schemas import EmbeddingSide
+from pkd.serving.verify import settle
 from pkd.toolkit.errors import BundleError, NotTrusted
 from pkd.toolkit.signing import SigningKey, TrustedKeys
 from pkd.toolkit.space import short
@@ -110,27 +113,89 @@ def test_a_changed_file_is_refused(tmp_path):
         Encoders.open([tmp_path / "t"])
 
 
-def test_with_keys_every_certificate_must_be_signed_by_one(family, tmp_path):
+def test_with_keys_every_bundle_must_be_signed_and_a_signed_certificate_by_one_of_them(family, tmp_path):
     ours, theirs = (SigningKey(Ed25519PrivateKey.generate()) for _ in range(2))
     keys = TrustedKeys([ours.private.public_key()])
     own = made.certificate(family.teacher.info, family.teacher.info)
     mixed = made.certificate(family.student.info, family.teacher.info)
-    family.teacher.write(tmp_path / "signed", [own], key=ours)
-    opened = Encoders.open([tmp_path / "signed", family.folders[2]], keys)  # one without certificates is no matter
-    assert opened.certificates == [own]
-    assert opened.certificate_file(own.query, own.gallery).signature.key == ours.fingerprint
-    for name, certificate, key, said in (
-        ("unsigned", mixed, None, "is not signed"),
-        ("foreign", mixed, theirs, f"is signed by {theirs.fingerprint}, trusted is {ours.fingerprint}"),
-        (
-            "weaker",
-            own.model_copy(update={"query": family.student.info.id, "impostor_pairs": 9}),
-            None,
-            "is not signed",
-        ),
+    family.teacher.write(tmp_path / "signed", [own], key=ours, sealed=ours)
+    family.student.write(tmp_path / "sealed", [mixed], sealed=ours)  # the certificate is vouched for by the manifest
+    opened = Encoders.open([tmp_path / "signed", tmp_path / "sealed"], keys)
+    assert opened.certificates == [own, mixed]
+    own_file = opened.certificate_file(own.query, own.gallery)
+    mixed_file = opened.certificate_file(mixed.query, mixed.gallery)
+    assert own_file.signature.key == own_file.bundle.key == mixed_file.bundle.key == ours.fingerprint
+    assert mixed_file.signature is None
+    sides = [EmbeddingSide(embedding=[1.0], encoder=id) for id in (mixed.query, mixed.gallery, own.query, own.gallery)]
+    told = [settle(opened, *sides[i : i + 2], None, 1e-2).signature for i in (0, 2)]
+    assert [(one["covers"], one["verified"]) for one in told] == [("bundle", True), ("certificate", True)]
+
+    foreign = f"is signed by {theirs.fingerprint}, trusted is {ours.fingerprint}"
+    certificate = f"certificates/{mixed.file_name}"
+    for name, key, sealed, file, said in (
+        ("unsigned", None, None, "manifest.json", "is not signed"),
+        ("only the certificate", ours, None, "manifest.json", "is not signed"),
+        ("foreign", ours, theirs, "manifest.json", foreign),
+        ("foreign certificate", theirs, ours, certificate, foreign),
     ):
-        family.student.write(tmp_path / name, [certificate], key=key)
+        family.student.write(tmp_path / name, [mixed], key=key, sealed=sealed)
         with pytest.raises(NotTrusted, match=said) as refused:
             Encoders.open([tmp_path / "signed", tmp_path / name], keys)
-        assert str(tmp_path / name / "certificates" / certificate.file_name) in str(refused.value)
+        assert str(refused.value).startswith(str(tmp_path / name / file))
         Encoders.open([tmp_path / "signed", tmp_path / name])
+
+
+def test_a_zip_is_served_like_its_folder(family, tmp_path):
+    key = SigningKey(Ed25519PrivateKey.generate())
+    zipped = family.teacher.write(tmp_path / "t", sealed=key).pack(tmp_path / "t.zip")
+    (loaded,) = Encoders.open([zipped], TrustedKeys([key.private.public_key()])).loaded.values()
+    assert loaded.encoder.info == family.teacher.info and loaded.self_test() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """A student in two precisions, certified in fp16 alone; int8 is so coarse that its self-test fails."""
+    folder, matrix = tmp_path_factory.mktemp("targets"), made.weights(1, noise=0.2)
+    teacher = made.encoder("teacher", made.weights(1))
+    student = made.encoder("student", matrix, teacher.info.space)
+    half = student.rounded("fp16", matrix.astype(np.float16).astype(np.float32))
+    coarse = student.rounded("int8", np.sign(matrix))
+    teacher.write(folder / "teacher")
+    certified = [made.certificate(half.info, teacher.info)]
+    student.write(folder / "student", certified, targets={"fp16": half, "int8": coarse})
+    return folder, student, half
+
+
+def test_a_target_is_served_as_the_encoder_that_it_is(rounded):
+    folder, student, half = rounded
+    paths = [folder / "teacher", folder / "student", folder / "student/targets/onnxruntime-fp16"]
+    encoders = Encoders.open(paths)
+    teacher = encoders.default.encoder.info
+    assert list(encoders.loaded) == [teacher.id, student.info.id, half.info.id]
+    crops = made.crops(3)
+    answered = encoders.get(half.info.id)
+    np.testing.assert_allclose(answered.encoder.embed(crops), half.embed(crops), atol=1e-6)
+    assert np.abs(answered.encoder.embed(crops) - student.embed(crops)).max() > 1e-5
+    assert encoders.certificate_file(half.info.id, teacher.id)
+    with pytest.raises(Problem) as refused:
+        encoders.certificate_file(student.info.id, teacher.id)
+    assert refused.value.members["works"]["queries"] == [half.info.id]
+
+
+def test_a_target_is_held_to_its_own_tolerance(rounded):
+    folder, _, half = rounded
+    opened = Encoders.open([folder / f"student/targets/onnxruntime-{p}" for p in ("fp16", "int8")])
+    passed, failed = opened.loaded.values()
+    assert passed.encoder.info == half.info
+    assert 0 < passed.self_test() < 1e-4
+    with pytest.raises(BundleError, match=r"onnxruntime-int8: golden crops come out .*allowed 0\.001"):
+        failed.self_test()
+
+
+def test_a_target_that_computes_the_bundles_own_encoder_is_that_encoder(tmp_path):
+    own = made.encoder("teacher", made.weights(1))
+    own.write(tmp_path / "t", targets={"fp32": own})
+    with pytest.raises(BundleError, match=r"onnxruntime-fp32: holds teacher@.* as does .*t\. Pass one"):
+        Encoders.open([tmp_path / "t", tmp_path / "t/targets/onnxruntime-fp32"])
+    with pytest.raises(BundleError, match="has no target ncnn-fp32; it has onnxruntime-fp32"):
+        Encoders.open([tmp_path / "t/targets/ncnn-fp32"])

@@ -15,6 +15,7 @@ from pkd.export.to_onnx import (
     IR_VERSION,
     OPSET,
     float_graph,
+    network_of,
     onnx_network,
     opset_of,
     serialise,
@@ -57,9 +58,10 @@ def test_both_graphs_compute_the_network_for_any_preprocessing(tmp_path: Path, p
     path = teacher_file(tmp_path / "t.onnx")
     checked(path, preprocess)
     source = open_onnx(path, preprocess)
-    floats = serialise(float_graph(onnx_network(path), preprocess, DIM))
-    rows = measure("float", source.embed(CROPS), CROPS, onnx_runner(floats, insightface_blob, "t"))
-    assert all(row.passed for row in rows)
+    for plain in (onnx_network(path), network_of(uint8_graph(onnx_network(path), preprocess, DIM))):
+        floats = serialise(float_graph(plain, preprocess, DIM))
+        rows = measure("float", source.embed(CROPS), CROPS, onnx_runner(floats, insightface_blob, "t"))
+        assert all(row.passed for row in rows)
 
 
 def test_the_graph_has_one_uint8_input_and_one_unit_output(tmp_path: Path) -> None:

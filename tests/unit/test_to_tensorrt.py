@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from pkd.export.to_tensorrt import BuildOptions, build_engine, parse_batches
 from pkd.toolkit.errors import InputError, TargetUnavailable
 from pkd.toolkit.gpu import find_gpu
 from pkd.toolkit.preprocess import Preprocess
+from pkd.toolkit.tensorrt_runtime import error_logger, invalidity
 
 PACKAGES = ("tensorrt_rtx", "tensorrt")
 PLAIN = uint8_graph(network(), Preprocess(channels="bgr"), DIM)
@@ -53,6 +55,8 @@ def test_every_form_is_parsed_and_built_with_a_dynamic_batch(package: str, form:
     assert engine.settings["tensorrt"] == engine.version
     assert (engine.settings["batch"], engine.settings["workspace_mib"]) == ("1:4:16", 256)
     assert engine.settings["compute_capability"]
+    trt = importlib.import_module(package)
+    assert invalidity(trt, trt.Runtime(error_logger(trt, [])), engine.data) is None
 
 
 @pytest.mark.parametrize("spec", ["mobilefacenet:0.25", "iresnet18", "repvit:0.25"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pkd.toolkit.bundle import Bundle
+from pkd.toolkit.bundle import Bundle, is_bundle
 from pkd.toolkit.errors import InputError, MissingExtra
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import Encoder, open_bundle, open_onnx
@@ -14,7 +14,7 @@ from pkd.toolkit.runtimes import open_target, target_of
 def open_encoder(
     spec: str, preprocess: str | None = None, *, threads: int = 1, option: str = "--teacher-preprocess"
 ) -> Encoder:
-    """Open a bundle folder, BUNDLE/targets/NAME, a pkd-distill run, FILE.onnx, FILE.pt (arcface_torch)
+    """Open a bundle (a folder or its zip), BUNDLE/targets/NAME, a pkd-distill run, FILE.onnx, FILE.pt (arcface_torch)
     or ``insightface:PACK``.
 
     ``preprocess``: as Preprocess.parse; needed for FILE.onnx and FILE.pt unless FILE.preprocess.json lies beside them.
@@ -30,7 +30,7 @@ def open_encoder(
 
         file, stated = recogniser(spec)
         return open_onnx(file, Preprocess.parse(preprocess) if preprocess else stated, threads=threads)
-    if (path / "manifest.json").is_file():
+    if is_bundle(path):
         return open_bundle(Bundle.open(path), threads=threads)
     if path.is_dir() or path.name == "student.pt":
         _need_torch()

@@ -20,7 +20,8 @@ from pkd.toolkit.verification import Check, Verdict, verify
 EXAMPLES = """
   pkd-verify --new-key evidence.pem                              # writes evidence.pem and evidence.pub.pem
   pkd-evaluate --sign evidence.pem …
-  pkd-verify evaluation bundles/student --trust-key evidence.pub.pem
+  pkd-export runs/student --certificates evaluation -o bundles/student --sign evidence.pem --zip
+  pkd-verify evaluation bundles/student bundles/student.zip --trust-key evidence.pub.pem
   pkd-verify evaluation/certificates/student@…__teacher@….json --trust-key evidence.pub.pem
 """
 COLOUR = {"ok": "green", "failed": "bold red", "not checked": "yellow"}
@@ -35,7 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         EXAMPLES,
     )
     add = parser.add_argument
-    add("targets", nargs="*", type=Path, metavar="PATH", help="certificate file, pkd-evaluate folder or bundle")
+    add(
+        "targets",
+        nargs="*",
+        type=Path,
+        metavar="PATH",
+        help="certificate file, pkd-evaluate folder, or bundle (folder or zip)",
+    )
     add(
         "--trust-key",
         action="append",
