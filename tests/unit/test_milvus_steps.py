@@ -82,19 +82,21 @@ def left(store: MilvusStore, gallery: str = "staff") -> dict[str, int]:
 
 
 def test_an_enrolment_that_dies_at_any_step_is_whole_or_absent(opened: Open, mortal: MilvusStore) -> None:
-    store, vectors = opened(), unit(1, 40)
+    store, vectors = opened(), unit(1, 70)
     store.create("staff", OLD, None, ALICE)
     enrolled(store.enrol("staff", [one("old", vectors[0], attributes={"site": "a"})], ALICE))
     steps = 0
     for steps in range(20):
-        new, again = f"new{steps}", vectors[2 * steps + 1 : 2 * steps + 3]
-        templates = [NewTemplate(ENCODER, OLD.id, vector) for vector in again]
-        asked = [Enrolment(new, templates), one("old", vectors[0], attributes={"site": f"s{steps}"})]
+        new, again = f"new{steps}", vectors[3 * steps + 1 : 3 * steps + 4]
+        templates = [NewTemplate(ENCODER, OLD.id, vector) for vector in again[:2]]
+        asked = [Enrolment(new, templates), one("old", again[2], attributes={"site": f"s{steps}"})]
         before = len(store.subject("staff", "old").templates)
         died = dying(mortal, lambda asked=asked: mortal.enrol("staff", asked, ALICE), steps)  # type: ignore[misc]
         there = new in store.subjects("staff")
         (found,) = store.search("staff", ENCODER, again[:1], 1)
         assert (found.hits[0].subject == new) == there
+        (found,) = store.search("staff", ENCODER, again[2:], 50)
+        assert ({hit.subject: hit.score for hit in found.hits}["old"] > 0.999) == there
         old = store.subject("staff", "old")
         assert len(old.templates) == before + there
         if there:
