@@ -119,7 +119,7 @@ def _spawn(folder: Path) -> subprocess.Popen[bytes]:
 
     config = MilvusServerConfig(data_dir=str(folder))
     config.set("rootCoord.dmlChannelNum", 4)  # fewer channels tick on an idle machine
-    config.set("queryNode.segcore.interimIndex.enableIndex", "false")  # it would make searches approximate
+    config.set("queryNode.segcore.interimIndex.enableIndex", "false")  # approximate; 2.3.5 makes none beside FLAT
     config.set("common.session.ttl", 3)  # s: for so long a killed server blocks its successor
     config.set("queryCoord.distPullInterval", 100)
     config.set("proxy.timeTickInterval", 50)  # ms: for so long a strong read waits
