@@ -48,7 +48,7 @@ def all_unavailable(some: Sequence[Callable[[], object]]) -> None:
         assert time.monotonic() - started < BOUND, f"call {number}"
 
 
-def comes_back(store: MilvusStore, seconds: float = 60) -> None:
+def comes_back(store: MilvusStore, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
