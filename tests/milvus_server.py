@@ -122,7 +122,7 @@ def _spawn(folder: Path) -> subprocess.Popen[bytes]:
     config = MilvusServerConfig(data_dir=str(folder))
     config.set("rootCoord.dmlChannelNum", 4)  # fewer channels tick on an idle machine
     config.set("queryNode.segcore.interimIndex.enableIndex", "false")  # approximate; 2.3.5 makes none beside FLAT
-    # s: for so long a killed server blocks its successor. Too short, and a server on a busy machine misses its own leases.
+    # s: for so long a killed server blocks its successor. Too short, and a busy machine misses its own leases.
     config.set("common.session.ttl", 20)
     config.set("queryCoord.distPullInterval", 100)
     config.set("proxy.timeTickInterval", 50)  # ms: for so long a strong read waits

@@ -54,6 +54,7 @@ def comes_back(store: MilvusStore, seconds: float = 120) -> None:
         try:
             store.check()
             assert store.search("staff", ENCODER, unit(1), 1)[0].hits[0].subject == "ann"
+            store.create("back", OLD, None, ALICE)
             return
         except Exception:
             if time.monotonic() > deadline:

@@ -18,7 +18,7 @@ from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, NewTemplate
 from pkd.serving.galleries.milvus_rows import COMMIT, JOURNAL, SUBJECT
 from pkd.serving.galleries.milvus_store import MilvusStore
-from pkd.serving.galleries.milvus_tables import Row, Tables
+from pkd.serving.galleries.milvus_tables import STALE_SECONDS, Row, Tables
 from pkd.serving.galleries.vault import MasterKey
 from pkd.serving.problems import Problem
 
@@ -62,6 +62,7 @@ def dying(store: MilvusStore, change: Callable[[], object], after: int) -> bool:
         return True
     finally:
         tables.writes_left = 10_000
+        time.sleep(STALE_SECONDS + 0.3)  # until other stores see as far as it came
     return False
 
 
