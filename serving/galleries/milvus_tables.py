@@ -58,7 +58,7 @@ class Tables:
     def create(self, name: str, fields: Mapping[str, int], dim: int = 0, indexed: Sequence[str] = ()) -> None:
         """Create and load a collection, unless it is there. ``fields``: name → longest text, 0 for a number and -1 for
         a dictionary; the first one is the primary key. ``dim`` 0: rows without a vector of their own."""
-        self.names()  # says what is missing, if anything is
+        self.names()  # says so where pymilvus is missing
         from pymilvus import DataType, MilvusClient
 
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -73,8 +73,11 @@ class Tables:
         indexes.add_index("vector", index_type="FLAT", metric_type="IP")
         for field in indexed:
             indexes.add_index(field, index_type="Trie")
-        self._call("create_collection", name, schema=schema, num_shards=self._shards)
-        self._call("create_index", name, indexes, sync=False)
+        # Looked for first: once restarted, Milvus 2.3 takes the same schema for another one, and refuses it.
+        if name not in self.names():
+            self._call("create_collection", name, schema=schema, num_shards=self._shards)
+        if not self._call("list_indexes", name):
+            self._call("create_index", name, indexes, sync=False)
         self._call("load_collection", name, _async=True)
         deadline = time.monotonic() + LOAD_SECONDS
         while self._call("get_load_state", name)["state"].name != "Loaded":

@@ -90,6 +90,7 @@ def test_milvus_hangs_and_dies_and_comes_back(
     assert again.replayed
     enrolled(store.enrol("staff", [one("cy", unit(3)[0])], ALICE))
     store.close()
+    assert {gallery.name for gallery in milvus_opened().list()} == {"back", "staff"}  # and for one who comes new
 
 
 def test_a_server_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_an_enrolment_that_dies_at_any_step_is_whole_or_absent(opened: Open, mor
         # Whoever was enrolled is found by the attributes that hold now, whichever step came last.
         (found,) = store.search("staff", ENCODER, vectors[:1], 1, old.attributes)
         assert [hit.subject for hit in found.hits] == ["old"]
+        assert found.hits[0].score > 0.999
         sweep(store)
         subjects = store.subjects("staff")
         total = sum(len(store.subject("staff", subject).templates) for subject in subjects)
