@@ -6,6 +6,8 @@
 
 FROM python:3.12-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+# Further extras: docker build --build-arg EXTRAS=serve,milvus,otel .
+ARG EXTRAS=serve
 RUN python -m venv /opt/pkd
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
@@ -13,7 +15,7 @@ COPY toolkit toolkit
 COPY export export
 COPY serving serving
 # The last line keeps the promise of a small image: fail the build rather than ship torch.
-RUN /opt/pkd/bin/pip install '.[serve]' \
+RUN /opt/pkd/bin/pip install ".[${EXTRAS}]" \
     && /opt/pkd/bin/python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") and "torch was pulled in")'
 
 FROM python:3.12-slim-bookworm

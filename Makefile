@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check soak bench clean
 .DEFAULT_GOAL := test
 
 # Editable, so that a change to the code needs no new install; the stamp is renewed when the dependencies change.
@@ -27,6 +27,10 @@ check: $(READY)
 
 test: check
 	$(BIN)/pytest
+
+# The long forms of the tests that have one: about an hour and a half.
+soak: $(READY)
+	$(BIN)/pytest -m soak --soak --timeout 7200
 
 bench: $(READY)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

@@ -29,7 +29,9 @@ PARTS = {
     "coverage": "How often intervals hold the truth",
     "halvings": "Do thresholds carry over to other people",
     "targets": "What each target costs and loses",
+    "serving_cost": "What serving costs",
     "method_table": "Methods at equal budget",
+    "search": "Searching a gallery in memory",
     "inheritance": "A teacher's own classifier against heads made from its embeddings",
 }
 """Script and result in benchmarks/ → heading."""

@@ -20,8 +20,9 @@ from pkd.toolkit.space import short
 if TYPE_CHECKING:
     from pkd.export.gate import GateOrder
     from pkd.export.produce import Order
+    from pkd.export.qat import QatOrder
 
-FORMATS = ("onnx", "openvino", "ncnn", "trt", "trt-rtx")
+FORMATS = ("onnx", "openvino", "ncnn", "executorch", "trt", "trt-rtx")
 PRECISIONS = ("fp32", "fp16", "int8", "bf16")
 METHODS = ("minmax", "percentile", "entropy")
 EXAMPLES = """
@@ -30,7 +31,7 @@ EXAMPLES = """
   pkd-export --teacher insightface:buffalo_l -o bundles/teacher
   pkd-export runs/student -o bundles/student --format onnx openvino --precision fp32 int8 --calib faces/val.txt
   pkd-export runs/student -o bundles/student --precision fp32 int8 --calib faces/val.txt --gate faces/dev \
-      --gate-teacher teacher.onnx --gate-teacher-preprocess mean=127.5,std=127.5 --max-tar-drop 0.01
+      --gate-teacher teacher.onnx --gate-teacher-preprocess mean=127.5,std=127.5 --max-tar-drop 0.01 --qat
   pkd-export runs/student -o bundles/student --format onnx openvino ncnn --bench      # what each costs here
   pkd-export runs/student -o bundles/student --trt --precision fp16      # without a GPU: the graph, and exit code 3
   pkd-export --from-bundle bundles/student --trt --precision fp16        # later, on the machine with the GPU
@@ -63,7 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     int8 = parser.add_argument_group("int8")
     int8.add_argument("--calib", type=Path, metavar="DIR|LIST", help="aligned real crops, 320 are taken of them")
     int8.add_argument("--calib-method", choices=METHODS, default="percentile", help="default: percentile (99.99)")
-    int8.add_argument("--keep-float", type=int, default=0, metavar="N", help="leave the N costliest layers in float32")
+    int8.add_argument(
+        "--keep-float",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave the N costliest layers in float32; with --gate, what is needed is found, up to a quarter",
+    )
     gate = parser.add_argument_group("gate", "targets in another precision must keep the TAR of fp32")
     gate.add_argument(
         "--gate", type=Path, metavar="DIR|LIST", help="aligned crops with identities; not those of --calib"
@@ -77,6 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="X",
         help="the upper end of the interval of what a target loses may be no more; default: 0.01, one point",
     )
+    gate.add_argument(
+        "--qat",
+        action="store_true",
+        help="train RUN on for INT8, as it was trained, where layers in float32 were not enough to pass",
+    )
+    gate.add_argument("--qat-steps", type=int, metavar="N", help="optimiser steps; default: 300")
+    gate.add_argument("--qat-faces", type=Path, metavar="DIR|LIST", help="default: those that RUN was trained on")
     parser.add_argument(
         "--bench",
         action="store_true",
@@ -157,6 +171,7 @@ def _order(args: argparse.Namespace) -> Order:
         build=BuildOptions(parse_batches(args.batch), args.workspace, args.timing_cache),
         certificates=args.certificates,
         gate=_gate(args),
+        qat=_qat(args),
         float_nchw=args.float_nchw,
         licence=args.licence,
         key=SigningKey.read(args.sign) if args.sign else None,
@@ -178,6 +193,22 @@ def _gate(args: argparse.Namespace) -> GateOrder | None:
     if args.run and not args.gate_teacher:
         raise InputError("--gate measures a student against its teacher's gallery. Pass --gate-teacher SPEC, too.")
     return GateOrder(args.gate, args.gate_teacher, args.gate_teacher_preprocess, **given)
+
+
+def _qat(args: argparse.Namespace) -> QatOrder | None:
+    from pkd.export.qat import QatOrder
+
+    given = {"faces": args.qat_faces, "steps": args.qat_steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not args.qat:
+        if given:
+            raise InputError("--qat-steps and --qat-faces go with --qat. Pass it, too.")
+        return None
+    if not args.run:
+        raise InputError("--qat trains the student of a run on, and a bundle or a teacher has no run. Pass RUN.")
+    if args.gate is None:
+        raise InputError("--qat is what is tried where INT8 fails its gate. Pass --gate DIR|LIST, too.")
+    return QatOrder(**given)
 
 
 def _counter(status: Status) -> Callable[[str, int], Callable[[int], None]]:

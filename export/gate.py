@@ -1,7 +1,7 @@
 """Gate: does a target still accept the genuine queries that the fp32 encoder accepts, against the teacher's gallery?
 
 Both are measured on the same people, each at its own threshold for one false match rate. A target passes where even the
-upper end of the 95 % interval of what it loses is no more than was allowed: "not shown to be worse" is not enough.
+upper end of the interval of what it loses is no more than was allowed: "not shown to be worse" is not enough.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from pkd.toolkit.certificate import Certificate, file_name
@@ -21,10 +22,10 @@ from pkd.toolkit.evaluation.cross_matrix import pair_up
 from pkd.toolkit.evaluation.lineup import Lineup
 from pkd.toolkit.evaluation.measure import measure
 from pkd.toolkit.evaluation.paired import PairedDifference, paired_difference
-from pkd.toolkit.evaluation.pairs import Doubles, Floats, Pairing
+from pkd.toolkit.evaluation.pairs import Doubles, Floats
 from pkd.toolkit.evaluation.protocol import Bar, Options, common
 from pkd.toolkit.evaluation.rates import require_resolved
-from pkd.toolkit.evaluation.results import Comparison, Data, Evaluation
+from pkd.toolkit.evaluation.results import Comparison, Evaluation
 from pkd.toolkit.evaluation.scores import score_pairs
 from pkd.toolkit.faces import FaceSet
 from pkd.toolkit.record import Record
@@ -33,6 +34,8 @@ from pkd.toolkit.space import require_same_space
 
 FMRS = (1e-2, 1e-3, 1e-4, 1e-5)
 """What the certificates of the gated encoders hold where the faces resolve it."""
+LEVEL = 0.95
+"""Of the interval that a target as it was ordered is judged by."""
 
 
 @dataclass(frozen=True)
@@ -56,94 +59,165 @@ class GateOrder:
 
 
 class GateRow(Record):
-    """One target against the fp32 encoder."""
+    """One target, as it was ordered or as it was tried, against the fp32 encoder."""
 
     target: str
     encoder: str
+    tried: str
+    """What was changed to make it pass; empty for the target as it was ordered."""
     fmr: float
     reference: float
     """TAR of the fp32 encoder, every identity alike."""
     tar: float
     drop: PairedDifference
     """What the target loses, paired over the same drawn people."""
+    level: float
+    """Of the interval that it is judged by: 0.95, and more for each of several tries."""
+    most: float
+    """The upper end of that interval."""
     passed: bool
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A row, and the certificate that was measured on the way."""
+
+    row: GateRow
+    certificate: Certificate
+
+
+@dataclass(frozen=True)
 class Gated:
-    """The rows, a sentence for the manifest, and the certificates that were measured on the way."""
+    """Every row in the order of measuring, a sentence for the manifest, and certificates of what is left in the end."""
 
     rows: tuple[GateRow, ...]
     said: str
     certificates: tuple[Certificate, ...]
 
 
-def gate(order: GateOrder, reference: Encoder, targets: Mapping[str, Encoder], bar: Bar) -> Gated:
-    """Measure the fp32 encoder and every target that is an encoder of its own.
+@dataclass(frozen=True)
+class _Measured:
+    tar: float
+    draws: Doubles
+    certificate: Certificate | None
 
-    ``targets``: name → encoder. Raises SpaceMismatch for another teacher, UnsupportedFmr where the faces do not resolve
-    the rate, InputError.
-    """
-    teacher = open_encoder(order.teacher, order.teacher_preprocess) if order.teacher else reference
-    require_same_space(teacher.info, reference.info)
-    faces, name = FaceSet.read(order.faces), order.faces.name
-    options = Options(fmrs=tuple(sorted({order.fmr, *FMRS}, reverse=True)), cache=default_cache())
-    data, pairing = pair_up(faces, faces, name, options.cache)
-    require_resolved(pairing, order.fmr)
-    with bar("embedding the gallery", len(faces)) as advance:
-        gallery = embed_faces(teacher, faces, cache=options.cache, advance=advance)
 
-    points, draws, certificates = {}, {}, []
-    key = f"S–T/tar_balanced/{order.fmr:g}"
-    for target, encoder in {"": reference, **_own(reference, targets)}.items():
-        with bar(f"gate {target or 'fp32'}", len(faces)) as advance:
-            # not from the cache: another graph may have had this name and precision
-            query = embed_faces(encoder, faces, jobs=None if encoder is reference else 1, advance=advance)
-        comparison, values = _compare(pairing, query, gallery, encoder, teacher, options)
-        points[target] = next(p for p in comparison.points if p.fmr == order.fmr)
-        draws[target] = values[key]
-        if encoder is not teacher:
-            certificates.append(_certificate(comparison, data, Lineup(teacher, encoder), options))
+class Gate:
+    """The people, the gallery and the fp32 encoder, measured once: targets are judged against them one by one."""
 
-    rows = []
-    for target, encoder in _own(reference, targets).items():
-        lost = points[""].tar_balanced - points[target].tar_balanced
-        drop = paired_difference(draws[""], draws[target], observed=lost)
-        rows.append(
-            GateRow(
+    def __init__(self, order: GateOrder, reference: Encoder, bar: Bar) -> None:
+        """Raises SpaceMismatch for another teacher, UnsupportedFmr for a rate that is not resolved, InputError."""
+        self._order, self._reference, self._bar = order, reference, bar
+        self._teacher = open_encoder(order.teacher, order.teacher_preprocess) if order.teacher else reference
+        require_same_space(self._teacher.info, reference.info)
+        self._faces = FaceSet.read(order.faces)
+        fmrs = tuple(sorted({order.fmr, *FMRS}, reverse=True))
+        self._options = Options(fmrs=fmrs, cache=default_cache())
+        self._data, self._pairing = pair_up(self._faces, self._faces, order.faces.name, self._options.cache)
+        require_resolved(self._pairing, order.fmr)
+        with bar("embedding the gallery", len(self._faces)) as advance:
+            self._gallery = embed_faces(self._teacher, self._faces, cache=self._options.cache, advance=advance)
+        self._plain = self._measure("fp32", reference)
+
+    def judge(self, targets: Mapping[str, Encoder], tried: str = "", level: float = LEVEL) -> list[Judged]:
+        """A row for every target that is an encoder of its own. ``targets``: name → encoder."""
+        order, judged = self._order, []
+        for target, encoder in _own(self._reference, targets).items():
+            found = self._measure(target, encoder)
+            lost = self._plain.tar - found.tar
+            drop = paired_difference(self._plain.draws, found.draws, observed=lost)
+            most = drop.ci95[1]
+            if level != LEVEL:
+                most = max(lost, float(np.quantile(self._plain.draws - found.draws, (1 + level) / 2)))
+            row = GateRow(
                 target=target,
                 encoder=encoder.info.id,
+                tried=tried,
                 fmr=order.fmr,
-                reference=points[""].tar_balanced,
-                tar=points[target].tar_balanced,
+                reference=self._plain.tar,
+                tar=found.tar,
                 drop=drop,
-                passed=drop.ci95[1] <= order.max_drop,
+                level=level,
+                most=most,
+                passed=most <= order.max_drop,
             )
+            assert found.certificate is not None
+            judged.append(Judged(row, found.certificate))
+        return judged
+
+    def conclude(self, judged: Sequence[Judged]) -> Gated:
+        """What is left: the last row of every target."""
+        final = {each.row.target: each for each in judged}
+        certificates = [each.certificate for each in final.values()]
+        if self._plain.certificate:
+            certificates.insert(0, self._plain.certificate)
+        return Gated(tuple(each.row for each in judged), self._said([e.row for e in judged]), tuple(certificates))
+
+    def _measure(self, label: str, encoder: Encoder) -> _Measured:
+        options, reference = self._options, encoder is self._reference
+        with self._bar(f"gate {label}", len(self._faces)) as advance:
+            # not from the cache: another graph may have had this name and precision
+            query = embed_faces(encoder, self._faces, jobs=None if reference else 1, advance=advance)
+        comparison, values = self._compare(query, encoder)
+        point = next(p for p in comparison.points if p.fmr == self._order.fmr)
+        lineup = Lineup(self._teacher, encoder)
+        certificate = None if encoder is self._teacher else self._certificate(comparison, lineup, options)
+        return _Measured(point.tar_balanced, values[f"S–T/tar_balanced/{self._order.fmr:g}"], certificate)
+
+    def _compare(self, query: Floats, encoder: Encoder) -> tuple[Comparison, dict[str, Doubles]]:
+        options = self._options
+        return measure(
+            score_pairs(self._pairing, query, self._gallery, seed=options.seed),
+            "S–T",
+            encoder.info,
+            self._teacher.info,
+            fmrs=options.fmrs or FMRS,
+            resamples=options.resamples,
+            seed=options.seed,
         )
-    return Gated(tuple(rows), _said(rows, order, name, data), tuple(certificates))
+
+    def _certificate(self, comparison: Comparison, lineup: Lineup, options: Options) -> Certificate:
+        named = comparison.model_copy(update={"certificate": file_name(comparison.query, comparison.gallery)})
+        evaluation = Evaluation(
+            protocol="all pairs of one set", data=self._data, comparisons=(named,), **common(lineup, options)
+        )
+        return certify(named, evaluation)
+
+    def _said(self, rows: Sequence[GateRow]) -> str:
+        order, data = self._order, self._data
+        people = f"on {data.name}, {data.images:,} images of {data.identities:,} people"
+        final = {row.target: row for row in rows}.values()
+        if not rows:
+            return f"nothing to gate {people}: every target is the fp32 encoder"
+        verdict = "passed" if all(row.passed for row in final) else "gate failed"
+        tries = {row.target: sum(other.target == row.target for other in rows) for row in final}
+        found = "; ".join(_sentence(row, tries[row.target]) for row in final)
+        return f"{verdict}: TAR at FMR {order.fmr:g} {people}, allowed {100 * order.max_drop:g} points: {found}"
 
 
 def require_passed(gated: Gated) -> None:
-    """Raise GateFailed with every figure where a target loses too much."""
-    if not all(row.passed for row in gated.rows):
+    """Raise GateFailed with every figure where a target, as it is in the end, loses too much."""
+    final = {row.target: row for row in gated.rows}.values()
+    if not all(row.passed for row in final):
         raise GateFailed(
-            f"{gated.said}. Nothing was written. Calibrate on more faces, leave layers in float32 with --keep-float N, "
-            "choose another --precision, or allow more with --max-tar-drop."
+            f"{gated.said}. Nothing was written. Calibrate on more faces, train for INT8 with --qat, choose another "
+            "--precision, or allow more with --max-tar-drop."
         )
 
 
 def gate_table(rows: Sequence[GateRow]) -> Table:
-    """For the console."""
+    """For the console: every try."""
     table = Table(title="Gate: TAR against the teacher's gallery, identities alike, %", title_justify="left")
-    for heading in ("target", "FMR", "fp32", "target's", "lost, 95 % interval", "gate"):
-        table.add_column(heading, justify="left" if heading == "target" else "right", no_wrap=True)
+    for heading in ("target", "FMR", "fp32", "target's", "lost, 95 % interval", "at most", "gate"):
+        table.add_column(heading, justify="left" if heading == "target" else "right", no_wrap=heading != "target")
     for row in rows:
         table.add_row(
-            row.target,
+            f"{row.target}: {row.tried}" if row.tried else row.target,
             f"{row.fmr:g}",
             f"{100 * row.reference:.1f}",
             f"{100 * row.tar:.1f}",
             _lost(row.drop),
+            _most(row),
             "passed" if row.passed else "failed",
         )
     return table
@@ -158,39 +232,16 @@ def _own(reference: Encoder, targets: Mapping[str, Encoder]) -> dict[str, Encode
     return found
 
 
-def _compare(
-    pairing: Pairing, query: Floats, gallery: Floats, encoder: Encoder, teacher: Encoder, options: Options
-) -> tuple[Comparison, dict[str, Doubles]]:
-    scores = score_pairs(pairing, query, gallery, seed=options.seed)
-    return measure(
-        scores,
-        "S–T",
-        encoder.info,
-        teacher.info,
-        fmrs=options.fmrs or FMRS,
-        resamples=options.resamples,
-        seed=options.seed,
-    )
-
-
-def _certificate(comparison: Comparison, data: Data, lineup: Lineup, options: Options) -> Certificate:
-    named = comparison.model_copy(update={"certificate": file_name(comparison.query, comparison.gallery)})
-    evaluation = Evaluation(protocol="all pairs of one set", data=data, comparisons=(named,), **common(lineup, options))
-    return certify(named, evaluation)
-
-
 def _lost(drop: PairedDifference) -> str:
     return f"{100 * drop.difference:+.1f} ({100 * drop.ci95[0]:+.1f} to {100 * drop.ci95[1]:+.1f})"
 
 
-def _said(rows: Sequence[GateRow], order: GateOrder, name: str, data: Data) -> str:
-    people = f"on {name}, {data.images:,} images of {data.identities:,} people"
-    if not rows:
-        return f"nothing to gate {people}: every target is the fp32 encoder"
-    verdict = "passed" if all(row.passed for row in rows) else "gate failed"
-    found = "; ".join(
-        f"{row.target} loses {_lost(row.drop)} points of {100 * row.reference:.1f} %"
-        + ("" if row.passed else ", too much")
-        for row in rows
-    )
-    return f"{verdict}: TAR at FMR {order.fmr:g} {people}, allowed {100 * order.max_drop:g} points: {found}"
+def _most(row: GateRow) -> str:
+    return f"{100 * row.most:+.1f} ({100 * row.level:.3g} %)"
+
+
+def _sentence(row: GateRow, tries: int) -> str:
+    said = f"{row.target} loses {_lost(row.drop)} points of {100 * row.reference:.1f} %"
+    if row.tried:
+        said += f", at most {_most(row)}, in try {tries} on these people: {row.tried}"
+    return said if row.passed else f"{said}, too much"

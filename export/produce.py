@@ -15,20 +15,24 @@ from rich.console import Console
 from pkd.export.bench import BENCH, ROUNDS, bench, bench_table, size_on_disk
 from pkd.export.calibration import read_calibration
 from pkd.export.certificates import collect
-from pkd.export.gate import Gated, GateOrder, gate, gate_table, require_passed
+from pkd.export.gate import Gate, Gated, GateOrder, gate_table, require_passed
 from pkd.export.golden import COUNT, TOLERANCE, synthetic_crops
 from pkd.export.parity import BATCHES, ParityRow, insightface_blob, measure, onnx_runner, parity_table, require
+from pkd.export.qat import SETTINGS as QAT_SETTINGS
+from pkd.export.qat import Qat, QatOrder
 from pkd.export.ranges import Method
 from pkd.export.source import open_run, open_teacher
 from pkd.export.targets import TARGETS, Made, make, wanted
-from pkd.export.to_onnx import OPSET, float_graph, opset_of, serialise, uint8_graph
+from pkd.export.to_onnx import OPSET, WEB_OPSET, float_graph, opset_of, serialise, uint8_graph
 from pkd.export.to_tensorrt import BuildOptions
+from pkd.export.tries import Pairs, Tries
 from pkd.export.typed import TypedGraph, TypedGraphs
 from pkd.toolkit.bundle import NOT_GATED, Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
 from pkd.toolkit.bundle_zip import zip_path
 from pkd.toolkit.command import Result, tool_version
 from pkd.toolkit.errors import InputError
-from pkd.toolkit.runtime import Encoder, open_bundle
+from pkd.toolkit.images import Rgb
+from pkd.toolkit.runtime import Embeddings, Encoder, open_bundle
 from pkd.toolkit.signing import SigningKey
 from pkd.toolkit.space import EncoderInfo, in_mode
 
@@ -52,6 +56,7 @@ class Order:
     build: BuildOptions
     certificates: Sequence[Path]
     gate: GateOrder | None
+    qat: QatOrder | None
     float_nchw: Path | None
     licence: str
     key: SigningKey | None
@@ -74,6 +79,7 @@ def produce(order: Order, console: Console, begin: Begin) -> Result:
     model, opset = serialise(graph), opset_of(graph)
     floats = serialise(float_graph(source.network, preprocess, info.space.dim)) if order.float_nchw else b""
 
+    graphs = _graphs(order, graph, info, begin)
     begin("checking encoder.onnx", 0)
     crops = synthetic_crops(max(BATCHES), preprocess.size)
     expected = source.encoder.embed(crops)
@@ -81,10 +87,7 @@ def produce(order: Order, console: Console, begin: Begin) -> Result:
     if floats:
         rows += measure("float NCHW", expected, crops, onnx_runner(floats, insightface_blob, source.name))
     _judge(rows, console)
-    graphs = _graphs(order, graph, info, begin)
-    made = make(pairs, graphs, order.build, crops, expected, _teller(begin))
-    _judge(made.rows, console)
-    gated = _gate(order, source.encoder, made, console, begin)
+    made, gated = _targets(order, pairs, graphs, source.encoder, crops, expected, console, begin)
     manifest = Manifest(
         encoder=info,
         graph=GraphSpec(opset=opset),
@@ -105,7 +108,12 @@ def produce(order: Order, console: Console, begin: Begin) -> Result:
         bundle = write_bundle(order.out, files, manifest, replace=order.force, key=order.key)
     if opset != OPSET:
         console.print(f"note: the graph stays at its own opset {opset}; torch students get {OPSET}.")
-    return _result(order, bundle, rows, made, graphs)
+    if opset > WEB_OPSET:
+        console.print(
+            f"note: browsers will refuse encoder.onnx: onnxruntime-web loads graphs up to opset {WEB_OPSET}. "
+            "Export the teacher to an older one if it is for them."
+        )
+    return _result(order, bundle, rows, made, graphs, gated)
 
 
 def add_targets(order: Order, console: Console, begin: Begin) -> Result:
@@ -127,9 +135,7 @@ def add_targets(order: Order, console: Console, begin: Begin) -> Result:
     crops = synthetic_crops(max(BATCHES), manifest.encoder.preprocess.size)
     reference = open_bundle(bundle)
     expected = reference.embed(crops)
-    made = make(pairs, graphs, order.build, crops, expected, _teller(begin))
-    _judge(made.rows, console)
-    gated = _gate(order, reference, made, console, begin)
+    made, gated = _targets(order, pairs, graphs, reference, crops, expected, console, begin)
     added = {target.name for target in made.targets}
     kept = [target for target in manifest.targets if target.name not in added]
     needed = {name for target in kept for name in (target.graph, target.file) if name}
@@ -148,10 +154,10 @@ def add_targets(order: Order, console: Console, begin: Begin) -> Result:
     files = {**files, **made.files, **evidence}
     files |= _bench(order, files, manifest, console, begin)
     bundle = write_bundle(order.out, files, manifest, replace=True, key=order.key)
-    return _result(order, bundle, [], made, graphs)
+    return _result(order, bundle, [], made, graphs, gated)
 
 
-INT8_SETTINGS = ("int8", "calibration", "layers_in_fp32", "similarity_rms")
+INT8_SETTINGS = ("int8", "calibration", "layers_in_fp32", "similarity_rms", *QAT_SETTINGS)
 
 
 def _graphs(order: Order, graph: onnx.ModelProto, info: EncoderInfo, begin: Begin) -> TypedGraphs:
@@ -162,19 +168,47 @@ def _graphs(order: Order, graph: onnx.ModelProto, info: EncoderInfo, begin: Begi
     return TypedGraphs(graph, info, calibration, order.keep_float, begin)
 
 
-def _gate(order: Order, reference: Encoder, made: Made, console: Console, begin: Begin) -> Gated:
-    if order.gate is None:
-        return Gated((), NOT_GATED, ())
+def _targets(
+    order: Order,
+    pairs: Pairs,
+    graphs: TypedGraphs,
+    reference: Encoder,
+    crops: Rgb,
+    expected: Embeddings,
+    console: Console,
+    begin: Begin,
+) -> tuple[Made, Gated]:
+    """Make every target, and make those in INT8 again until they pass the gate, where one was ordered."""
+
+    def build(some: Pairs) -> Made:
+        return make(some, graphs, order.build, crops, expected, _teller(begin))
 
     @contextmanager
     def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         yield begin(label, total)
 
-    gated = gate(order.gate, reference, made.encoders, bar)
+    qat = _qat(order, graphs, begin)
+    made = build(pairs)
+    if order.gate is None:
+        _judge(made.rows, console)
+        return made, Gated((), NOT_GATED, ())
+    _judge([row for row in made.rows if row.precision != "int8"], console)
+    gate = Gate(order.gate, reference, bar)
+    made, judged = Tries(gate, graphs, build, qat).run(made, pairs)
+    gated = gate.conclude(judged)
     if gated.rows:
         console.print(gate_table(gated.rows))
     require_passed(gated)
-    return gated
+    _judge([row for row in made.rows if row.precision == "int8"], console)
+    return made, gated
+
+
+def _qat(order: Order, graphs: TypedGraphs, begin: Begin) -> Qat | None:
+    if order.qat is None or order.run is None:
+        return None
+    if graphs.calibration is None:
+        raise InputError("--qat trains for INT8: pass --precision int8 and --calib DIR or LIST, too.")
+    return Qat(order.qat, Path(order.run), graphs.info, graphs.calibration, begin)
 
 
 def _bench(
@@ -198,12 +232,13 @@ def _certificates(gated: Gated) -> dict[str, bytes]:
 
 
 def _judge(rows: Sequence[ParityRow], console: Console) -> None:
-    console.print(parity_table(rows))
+    if rows:
+        console.print(parity_table(rows))
     require(rows)
 
 
 def _result(
-    order: Order, bundle: Bundle, rows: Sequence[ParityRow], made: Made, graphs: TypedGraphs
+    order: Order, bundle: Bundle, rows: Sequence[ParityRow], made: Made, graphs: TypedGraphs, gated: Gated
 ) -> Mapping[str, object]:
     manifest = bundle.manifest
     info = manifest.encoder
@@ -237,6 +272,7 @@ def _result(
         "certificates": [f"{c.query} against {c.gallery}" for c in bundle.certificates()],
         "gate": manifest.gate,
         "bench": json.loads(bundle.read(BENCH)) if BENCH in manifest.files else None,
+        "gated": [row.model_dump() for row in gated.rows],
     }
 
 

@@ -88,13 +88,19 @@ def layers(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def sensitivity(
-    graph: onnx.ModelProto, ranges: Ranges, form: str, crops: Rgb, advance: Callable[[int], None]
+    graph: onnx.ModelProto,
+    ranges: Ranges,
+    form: str,
+    crops: Rgb,
+    advance: Callable[[int], None],
+    expected: Embeddings | None = None,
 ) -> list[LayerCost]:
     """Every layer and what it costs in INT8, costliest first: the error with all in INT8 less that with it in float32.
 
-    ``crops``: uint8 N×S×S×3 that did not take part in the calibration.
+    ``crops``: uint8 N×S×S×3 that did not take part in the calibration. ``expected``: the N×D unit rows that errors are
+    measured against, by default those of ``graph`` itself.
     """
-    expected = embeddings(graph, crops)
+    expected = embeddings(graph, crops) if expected is None else expected
     whole = similarity_rms(embeddings(quantise(graph, ranges, form), crops), expected)
     costs = []
     for node in layers(graph):

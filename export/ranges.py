@@ -16,6 +16,8 @@ Method = Literal["minmax", "percentile", "entropy"]
 METHODS: tuple[Method, ...] = ("minmax", "percentile", "entropy")
 Ranges = Mapping[str, tuple[float, float]]
 """Tensor name → lowest and highest value that INT8 has to tell apart; what lies outside is clipped."""
+Activations = dict[str, NDArray[np.float32]]
+"""Tensor name → its values for a few crops."""
 BATCH = 4
 """Crops at a time: every activation of them is in memory at once."""
 BINS = 2048
@@ -36,22 +38,27 @@ def observe(
     range whose 128 steps lose least information (Migacz 2017, "8-bit inference with TensorRT", GTC S7310). The last two
     see the crops twice: first for the extremes, then for a histogram between them. ``advance`` is told of each crop.
     """
+    return choose_ranges(lambda: _activations(graph, tensors, crops, advance), method)
+
+
+def choose_ranges(activations: Callable[[], Iterator[Activations]], method: Method) -> Ranges:
+    """As ``observe``, of whatever computes them: each call of ``activations`` goes through the same crops once."""
     limits: dict[str, tuple[float, float]] = {}
-    for values in _activations(graph, tensors, crops, advance):
+    for values in activations():
         for name, array in values.items():
             low, high = limits.get(name, (0.0, 0.0))  # zero is always a step of its own: padding is zero
             limits[name] = (min(low, float(array.min())), max(high, float(array.max())))
     if method == "minmax":
         return limits
-    counts = {name: np.zeros(BINS, np.int64) for name in tensors}
-    for values in _activations(graph, tensors, crops, advance):
+    counts = {name: np.zeros(BINS, np.int64) for name in limits}
+    for values in activations():
         for name, array in values.items():
             low, high = limits[name]
             array = array.reshape(-1)[:: array.size // SAMPLE | 1]  # an odd step falls on every column and channel
             array, low, high = (array, low, high) if method == "percentile" else (np.abs(array), 0.0, max(-low, high))
             counts[name] += np.histogram(array, BINS, range=(low, high))[0]
     choose = {"percentile": percentile_range, "entropy": entropy_range}[method]
-    return {name: choose(counts[name], *limits[name]) for name in tensors}
+    return {name: choose(counts[name], *limits[name]) for name in limits}
 
 
 def percentile_range(counts: NDArray[np.int64], low: float, high: float) -> tuple[float, float]:
@@ -91,7 +98,7 @@ def _divergence(counts: NDArray[np.int64], kept: int) -> float:
 
 def _activations(
     graph: onnx.ModelProto, tensors: Sequence[str], crops: Rgb, advance: Callable[[int], None]
-) -> Iterator[dict[str, NDArray[np.float32]]]:
+) -> Iterator[Activations]:
     shown = onnx.ModelProto()
     shown.CopyFrom(graph)
     known = {value.name for value in shown.graph.output}

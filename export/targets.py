@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from pkd.export.golden import COUNT, TOLERANCE
 from pkd.export.parity import ParityRow, measure, onnx_runner
+from pkd.export.to_executorch import to_executorch
 from pkd.export.to_ncnn import to_ncnn
 from pkd.export.to_openvino import to_ir
 from pkd.export.to_tensorrt import BuildOptions, build_engine
 from pkd.export.typed import Form, Settings, TypedGraph, TypedGraphs
 from pkd.toolkit.command import tool_version
 from pkd.toolkit.errors import InputError, TargetUnavailable
+from pkd.toolkit.executorch_runtime import ExecuTorchNet
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.ncnn_runtime import NcnnNet
 from pkd.toolkit.openvino_runtime import HINTS, compile_model
@@ -70,6 +72,13 @@ def _ncnn(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) 
     return Built({"encoder.param": param, "encoder.bin": weights}, f"pnnx {version}", {}, net.version, net)
 
 
+def _executorch(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
+    program, given, version = to_executorch(graph.data)
+    net = ExecuTorchNet(program, 1)
+    settings: Settings = {"xnnpack_operations": given}
+    return Built({"encoder.pte": program}, f"executorch {version}", settings, net.version, net)
+
+
 def _tensorrt(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
     return _engine("tensorrt", graph, options, tell)
 
@@ -100,6 +109,7 @@ TARGETS: dict[str, Format] = {
     "onnx": Format("onnxruntime", ("fp32", "fp16", "int8"), Form("u8s8", keeps_prelu=False), _onnx),
     "openvino": Format("openvino", ("fp32", "bf16", "int8"), Form("s8s8", keeps_prelu=True), _openvino),
     "ncnn": Format("ncnn", ("fp32",), Form("u8s8", keeps_prelu=True), _ncnn),
+    "executorch": Format("executorch", ("fp32", "int8"), Form("u8s8", keeps_prelu=True), _executorch),
     "trt": Format("tensorrt", ("fp32", "fp16", "int8"), Form("s8s8", keeps_prelu=True), _tensorrt),
     "trt-rtx": Format("tensorrt_rtx", ("fp32", "fp16", "int8"), Form("s8s8", keeps_prelu=True), _tensorrt_rtx),
 }
@@ -117,6 +127,18 @@ class Made:
     """Name → format, precision, reason."""
     encoders: dict[str, Encoder] = field(default_factory=dict)
     """Name → the target as an encoder; of one that cannot run here, its graph in onnxruntime."""
+
+    def replaced(self, newer: Made) -> Made:
+        """With the targets of ``newer`` in the place of those of the same name."""
+        named = {target.name: target for target in newer.targets}
+        prefixes = tuple(f"targets/{name}/" for name in named)
+        return Made(
+            [named.get(target.name, target) for target in self.targets],
+            {name: data for name, data in self.files.items() if not name.startswith(prefixes)} | newer.files,
+            [row for row in self.rows if row.graph not in named] + newer.rows,
+            {name: entry for name, entry in self.missing.items() if name not in named} | newer.missing,
+            self.encoders | newer.encoders,
+        )
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ OLDEST_OPSET = 13
 """From here on the operators added below mean the same; older graphs must convert."""
 IR_VERSION = 8
 """The file format of opset 18: onnxruntime 1.14 and later, also in the browser."""
+WEB_OPSET, WEB_IR_VERSION = 26, 13
+"""The newest that browsers load, with onnxruntime-web 1.30. tests/parity/test_onnxruntime_web.py asks it."""
 BATCH = "batch"
 
 
@@ -191,6 +193,8 @@ def _assemble(taken: onnx.ValueInfoProto, front: _Chain, network: onnx.ModelProt
     )
     model = helper.make_model(made, opset_imports=inner.opset_import, functions=inner.functions, producer_name="pkd")
     model.ir_version = IR_VERSION if opset_of(inner) <= OPSET else inner.ir_version
+    if opset_of(inner) <= WEB_OPSET:
+        model.ir_version = min(model.ir_version, WEB_IR_VERSION)  # nothing of these opsets needs a newer one
     _strip(model)
     return model
 

@@ -12,7 +12,7 @@ from pkd.export.calibration import Calibration
 from pkd.export.half import to_half
 from pkd.export.quantize import LayerCost, calibrate, embeddings, layers, quantise, sensitivity, similarity_rms
 from pkd.export.ranges import Ranges
-from pkd.export.rewrite import decompose_prelu, shorten_names
+from pkd.export.rewrite import decompose_prelu, shorten_names, split_prelu
 from pkd.export.to_onnx import serialise
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.space import EncoderInfo, in_mode
@@ -40,6 +40,29 @@ class TypedGraph:
     settings: Settings
 
 
+@dataclass(frozen=True)
+class Retrained:
+    """Weights that were trained on for INT8: their plain uint8 graph, the encoder that it is, and how it was made."""
+
+    plain: onnx.ModelProto
+    info: EncoderInfo
+    settings: Settings
+
+
+@dataclass
+class Int8Source:
+    """What the INT8 graphs of one form are made from. Ranges and costs are measured once."""
+
+    plain: onnx.ModelProto
+    info: EncoderInfo
+    settings: Settings
+    label: str
+    keep: int
+    """How many of the costliest layers stay in float32."""
+    ranges: Ranges
+    costs: list[LayerCost] = field(default_factory=list)
+
+
 @dataclass
 class TypedGraphs:
     """Makes each graph once, on demand, from the plain uint8 graph ``plain`` of the encoder ``info``."""
@@ -50,8 +73,9 @@ class TypedGraphs:
     keep_float: int
     progress: Progress
     costs: dict[str, list[LayerCost]] = field(default_factory=dict)
-    """INT8 form → what each layer costs, where that was measured."""
+    """INT8 form, ``(qat)`` where its weights were trained on → what each layer costs, where that was measured."""
     _made: dict[tuple[str, Form], TypedGraph] = field(default_factory=dict)
+    _sources: dict[Form, Int8Source] = field(default_factory=dict)
 
     def give(self, precision: str, form: Form, graph: TypedGraph) -> None:
         """A graph that is known already, from an older bundle."""
@@ -63,39 +87,72 @@ class TypedGraphs:
             self._made[precision, form] = self._make(precision, form)
         return self._made[precision, form]
 
+    def leave(self, form: Form, count: int) -> None:
+        """From now on ``count`` of the costliest layers of this INT8 form stay in float32."""
+        self._source(form).keep = count
+        self._made.pop(("int8", form), None)
+
+    def retrain(self, form: Form, retrained: Retrained) -> None:
+        """From now on this INT8 form is made from other weights."""
+        self._sources[form] = self._measured(form, retrained.plain, retrained.info, retrained.settings, " (qat)")
+        self._made.pop(("int8", form), None)
+
+    def layers(self, form: Form) -> int:
+        """How many layers INT8 computes."""
+        return len(layers(self._source(form).plain))
+
     def _make(self, precision: str, form: Form) -> TypedGraph:
+        if precision == "int8":
+            return self._int8(form)
         graph = self.plain if form.keeps_prelu else decompose_prelu(self.plain)
         if precision == "fp32":
             return TypedGraph(serialise(graph), self.info, {})
         if precision == "bf16":  # the runtime rounds, see openvino_runtime.HINTS
             return TypedGraph(serialise(graph), in_mode(self.info, "bf16"), {})
-        if precision == "fp16":
-            return TypedGraph(serialise(shorten_names(to_half(graph))), in_mode(self.info, "fp16"), {})
-        return self._int8(graph, form)
+        return TypedGraph(serialise(shorten_names(to_half(graph))), in_mode(self.info, "fp16"), {})
 
-    def _int8(self, graph: onnx.ModelProto, form: Form) -> TypedGraph:
-        calibration = self.calibration
-        if calibration is None:
-            raise InputError("--precision int8 needs real crops to find the ranges on: pass --calib DIR or LIST.")
-        crops, method = calibration.crops, calibration.method
-        passes = 1 if method == "minmax" else 2
-        ranges = calibrate(graph, crops, method, self.progress(f"calibrate int8-{form.int8}", passes * len(crops)))
-        keep = self._costliest(graph, ranges, form.int8, calibration)
-        made = quantise(graph, ranges, form.int8, keep)
+    def _int8(self, form: Form) -> TypedGraph:
+        source, calibration = self._source(form), self._calibration()
+        keep = self._costliest(form, source)
+        made = quantise(source.plain, source.ranges, form.int8, keep)
+        if not form.keeps_prelu:
+            made = split_prelu(made)
         data = serialise(shorten_names(made))
         held = calibration.held_out
         settings: Settings = {
             "int8": form.int8,
-            "calibration": f"{method} on {len(crops)} crops of {calibration.name}",
+            "calibration": f"{calibration.method} on {len(calibration.crops)} crops of {calibration.name}",
             "layers_in_fp32": ", ".join(keep) or "none",
-            "similarity_rms": round(similarity_rms(embeddings(made, held), embeddings(graph, held)), 5),
+            "similarity_rms": round(similarity_rms(embeddings(made, held), embeddings(self.plain, held)), 5),
+            **source.settings,
         }
         digest = hashlib.sha256(data).hexdigest()  # another calibration is another encoder
-        return TypedGraph(data, in_mode(self.info, f"int8-{form.int8}-{digest[:16]}"), settings)
+        return TypedGraph(data, in_mode(source.info, f"int8-{form.int8}-{digest[:16]}"), settings)
 
-    def _costliest(self, graph: onnx.ModelProto, ranges: Ranges, form: str, calibration: Calibration) -> list[str]:
-        if not self.keep_float:
-            return []
-        advance = self.progress(f"layer sensitivity int8-{form}", len(layers(graph)))
-        self.costs[form] = sensitivity(graph, ranges, form, calibration.held_out, advance)
-        return [cost.layer for cost in self.costs[form][: self.keep_float]]
+    def _source(self, form: Form) -> Int8Source:
+        if form not in self._sources:
+            self._sources[form] = self._measured(form, self.plain, self.info, {}, "")
+        return self._sources[form]
+
+    def _measured(
+        self, form: Form, plain: onnx.ModelProto, info: EncoderInfo, settings: Settings, note: str
+    ) -> Int8Source:
+        calibration, label = self._calibration(), f"{form.int8}{note}"
+        passes = 1 if calibration.method == "minmax" else 2
+        advance = self.progress(f"calibrate int8-{label}", passes * len(calibration.crops))
+        ranges = calibrate(plain, calibration.crops, calibration.method, advance)
+        return Int8Source(plain, info, settings, label, self.keep_float, ranges)
+
+    def _costliest(self, form: Form, source: Int8Source) -> list[str]:
+        if source.keep and not source.costs:
+            held = self._calibration().held_out
+            advance = self.progress(f"layer sensitivity int8-{source.label}", len(layers(source.plain)))
+            expected = embeddings(self.plain, held)
+            source.costs = sensitivity(source.plain, source.ranges, form.int8, held, advance, expected)
+            self.costs[source.label] = source.costs
+        return [cost.layer for cost in source.costs[: source.keep]]
+
+    def _calibration(self) -> Calibration:
+        if self.calibration is None:
+            raise InputError("--precision int8 needs real crops to find the ranges on: pass --calib DIR or LIST.")
+        return self.calibration

@@ -1,23 +1,37 @@
-"""Door: what every request passes before a route sees it. Keys, readiness, the bounded queue, the size of the body."""
+"""Door: what every request passes before a route sees it, and what it leaves behind.
+
+Keys and their rates, readiness, the bounded queue, the size of bodies, clocks; then counts, a line in the log, a span.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import traceback
+from time import perf_counter
 
+import orjson
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pkd.serving.logs import log_request
+from pkd.serving.metrics import NO_ROUTE
 from pkd.serving.problems import Problem
-from pkd.serving.security import ApiKeys
+from pkd.serving.security import IN_SCOPE, ApiKeys
 from pkd.serving.settings import Settings
 from pkd.serving.state import State
+from pkd.serving.telemetry import span
 
 logger = logging.getLogger("pkd.serving")
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 """Answered without a key: nothing in them depends on a person or an encoder."""
+UNCOUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Asked for by machines all the time: no part of what a drain waits for."""
+SENDS_BODY = frozenset({"POST", "PUT", "PATCH"})
+STREAMED = (re.compile(r"/v1/galleries/[^/]+/(templates:bulk|import|export)"),)
+"""Paths whose bodies or answers are streams: ``max_stream`` is their limit, and a clock runs for each piece alone."""
 
 
 class Door:
@@ -25,72 +39,156 @@ class Door:
 
     def __init__(self, app: ASGIApp, settings: Settings, state: State, keys: ApiKeys | None) -> None:
         self.app, self.settings, self.state, self.keys = app, settings, state, keys
-        self.inside = 0
+        self.working = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        works = scope["method"] == "POST"
-        self.inside += works
-        started = False
+        begun = perf_counter()
+        counts = scope["path"] not in UNCOUNTED
+        works = scope["method"] not in ("GET", "HEAD")
+        scope[IN_SCOPE] = None
+        self._count(counts, works)
+        told = _Told(send)
+        with span(scope) as end_span:
+            try:
+                await self._pass(scope, receive, told, works)
+            except Problem as problem:
+                await self._tell(problem, scope, receive, told)
+            except ClientDisconnect:
+                self.state.metrics.abandoned()
+            except Exception as error:
+                # Where it happened, but not what the values were: vectors and keys stay out of logs.
+                frames = "".join(traceback.format_tb(error.__traceback__))
+                logger.error("%s %s: %s\n%s", scope["method"], route_of(scope), type(error).__name__, frames)
+                await self._tell(Problem("internal", "The server failed; its log says where."), scope, receive, told)
+            finally:
+                self._count(counts, works, -1)
+                if told.problem:
+                    self.state.metrics.refusal(told.problem)
+                seconds = perf_counter() - begun
+                if counts and told.status:
+                    self.state.metrics.request(scope["method"], route_of(scope), told.status, seconds)
+                key = scope[IN_SCOPE]
+                if counts:
+                    log_request(scope["method"], route_of(scope), told.status, seconds, key and key.name, told.problem)
+                end_span(route_of(scope), told.status, told.problem)
 
-        async def tell(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            self._admit(scope, works)
-            await self.app(scope, self._counted(receive) if works else receive, tell)
-        except Problem as problem:
-            await problem.response()(scope, receive, send)
-        except ClientDisconnect:
-            pass  # nobody is left to answer
-        except Exception as error:
-            # Where it happened, but not what the values were: vectors and keys stay out of logs.
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("%s %s: %s\n%s", scope["method"], scope["path"], type(error).__name__, frames)
-            if not started:
-                await Problem("internal", "The server failed; its log says where.").response()(scope, receive, send)
-        finally:
-            self.inside -= works
-
-    def _admit(self, scope: Scope, works: bool) -> None:
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, works: bool) -> None:
         headers = Headers(scope=scope)
         if self.keys and scope["path"] not in OPEN_PATHS:
-            self.keys.check(headers.get("authorization"))
-        if not works:
-            return
-        self.state.require_ready()
-        if self.inside > self.settings.threads + self.settings.queue:
-            raise Problem("overloaded", f"{self.inside - 1} requests are in progress already. Try again in a moment.")
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self.settings.max_body:
-            raise self._too_large()
+            scope[IN_SCOPE] = self.keys.check(headers.get("authorization"))
+        streams = any(path.fullmatch(scope["path"]) for path in STREAMED)
+        limit = self.settings.max_stream if streams else self.settings.max_body
+        if works:
+            self.state.require_ready()
+            if self.working > self.settings.threads + self.settings.queue:
+                detail = f"{self.working - 1} requests are in progress already. Try again in a moment."
+                raise Problem("overloaded", detail)
+            length = headers.get("content-length", "0")
+            if not length.isdecimal() or int(length) > limit:
+                raise _too_large(limit)
+        body = _Body(receive, limit, self.settings.body_seconds, streams, scope["method"] in SENDS_BODY)
+        timed = works and not streams
+        await self._answer(scope, body, send, self.settings.request_seconds if timed else None)
 
-    def _counted(self, receive: Receive) -> Receive:
-        """Counts what really arrives: a chunked body states no length, and a stated one may lie."""
-        total = 0
-        deadline = asyncio.get_running_loop().time() + self.settings.body_seconds
-        complete = False
+    async def _answer(self, scope: Scope, body: _Body, send: Send, seconds: float | None) -> None:
+        """Run the route until it is done, its client has left or its time is up; the latter two cancel it.
 
-        async def counted() -> Message:
-            nonlocal total, complete
-            if complete:  # what follows the body is only the disconnect, which may take as long as it likes
-                return await receive()
-            left = deadline - asyncio.get_running_loop().time()
-            try:
-                message = await asyncio.wait_for(receive(), max(left, 0.001))
-            except asyncio.TimeoutError:
-                raise Problem("timeout", f"The body did not arrive in {self.settings.body_seconds:g} s.") from None
-            total += len(message.get("body", b""))
-            if total > self.settings.max_body:
-                raise self._too_large()
-            complete = not message.get("more_body", False)
-            return message
+        What is cancelled while it waits for a worker thread is never executed.
+        """
+        work = asyncio.ensure_future(self.app(scope, body.receive, send))
+        left = asyncio.ensure_future(body.left())
+        try:
+            await asyncio.wait({work, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            work.cancel()
+            await asyncio.wait({work})
+            if not work.cancelled():
+                return work.result()  # it was done in this very moment
+            if left.done():
+                raise ClientDisconnect
+            raise Problem("overloaded", f"There was no answer in {seconds:g} s: the server is busy. Try again later.")
+        finally:
+            work.cancel()
+            left.cancel()
 
-        return counted
+    def _count(self, counts: bool, works: bool, by: int = 1) -> None:
+        self.working += by * works
+        self.state.inside += by * counts
+        if counts:
+            self.state.metrics.inside.inc(by)
 
-    def _too_large(self) -> Problem:
-        return Problem("too-large", f"The body is over {self.settings.max_body:,} bytes.", limit=self.settings.max_body)
+    async def _tell(self, problem: Problem, scope: Scope, receive: Receive, told: _Told) -> None:
+        if not told.status:
+            await problem.response()(scope, receive, told)
+
+
+class _Told:
+    """``send``, and what went through it: the status, and the problem's type as the client is told it."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = 0
+        self.problem: str | None = None
+        self._is_problem = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._is_problem = Headers(raw=message["headers"]).get("content-type") == "application/problem+json"
+        elif self._is_problem and self.problem is None:
+            self.problem = orjson.loads(message["body"])["type"]
+        await self._send(message)
+
+
+class _Body:
+    """A request's body. Counts what really arrives: a chunked one states no length, and a stated one may lie."""
+
+    def __init__(self, receive: Receive, limit: int, seconds: float, streams: bool, expected: bool) -> None:
+        self._receive, self._limit, self._seconds, self._streams = receive, limit, seconds, streams
+        self._total = 0
+        self._deadline = asyncio.get_running_loop().time() + seconds
+        self._complete, self._gone = asyncio.Event(), asyncio.Event()
+        self._empty_told = expected
+        if not expected:
+            self._complete.set()
+
+    async def receive(self) -> Message:
+        """The next piece. Raises a Problem: timeout or too-large. After the last one, only that the client has left."""
+        if self._complete.is_set():
+            if not self._empty_told:
+                self._empty_told = True
+                return {"type": "http.request", "body": b"", "more_body": False}
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
+        now = asyncio.get_running_loop().time()
+        left = self._seconds if self._streams else self._deadline - now
+        try:
+            message = await asyncio.wait_for(self._receive(), max(left, 0.001))
+        except asyncio.TimeoutError:
+            raise Problem("timeout", f"The body did not arrive in {self._seconds:g} s.") from None
+        self._total += len(message.get("body", b""))
+        if self._total > self._limit:
+            raise _too_large(self._limit)
+        if not message.get("more_body", False):
+            self._complete.set()
+        return message
+
+    async def left(self) -> None:
+        """Return when the client has gone away after it had sent its body."""
+        await self._complete.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone.set()
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the route that took the request, ``/v1/galleries/{gallery}``: a path would name subjects."""
+    return getattr(scope.get("route"), "path", NO_ROUTE)
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem("too-large", f"The body is over {limit:,} bytes.", limit=limit)

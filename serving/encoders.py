@@ -9,12 +9,15 @@ from pathlib import Path
 from pkd.serving.problems import Problem
 from pkd.toolkit.bundle import Bundle, self_test
 from pkd.toolkit.certificate import Certificate, CertificateFile
-from pkd.toolkit.errors import BundleError
+from pkd.toolkit.errors import BundleError, TargetUnavailable
+from pkd.toolkit.gpu import Device
 from pkd.toolkit.runtime import Encoder, open_bundle
 from pkd.toolkit.runtimes import open_target, target_of
 from pkd.toolkit.signing import TrustedKeys
 from pkd.toolkit.space import short
 from pkd.toolkit.target import Target
+
+GPU_RUNTIMES = frozenset({"tensorrt", "tensorrt_rtx"})
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,29 @@ class Loaded:
     encoder: Encoder
     target: Target | None = None
     """Which form of the bundle's encoder this is, where one was asked for."""
+    device: Device = "cpu"
+    """Where it runs."""
 
     @classmethod
-    def open(cls, path: Path, keys: TrustedKeys | None = None) -> Loaded:
+    def open(cls, path: Path, keys: TrustedKeys | None = None, device: Device = "cpu") -> Loaded:
         """A bundle, or BUNDLE/targets/NAME; who signed it is checked before any of it reaches a runtime.
 
+        ``device``: where a bundle runs; a target runs where it was made for.
         Raises BundleError, NotTrusted, MissingExtra, or TargetUnavailable.
         """
         named = target_of(path)
         if named is None:
             bundle = Bundle.open(path, keys)
-            return cls(bundle, open_bundle(bundle))
+            return cls(bundle, open_bundle(bundle, device=device), device=device)
         bundle = Bundle.open(named[0], keys)
-        return cls(bundle, open_target(bundle, named[1]), bundle.manifest.target(named[1]))
+        target = bundle.manifest.target(named[1])
+        if target is not None and target.runtime == "executorch":
+            raise TargetUnavailable(
+                f"{path}: an ExecuTorch target is for devices; in Python it needs torch, which no server loads. "
+                f"Serve {named[0]} itself, or an onnxruntime or OpenVINO target of it."
+            )
+        on_gpu = target is not None and target.runtime in GPU_RUNTIMES
+        return cls(bundle, open_target(bundle, named[1]), target, "cuda" if on_gpu else "cpu")
 
     def self_test(self) -> float:
         """Largest 1 − cosine over the golden crops. Raises BundleError above the tolerance of bundle or target."""
@@ -63,7 +76,7 @@ class Encoders:
                 self._spaces.setdefault(id, certificate.space)
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path], keys: TrustedKeys | None = None) -> Encoders:
+    def open(cls, paths: Sequence[str | Path], keys: TrustedKeys | None = None, device: Device = "cpu") -> Encoders:
         """Open bundles or targets of them, each on one intra-op thread. Two of one encoder are refused: BundleError.
 
         With ``keys`` every manifest must be signed by one of them, and so must every certificate that has a signature
@@ -73,7 +86,7 @@ class Encoders:
         spaces: dict[str, int] = {}
         loaded = []
         for path in paths:
-            item = Loaded.open(Path(path), keys)
+            item = Loaded.open(Path(path), keys, device)
             bundle, info = item.bundle, item.encoder.info
             if info.id in owners:
                 raise BundleError(f"{path}: holds {short(info.id)}, as does {owners[info.id]}. Pass one of them.")

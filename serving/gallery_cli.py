@@ -107,8 +107,8 @@ def _verify(args: argparse.Namespace, master: MasterKey, console: Console) -> Re
 
 
 def _export(args: argparse.Namespace, master: MasterKey, console: Console) -> Result:
+    from pkd.serving.galleries.dump import export
     from pkd.serving.galleries.sqlite_store import SqliteStore
-    from pkd.serving.galleries.transfer import export
 
     with (
         closing(SqliteStore(args.folder, master, create=False)) as store,
@@ -121,16 +121,16 @@ def _export(args: argparse.Namespace, master: MasterKey, console: Console) -> Re
 
 
 def _import(args: argparse.Namespace, master: MasterKey, console: Console) -> Result:
+    from pkd.serving.galleries.dump import count_subjects, import_
     from pkd.serving.galleries.sqlite_store import SqliteStore
-    from pkd.serving.galleries.transfer import import_
     from pkd.serving.galleries.vault import MasterKey
 
     sealed_with = MasterKey.read(args.sealed_with) if args.sealed_with else master
-    with closing(SqliteStore(args.folder, master)) as store:
-        with args.file.open("rb") as file:
-            total = max(0, sum(1 for _ in file) - 2)
-        with progress(console, "importing", total) as step:
-            gallery, done = import_(store, args.file, sealed_with, step, "pkd-gallery", args.gallery)
+    with (
+        progress(console, "importing", count_subjects(args.file)) as step,
+        closing(SqliteStore(args.folder, master)) as store,
+    ):
+        gallery, done = import_(store, args.file, sealed_with, step, "pkd-gallery", args.gallery)
     console.print(
         f"{gallery}: {done.subjects:,} subjects, {done.templates:,} templates enrolled, "
         f"{done.there_already:,} were there already",

@@ -23,6 +23,7 @@ Undecoded = bytes | str
 Sent = TypeVar("Sent", bound=BaseModel)
 
 FOREIGN = {b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+JSON = "application/json"
 TAKES = "JPEG, PNG, WebP and BMP images are taken."
 
 
@@ -36,28 +37,35 @@ class EmbedRequest:
 
 async def read_embed(request: Request) -> EmbedRequest:
     """Read any of the three forms of /v1/embed. Raises Problem."""
-    kind = media_type(request)
-    images: Sequence[Undecoded]
-    fields: dict[str, Any] = {}
-    if kind == "application/json":
+    if media_type(request) == JSON:
         body = parse(EmbedBody, await request.body())
-        images = [item.image_b64 for item in body.inputs]
         fields = body.model_dump(exclude={"inputs"}, exclude_unset=True)
-    elif kind == "multipart/form-data":
-        images, fields = await _read_form(request)
-    elif kind.startswith("image/") or kind == "application/octet-stream":
-        images = [await request.body()]
-    else:
-        raise Problem(
-            "unsupported-media",
-            f"content type {kind or 'missing'!r}. Send multipart/form-data with a field `image`, a raw image/* body, "
-            'or application/json {"inputs": [{"image_b64": …}]}.',
-        )
+        return EmbedRequest([item.image_b64 for item in body.inputs], with_query(request, EmbedOptions, fields))
+    images, fields = await read_files(request)
+    return EmbedRequest(images, with_query(request, EmbedOptions, fields))
+
+
+async def read_files(request: Request) -> tuple[Sequence[bytes], dict[str, Any]]:
+    """Images of a multipart or a raw body, and the fields beside them. Raises Problem."""
+    kind = media_type(request)
+    if kind == "multipart/form-data":
+        return await _read_form(request)
+    if kind.startswith("image/") or kind == "application/octet-stream":
+        return [await request.body()], {}
+    raise Problem(
+        "unsupported-media",
+        f"content type {kind or 'missing'!r}. Send multipart/form-data with a field `image`, a raw image/* body, "
+        "or application/json with the image as base64 in `image_b64`.",
+    )
+
+
+def with_query(request: Request, model: type[Sent], fields: dict[str, Any]) -> Sent:
+    """Options in ``fields`` and in the query string → ``model``. Raises Problem where one is given twice."""
     for name, value in request.query_params.multi_items():
         if name in fields:
             raise Problem("invalid-request", f"option {name!r} is given twice. Give it once.")
         fields[name] = value
-    return EmbedRequest(images, validated(EmbedOptions, fields))
+    return validated(model, fields)
 
 
 def decode(image: Undecoded) -> Rgb:
@@ -78,15 +86,21 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def parse(model: type[Sent], body: bytes) -> Sent:
+def require_json(request: Request) -> None:
+    """Raise an unsupported-media Problem for any other body."""
+    if (kind := media_type(request)) != JSON:
+        raise Problem("unsupported-media", f"content type {kind or 'missing'!r}. Send {JSON}.")
+
+
+def parse(model: type[Sent], body: bytes, most: int = MAX_VALUES) -> Sent:
     """JSON → ``model``. Raises an invalid-request Problem that names the fields at fault."""
     # 8 MB of base64 parse in milliseconds, 8 MB of tiny values in seconds that stall every other request.
-    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise Problem("invalid-request", f"the JSON holds more than {MAX_VALUES:,} values.", limit=MAX_VALUES)
+    if sum(map(body.count, (b",", b"[", b"{"))) > most:
+        raise Problem("invalid-request", f"the JSON holds more than {most:,} values.", limit=most)
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid(error.errors(include_url=False, include_context=False, include_input=False)) from None
 
 
 def validated(model: type[Sent], fields: Mapping[str, Any]) -> Sent:
@@ -94,15 +108,12 @@ def validated(model: type[Sent], fields: Mapping[str, Any]) -> Sent:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid(error.errors(include_url=False, include_context=False, include_input=False)) from None
 
 
-def _invalid(error: ValidationError) -> Problem:
+def invalid(errors: Sequence[Any]) -> Problem:
     """Field and reason only: what was sent there may be an image or an embedding, and is not sent back."""
-    found = [
-        {"field": ".".join(map(str, item["loc"])), "message": item["msg"]}
-        for item in error.errors(include_url=False, include_context=False, include_input=False)[:20]
-    ]
+    found = [{"field": ".".join(map(str, item["loc"])), "message": item["msg"]} for item in errors[:20]]
     first = f"{found[0]['field']}: {found[0]['message']}".removeprefix(": ")
     return Problem("invalid-request", f"{first}.", errors=found)
 
@@ -114,7 +125,7 @@ class _InMemory(MultiPartParser):
 
 
 async def _read_form(request: Request) -> tuple[list[bytes], dict[str, Any]]:
-    parser = _InMemory(request.headers, request.stream(), max_files=MAX_IMAGES, max_fields=20, max_part_size=1000)
+    parser = _InMemory(request.headers, request.stream(), max_files=MAX_IMAGES, max_fields=20, max_part_size=8000)
     try:
         form = await parser.parse()
     except (MultiPartException, ValueError) as error:

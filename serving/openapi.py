@@ -2,32 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from pkd.serving.answers import NDJSON
+from pkd.serving.galleries.schemas import (
+    BulkAnswer,
+    BulkItem,
+    EnrolBody,
+    ExportedSubject,
+    ExportEnd,
+    ExportHeader,
+    GalleryBody,
+    IdentifyBody,
+    MigrationBody,
+)
 from pkd.serving.problems import ProblemBody, documented
-from pkd.serving.schemas import EmbedBody, EmbedOptions, VerifyBody
+from pkd.serving.schemas import EmbedBody, VerifyBody
 
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """\
-Embeds faces and decides whether two belong to the same person, with the false match rate that was measured for exactly
-this ordered pair of encoders. A query embedded on a device by a distilled student may be compared with a gallery
-embedded by its teacher wherever a certificate joins the two.
+Embeds faces, decides whether two belong to the same person, and searches galleries, with the false match rate that was
+measured for exactly this ordered pair of encoders. A query embedded on a device by a distilled student may be compared
+with a gallery embedded by its teacher wherever a certificate joins the two.
+
+Every 409 says what was `expected`, what it `got`, and what `works` instead.
 
 Embeddings are biometric data: faces can be reconstructed from them. There is no liveness detection. No image is kept.
 """
-Examples = dict[str, dict[str, object]]
+BODIES: list[type[BaseModel]] = [
+    EmbedBody, VerifyBody, GalleryBody, EnrolBody, IdentifyBody, MigrationBody, BulkItem, ExportedSubject,
+]  # fmt: skip
+LINES_OUT: list[type[BaseModel]] = [BulkAnswer, ExportHeader, ExportedSubject, ExportEnd]
+Examples = Mapping[str, Mapping[str, object]]
+Content = dict[str, Any]
+Mode = Literal["validation", "serialization"]
 
+STUDENT, TEACHER, SPACE = "student@sha256:…", "teacher@sha256:…", "teacher@sha256:…"
+
+READ: Examples = {"auth": {}, "rate-limited": {"retry_after": 1}}
 TAKEN: Examples = {
-    "auth": {},
+    **READ,
+    "forbidden": {"scope": "enrol", "scopes": ["embed", "verify"]},
     "timeout": {},
     "too-large": {"limit": 8388608},
     "overloaded": {},
     "not-ready": {},
     "draining": {},
+    "invalid-request": {"errors": [{"field": "faces", "message": "Input should be 'largest' or 'exactly_one'"}]},
+}
+PARAMETERS: Examples = {"invalid-request": {}}
+ENCODER: Examples = {"unknown-encoder": {"got": "mobilefacenet", "encoders": ["edgeface-xs@sha256:…"]}}
+ARTIFACT: Examples = {
+    "not-found": {"got": "openvino-int4", "targets": ["openvino-int8"]},
+    "range": {"bytes": 5242880},
+    "invalid-request": {},
 }
 IMAGE: Examples = {
     "bad-image": {"index": 0},
@@ -36,78 +70,201 @@ IMAGE: Examples = {
     "multiple-faces": {"index": 0, "found": 2},
     "not-aligned": {"index": 0, "expected": [112, 112], "got": [250, 250]},
     "no-detector": {},
-    "unknown-encoder": {"got": "mobilefacenet", "encoders": ["edgeface-xs@sha256:…"]},
-    "invalid-request": {"errors": [{"field": "faces", "message": "Input should be 'largest', 'all' or 'exactly_one'"}]},
+    **ENCODER,
+}
+_NOT_CERTIFIED = {
+    "expected": [{"query": STUDENT, "gallery": TEACHER}],
+    "got": {"query": TEACHER, "gallery": STUDENT},
+    "works": {"queries": [], "galleries": [TEACHER]},
 }
 PAIR: Examples = {
-    "space-mismatch": {"expected": {"space": "edgeface-xs@sha256:…"}, "got": {"encoder": "…", "space": "…"}},
-    "not-certified": {
-        "expected": [{"query": "student@sha256:…", "gallery": "teacher@sha256:…"}],
-        "got": {"query": "teacher@sha256:…", "gallery": "student@sha256:…"},
-        "works": {"queries": [], "galleries": ["teacher@sha256:…"]},
+    "space-mismatch": {
+        "expected": {"space": SPACE},
+        "got": {"query": "stranger@sha256:…", "gallery": TEACHER, "space": "stranger@sha256:…"},
+        "works": {"queries": [STUDENT, TEACHER], "galleries": []},
     },
+    "not-certified": _NOT_CERTIFIED,
     "bad-vector": {},
     "unsupported-fmr": {"smallest": 1e-4, "largest": 1e-2, "got": 1e-6},
 }
+NO_STORE: Examples = {
+    "no-galleries": {},
+    "forbidden": {"scope": "admin", "scopes": ["verify"]},
+    "store-unavailable": {},
+}
+NAMED: Examples = {**NO_STORE, "unknown-gallery": {"gallery": "staff"}, "invalid-request": {}}
+SUBJECT: Examples = {**NAMED, "unknown-subject": {"gallery": "staff", "subject": "ann"}}
+CREATION: Examples = {
+    "unsupported-media": {},
+    "space-mismatch": {
+        "expected": {"spaces": [SPACE]}, "got": {"space": "stranger@sha256:…"}, "works": {"spaces": [SPACE]},
+    },
+    "gallery-conflict": {
+        "expected": {"space": SPACE}, "got": {"space": "stranger@sha256:…"}, "works": {"spaces": [SPACE]},
+    },
+}  # fmt: skip
+ENROLMENT: Examples = {
+    "space-mismatch": {
+        "index": 0,
+        "expected": {"spaces": [SPACE]},
+        "got": {"encoder": "stranger@sha256:…", "space": "stranger@sha256:…"},
+        "works": {"galleries": [TEACHER]},
+    },
+    "not-certified": {
+        "index": 0,
+        "expected": {"galleries": [TEACHER]},
+        "got": {"encoder": STUDENT, "space": SPACE},
+        "works": {"galleries": [TEACHER]},
+    },
+    "idempotency-conflict": {
+        "expected": {"digest": "9f86d0…"}, "got": {"digest": "60303a…"}, "works": {"key": "a new one"},
+    },
+    "low-quality": {
+        "index": 0,
+        "low": ["sharpness"],
+        "measured": {"detection_score": 0.93, "face_pixels": 81.5, "sharpness": 4.1},
+        "required": {"detection_score": 0.6, "face_pixels": 40, "sharpness": 10},
+    },
+    "bad-vector": {"index": 0},
+}  # fmt: skip
+SEARCH: Examples = {
+    "space-mismatch": {
+        "expected": {"spaces": [SPACE]},
+        "got": {"query": "stranger@sha256:…", "space": "stranger@sha256:…"},
+        "works": {"queries": [STUDENT, TEACHER], "templates": {TEACHER: [STUDENT, TEACHER]}},
+    },
+    "not-certified": {
+        "expected": [{"query": STUDENT, "gallery": "student2@sha256:…"}],
+        "got": {"query": STUDENT, "galleries": [TEACHER, "student2@sha256:…"]},
+        "works": {"queries": [TEACHER], "templates": {TEACHER: [STUDENT, TEACHER], "student2@sha256:…": [TEACHER]}},
+    },
+    "bad-vector": {},
+}
+MIGRATION: Examples = {
+    "unsupported-media": {},
+    "space-mismatch": CREATION["space-mismatch"],
+    "gallery-conflict": {
+        "expected": {"unmoved": 0}, "got": {"unmoved": 3}, "works": {"unmoved": ["ann", "bob", "eve"]},
+    },
+}  # fmt: skip
+LINES: Examples = {"unsupported-media": {}}
 
-EMBED_RESPONSES = documented({**IMAGE, **TAKEN})
-VERIFY_RESPONSES = documented({**IMAGE, **PAIR, **TAKEN})
+EMBED_EXAMPLE: Content = {"inputs": [{"image_b64": "/9j/4AAQ…"}], "aligned": True, "encoding": "b64_f16"}
+VERIFY_EXAMPLE: Content = {
+    "a": {"embedding": "wyoAPA==…", "encoding": "b64_f16", "encoder": STUDENT},
+    "b": {"gallery": "staff", "subject": "ann"},
+    "policy": {"target_fmr": 1e-4},
+}
+GALLERY_EXAMPLE: Content = {"space": SPACE, "retention_seconds": 7776000}
+ENROL_EXAMPLE: Content = {
+    "inputs": [{"image_b64": "/9j/4AAQ…"}, {"embedding": "wyoAPA==…", "encoding": "b64_f16", "encoder": STUDENT}],
+    "attributes": {"site": "north"},
+    "consent": {"basis": "consent", "reference": "form 17", "given": "2026-05-01"},
+}
+IDENTIFY_EXAMPLE: Content = {
+    "query": {"embedding": "wyoAPA==…", "encoding": "b64_f16", "encoder": STUDENT},
+    "top_k": 3,
+    "target_fpir": 0.01,
+    "where": {"site": "north"},
+}
+MIGRATION_EXAMPLE: Content = {"space": "teacher2@sha256:…"}
+BULK_EXAMPLE: Content = {"subject": "ann", "key": "ann-1", "inputs": [{"image_b64": "/9j/4AAQ…"}]}
+BULK_ANSWER: Content = {
+    "line": 1, "subject": "ann", "key": "ann-1", "templates": ["t1"], "sequence": 7, "replayed": False,
+}  # fmt: skip
+IMPORT_EXAMPLE: Content = {
+    "subject": "ann",
+    "attributes": {"site": "north"},
+    "templates": [{"encoder": TEACHER, "space": SPACE, "embedding": "wyoAPA==…", "encoding": "b64_f16"}],
+}
+EXPORT_ANSWER: Content = {"end": True, "subjects": 1}
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-EMBED_EXTRA: dict[str, Any] = {
-    "parameters": [
-        {"name": name, "in": "query", "schema": schema, "description": schema.get("description", "")}
-        for name, schema in EmbedOptions.model_json_schema()["properties"].items()
-    ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            "image/jpeg": _BINARY,
-            "image/png": _BINARY,
-            "image/webp": _BINARY,
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "properties": {
-                        "image": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}},
-                        **EmbedOptions.model_json_schema()["properties"],
-                    },
-                    "required": ["image"],
-                }
-            },
-            "application/json": {
-                "schema": {"$ref": REF.format(model="EmbedBody")},
-                "example": {"inputs": [{"image_b64": "/9j/4AAQ…"}], "aligned": True, "encoding": "b64_f16"},
+
+def responses(
+    model: type[BaseModel], *examples: Examples, description: str = "Done"
+) -> dict[int | str, dict[str, Any]]:
+    """What a route answers: ``model``, and the problems of all ``examples``."""
+    return {200: {"model": model, "description": description}, **documented(_merged(examples))}
+
+
+def stream(example: Content, *examples: Examples) -> dict[int | str, dict[str, Any]]:
+    """What a route answers in lines, an ``example`` of which is given."""
+    schema = {"anyOf": [{"$ref": REF.format(model=one.__name__)} for one in LINES_OUT]}
+    content = {NDJSON: {"itemSchema": schema, "example": example}}
+    return {200: {"description": "One JSON object a line", "content": content}, **documented(_merged(examples))}
+
+
+def file(*examples: Examples) -> dict[int | str, dict[str, Any]]:
+    """What a download answers."""
+    headers = {"ETag": {"description": "SHA-256 of the file", "schema": {"type": "string"}}}
+    content = {kind: {"schema": _BINARY} for kind in ("application/octet-stream", "application/zip")}
+    return {
+        200: {"description": "The file", "headers": headers, "content": content},
+        206: {"description": "The part of it that Range asks for", "headers": headers},
+        304: {"description": "The file is the one of If-None-Match"},
+        **documented(_merged(examples)),
+    }
+
+
+def json_body(model: type[BaseModel], example: Content, *, required: bool = True) -> Content:
+    """A body that the route reads by itself."""
+    return {"requestBody": {"required": required, "content": {"application/json": _json(model, example)}}}
+
+
+def lines_body(model: type[BaseModel], example: Content) -> Content:
+    """A body of lines."""
+    content = {NDJSON: {"itemSchema": {"$ref": REF.format(model=model.__name__)}, "example": example}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def images_body(model: type[BaseModel], options: type[BaseModel], example: Content) -> Content:
+    """JSON, a multipart form with files ``image``, or a raw image with its ``options`` in the query string."""
+    properties = options.model_json_schema(ref_template=REF)["properties"]
+    form = {
+        "type": "object",
+        "properties": {
+            "image": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}},
+            **properties,
+        },
+        "required": ["image"],
+    }
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "schema": schema, "description": schema.get("description", "")}
+            for name, schema in properties.items()
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                **{kind: {"schema": _BINARY} for kind in ("image/jpeg", "image/png", "image/webp")},
+                "multipart/form-data": {"schema": form},
+                "application/json": _json(model, example),
             },
         },
-    },
-}
-VERIFY_EXTRA: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {"$ref": REF.format(model="VerifyBody")},
-                "example": {
-                    "a": {"embedding": "wyoAPA==…", "encoding": "b64_f16", "encoder": "student@sha256:…"},
-                    "b": {"image_b64": "/9j/4AAQ…", "encoder": "teacher@sha256:…"},
-                    "policy": {"target_fmr": 1e-4},
-                },
-            }
-        },
-    },
-}
+    }
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI 3.1 document: FastAPI's, with the schemas of bodies that the routes read by themselves."""
     if not app.openapi_schema:
         made = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
-        _, sent = models_json_schema(
-            [(EmbedBody, "validation"), (VerifyBody, "validation"), (ProblemBody, "serialization")], ref_template=REF
-        )
+        answers: list[type[BaseModel]] = [ProblemBody, *(model for model in LINES_OUT if model not in BODIES)]
+        modes: list[tuple[type[BaseModel], Mode]] = [(model, "validation") for model in BODIES]
+        modes += [(model, "serialization") for model in answers]
+        _, sent = models_json_schema(modes, ref_template=REF)
         made.setdefault("components", {}).setdefault("schemas", {}).update(sent["$defs"])
         made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         made["security"] = [{"key": []}, {}]
         app.openapi_schema = made
     return app.openapi_schema
+
+
+def _json(model: type[BaseModel], example: Content) -> Content:
+    return {"schema": {"$ref": REF.format(model=model.__name__)}, "example": example}
+
+
+def _merged(examples: tuple[Examples, ...]) -> Examples:
+    return {type: members for one in examples for type, members in one.items()}
+
+
+_BINARY = {"type": "string", "format": "binary"}

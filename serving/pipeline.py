@@ -11,6 +11,7 @@ import numpy as np
 
 from pkd.serving.encoders import Loaded
 from pkd.serving.images import Undecoded, decode
+from pkd.serving.inference import Inference
 from pkd.serving.problems import Problem
 from pkd.serving.schemas import Faces
 from pkd.toolkit.align import warp
@@ -44,6 +45,7 @@ class Pipeline:
     """What workers share. Everything in it is safe to use from several threads."""
 
     detector: Detector | None
+    inference: Inference
 
     def check(self, aligned: bool) -> None:
         """Raise a no-detector Problem for a photograph where only aligned crops can be taken."""
@@ -70,7 +72,7 @@ class Pipeline:
             found = self._detect(rgb, faces)
             crops = np.stack([warp(rgb, face.landmarks, size) for face in found]) if found else _none(size)
         detected = perf_counter()
-        vectors = loaded.encoder.embed(crops)
+        vectors = self.inference.embed(loaded.encoder, crops)
         timing = Timing(
             queue=1e3 * (start - submitted),
             decode=1e3 * (decoded - start),

@@ -17,6 +17,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "forbidden": (403, "The API key may not do this"),
     "not-found": (404, "No such route"),
     "unknown-encoder": (404, "No such encoder is loaded"),
+    "no-galleries": (404, "This server keeps no galleries"),
     "unknown-gallery": (404, "No such gallery"),
     "unknown-subject": (404, "No such subject in this gallery"),
     "method-not-allowed": (405, "The route does not take this method"),
@@ -27,6 +28,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "idempotency-conflict": (409, "The idempotency key was used for another request"),
     "too-large": (413, "The body or the image is too large"),
     "unsupported-media": (415, "The media type is not supported"),
+    "range": (416, "The file has no such bytes"),
     "invalid-request": (422, "The request is not what this route takes"),
     "no-face": (422, "No face was found"),
     "multiple-faces": (422, "More than one face was found"),
@@ -55,7 +57,8 @@ OF_ERROR: dict[type[errors.PkdError], str] = {
     errors.InputError: "invalid-request",
 }
 
-RETRY_SECONDS = "1"
+RETRY_SECONDS = 1
+"""Where a problem does not know better (its member ``retry_after``), seconds."""
 
 
 class Problem(Exception):
@@ -68,15 +71,23 @@ class Problem(Exception):
         self.detail = detail
         self.members = members
 
+    def explain(self, **members: object) -> Problem:
+        """The same with those ``members`` that it has not got: whoever caught it may know more than who raised it."""
+        self.members = {**members, **self.members}
+        return self
+
+    def body(self) -> dict[str, object]:
+        """Its JSON."""
+        return {"type": self.type, "title": self.title, "status": self.status, "detail": self.detail, **self.members}
+
     def response(self) -> Response:
         """The problem as an HTTP response, with ``Retry-After`` where waiting helps."""
         headers: dict[str, str] = {}
         if self.status in (429, 503):
-            headers["Retry-After"] = RETRY_SECONDS
+            headers["Retry-After"] = str(self.members.get("retry_after", RETRY_SECONDS))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        body = {"type": self.type, "title": self.title, "status": self.status, "detail": self.detail, **self.members}
-        return Response(orjson.dumps(body), self.status, headers, "application/problem+json")
+        return Response(orjson.dumps(self.body()), self.status, headers, "application/problem+json")
 
 
 class ProblemBody(BaseModel):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from pkd.serving.vectors import Encoding
+from pkd.toolkit.certificate import Certificate
+from pkd.toolkit.preprocess import Preprocess
 
 Faces = Literal["largest", "all", "exactly_one"]
 MAX_DIM = 4096
@@ -15,15 +17,19 @@ MAX_IMAGES = 32
 """Most images in one request."""
 MAX_VALUES = 2 * MAX_DIM + 1000
 """Most values in one JSON body: two embeddings and everything around them."""
+MANY_VALUES = MAX_IMAGES * MAX_DIM
+"""Most values where a body may hold as many embeddings as images."""
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}$")]
+"""A gallery or a subject: 1 to 128 characters that mean nothing to a file system, a URL or a shell."""
 
 
-class _Sent(BaseModel):
+class Sent(BaseModel):
     """A request body: unknown fields are refused, so that a misspelt option cannot be ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class EmbedOptions(_Sent):
+class EmbedOptions(Sent):
     """How to embed: query parameters, form fields or JSON fields."""
 
     encoder: str | None = Field(None, max_length=300, description="Id, short id or name; the teacher by default")
@@ -32,7 +38,7 @@ class EmbedOptions(_Sent):
     encoding: Encoding = Field("float", description="How embeddings are written; base64 is little-endian")
 
 
-class ImageInput(_Sent):
+class ImageInput(Sent):
     """An image inside JSON."""
 
     image_b64: str = Field(description="JPEG, PNG, WebP or BMP file as base64")
@@ -52,7 +58,7 @@ class ImageSide(ImageInput):
     faces: Literal["largest", "exactly_one"] = "largest"
 
 
-class EmbeddingSide(_Sent):
+class EmbeddingSide(Sent):
     """One side of a comparison: an embedding made elsewhere, for example on a device."""
 
     embedding: Annotated[list[float], Field(max_length=MAX_DIM)] | str
@@ -61,7 +67,14 @@ class EmbeddingSide(_Sent):
     space: str | None = Field(None, max_length=300, description="Id of its space, checked where given")
 
 
-class Policy(_Sent):
+class SubjectSide(Sent):
+    """One side of a comparison: whoever is enrolled, by the best of their templates."""
+
+    gallery: Name
+    subject: Name
+
+
+class Policy(Sent):
     """When two faces match; exactly one of the two."""
 
     target_fmr: float | None = Field(None, gt=0, lt=1, description="False match rate, a fraction")
@@ -75,14 +88,26 @@ class Policy(_Sent):
 
 
 def _side(sent: object) -> str:
-    return "image" if isinstance(sent, ImageSide) or (isinstance(sent, dict) and "image_b64" in sent) else "embedding"
+    for tag, kind, field in (("image", ImageInput, "image_b64"), ("subject", SubjectSide, "subject")):
+        if isinstance(sent, kind) or (isinstance(sent, dict) and field in sent):
+            return tag
+    return "embedding"
 
 
-Side = Annotated[Annotated[ImageSide, Tag("image")] | Annotated[EmbeddingSide, Tag("embedding")], Discriminator(_side)]
+Input = Annotated[
+    Annotated[ImageInput, Tag("image")] | Annotated[EmbeddingSide, Tag("embedding")], Discriminator(_side)
+]
 """Told apart by their fields, so that an error is about the one that was meant."""
+Query = Annotated[Annotated[ImageSide, Tag("image")] | Annotated[EmbeddingSide, Tag("embedding")], Discriminator(_side)]
+Side = Annotated[
+    Annotated[ImageSide, Tag("image")]
+    | Annotated[EmbeddingSide, Tag("embedding")]
+    | Annotated[SubjectSide, Tag("subject")],
+    Discriminator(_side),
+]
 
 
-class VerifyBody(_Sent):
+class VerifyBody(Sent):
     """JSON body of /v1/verify."""
 
     a: Side = Field(description="The query (probe)")
@@ -153,6 +178,23 @@ class CertificateAnswer(BaseModel):
     signature: SignatureAnswer | None = Field(description="null where neither the certificate nor its bundle is signed")
 
 
+class ComparedTemplate(BaseModel):
+    """Which template of a subject decided."""
+
+    gallery: str
+    subject: str
+    template: str
+    encoder: str
+
+
+class NotCompared(BaseModel):
+    """Templates that no comparison was permitted with."""
+
+    encoder: str
+    templates: int
+    reason: Literal["not-certified", "space-mismatch", "unsupported-fmr"]
+
+
 class VerifyAnswer(BaseModel):
     match: bool
     score: float = Field(description="Cosine similarity")
@@ -165,3 +207,67 @@ class VerifyAnswer(BaseModel):
         "most fmr_at_score"
     )
     certificate: CertificateAnswer
+    a: ComparedTemplate | None = Field(None, description="Where `a` is a subject: the template that decided")
+    b: ComparedTemplate | None = Field(None, description="Where `b` is a subject: the template that decided")
+    comparisons: int = Field(
+        1, description="Pairs compared; rates are per comparison, the best of n errs up to n times"
+    )
+    not_compared: list[NotCompared] = Field([], description="Templates of the subjects that were left out, and why")
+
+
+class EncoderListed(BaseModel):
+    id: str
+    name: str
+    role: Literal["teacher", "student"]
+    numeric_mode: str
+    space: SpaceAnswer
+    preprocess: Preprocess
+    licence: str
+    default: bool = Field(description="True: images go to this one where a request names none")
+
+
+class EncodersAnswer(BaseModel):
+    encoders: list[EncoderListed]
+
+
+class FileAnswer(BaseModel):
+    name: str = Field(description="Pass it as `file`")
+    sha256: str
+    bytes: int
+
+
+class TargetAnswer(BaseModel):
+    """The encoder for one runtime in one precision."""
+
+    name: str = Field(description="Pass it as `target`")
+    runtime: str
+    precision: str
+    golden_tolerance: float = Field(description="Largest allowed 1 − cosine over the bundle's golden crops")
+    settings: dict[str, str | int | float | bool]
+    files: list[FileAnswer] = Field(description="What the device needs, the file to load first; empty: not built yet")
+
+
+class Comparable(BaseModel):
+    """Encoder ids that some certificate joins with this one."""
+
+    as_query_against: list[str]
+    as_gallery_for: list[str]
+
+
+class EncoderDetail(EncoderListed):
+    loaded: bool = Field(description="False: a target in a bundle, for devices; no image can be sent to it here")
+    certificates: Comparable
+    artifact: FileAnswer = Field(description="What …/artifact gives without options")
+    targets: list[TargetAnswer]
+
+
+class SpaceListed(SpaceAnswer):
+    encoders: list[str]
+
+
+class SpacesAnswer(BaseModel):
+    spaces: list[SpaceListed]
+
+
+class CertificatesAnswer(BaseModel):
+    certificates: list[Certificate]

@@ -4,27 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import uvicorn
 
 from pkd.serving.app import create_app
+from pkd.serving.galleries.gallery import GalleryStore
 from pkd.serving.security import ApiKeys
 from pkd.serving.service import Service
 from pkd.toolkit.errors import BundleError, InputError, PkdError
 
+logger = logging.getLogger("pkd.serving")
 KEEP_ALIVE_SECONDS = 75
 """Longer than the idle time of common proxies, so that it is never this side that closes under a request."""
 
 
-def serve(service: Service, listener: socket.socket, keys: ApiKeys | None, ready: Callable[[], None]) -> None:
+class Link:
+    """What a worker process tells its parent and hears from it. A server that is alone has nobody to tell."""
+
+    def ready(self, encoders: list[str]) -> None:
+        """The self-test is passed. ``encoders``: ids."""
+
+    def may_serve(self) -> bool:
+        """Whether connections may be taken: once every worker is ready."""
+        return True
+
+    def alive(self) -> None:
+        """The event loop turns; called ten times a second."""
+
+
+def serve(
+    service: Service,
+    listener: socket.socket,
+    keys: ApiKeys | None,
+    ready: Callable[[], None],
+    *,
+    sweeps: GalleryStore | None = None,
+    link: Link | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is in progress. ``ready`` is called after the self-test.
 
-    Raises BundleError where a bundle does not reproduce its golden embeddings.
+    ``sweeps``: the store that this process, and no other, looks through for what has expired. ``link``: of a worker,
+    which takes no connection before all workers may. Raises BundleError where a bundle does not reproduce its golden
+    embeddings.
     """
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a stranger's broken form is no news
     config = uvicorn.Config(
         create_app(service, keys),
         lifespan="on",
@@ -35,15 +66,13 @@ def serve(service: Service, listener: socket.socket, keys: ApiKeys | None, ready
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=service.settings.drain_seconds,
     )
-    _Server(config, service, ready).run(sockets=[listener])
+    _Server(config, service, keys, ready, sweeps, link).run(sockets=[listener])
     if service.state.failure:
         raise BundleError(service.state.failure)
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound TCP socket. Raises InputError for an address that cannot be, PkdError for one that is taken."""
-    if not 0 <= port <= 65535:
-        raise InputError(f"--port {port}: give a number from 0 to 65535; 0 picks a free port.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (socket.gaierror, UnicodeError):
@@ -71,24 +100,92 @@ def url_of(listener: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        keys: ApiKeys | None,
+        ready: Callable[[], None],
+        sweeps: GalleryStore | None,
+        link: Link | None,
+    ) -> None:
         super().__init__(config)
-        self._service, self._ready = service, ready
-        self._proving: asyncio.Task[None] | None = None
+        self._service, self._keys, self._ready, self._sweeps = service, keys, ready, sweeps
+        self._link = link
+        self._drained_by = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._idle: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._proving = asyncio.create_task(self._announce())
+        if self._keys and hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._keys.reload)
+        if self._link is None:
+            await super().startup(sockets)
+            self._tasks.append(asyncio.create_task(self._announce()))
+            return
+        await self._announce()
+        while not self._link.may_serve() and not self._service.state.draining:
+            await asyncio.sleep(0.01)
+        self.should_exit |= self._service.state.draining
+        if not self.should_exit:
+            await super().startup(sockets)
 
     async def _announce(self) -> None:
         await self._service.start()
         if self._service.state.failure:
             self.should_exit = True
-        else:
-            self._ready()
+            return
+        self._service.state.metrics.ready.set(1)
+        self._ready()
+        if self._link:
+            self._link.ready(list(self._service.encoders.loaded))
+        if self._sweeps:
+            self._tasks.append(asyncio.create_task(self._sweep(self._sweeps)))
+
+    async def _sweep(self, store: GalleryStore) -> None:
+        """Delete templates whose time is over, again and again. A store that is away now is tried again later."""
+        while True:
+            try:
+                expired = await asyncio.to_thread(store.expire, time.time())
+                self._service.state.metrics.galleries(await asyncio.to_thread(store.list), expired)
+            except Exception as error:
+                logger.error("retention: what has expired is not deleted, tried again later: %s", type(error).__name__)
+            await asyncio.sleep(self._service.settings.sweep_seconds)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second. A drain ends when nothing is in progress: until then /readyz can be asked why."""
+        state = self._service.state
+        now = time.monotonic()
+        if self._link:
+            self._link.alive()
+        if state.draining and (not state.inside or now >= self._drained_by):
+            self.config.timeout_graceful_shutdown = max(1, round(self._drained_by - now))
+            self.should_exit = True
+        self._close_silent(now)
+        return await super().on_tick(counter)
+
+    def _close_silent(self, now: float) -> None:
+        """Close connections that began a request, or never did, and do not get on with its headers."""
+        for connection in list(self.server_state.connections):
+            cycle = getattr(connection, "cycle", None)
+            kept = getattr(connection, "timeout_keep_alive_task", None)  # uvicorn itself has an eye on it
+            if cycle is not None and (kept is not None or not cycle.response_complete):
+                self._idle.pop(connection, None)
+            elif now - self._idle.setdefault(connection, now) > self._service.settings.header_seconds:
+                connection.transport.close()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self._tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, a second one does not wait. Neither is raised again: draining is a clean end."""
+        if self._link and sig == signal.SIGINT:
+            return  # Ctrl-C reaches every process of a terminal; the parent passes it on as SIGTERM
+        if self._service.state.draining:
+            self.force_exit = self.should_exit = True
         self._service.state.draining = True
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        self._drained_by = time.monotonic() + self._service.settings.drain_seconds

@@ -1,12 +1,14 @@
-"""Settings: what an operator may change about a server, and its defaults."""
+"""Settings: what an operator may change about a server, its defaults and its limits. Each is a flag of pkd-serve."""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from pkd.toolkit.errors import InputError
+from pkd.toolkit.gpu import Device
 
 
 def usable_cores() -> int:
@@ -16,31 +18,55 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def _number(default: float, low: float, high: float, says: str) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "says": says})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Limits and defaults of one server process."""
+    """Limits and defaults of one server process. Raises InputError for one that is out of its range."""
 
-    target_fmr: float = 1e-3
-    """False match rate that /verify aims at when a request states no policy, a fraction."""
-    threads: int = field(default_factory=usable_cores)
-    """Worker threads; each decodes, detects and encodes one image at a time on one core."""
-    queue: int = 64
-    """Requests that may wait for a worker; further ones get 429."""
-    max_body: int = 8 * 1024 * 1024
-    """Largest request body, bytes."""
-    body_seconds: float = 30.0
-    """Longest time in which a request's body must arrive, seconds."""
-    drain_seconds: int = 30
-    """Longest time that requests in progress get to finish after SIGTERM, seconds."""
-    detector_score: float = 0.5
-    """Smallest detection score that counts as a face, 0 to 1."""
+    target_fmr: float = _number(1e-3, 1e-12, 1 - 1e-12, "false match rate of /verify without a policy, a fraction")
+    target_fpir: float = _number(
+        0.01, 1e-12, 1 - 1e-12, "share of searches for strangers that may find somebody, where none is stated"
+    )
+    threads: int = field(
+        default_factory=usable_cores,
+        metadata={
+            "low": 1,
+            "high": 1024,
+            "says": "worker threads of a process; each decodes, detects and encodes one image at a time on one core",
+        },
+    )
+    queue: int = _number(64, 1, 100_000, "requests that may wait for a worker thread; further ones get 429")
+    max_body: int = _number(8 * 2**20, 1024, 2**30, "largest request body, bytes")
+    max_stream: int = _number(4 * 2**30, 1024, 2**50, "largest body of a bulk route, bytes; it is never held whole")
+    header_seconds: float = _number(10.0, 0.1, 3600, "longest time for the headers of a request to arrive, seconds")
+    body_seconds: float = _number(30.0, 0.1, 3600, "longest time for a body, or the next piece of a bulk one, seconds")
+    request_seconds: float = _number(60.0, 0.1, 86400, "longest time until the answer, waiting included, seconds")
+    drain_seconds: int = _number(30, 0, 86400, "longest time that requests in progress get after SIGTERM, seconds")
+    sweep_seconds: float = _number(60.0, 0.1, 86400, "time between two sweeps of expired templates, seconds")
+    detector_score: float = _number(0.5, 1e-6, 1 - 1e-6, "smallest detection score that counts as a face")
+
+    enrol_detection_score: float = _number(0.6, 0, 1, "smallest detection score of a face that may be enrolled")
+    enrol_face_pixels: float = _number(40, 0, 10_000, "shorter side of the smallest face that may be enrolled, pixels")
+    enrol_sharpness: float = _number(10, 0, 1e6, "smallest sharpness of a face that may be enrolled; below is blur")
+
+    device: Device = "cpu"
+    """Where bundles run. On a GPU the crops of many requests are batched."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.target_fmr) and 0 < self.target_fmr < 1):
-            raise InputError(f"target FMR {self.target_fmr:g}: give a fraction between 0 and 1, for example 1e-3.")
-        if self.threads < 1:
-            raise InputError(f"{self.threads} threads: give 1 or more.")
-        if self.queue < 1:
-            raise InputError(f"queue of {self.queue}: give 1 or more.")
-        if not 0 < self.detector_score < 1:
-            raise InputError(f"detector score {self.detector_score:g}: give a number between 0 and 1.")
+        for each in fields(self):
+            if each.metadata:
+                try:
+                    check(each.name, getattr(self, each.name))
+                except InputError as error:
+                    raise InputError(f"{each.name} {getattr(self, each.name):g}: {error}") from None
+
+
+def check(name: str, value: float) -> None:
+    """Raise InputError unless ``value`` is one that the setting ``name`` may have."""
+    (setting,) = (each for each in fields(Settings) if each.name == name)
+    low, high = setting.metadata["low"], setting.metadata["high"]
+    if not (math.isfinite(value) and low <= value <= high):
+        raise InputError(f"give a number from {low:g} to {high:g}.")

@@ -1,9 +1,10 @@
-"""State: whether this server may answer. Starting, ready, failed or draining."""
+"""State: whether this server may answer, and what it counts. Starting, ready, failed or draining."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from pkd.serving.metrics import Metrics
 from pkd.serving.problems import Problem
 
 
@@ -16,6 +17,9 @@ class State:
     failure: str | None = None
     """Why the self-test failed."""
     draining: bool = False
+    inside: int = 0
+    """Requests that have come in and are not answered yet, those for health and metrics aside."""
+    metrics: Metrics = field(default_factory=Metrics)
 
     def require_ready(self) -> None:
         """Raise a 503 Problem unless requests may be answered."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,56 +12,77 @@ from numpy.typing import NDArray
 
 from pkd.serving.encoders import Encoders
 from pkd.serving.problems import Problem
-from pkd.serving.schemas import EmbeddingSide, Policy, Side
+from pkd.serving.schemas import EmbeddingSide, ImageSide, Policy
 from pkd.serving.vectors import decode
-from pkd.toolkit.certificate import Certificate
+from pkd.toolkit.certificate import CertificateFile
 from pkd.toolkit.errors import BadVector, UnsupportedFmr
 from pkd.toolkit.space import short
+
+Pair = tuple[str, str]
+"""Encoder ids, query first."""
+Rank = tuple[bool, float, float]
 
 
 @dataclass(frozen=True)
 class Terms:
     """What was settled before anything is embedded: the certificate and the threshold."""
 
-    certificate: Certificate
-    signature: dict[str, Any] | None
-    """Who signed it, and whether that was checked; None where neither it nor its bundle is signed."""
+    file: CertificateFile
     threshold: float
     target_fmr: float | None
 
 
-def settle(encoders: Encoders, a: Side, b: Side, policy: Policy | None, default_fmr: float) -> Terms:
-    """Look up the ordered pair's certificate and its threshold. Raises Problem: 404, 409 or unsupported-fmr."""
-    query, gallery = (encoder_of(encoders, side) for side in (a, b))
-    for side, id in ((a, query), (b, gallery)):
-        known = encoders.space_of(id)
-        if isinstance(side, EmbeddingSide) and side.space is not None and known is not None and side.space != known:
-            raise Problem(
-                "space-mismatch",
-                f"the embedding is said to lie in {short(side.space)}, but {short(id)} embeds into {short(known)}.",
-                expected={"space": known},
-                got={"encoder": id, "space": side.space},
-            )
-    file = encoders.certificate_file(query, gallery)
-    certificate, signature = file.certificate, None
-    if signed := file.signature or file.bundle:
-        covers = "certificate" if file.signature else "bundle"
-        signature = {"key": signed.key, "verified": encoders.keys is not None, "covers": covers}
-    if policy is not None and policy.threshold is not None:
-        return Terms(certificate, signature, policy.threshold, None)
-    fmr = default_fmr if policy is None or policy.target_fmr is None else policy.target_fmr
-    try:
-        return Terms(certificate, signature, certificate.threshold(fmr), fmr)
-    except UnsupportedFmr as error:
-        points = certificate.points
-        raise Problem("unsupported-fmr", str(error), smallest=points[-1].fmr, largest=points[0].fmr, got=fmr) from None
+@dataclass(frozen=True)
+class Shown:
+    """One vector of one side. A subject shows several; ``of`` then says which template this is."""
+
+    encoder: str
+    vector: NDArray[np.float64]
+    """Unit, D."""
+    of: Mapping[str, str] | None = None
 
 
-def encoder_of(encoders: Encoders, side: Side) -> str:
-    """Full id of the encoder behind one side; an image's must be loaded."""
-    if isinstance(side, EmbeddingSide):
-        return encoders.resolve(side.encoder)
-    return encoders.get(side.encoder).encoder.info.id
+def settle(
+    encoders: Encoders, queries: Sequence[str], galleries: Sequence[str], policy: Policy | None, default_fmr: float
+) -> tuple[dict[Pair, Terms], dict[Pair, Problem]]:
+    """The terms of every ordered pair of encoders that may be compared, and why the others may not.
+
+    Raises a Problem where none may: space-mismatch, not-certified or unsupported-fmr.
+    """
+    settled: dict[Pair, Terms] = {}
+    refused: dict[Pair, Problem] = {}
+    for pair in sorted({(query, gallery) for query in queries for gallery in galleries}):
+        try:
+            settled[pair] = _terms(encoders, pair, policy, default_fmr)
+        except Problem as problem:
+            refused[pair] = problem
+    if not settled:
+        order = ("unsupported-fmr", "not-certified", "space-mismatch")
+        nearest = min(refused.values(), key=lambda problem: order.index(problem.type))
+        if len(refused) > 1 and "works" in nearest.members:
+            nearest.members["works"] = {
+                "queries": sorted({q for q, g in encoders.files if g in galleries}),
+                "galleries": sorted({g for q, g in encoders.files if q in queries}),
+            }
+        raise nearest
+    return settled, refused
+
+
+def encoder_of(encoders: Encoders, side: ImageSide | EmbeddingSide) -> str:
+    """Full id of the encoder behind one side; an image's must be loaded. Raises a Problem: 404, space-mismatch."""
+    if isinstance(side, ImageSide):
+        return encoders.get(side.encoder).encoder.info.id
+    id = encoders.resolve(side.encoder)
+    known = encoders.space_of(id)
+    if side.space is not None and known is not None and side.space != known:
+        raise Problem(
+            "space-mismatch",
+            f"the embedding is said to lie in {short(side.space)}, but {short(id)} embeds into {short(known)}.",
+            expected={"space": known},
+            got={"encoder": id, "space": side.space},
+            works={"encoders": [one for one in encoders.loaded if encoders.space_of(one) == side.space]},
+        )
+    return id
 
 
 def received(encoders: Encoders, side: EmbeddingSide, name: str) -> NDArray[np.float64]:
@@ -71,13 +94,17 @@ def received(encoders: Encoders, side: EmbeddingSide, name: str) -> NDArray[np.f
         raise BadVector(f"{name}: {error}") from None
 
 
-def decide(terms: Terms, a: NDArray[np.floating], b: NDArray[np.floating]) -> dict[str, Any]:
-    """The answer of /v1/verify for two unit vectors. Raises BadVector where their sizes differ."""
-    if len(a) != len(b):
-        raise BadVector(f"a has {len(a):,} numbers and b has {len(b):,}; embeddings of one space have the same size.")
-    score = float(np.clip(np.dot(a, b), -1.0, 1.0))
-    rate = terms.certificate.fmr_at(score)
-    c = terms.certificate
+def decide(encoders: Encoders, settled: Mapping[Pair, Terms], a: Sequence[Shown], b: Sequence[Shown]) -> dict[str, Any]:
+    """The answer of /v1/verify: the permitted comparison that speaks most for a match. Raises BadVector where sizes
+    differ."""
+    compared = [
+        (*_compare(terms, one, other), terms, one, other)
+        for one in a
+        for other in b
+        if (terms := settled.get((one.encoder, other.encoder)))
+    ]
+    _, score, terms, one, other = min(compared, key=lambda entry: entry[0])
+    rate = terms.file.certificate.fmr_at(score)
     return {
         "match": score >= terms.threshold,
         "score": score,
@@ -86,15 +113,62 @@ def decide(terms: Terms, a: NDArray[np.floating], b: NDArray[np.floating]) -> di
         "fmr_at_score": rate.fmr,
         "fmr_ci95": rate.ci95,
         "fmr_is_upper_bound": rate.is_upper_bound,
-        "certificate": {
-            "query": c.query,
-            "gallery": c.gallery,
-            "space": c.space,
-            "identities": c.identities,
-            "impostor_pairs": c.impostor_pairs,
-            "data_name": c.data_name,
-            "synthetic": c.synthetic,
-            "created": c.created,
-            "signature": terms.signature,
-        },
+        "certificate": about(encoders, terms.file),
+        "a": one.of,
+        "b": other.of,
+        "comparisons": len(compared),
     }
+
+
+def left_out(shown: Sequence[Shown], permitted: set[str], refused: Mapping[str, Problem]) -> list[dict[str, Any]]:
+    """As the schema NotCompared: the templates of one side whose encoder takes part in no permitted pair."""
+    counts = Counter(one.encoder for one in shown if one.encoder not in permitted)
+    return [
+        {"encoder": encoder, "templates": count, "reason": refused[encoder].type} for encoder, count in counts.items()
+    ]
+
+
+def about(encoders: Encoders, file: CertificateFile) -> dict[str, Any]:
+    """What an answer says of the certificate it rests on: as the schema CertificateAnswer."""
+    c = file.certificate
+    signature = None
+    if signed := file.signature or file.bundle:
+        covers = "certificate" if file.signature else "bundle"
+        signature = {"key": signed.key, "verified": encoders.keys is not None, "covers": covers}
+    return {
+        "query": c.query,
+        "gallery": c.gallery,
+        "space": c.space,
+        "identities": c.identities,
+        "impostor_pairs": c.impostor_pairs,
+        "data_name": c.data_name,
+        "synthetic": c.synthetic,
+        "created": c.created,
+        "signature": signature,
+    }
+
+
+def rank(score: float, threshold: float, fmr: float) -> Rank:
+    """Smaller speaks more for a match: one before none, then the smaller rate, then the larger margin."""
+    return (score < threshold, fmr, threshold - score)
+
+
+def _terms(encoders: Encoders, pair: Pair, policy: Policy | None, default_fmr: float) -> Terms:
+    file = encoders.certificate_file(*pair)
+    if policy is not None and policy.threshold is not None:
+        return Terms(file, policy.threshold, None)
+    fmr = default_fmr if policy is None or policy.target_fmr is None else policy.target_fmr
+    try:
+        return Terms(file, file.certificate.threshold(fmr), fmr)
+    except UnsupportedFmr as error:
+        points = file.certificate.points
+        raise Problem("unsupported-fmr", str(error), smallest=points[-1].fmr, largest=points[0].fmr, got=fmr) from None
+
+
+def _compare(terms: Terms, a: Shown, b: Shown) -> tuple[Rank, float]:
+    if len(a.vector) != len(b.vector):
+        raise BadVector(
+            f"a has {len(a.vector):,} numbers and b has {len(b.vector):,}; embeddings of one space have the same size."
+        )
+    score = float(np.clip(np.dot(a.vector, b.vector), -1.0, 1.0))
+    return rank(score, terms.threshold, terms.file.certificate.fmr_at(score).fmr), score

@@ -17,6 +17,17 @@ HAS_SHARED = (SHARED / "faces").is_dir() and (SHARED / "models").is_dir()
 NO_SHARED = f"no real faces and teachers in {SHARED}; set PKD_SHARED to the folder that holds faces/ and models/"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``make soak`` passes this."""
+    parser.addoption("--soak", action="store_true", help="run tests marked soak in their long form")
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    """True where a test marked ``soak`` is to run in its long form."""
+    return bool(request.config.getoption("--soak"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip ``shared`` tests once here, so that none of them has to."""
     if HAS_SHARED:

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
-import cv2
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -48,6 +47,8 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
 
     People read the console on stderr; stdout carries only the JSON result when ``--json`` is given.
     """
+    import cv2  # not before the command's own start: OpenCV reads its limits from the environment once
+
     args = parser.parse_args(argv)
     console = Console(stderr=True, quiet=args.json, highlight=False)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it has to say, our errors say better

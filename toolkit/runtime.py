@@ -14,12 +14,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pkd.toolkit.bundle import Bundle
-from pkd.toolkit.errors import BadVector, BundleError, InputError
+from pkd.toolkit.errors import BadVector, BundleError, InputError, TargetUnavailable
+from pkd.toolkit.gpu import Device
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.space import EncoderInfo, describe, name_of
 
 Embeddings = NDArray[np.float32]
+PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FASTEST = "onnxruntime-fp32"
 """The target that computes a bundle's own encoder as onnxruntime likes it best."""
 MAX_MEMORY = 4 << 30
@@ -114,23 +116,25 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
     return encoder
 
 
-def open_bundle(bundle: Bundle, *, threads: int = 1) -> OnnxEncoder:
+def open_bundle(bundle: Bundle, *, threads: int = 1, device: Device = "cpu") -> OnnxEncoder:
     """Open a bundle's encoder: uint8 N×H×W×3 in, preprocessing and normalisation inside the graph.
 
     That is ``encoder.onnx``, or the same encoder as it was rewritten for onnxruntime, where the bundle has that.
-    Raises BundleError if the graph does not take and give what the manifest says.
+    Raises BundleError if the graph does not take and give what the manifest says, TargetUnavailable without a GPU.
     """
     rewritten = bundle.manifest.target(FASTEST)
     name = rewritten.file if rewritten and rewritten.file else "encoder.onnx"
-    return open_graph(bundle, bundle.manifest.encoder, name, threads=threads)
+    return open_graph(bundle, bundle.manifest.encoder, name, threads=threads, device=device)
 
 
-def open_graph(bundle: Bundle, info: EncoderInfo, name: str, *, threads: int = 1) -> OnnxEncoder:
+def open_graph(
+    bundle: Bundle, info: EncoderInfo, name: str, *, threads: int = 1, device: Device = "cpu"
+) -> OnnxEncoder:
     """Open the ONNX file ``name`` of a bundle as ``info``. Raises BundleError as ``open_bundle``."""
     where, spec = bundle.path / name, bundle.manifest.graph
     try:
-        session = make_session(bundle.read(name), threads, bounded=True)
-    except BundleError:
+        session = make_session(bundle.read(name), threads, device, bounded=device == "cpu")
+    except (BundleError, TargetUnavailable):
         raise
     except Exception as error:
         raise BundleError(f"{where}: onnxruntime cannot load it: {ort_reason(error)}") from None
@@ -150,11 +154,17 @@ def open_graph(bundle: Bundle, info: EncoderInfo, name: str, *, threads: int = 1
     return encoder
 
 
-def make_session(model: bytes, threads: int, *, bounded: bool = False) -> ort.InferenceSession:
-    """A CPU session that does not spin: spinning doubles the cost where cores are shared.
+def make_session(model: bytes, threads: int, device: Device = "cpu", *, bounded: bool = False) -> ort.InferenceSession:
+    """A session that does not spin: spinning doubles the cost where cores are shared.
 
-    ``bounded``: it fails instead of taking more than its share of MAX_MEMORY, whatever its graph asks for.
+    ``bounded``: it fails instead of taking more than its share of MAX_MEMORY, whatever its graph asks for. Raises
+    TargetUnavailable for ``cuda`` where onnxruntime would silently run on the CPU instead.
     """
+    provider = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise TargetUnavailable(
+            f"{device}: this onnxruntime has no {provider}. Install onnxruntime-gpu in place of onnxruntime."
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -163,7 +173,10 @@ def make_session(model: bytes, threads: int, *, bounded: bool = False) -> ort.In
     if bounded:
         _bound_memory()
         options.add_session_config_entry("session.use_env_allocators", "1")
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, options, providers=[provider])
+    if provider not in session.get_providers():
+        raise TargetUnavailable(f"{device}: {provider} does not start. Check the driver, CUDA and cuDNN (nvidia-smi).")
+    return session
 
 
 @cache

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pkd.toolkit.bundle import Bundle, is_bundle
 from pkd.toolkit.errors import BundleError, PkdError, TargetUnavailable
+from pkd.toolkit.executorch_runtime import open_executorch
 from pkd.toolkit.ncnn_runtime import open_ncnn
 from pkd.toolkit.openvino_runtime import open_openvino
 from pkd.toolkit.runtime import Encoder, open_graph
@@ -58,6 +59,7 @@ RUNTIMES: dict[str, Open] = {
     "onnxruntime": _onnxruntime,
     "openvino": open_openvino,
     "ncnn": open_ncnn,
+    "executorch": open_executorch,
     "tensorrt": open_tensorrt,
     "tensorrt_rtx": open_tensorrt,
 }

@@ -12,7 +12,7 @@ class Target(Record):
     """What a device loads instead of ``encoder.onnx``. Its name is ``<runtime>-<precision>``."""
 
     runtime: str
-    """onnxruntime, openvino, ncnn, tensorrt or tensorrt_rtx."""
+    """onnxruntime, openvino, ncnn, executorch, tensorrt or tensorrt_rtx."""
     precision: str
     """fp32, fp16, bf16 or int8."""
     encoder: EncoderInfo

@@ -11,44 +11,75 @@ import numpy as np
 
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.gallery import Enrolled, Enrolment, Gallery, NewTemplate
-from pkd.serving.galleries.memory_index import template_id
+from pkd.serving.galleries.memory_index import TOLERANCE, template_id
 from pkd.serving.galleries.tail import STORED
 from pkd.serving.galleries.vault import GalleryKey, SubjectKey
 from pkd.serving.problems import Problem
 
-TOLERANCE = 0.01
-"""Largest distance of a vector's length from 1."""
 
+class Enrolling:
+    """The enrolments of one request, in its transaction. Knows what it has looked up already."""
 
-def enrol_one(db: sqlite3.Connection, gallery: Gallery, key: GalleryKey, enrolment: Enrolment, actor: str) -> Enrolled:
-    """All templates of one enrolment, or a Problem before anything is written."""
-    (id,) = db.execute("SELECT id FROM galleries WHERE name = ?", (gallery.name,)).fetchone()
-    before = _answered(db, id, enrolment)
-    if before:
-        return before
-    encoders: dict[str, str] = dict(
-        db.execute("SELECT name, space FROM encoders WHERE gallery = ? AND templates > 0", (id,)).fetchall()
-    )
-    if not enrolment.templates:
-        raise Problem("invalid-request", f"subject {enrolment.subject}: no template was given. Send at least one.")
-    for template in enrolment.templates:
-        check(gallery, template, encoders)
-        encoders[template.encoder] = template.space
-    now = time.time()
-    subject, subject_key = _subject(db, id, key, enrolment)
-    expires = enrolment.expires
-    if expires is None and gallery.retention is not None:
-        expires = now + gallery.retention
-    made = [
-        template_id(_insert(db, id, subject, subject_key, template, now, expires)) for template in enrolment.templates
-    ]
-    head = audit.append(db, actor, "enrol", gallery.name, subject=key.pseudonym(enrolment.subject), templates=len(made))
-    if enrolment.key is not None:
-        db.execute(
-            "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (id, enrolment.key, subject, enrolment.digest, json.dumps(made), head.sequence, now),
+    def __init__(self, db: sqlite3.Connection, gallery: Gallery, id: int, key: GalleryKey, actor: str) -> None:
+        """``id``: the gallery's row."""
+        self._db, self._gallery, self._id, self._key, self._actor = db, gallery, id, key, actor
+        rows = db.execute("SELECT name, space FROM encoders WHERE gallery = ? AND templates > 0", (id,))
+        self._spaces: dict[str, str] = dict(rows.fetchall())
+        self._encoders: dict[str, int] = {}
+        newest = db.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'templates'")
+        self._newest = int(newest.fetchone()[0])
+
+    def enrol(self, enrolment: Enrolment) -> Enrolled:
+        """All templates of one enrolment, or a Problem before anything is written."""
+        before = _answered(self._db, self._id, enrolment)
+        if before:
+            return before
+        if not enrolment.templates:
+            raise Problem("invalid-request", f"subject {enrolment.subject}: no template was given. Send at least one.")
+        spaces = dict(self._spaces)
+        for template in enrolment.templates:
+            check(self._gallery, template, spaces)
+            spaces[template.encoder] = template.space
+        self._spaces = spaces
+        now = time.time()
+        subject, key = _subject(self._db, self._id, self._key, enrolment)
+        expires = enrolment.expires
+        if expires is None and self._gallery.retention is not None:
+            expires = now + self._gallery.retention
+        made = tuple(
+            template_id(self._insert(subject, key, template, now, expires)) for template in enrolment.templates
         )
-    return Enrolled(enrolment.subject, tuple(made), head.sequence, False)
+        pseudonym = self._key.pseudonym(enrolment.subject)
+        head = audit.append(self._db, self._actor, "enrol", self._gallery.name, subject=pseudonym, templates=len(made))
+        if enrolment.key is not None:
+            self._db.execute(
+                "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (self._id, enrolment.key, subject, enrolment.digest, json.dumps(made), head.sequence, now),
+            )
+        return Enrolled(enrolment.subject, made, head.sequence, False)
+
+    def _insert(self, subject: int, key: SubjectKey, template: NewTemplate, now: float, expires: float | None) -> int:
+        """Write one template; returns its number, which the ciphertext is bound to."""
+        self._newest += 1
+        sealed = key.seal(np.asarray(template.vector, STORED).tobytes(), template_id(self._newest), template.encoder)
+        self._db.execute(
+            "INSERT INTO templates VALUES (?, ?, ?, ?, ?, ?)",
+            (self._newest, subject, self._encoder(template), now, expires, sealed),
+        )
+        return self._newest
+
+    def _encoder(self, template: NewTemplate) -> int:
+        """The encoder's row; one without templates takes the space it is used with now."""
+        if template.encoder not in self._encoders:
+            self._db.execute(
+                "INSERT INTO encoders (gallery, name, space) VALUES (?, ?, ?) "
+                "ON CONFLICT (gallery, name) DO UPDATE SET space = excluded.space WHERE templates = 0",
+                (self._id, template.encoder, template.space),
+            )
+            (self._encoders[template.encoder],) = self._db.execute(
+                "SELECT id FROM encoders WHERE gallery = ? AND name = ?", (self._id, template.encoder)
+            ).fetchone()
+        return self._encoders[template.encoder]
 
 
 def check(gallery: Gallery, template: NewTemplate, encoders: dict[str, str]) -> None:
@@ -109,28 +140,3 @@ def _subject(db: sqlite3.Connection, gallery: int, key: GalleryKey, enrolment: E
     if consent:
         db.execute("UPDATE subjects SET consent = ? WHERE id = ?", (consent, id))
     return id, key.subject(enrolment.subject, wrapped)
-
-
-def _insert(
-    db: sqlite3.Connection,
-    gallery: int,
-    subject: int,
-    key: SubjectKey,
-    template: NewTemplate,
-    now: float,
-    expires: float | None,
-) -> int:
-    """Write one template; returns its number, which the ciphertext is bound to."""
-    db.execute(
-        "INSERT INTO encoders (gallery, name, space) VALUES (?, ?, ?) "
-        "ON CONFLICT (gallery, name) DO UPDATE SET space = excluded.space WHERE templates = 0",
-        (gallery, template.encoder, template.space),
-    )
-    (encoder,) = db.execute(
-        "SELECT id FROM encoders WHERE gallery = ? AND name = ?", (gallery, template.encoder)
-    ).fetchone()
-    number: int
-    (number,) = db.execute("SELECT coalesce(max(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'templates'").fetchone()
-    sealed = key.seal(np.asarray(template.vector, STORED).tobytes(), template_id(number), template.encoder)
-    db.execute("INSERT INTO templates VALUES (?, ?, ?, ?, ?, ?)", (number, subject, encoder, now, expires, sealed))
-    return number

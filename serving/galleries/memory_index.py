@@ -6,7 +6,7 @@ Searches that arrive while one runs are answered together in one matrix product;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,10 @@ from pkd.serving.galleries.attribute_sets import AttributeSets
 from pkd.serving.galleries.drain import Drain
 from pkd.serving.galleries.gallery import Attributes, Found, Hit
 from pkd.serving.galleries.matrix import Floats, Ints, Matrix, Spread
+from pkd.serving.problems import Problem
+
+TOLERANCE = 0.01
+"""Largest distance of a vector's length from 1."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +28,12 @@ class Rows:
     encoder: str
     templates: Ints
     subjects: Ints
-    names: Mapping[int, str]
-    """Subject number → id."""
-    attributes: Mapping[int, Attributes]
-    """Subject number → attributes."""
+    names: Sequence[str]
+    """The subjects' ids."""
+    attributes: Sequence[Attributes]
+    """Distinct sets of attributes, fewer than N."""
+    described: Ints
+    """Which of them each subject has."""
     vectors: Floats
     """N×D."""
 
@@ -56,7 +62,12 @@ class MemoryIndex:
         return sum(len(matrix) for matrix in self._matrices.values())
 
     def search(self, encoder: str, queries: Floats, top_k: int, where: Attributes | None) -> Sequence[Found]:
-        """As GalleryStore.search; ``queries`` Q×D, unit rows."""
+        """As GalleryStore.search; ``queries`` Q×D, unit rows. Raises a bad-vector Problem for anything else."""
+        matrix = self._matrices.get(encoder)
+        if matrix and queries.shape[1:] != (matrix.dim,):
+            raise Problem("bad-vector", f"the query has shape {queries.shape[1:]}, its space {matrix.dim:,} numbers.")
+        if not (abs(np.linalg.norm(queries, axis=1) - 1) <= TOLERANCE).all():  # NaN fails, too
+            raise Problem("bad-vector", "a query is not a unit vector.")
         return self._drain.do([_Query(encoder, query, top_k, where or {}) for query in queries])
 
     def add(self, rows: Rows) -> None:
@@ -104,13 +115,10 @@ class MemoryIndex:
     def _add(self, rows: Rows) -> None:
         if rows.encoder not in self._matrices:
             self._matrices[rows.encoder] = Matrix(rows.vectors.shape[1])
-        sets = np.empty(len(rows.templates), np.int32)
-        counts = dict(zip(*(part.tolist() for part in np.unique(rows.subjects, return_counts=True)), strict=True))
-        numbers = {}
-        for subject, count in counts.items():
-            numbers[subject] = self._sets.hold(rows.attributes[subject], count)
-            self._names[subject] = rows.names[subject]
-        sets[:] = [numbers[subject] for subject in rows.subjects.tolist()]
+        counts = np.bincount(rows.described, minlength=len(rows.attributes)).tolist()
+        numbers = [self._sets.hold(items, count) for items, count in zip(rows.attributes, counts, strict=True)]
+        sets = np.array(numbers, np.int32)[rows.described]
+        self._names.update(zip(rows.subjects.tolist(), rows.names, strict=True))
         self._matrices[rows.encoder].add(rows.templates, rows.subjects, sets, rows.vectors)
 
     def _remove(self, templates: Ints) -> None:

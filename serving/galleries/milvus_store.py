@@ -41,7 +41,7 @@ from pkd.serving.galleries.milvus_rows import COMMIT, INDEXED, MOVED, RECORDS, S
 from pkd.serving.galleries.milvus_search import search
 from pkd.serving.galleries.milvus_tables import NOTHING, Freshness, NoTable, Row, Tables
 from pkd.serving.galleries.sqlite_file import explained
-from pkd.serving.galleries.sqlite_store import unknown_gallery
+from pkd.serving.galleries.sqlite_rows import unknown_gallery
 from pkd.serving.galleries.vault import MasterKey
 from pkd.serving.problems import Problem
 

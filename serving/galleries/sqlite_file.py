@@ -137,6 +137,12 @@ class SqliteFile:
         db.execute("PRAGMA cache_size = -16384")
         return db
 
+    def disconnect(self, db: sqlite3.Connection) -> None:
+        """Close a connection."""
+        if db in self._all:
+            self._all.remove(db)
+        db.close()
+
     def close(self) -> None:
         """Close every connection. Idempotent."""
         self._closed = True

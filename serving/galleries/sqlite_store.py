@@ -8,20 +8,19 @@ set back, nothing happens; set forward, ``expire`` deletes what that clock calls
 
 from __future__ import annotations
 
-import json
 import logging
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from pkd.serving.galleries import audit
-from pkd.serving.galleries.enrolment import enrol_one
+from pkd.serving.galleries.enrolment import Enrolling
 from pkd.serving.galleries.gallery import (
     Attributes,
-    Consent,
     Enrolled,
     Enrolment,
     Found,
@@ -30,12 +29,20 @@ from pkd.serving.galleries.gallery import (
     Receipt,
     Space,
     Subject,
-    Template,
     Vectors,
 )
-from pkd.serving.galleries.memory_index import template_id
 from pkd.serving.galleries.sqlite_file import SqliteFile, explained
-from pkd.serving.galleries.tail import STORED, Tail
+from pkd.serving.galleries.sqlite_rows import (
+    delete_subject,
+    gallery_row,
+    moving,
+    read_gallery,
+    read_subject,
+    subject_row,
+    unknown_gallery,
+    without,
+)
+from pkd.serving.galleries.tail import Tail
 from pkd.serving.galleries.vault import GalleryKey, MasterKey
 from pkd.serving.problems import Problem
 
@@ -71,7 +78,7 @@ class SqliteStore:
     @property
     def unreadable(self) -> Sequence[str]:
         """Why templates that do not decrypt take no part in searches, one line each."""
-        return list(self._tail.unreadable.values())
+        return [why for followed in self._tail.galleries() for why in followed.unreadable.values()]
 
     def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
         """Create, or return what is there if it has this very space; else a gallery-conflict."""
@@ -92,24 +99,24 @@ class SqliteStore:
                     (name, wrapped, space.id, space.dim, time.time(), retention),
                 )
                 audit.append(db, actor, "create", name)
-        self._tail.catch_up()
+        self._follow()
         return self.get(name)
 
     def get(self, name: str) -> Gallery:
         """One gallery."""
         with self._file.reading() as db:
-            return _gallery(db, name)
+            return read_gallery(db, name)
 
     def list(self) -> Sequence[Gallery]:
         """All, by name."""
         with self._file.reading() as db:
             names = [name for (name,) in db.execute("SELECT name FROM galleries ORDER BY name")]
-            return [_gallery(db, name) for name in names]
+            return [read_gallery(db, name) for name in names]
 
     def delete(self, name: str, actor: str) -> Receipt:
         """Delete a gallery with all that is in it, and its key."""
         with self._file.writing() as db:
-            gallery = _gallery(db, name)
+            gallery = read_gallery(db, name)
             templates = sum(gallery.templates.values())
             (answers,) = db.execute(
                 "SELECT count(*) FROM answers a JOIN galleries g ON g.id = a.gallery WHERE g.name = ?", (name,)
@@ -123,27 +130,28 @@ class SqliteStore:
         """Enrol many subjects in one durable step; a Problem in the place of each that was refused."""
         done: list[Enrolled | Problem] = []
         with self._file.writing() as db:
-            now = _gallery(db, gallery)
-            key = self._key(db, gallery)
+            now = read_gallery(db, gallery)
+            (id, _) = gallery_row(db, gallery)
+            enrolling = Enrolling(db, now, id, self._key(db, gallery), actor)
             for enrolment in enrolments:
                 try:
-                    done.append(enrol_one(db, now, key, enrolment, actor))
+                    done.append(enrolling.enrol(enrolment))
                 except Problem as problem:
                     done.append(problem)
-        self._tail.catch_up()
+        self._follow()
         return done
 
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
         """One subject, with their vectors where asked for."""
         with self._file.reading() as db:
             key = self._key(db, gallery)
-            row = _subject_row(db, gallery, subject)
-            return _subject(db, key, row, vectors)
+            row = subject_row(db, gallery, subject)
+            return read_subject(db, key, row, vectors)
 
     def subjects(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
         """Ids in ascending order after ``after``: a page."""
         with self._file.reading() as db:
-            _gallery_row(db, gallery)
+            gallery_row(db, gallery)
             rows = db.execute(
                 "SELECT s.name FROM subjects s JOIN galleries g ON g.id = s.gallery "
                 "WHERE g.name = ? AND s.name > ? ORDER BY s.name LIMIT ?",
@@ -155,8 +163,8 @@ class SqliteStore:
         """Delete a subject's templates and key."""
         with self._file.writing() as db:
             key = self._key(db, gallery)
-            row = _subject_row(db, gallery, subject)
-            templates, rows = _delete_subject(db, row[0])
+            row = subject_row(db, gallery, subject)
+            templates, rows = delete_subject(db, row[0])
             head = audit.append(
                 db,
                 actor,
@@ -175,10 +183,9 @@ class SqliteStore:
 
         Where the database cannot be read, the answer is by what was read before.
         """
-        try:
-            self._tail.catch_up(PATIENCE)
-        except Problem as problem:
-            logger.warning("searching by what is in memory: %s", problem)
+        if top_k < 1:
+            raise Problem("invalid-request", f"top_k of {top_k}: give 1 or more.")
+        self._follow(PATIENCE)
         followed = self._tail.gallery(gallery)
         if followed is None:
             raise unknown_gallery(gallery)
@@ -187,7 +194,7 @@ class SqliteStore:
     def begin_migration(self, gallery: str, space: Space, actor: str) -> Gallery:
         """Take templates of a second space, too. The same space again is no error: a migration is resumable."""
         with self._file.writing() as db:
-            now = _gallery(db, gallery)
+            now = read_gallery(db, gallery)
             if now.moving_to is None and now.space.id != space.id:
                 db.execute(
                     "UPDATE galleries SET next_space = ?, next_dim = ? WHERE name = ?", (space.id, space.dim, gallery)
@@ -201,9 +208,9 @@ class SqliteStore:
     def unmoved(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
         """Subjects without a template in the second space: a page, as ``subjects``."""
         with self._file.reading() as db:
-            now = _moving(db, gallery)
+            now = moving(db, gallery)
             assert now.moving_to
-            return _without(db, gallery, now.moving_to.id, after, limit)
+            return without(db, gallery, now.moving_to.id, after, limit)
 
     def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> Moved:
         """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round.
@@ -211,17 +218,17 @@ class SqliteStore:
         A gallery-conflict while a subject would be left without a template.
         """
         with self._file.writing() as db:
-            now = _moving(db, gallery)
+            now = moving(db, gallery)
             assert now.moving_to
             kept, left = (now.space, now.moving_to) if abandon else (now.moving_to, now.space)
-            behind = _without(db, gallery, kept.id, "", 1)
+            behind = without(db, gallery, kept.id, "", 1)
             if behind:
                 raise Problem(
                     "gallery-conflict",
                     f"gallery {gallery}: subjects would be left without a template, {behind[0]} first. "
                     f"Enrol them in space {kept.id}, or delete them.",
                 )
-            (id, *_) = _gallery_row(db, gallery)
+            (id, *_) = gallery_row(db, gallery)
             encoders = "(SELECT id FROM encoders WHERE gallery = ? AND space = ?)"
             templates = db.execute(f"DELETE FROM templates WHERE encoder IN {encoders}", (id, left.id)).rowcount
             rows = (
@@ -246,7 +253,7 @@ class SqliteStore:
             for id, name, gallery, templates in rows:
                 gone = db.execute("DELETE FROM templates WHERE subject = ? AND expires <= ?", (id, now)).rowcount
                 if not db.execute("SELECT 1 FROM templates WHERE subject = ? LIMIT 1", (id,)).fetchone():
-                    gone += _delete_subject(db, id)[1]
+                    gone += delete_subject(db, id)[1]
                 pseudonym = keys[gallery].pseudonym(name)
                 audit.append(db, "retention", "expire", gallery, subject=pseudonym, templates=templates, rows=gone)
             db.execute("DELETE FROM answers WHERE created <= ?", (now - ANSWERS_KEPT,))
@@ -265,11 +272,13 @@ class SqliteStore:
             db.execute("BEGIN")
             try:
                 key = self._key(db, gallery)
-                (id, *_) = _gallery_row(db, gallery)
+                (id, *_) = gallery_row(db, gallery)
             except BaseException:
-                db.close()
+                self._file.disconnect(db)
                 raise
-        return _exported(db, key, id)
+        subjects = _exported(self._file, db, key, id)
+        next(subjects)
+        return cast("Iterator[Subject]", subjects)
 
     def check(self) -> None:
         """Raise a store-unavailable Problem unless the store can read and write right now.
@@ -287,7 +296,7 @@ class SqliteStore:
         self._file.close()
 
     def _key(self, db: sqlite3.Connection, gallery: str) -> GalleryKey:
-        row = _gallery_row(db, gallery)
+        row = gallery_row(db, gallery)
         followed = self._tail.gallery(gallery)
         if followed and followed.id == row[0]:
             return followed.key
@@ -296,107 +305,30 @@ class SqliteStore:
 
     def _erased(self, *also: str) -> tuple[str, ...]:
         """Follow a deletion into memory and the write-ahead log; returns what the receipt may claim."""
-        self._tail.catch_up()
+        index = ("index",) if self._follow() else ()
         cut = any(self._file.truncate() for _ in range(ATTEMPTS))
         self._wal_owed = not cut
-        return ("rows", *also, "index", *(("wal",) if cut else ()))
+        return ("rows", *also, *index, *(("wal",) if cut else ()))
+
+    def _follow(self, patience: float = -1) -> bool:
+        """Take in what was committed; False where it cannot be read: the next search tries again."""
+        try:
+            self._tail.catch_up(patience)
+        except Problem as problem:
+            logger.warning("what is in memory may be behind: %s", problem)
+            return False
+        return True
 
 
-def unknown_gallery(name: str) -> Problem:
-    """The Problem of a gallery that is not there."""
-    return Problem("unknown-gallery", f"No gallery is called {name}. PUT /v1/galleries/{name} creates it.")
-
-
-def _gallery_row(db: sqlite3.Connection, name: str) -> tuple[int, bytes]:
-    row: tuple[int, bytes] | None = db.execute("SELECT id, key FROM galleries WHERE name = ?", (name,)).fetchone()
-    if row is None:
-        raise unknown_gallery(name)
-    return row
-
-
-def _gallery(db: sqlite3.Connection, name: str) -> Gallery:
-    (id, _) = _gallery_row(db, name)
-    space, dim, next_space, next_dim, created, retention, subjects = db.execute(
-        "SELECT space, dim, next_space, next_dim, created, retention, subjects FROM galleries WHERE id = ?", (id,)
-    ).fetchone()
-    templates = db.execute(
-        "SELECT name, templates FROM encoders WHERE gallery = ? AND templates > 0 ORDER BY name", (id,)
-    )
-    moved = 0
-    if next_space:
-        (moved,) = db.execute(
-            "SELECT count(DISTINCT t.subject) FROM templates t JOIN encoders e ON e.id = t.encoder "
-            "WHERE e.gallery = ? AND e.space = ?",
-            (id, next_space),
-        ).fetchone()
-    moving_to = Space(next_space, next_dim) if next_space else None
-    return Gallery(name, Space(space, dim), moving_to, created, retention, subjects, dict(templates.fetchall()), moved)
-
-
-def _moving(db: sqlite3.Connection, name: str) -> Gallery:
-    gallery = _gallery(db, name)
-    if gallery.moving_to is None:
-        raise Problem("gallery-conflict", f"gallery {name} is not being migrated. Begin a migration first.")
-    return gallery
-
-
-def _without(db: sqlite3.Connection, gallery: str, space: str, after: str, limit: int) -> list[str]:
-    """Subjects that have no template in a space."""
-    rows = db.execute(
-        "SELECT s.name FROM subjects s JOIN galleries g ON g.id = s.gallery WHERE g.name = ? AND s.name > ? "
-        "AND NOT EXISTS (SELECT 1 FROM templates t JOIN encoders e ON e.id = t.encoder "
-        "WHERE t.subject = s.id AND e.space = ?) ORDER BY s.name LIMIT ?",
-        (gallery, after, space, limit),
-    )
-    return [name for (name,) in rows]
-
-
-SubjectRow = tuple[int, str, bytes, str, str | None]
-
-
-def _subject_row(db: sqlite3.Connection, gallery: str, subject: str) -> SubjectRow:
-    row: SubjectRow | None = db.execute(
-        "SELECT s.id, s.name, s.key, s.attributes, s.consent FROM subjects s JOIN galleries g ON g.id = s.gallery "
-        "WHERE g.name = ? AND s.name = ?",
-        (gallery, subject),
-    ).fetchone()
-    if row is None:
-        raise Problem("unknown-subject", f"Gallery {gallery} has no subject {subject}.")
-    return row
-
-
-def _subject(db: sqlite3.Connection, gallery: GalleryKey, row: SubjectRow, vectors: bool) -> Subject:
-    id, name, wrapped, attributes, consent = row
-    key = gallery.subject(name, wrapped) if vectors else None
-    templates = []
-    for number, encoder, space, created, expires, sealed in db.execute(
-        "SELECT t.id, e.name, e.space, t.created, t.expires, t.sealed FROM templates t "
-        "JOIN encoders e ON e.id = t.encoder WHERE t.subject = ? ORDER BY t.id",
-        (id,),
-    ):
-        vector = None
-        if key:
-            plain = key.open(sealed, template_id(number), encoder)
-            vector = np.frombuffer(plain, STORED).astype(np.float32)
-        templates.append(Template(template_id(number), encoder, space, created, expires, vector))
-    return Subject(name, tuple(templates), json.loads(attributes), Consent(**json.loads(consent)) if consent else None)
-
-
-def _delete_subject(db: sqlite3.Connection, id: int) -> tuple[int, int]:
-    """Delete all of a subject: how many templates, and how many rows."""
-    templates = db.execute("DELETE FROM templates WHERE subject = ?", (id,)).rowcount
-    answers = db.execute("DELETE FROM answers WHERE subject = ?", (id,)).rowcount
-    db.execute("DELETE FROM subjects WHERE id = ?", (id,))
-    return templates, templates + answers + 1
-
-
-def _exported(db: sqlite3.Connection, key: GalleryKey, gallery: int) -> Iterator[Subject]:
+def _exported(file: SqliteFile, db: sqlite3.Connection, key: GalleryKey, gallery: int) -> Iterator[Subject | None]:
+    """None first: a generator that has begun is ended in order, however early its reader loses interest."""
     try:
+        yield None
         with explained():
             rows = db.execute(
                 "SELECT id, name, key, attributes, consent FROM subjects WHERE gallery = ? ORDER BY name", (gallery,)
             )
             for row in rows:
-                yield _subject(db, key, row, True)
+                yield read_subject(db, key, row, True)
     finally:
-        db.close()
+        file.disconnect(db)

@@ -10,19 +10,19 @@ import json
 import logging
 import sqlite3
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from pkd.serving.galleries.gallery import Attributes
 from pkd.serving.galleries.memory_index import MemoryIndex, Rows, template_id
 from pkd.serving.galleries.sqlite_file import SqliteFile, explained
-from pkd.serving.galleries.vault import GalleryKey, Sealed, SubjectKey
+from pkd.serving.galleries.vault import GalleryKey, Sealed
 from pkd.serving.settings import usable_cores
 
 STORED = np.dtype("<f2")
@@ -41,20 +41,24 @@ class Followed:
     name: str
     key: GalleryKey
     index: MemoryIndex
+    unreadable: dict[int, str] = field(default_factory=dict)
+    """Templates that do not decrypt and so take no part in searches → why."""
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A template as the database has it."""
+@dataclass
+class _Known:
+    """What was read so far. ``template``, ``change``: the newest; -1: nothing was."""
 
-    gallery: int
-    encoder: str
-    template: int
-    subject: int
-    name: str
-    key: bytes
-    attributes: str
-    sealed: bytes
+    template: int = 0
+    change: int = -1
+    by_id: dict[int, Followed] = field(default_factory=dict)
+    by_name: dict[str, Followed] = field(default_factory=dict)
+
+
+_Row = tuple[int, str, int, int, str, bytes, str, bytes]
+"""Gallery, encoder, template, subject, their id, key and attributes, ciphertext."""
+_Change = tuple[int, str, int | None, int]
+"""Number, what kind, gallery, which row."""
 
 
 class Tail:
@@ -67,16 +71,8 @@ class Tail:
         self._cores = ThreadPoolExecutor(usable_cores(), thread_name_prefix="pkd-search")
         # Matrix products are cut so small that BLAS' own threads would only wait for each other, at 100 times the cost.
         threadpool_limits(1, user_api="blas")
-        self._forget()
-
-    def _forget(self) -> None:
         self._version = -1
-        self._template = 0
-        self._change = -1
-        self._by_id: dict[int, Followed] = {}
-        self._by_name: dict[str, Followed] = {}
-        self.unreadable: dict[int, str] = {}
-        """Templates that do not decrypt and so take no part in searches → why."""
+        self._known = _Known()
 
     def close(self) -> None:
         """End the threads of searches."""
@@ -84,7 +80,11 @@ class Tail:
 
     def gallery(self, name: str) -> Followed | None:
         """A gallery as of the last catching up."""
-        return self._by_name.get(name)
+        return self._known.by_name.get(name)
+
+    def galleries(self) -> Sequence[Followed]:
+        """All of them."""
+        return list(self._known.by_id.values())
 
     def catch_up(self, patience: float = -1) -> None:
         """Take in all that has been committed. Raises store-unavailable; what was known stays.
@@ -105,102 +105,97 @@ class Tail:
             self._lock.release()
 
     def _read(self) -> None:
-        changes = self._changes()
-        if changes is None:
-            self._forget()
+        known = self._known
+        changes = self._changes(known)
+        if changes is None:  # all of it, beside what answers meanwhile
             (newest,) = self._db.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'changes'").fetchone()
-            self._change, changes = newest or 0, []
-            self._galleries()
-        if any(what == "gallery" for _, what, _, _ in changes):
-            self._galleries()
-        self._apply_removals(changes)
-        self._add()
+            known, changes = _Known(change=newest or 0), []
+        if not known.by_id or any(what == "gallery" for _, what, _, _ in changes):
+            self._galleries(known)
+        _remove(known, changes)
+        self._add(known)
         for _, what, gallery, which in changes:
-            if what == "subject" and gallery in self._by_id:
+            if what == "subject" and gallery in known.by_id:
                 found = self._db.execute("SELECT attributes FROM subjects WHERE id = ?", (which,)).fetchone()
                 if found:
-                    self._by_id[gallery].index.describe(which, json.loads(found[0]))
+                    known.by_id[gallery].index.describe(which, json.loads(found[0]))
         if changes:
-            self._change = changes[-1][0]
+            known.change = changes[-1][0]
+        self._known = known
 
-    def _changes(self) -> Sequence[tuple[int, str, int | None, int]] | None:
+    def _changes(self, known: _Known) -> Sequence[_Change] | None:
         """Those since the last time; None if they are no longer all there, or at the beginning."""
-        if self._change < 0:
+        if known.change < 0:
             return None
         found = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'changes'").fetchone()
-        newest = found[0] if found else 0
-        rows: list[tuple[int, str, int | None, int]] = self._db.execute(
-            "SELECT id, what, gallery, which FROM changes WHERE id > ? ORDER BY id", (self._change,)
+        rows: list[_Change] = self._db.execute(
+            "SELECT id, what, gallery, which FROM changes WHERE id > ? ORDER BY id", (known.change,)
         ).fetchall()
-        return rows if len(rows) == newest - self._change else None
+        return rows if len(rows) == (found[0] if found else 0) - known.change else None
 
-    def _galleries(self) -> None:
+    def _galleries(self, known: _Known) -> None:
         rows = self._db.execute("SELECT id, name, key FROM galleries").fetchall()
         there = {id for id, _, _ in rows}
-        for id in [id for id in self._by_id if id not in there]:
-            del self._by_id[id]
+        known.by_id = {id: followed for id, followed in known.by_id.items() if id in there}
         for id, name, wrapped in rows:
-            if id not in self._by_id:
+            if id not in known.by_id:
                 try:
-                    self._by_id[id] = self._follow(id, name, wrapped)
+                    key = self._file.master.gallery(name, wrapped)
+                    known.by_id[id] = Followed(id, name, key, MemoryIndex(self._cores.map))
                 except Sealed as error:
                     logger.error("%s It is not served.", error)
-        self._by_name = {gallery.name: gallery for gallery in self._by_id.values()}
+        known.by_name = {followed.name: followed for followed in known.by_id.values()}
 
-    def _follow(self, id: int, name: str, wrapped: bytes) -> Followed:
-        return Followed(id, name, self._file.master.gallery(name, wrapped), MemoryIndex(self._cores.map))
-
-    def _apply_removals(self, changes: Sequence[tuple[int, str, int | None, int]]) -> None:
-        gone = sorted((gallery, which) for _, what, gallery, which in changes if what == "template" and gallery)
-        for id, rows in groupby(gone, key=lambda row: row[0]):
-            templates = [which for _, which in rows]
-            for template in templates:
-                self.unreadable.pop(template, None)
-            if id in self._by_id:
-                self._by_id[id].index.remove(np.array(templates, np.int64))
-
-    def _add(self) -> None:
+    def _add(self, known: _Known) -> None:
         cursor = self._db.execute(
             "SELECT s.gallery, e.name, t.id, s.id, s.name, s.key, s.attributes, t.sealed FROM templates t "
             "JOIN subjects s ON s.id = t.subject JOIN encoders e ON e.id = t.encoder WHERE t.id > ? ORDER BY t.id",
-            (self._template,),
+            (known.template,),
         )
         for chunk in iter(lambda: cursor.fetchmany(AT_ONCE), []):
-            rows = [_Row(*row) for row in chunk]
-            rows.sort(key=lambda row: (row.gallery, row.encoder, row.template))
-            for (gallery, encoder), group in groupby(rows, key=lambda row: (row.gallery, row.encoder)):
-                if gallery in self._by_id:
-                    self._add_rows(self._by_id[gallery], encoder, list(group))
-            self._template = chunk[-1][2]
+            groups: dict[tuple[int, str], list[_Row]] = defaultdict(list)
+            for row in chunk:
+                groups[row[:2]].append(row)
+            for (gallery, encoder), rows in groups.items():
+                if gallery in known.by_id:
+                    _add_rows(known.by_id[gallery], encoder, rows)
+            known.template = chunk[-1][2]
 
-    def _add_rows(self, gallery: Followed, encoder: str, rows: Sequence[_Row]) -> None:
-        good, plain = [], []
-        keys: dict[int, SubjectKey] = {}
-        for row in rows:
-            try:
-                if row.subject not in keys:
-                    keys[row.subject] = gallery.key.subject(row.name, row.key)
-                plain.append(keys[row.subject].open(row.sealed, template_id(row.template), encoder))
-                good.append(row)
-            except Sealed as error:
-                self.unreadable[row.template] = str(error)
-                logger.error("%s It takes no part in searches.", error)
-        if not good:
-            return
-        parsed: dict[str, Attributes] = {}
-        for row in good:
-            if row.attributes not in parsed:
-                parsed[row.attributes] = json.loads(row.attributes)
-        gallery.index.add(
-            Rows(
-                encoder,
-                np.array([row.template for row in good], np.int64),
-                np.array([row.subject for row in good], np.int64),
-                {row.subject: row.name for row in good},
-                {row.subject: parsed[row.attributes] for row in good},
-                np.frombuffer(b"".join(plain), STORED).reshape(len(good), -1).astype(np.float32),
-            )
+
+def _remove(known: _Known, changes: Sequence[_Change]) -> None:
+    gone = sorted((gallery, which) for _, what, gallery, which in changes if what == "template" and gallery)
+    for id, rows in groupby(gone, key=lambda row: row[0]):
+        if id in known.by_id:
+            templates = [which for _, which in rows]
+            known.by_id[id].index.remove(np.array(templates, np.int64))
+            for template in templates:
+                known.by_id[id].unreadable.pop(template, None)
+
+
+def _add_rows(gallery: Followed, encoder: str, rows: Sequence[_Row]) -> None:
+    sealed = ((name, key, template_id(template), data) for _, _, template, _, name, key, _, data in rows)
+    plain = list(gallery.key.templates(sealed, encoder))
+    for row, found in zip(rows, plain, strict=True):
+        if isinstance(found, Sealed):
+            gallery.unreadable[row[2]] = str(found)
+            logger.error("%s It takes no part in searches.", found)
+    good = [row for row, found in zip(rows, plain, strict=True) if not isinstance(found, Sealed)]
+    if not good:
+        return
+    data = b"".join(found for found in plain if not isinstance(found, Sealed))
+    _, _, templates, subjects, names, _, attributes, _ = zip(*good, strict=True)
+    places = {text: place for place, text in enumerate(dict.fromkeys(attributes))}
+    gallery.index.add(
+        Rows(
+            encoder,
+            np.array(templates, np.int64),
+            np.array(subjects, np.int64),
+            names,
+            [json.loads(text) for text in places],
+            np.array([places[text] for text in attributes], np.int64),
+            np.frombuffer(data, STORED).reshape(len(good), -1).astype(np.float32),
         )
+    )
 
 
 @contextmanager

@@ -1,185 +1,178 @@
-"""Transfer: a gallery as lines of JSON, encrypted or plain, out of a store and into one. Format: docs/galleries.md.
+"""Transfer: a gallery as NDJSON, out of one server and into another. Header, a line per subject, and a last line that
+proves that nothing is missing.
 
-Import is idempotent by content: a template that its subject has already, bit for bit, is passed over. So an import that
-was interrupted is simply run again.
+Vectors leave here as plain numbers: an export is biometric data, and whoever may make one may read everyone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import json
-import os
+import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Discriminator, RootModel, Tag
 
-from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, GalleryStore, NewTemplate, Space, Subject
-from pkd.serving.galleries.vault import MasterKey, SubjectKey
-from pkd.serving.problems import Problem
-from pkd.toolkit.errors import InputError
+from pkd.serving.answers import line, when
+from pkd.serving.galleries.admission import admit
+from pkd.serving.galleries.bulk import Answer, Item
+from pkd.serving.galleries.enrolling import consent_of
+from pkd.serving.galleries.gallery import Enrolment, Gallery, NewTemplate, Subject
+from pkd.serving.galleries.schemas import FORMAT, ExportedSubject, ExportedTemplate, ExportEnd, ExportHeader
+from pkd.serving.images import parse
+from pkd.serving.problems import Problem, from_error
+from pkd.serving.schemas import MANY_VALUES
+from pkd.serving.vectors import decode
+from pkd.toolkit.errors import PkdError
 
-FORMAT = "pkd-gallery-export-1"
-BATCH = 256
-"""Subjects enrolled in one durable step."""
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from pkd.serving.service import Service
 
-
-@dataclass
-class Imported:
-    """What an import did."""
-
-    subjects: int = 0
-    templates: int = 0
-    there_already: int = 0
-    """Templates that were passed over."""
+PIECE = 64
+"""Subjects that are read and sent together."""
 
 
-def export(store: GalleryStore, gallery: str, path: Path, master: MasterKey | None, step: Callable[[int], None]) -> int:
-    """Write a gallery to a new file (mode 600), complete or not at all; returns how many subjects.
+def _kind(sent: object) -> str:
+    keys = sent if isinstance(sent, dict) else {}
+    return "header" if "format" in keys else "end" if "end" in keys else "subject"
 
-    ``master``: encrypt under a key of its own that this one wraps; None: plain.
-    """
-    subjects = store.export(gallery)
-    now = store.get(gallery)
-    if path.exists():
-        raise InputError(f"{path} exists already. Choose another name.")
-    part = path.with_name(f"{path.name}.part")
+
+class Line(
+    RootModel[
+        Annotated[
+            Annotated[ExportHeader, Tag("header")]
+            | Annotated[ExportedSubject, Tag("subject")]
+            | Annotated[ExportEnd, Tag("end")],
+            Discriminator(_kind),
+        ]
+    ]
+):
+    """Any line of an export, told apart by its fields."""
+
+
+async def export(service: Service, gallery: Gallery) -> AsyncGenerator[bytes, None]:
+    """The lines of an export. The store is read in one thread, for its cursor may belong to that thread."""
+    loop = asyncio.get_running_loop()
+    reader = ThreadPoolExecutor(1, thread_name_prefix="pkd-export")
+    subjects: Iterator[Subject] = iter(())
     count = 0
     try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            spaces = {"space": asdict(now.space), "moving_to": asdict(now.moving_to) if now.moving_to else None}
-            head: Json = {"format": FORMAT, "gallery": gallery, **spaces, "retention": now.retention}
-            key = None
-            if master:
-                made, wrapped = master.new_gallery(f"export of {gallery}")
-                head |= {"master": master.id, "key": base64.b64encode(wrapped).decode()}
-                key = SubjectKey("export", gallery, made.key)
-            file.write(_line(head, None, 0))
-            for subject in subjects:
-                count += 1
-                file.write(_line(_written(subject), key, count))
-                step(1)
-            file.write(_line({"end": count}, key, count + 1))
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return count
+        yield line(_header(gallery))
+        subjects = await loop.run_in_executor(reader, lambda: iter(service.store.export(gallery.name)))
+        while piece := await loop.run_in_executor(reader, lambda: list(map(_exported, islice(subjects, PIECE)))):
+            count += len(piece)
+            yield b"".join(piece)
+        yield line({"end": True, "subjects": count})
+    except Problem as problem:  # too late for a status: no last line, and the reason in its place
+        yield line({"problem": problem.body()})
+    finally:
+        close = getattr(subjects, "close", None)
+        if close:
+            reader.submit(close)
+        reader.shutdown(wait=False)
 
 
-def import_(
-    store: GalleryStore, path: Path, master: MasterKey, step: Callable[[int], None], actor: str, name: str | None = None
-) -> tuple[str, Imported]:
-    """Enrol what a file holds into the gallery it names, or into ``name``, which is made where it is not there.
+class Import:
+    """One import: lines of an export → enrolments, under keys made of their content, so that it can be sent again."""
 
-    ``master``: the key it was encrypted with. Raises InputError for a file that is not an export, or not whole; what
-    came before the damage is enrolled then. Times of creation are those of the import; times of expiry are kept.
-    """
-    lines = _lines(path, master)
-    head = next(lines)
-    gallery = name or str(head["gallery"])
-    store.create(gallery, Space(**head["space"]), head["retention"], actor)
-    if head["moving_to"]:
-        store.begin_migration(gallery, Space(**head["moving_to"]), actor)
-    done = Imported()
-    batch: list[Enrolment] = []
-    for line in lines:
-        done.subjects += 1
-        batch += _missing(store, gallery, line, done)
-        step(1)
-        if len(batch) >= BATCH:
-            _enrol(store, gallery, batch, actor, done)
-            batch = []
-    _enrol(store, gallery, batch, actor, done)
-    return gallery, done
+    def __init__(self, service: Service) -> None:
+        self._encoders = service.encoders
+        self._subjects = 0
+        self._ended = False
+
+    async def read(self, gallery: Gallery, item: Item) -> Answer | None:
+        """A line; only subjects and faults are answered."""
+        answer = Answer(item.number)
+        try:
+            if isinstance(item.content, Problem):
+                return answer.refused(item.content)
+            sent = parse(Line, item.content, MANY_VALUES).root
+            if isinstance(sent, ExportHeader):
+                return None
+            if isinstance(sent, ExportEnd):
+                self._ended = True
+                return answer.refused(self._fault(sent.subjects)) if sent.subjects != self._subjects else None
+            self._subjects += 1
+            answer = Answer(item.number, sent.subject)
+            digest = hashlib.sha256(item.content.strip()).hexdigest()
+            return Answer(item.number, sent.subject, None, self._enrolments(gallery, sent, digest))
+        except Problem as problem:
+            return answer.refused(problem)
+        except PkdError as error:
+            return answer.refused(from_error(error))
+
+    def end(self) -> bytes:
+        """The last line of the answer: empty if the body ended as an export does."""
+        return b"" if self._ended else line({"line": None, "problem": self._fault(None).body()})
+
+    def _fault(self, stated: int | None) -> Problem:
+        said = "has no last line" if stated is None else f"states {stated:,} subjects"
+        return Problem(
+            "invalid-request",
+            f"the import {said} and {self._subjects:,} subjects were read: it was cut off. Send the whole export "
+            "again; what was imported is not imported twice.",
+        )
+
+    def _enrolments(self, gallery: Gallery, sent: ExportedSubject, digest: str) -> list[Enrolment]:
+        """One for each time at which templates expire."""
+        groups: dict[float | None, list[NewTemplate]] = defaultdict(list)
+        for one in sent.templates:
+            groups[one.expires.timestamp() if one.expires else None].append(self._template(gallery, one))
+        return [
+            Enrolment(
+                subject=sent.subject,
+                templates=templates,
+                attributes=sent.attributes,
+                consent=consent_of(sent.consent),
+                expires=expires,
+                key=f"import:{digest}:{expires}",
+                digest=digest,
+            )
+            for expires, templates in groups.items()
+        ]
+
+    def _template(self, gallery: Gallery, one: ExportedTemplate) -> NewTemplate:
+        space = admit(self._encoders, gallery, one.encoder, one.space)
+        dim = next(known.dim for known in gallery.spaces if known.id == space)
+        return NewTemplate(one.encoder, space, decode(one.embedding, one.encoding, dim).astype(np.float32))
 
 
-def _written(subject: Subject) -> Json:
-    templates = []
-    for template in subject.templates:
-        assert template.vector is not None
-        vector = base64.b64encode(template.vector.astype("<f2").tobytes()).decode()
-        times = {"created": template.created, "expires": template.expires}
-        templates.append({"encoder": template.encoder, "space": template.space, **times, "vector": vector})
-    consent = asdict(subject.consent) if subject.consent else None
+def _header(gallery: Gallery) -> dict[str, Any]:
+    def space(one: Any) -> dict[str, Any]:
+        return {"id": one.id, "dim": one.dim, "metric": "cosine"}
+
     return {
-        "subject": subject.id,
-        "attributes": dict(subject.attributes),
-        "consent": consent,
-        "templates": templates,
+        "format": FORMAT,
+        "gallery": gallery.name,
+        "space": space(gallery.space),
+        "moving_to": gallery.moving_to and space(gallery.moving_to),
+        "subjects": gallery.subjects,
     }
 
 
-def _missing(store: GalleryStore, gallery: str, line: Json, done: Imported) -> list[Enrolment]:
-    """What of a subject is not there yet: an enrolment for each time of expiry."""
-    subject = str(line["subject"])
-    try:
-        there = store.subject(gallery, subject, vectors=True).templates
-    except Problem as problem:
-        if problem.type != "unknown-subject":
-            raise
-        there = ()
-    known = {(one.encoder, one.vector.astype("<f2").tobytes()) for one in there if one.vector is not None}
-    by_expiry: dict[float | None, list[NewTemplate]] = defaultdict(list)
-    for template in line["templates"]:
-        stored = base64.b64decode(template["vector"])
-        if (template["encoder"], stored) in known:
-            done.there_already += 1
-            continue
-        vector = np.frombuffer(stored, "<f2").astype(np.float32)
-        by_expiry[template["expires"]].append(NewTemplate(template["encoder"], template["space"], vector))
-    consent = Consent(**line["consent"]) if line["consent"] else None
-    return [
-        Enrolment(subject, templates, line["attributes"], consent, expires) for expires, templates in by_expiry.items()
-    ]
-
-
-def _enrol(store: GalleryStore, gallery: str, batch: list[Enrolment], actor: str, done: Imported) -> None:
-    if not batch:
-        return
-    for enrolment, answer in zip(batch, store.enrol(gallery, batch, actor), strict=True):
-        if not isinstance(answer, Enrolled):
-            raise InputError(f"subject {enrolment.subject}: {answer.detail}")
-        done.templates += len(answer.templates)
-
-
-def _line(content: Json, key: SubjectKey | None, number: int) -> bytes:
-    plain = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    return (base64.b64encode(key.seal(plain, str(number), FORMAT)) if key else plain) + b"\n"
-
-
-def _lines(path: Path, master: MasterKey) -> Iterator[Json]:
-    """The head, then every subject. Raises InputError where the file is not whole."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}. Give a file that pkd-gallery export wrote.") from None
-    with file:
-        number = 0
-        try:
-            head = json.loads(file.readline())
-            if head["format"] != FORMAT:
-                raise InputError(f"{path}: has format {head['format']}, this pkd knows {FORMAT}.")
-            yield head
-            key = None
-            if "key" in head:
-                if head["master"] != master.id:
-                    raise InputError(f"{path}: is encrypted under master key {head['master']}, given is {master.id}.")
-                opened = master.gallery(f"export of {head['gallery']}", base64.b64decode(head["key"]))
-                key = SubjectKey("export", head["gallery"], opened.key)
-            for number, raw in enumerate(file, 1):
-                line = json.loads(key.open(base64.b64decode(raw), str(number), FORMAT) if key else raw)
-                if "end" in line:
-                    if line["end"] != number - 1 or file.readline():
-                        raise InputError(f"{path}: line {number + 1}: the end is not where it should be.")
-                    return
-                yield line
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}: line {number + 1}: is not what pkd-gallery export writes.") from None
-        raise InputError(f"{path}: is cut off after {number:,} subjects. Export again; what came before is imported.")
+def _exported(subject: Subject) -> bytes:
+    consent = subject.consent
+    return line(
+        {
+            "subject": subject.id,
+            "attributes": dict(subject.attributes),
+            "consent": consent and {"basis": consent.basis, "reference": consent.reference, "given": consent.given},
+            "templates": [
+                {
+                    "id": one.id,
+                    "encoder": one.encoder,
+                    "space": one.space,
+                    "created": when(one.created),
+                    "expires": when(one.expires),
+                    "embedding": base64.b64encode(np.asarray(one.vector, "<f2").tobytes()).decode(),
+                    "encoding": "b64_f16",
+                }
+                for one in subject.templates
+            ],
+        }
+    )

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -25,6 +26,8 @@ from pkd.toolkit.runtime import Embeddings, Encoder, open_bundle
 from pkd.toolkit.space import EmbeddingSpace, describe
 
 torch = pytest.importorskip("torch")
+from every_operator import every_operator  # noqa: E402  it needs torch
+
 torch.set_num_threads(1)  # its threads spin where tests run beside each other
 TEACHERS = {
     "teacher_edgeface_xs_512.onnx": "mean=127.5,std=127.5",
@@ -103,6 +106,29 @@ def test_the_other_mobile_backbone(tmp_path: Path) -> None:
     count = Counter(node.op_type for node in graph.node)
     assert count["BatchNormalization"] == 0, "folded"
     assert count["Conv"] == 63, "12 mixers of one convolution each; their branches would be 12 more"
+
+
+def test_plain_openvino_loads_every_graph_and_the_ir(tmp_path: Path) -> None:
+    """As someone without pkd does: by path, with the precision pinned and nothing else set."""
+    openvino = pytest.importorskip("openvino")
+    onnx.save(every_operator(), str(tmp_path / "t.onnx"))
+    teacher = ["--teacher", str(tmp_path / "t.onnx"), "--teacher-preprocess", "channels=bgr,mean=127.5,std=128"]
+    (tmp_path / "faces").mkdir()
+    for i, crop in enumerate(synthetic_crops(40, 112)):
+        cv2.imwrite(str(tmp_path / f"faces/{i:02}.png"), crop[..., ::-1])
+    options = ["--format", "onnx", "openvino", "--precision", "fp32", "int8", "--calib", str(tmp_path / "faces")]
+    assert main([*teacher, "-o", str(tmp_path / "made"), *options, "--json"]) == 0
+    bundle = Bundle.open(tmp_path / "made")
+    golden = bundle.golden()
+    allowed = {"encoder.onnx": TOLERANCE}
+    for target in bundle.manifest.targets:
+        allowed |= {str(target.file): target.golden_tolerance, target.graph: target.golden_tolerance}
+    assert len(allowed) == 6, "two targets are IR beside the graph that they were made of"
+    for name, tolerance in allowed.items():
+        pinned = {"INFERENCE_PRECISION_HINT": "f32"}
+        model = openvino.Core().compile_model(str(bundle.path / name), "CPU", pinned)
+        worst = 1 - cosines(model([golden.crops])[0], golden.embeddings).min()
+        assert worst <= tolerance, f"{name}: {worst} over {tolerance}"
 
 
 def test_an_arcface_torch_checkpoint(tmp_path: Path) -> None:

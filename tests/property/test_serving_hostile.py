@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import quote
 
+import gallery_fixtures
 import pytest
 import serving_bundles as made
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pkd.serving.encoders import Encoders
 from pkd.serving.problems import PROBLEMS
-from pkd.serving.service import Service
-from pkd.serving.settings import Settings
 
 GOOD = made.png(made.crops(1, seed=3)[0])
+ROUTES = st.sampled_from(
+    [
+        "/embed",
+        "/v1/verify",
+        "/v1/galleries/g/identify",
+        "/v1/galleries/g/subjects/s/templates",
+        "/v1/galleries/g/templates:bulk",
+        "/v1/galleries/g/import",
+        "/v1/galleries/g/migrations",
+    ]
+)
 KINDS = st.sampled_from(
-    ["application/json", "image/png", "multipart/form-data; boundary=x", "multipart/form-data", "text/plain", ""]
+    [
+        "application/x-ndjson",
+        "application/json",
+        "image/png",
+        "multipart/form-data; boundary=x",
+        "multipart/form-data",
+        "text/plain",
+        "",
+    ]
 )
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
@@ -28,7 +46,7 @@ SIDE = st.fixed_dictionaries(
     optional={
         "embedding": st.lists(st.floats(), max_size=40) | st.text(max_size=60) | JSON,
         "encoding": st.sampled_from(["float", "b64_f32", "b64_f16", "b64_i8", "b64"]),
-        "encoder": st.sampled_from(["teacher", "student", "stranger", "nobody", ""]) | JSON,
+        "encoder": st.sampled_from(["teacher", "first", "rogue", "following", "nobody", ""]) | JSON,
         "space": st.none() | st.text(max_size=5),
         "image_b64": st.text(max_size=60) | JSON,
         "aligned": st.booleans() | JSON,
@@ -38,29 +56,35 @@ SIDE = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    family = made.family(tmp_path_factory.mktemp("bundles"))
-    with made.running(Service(Encoders.open(family.folders), Settings(threads=2))) as client:
+    fleet = gallery_fixtures.fleet(tmp_path_factory.mktemp("bundles"))
+    with gallery_fixtures.serving(fleet, tmp_path_factory.mktemp("store")) as client:
+        gallery_fixtures.gallery(client, "g")
+        gallery_fixtures.enrol(client, "g", "ann", gallery_fixtures.image(0))
         yield client
 
 
 def judge(answer):
     assert answer.status_code < 500, answer.text
-    if answer.status_code != 200:
+    if answer.headers["content-type"] == "application/x-ndjson":
+        for one in map(json.loads, filter(None, answer.content.split(b"\n"))):
+            assert "problem" not in one or PROBLEMS[one["problem"]["type"]][0] == one["problem"]["status"] < 500
+    elif answer.status_code not in (200, 201):
         body = answer.json()
         assert PROBLEMS[body["type"]][0] == answer.status_code
         assert "Traceback" not in answer.text
 
 
 @QUICK
-@given(body=st.binary(max_size=400), kind=KINDS, route=st.sampled_from(["/embed", "/v1/verify"]))
+@given(body=st.binary(max_size=400), kind=KINDS, route=ROUTES)
 def test_random_bytes(client, body, kind, route):
     judge(client.post(route, content=body, headers={"content-type": kind}))
 
 
 @QUICK
-@given(body=JSON, route=st.sampled_from(["/v1/embed", "/verify"]))
+@given(body=JSON, route=ROUTES)
 def test_random_json(client, body, route):
-    judge(client.post(route, content=json.dumps(body), headers={"content-type": "application/json"}))
+    kind = "application/x-ndjson" if route.endswith(("bulk", "import")) else "application/json"
+    judge(client.post(route, content=json.dumps(body), headers={"content-type": kind}))
 
 
 @QUICK
@@ -92,3 +116,50 @@ def test_damaged_images(client, cut, flips):
 )
 def test_random_options(client, query):
     judge(client.post("/embed", content=GOOD, params=query, headers={"content-type": "image/png"}))
+
+
+@QUICK
+@given(
+    query=SIDE | JSON,
+    more=st.fixed_dictionaries(
+        {},
+        optional={
+            "top_k": st.integers() | LEAVES,
+            "target_fpir": st.floats() | LEAVES,
+            "threshold": st.floats() | LEAVES,
+            "where": st.dictionaries(st.text(max_size=4), st.text(max_size=4) | LEAVES, max_size=3) | JSON,
+            "partial": st.booleans(),
+        },
+    ),
+)
+def test_nearly_right_searches(client, query, more):
+    body = json.dumps({"query": query, **more})
+    judge(client.post("/v1/galleries/g/identify", content=body, headers={"content-type": "application/json"}))
+
+
+@QUICK
+@given(
+    inputs=st.lists(SIDE, max_size=3) | JSON,
+    more=st.fixed_dictionaries(
+        {},
+        optional={
+            "aligned": st.booleans() | JSON,
+            "attributes": st.dictionaries(st.text(max_size=4), st.text(max_size=4) | LEAVES, max_size=3) | JSON,
+            "consent": st.fixed_dictionaries({"basis": st.text(max_size=5) | LEAVES}) | JSON,
+            "expires": st.datetimes().map(str) | st.floats() | JSON,
+            "quality": st.dictionaries(st.sampled_from(["sharpness", "face_pixels"]), st.floats(), max_size=2) | JSON,
+        },
+    ),
+    route=st.sampled_from(["subjects/s/templates", "templates:bulk"]),
+)
+def test_nearly_right_enrolments(client, inputs, more, route):
+    bulk = route.endswith("bulk")
+    body = json.dumps({"inputs": inputs, **more, **({"subject": "s"} if bulk else {})})
+    kind = "application/x-ndjson" if bulk else "application/json"
+    judge(client.post(f"/v1/galleries/g/{route}", content=body, headers={"content-type": kind}))
+
+
+@QUICK
+@given(name=st.text(max_size=12), below=st.sampled_from(["", "/subjects", "/subjects/x", "/export", "/migrations"]))
+def test_any_name(client, name, below):
+    judge(client.get(f"/v1/galleries/{quote(name, safe='')}{below}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +11,12 @@ import pytest
 from evaluation_faces import PREPROCESS, write_people, write_teacher
 
 from pkd.export.cli import main
-from pkd.export.gate import GateOrder, gate, gate_table, require_passed
+from pkd.export.gate import Gate, Gated, GateOrder, gate_table, require_passed
 from pkd.toolkit.bundle import Bundle
 from pkd.toolkit.errors import GateFailed, InputError, SpaceMismatch, UnsupportedFmr
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.runtime import Embeddings, unit_rows
+from pkd.toolkit.runtime import Embeddings, Encoder, unit_rows
 from pkd.toolkit.space import EncoderInfo, describe, in_mode
 
 DIM = 24
@@ -59,6 +59,11 @@ def order(faces: Path, **more: float) -> GateOrder:
     return GateOrder(faces, None, None, **{"fmr": 0.05, **more})
 
 
+def gate(order: GateOrder, reference: Encoder, targets: Mapping[str, Encoder]) -> Gated:
+    opened = Gate(order, reference, silent)
+    return opened.conclude(opened.judge(targets))
+
+
 def test_a_target_that_loses_little_passes_and_one_that_loses_much_fails(faces: Path) -> None:
     reference = Projection(TEACHER)
     targets = {
@@ -66,7 +71,7 @@ def test_a_target_that_loses_little_passes_and_one_that_loses_much_fails(faces: 
         "near": Projection(in_mode(TEACHER, "fp16"), 0.01),
         "far": Projection(in_mode(TEACHER, "int8"), 2.0),
     }
-    gated = gate(order(faces, max_drop=0.05), reference, targets, silent)
+    gated = gate(order(faces, max_drop=0.05), reference, targets)
     near, far = gated.rows  # fp32 is not gated against itself
     assert (near.target, far.target) == ("near", "far")
     assert near.passed and near.drop.ci95[1] <= 0.05
@@ -80,16 +85,16 @@ def test_a_target_that_loses_little_passes_and_one_that_loses_much_fails(faces: 
 
 def test_the_end_of_the_interval_decides_and_not_the_point(faces: Path) -> None:
     reference, target = Projection(TEACHER), Projection(in_mode(TEACHER, "int8"), 0.35)
-    (row,) = gate(order(faces, max_drop=0.5), reference, {"int8": target}, silent).rows
+    (row,) = gate(order(faces, max_drop=0.5), reference, {"int8": target}).rows
     low, high = row.drop.ci95
     assert low < row.drop.difference < high
     between = (row.drop.difference + high) / 2
-    assert not gate(order(faces, max_drop=max(0.0, between)), reference, {"int8": target}, silent).rows[0].passed
-    assert gate(order(faces, max_drop=high + 1e-6), reference, {"int8": target}, silent).rows[0].passed
+    assert not gate(order(faces, max_drop=max(0.0, between)), reference, {"int8": target}).rows[0].passed
+    assert gate(order(faces, max_drop=high + 1e-6), reference, {"int8": target}).rows[0].passed
 
 
 def test_only_fp32_leaves_nothing_to_gate(faces: Path) -> None:
-    gated = gate(order(faces), Projection(TEACHER), {"onnxruntime-fp32": Projection(TEACHER)}, silent)
+    gated = gate(order(faces), Projection(TEACHER), {"onnxruntime-fp32": Projection(TEACHER)})
     require_passed(gated)
     assert gated.rows == () and gated.said.startswith("nothing to gate")
 
@@ -97,9 +102,9 @@ def test_only_fp32_leaves_nothing_to_gate(faces: Path) -> None:
 def test_another_teacher_and_an_unresolved_rate_are_refused(faces: Path, tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path)
     with pytest.raises(SpaceMismatch):
-        gate(GateOrder(faces, str(teacher), PREPROCESS, fmr=0.05), Projection(STUDENT), {}, silent)
+        gate(GateOrder(faces, str(teacher), PREPROCESS, fmr=0.05), Projection(STUDENT), {})
     with pytest.raises(UnsupportedFmr):
-        gate(order(faces, fmr=1e-4), Projection(TEACHER), {}, silent)
+        gate(order(faces, fmr=1e-4), Projection(TEACHER), {})
 
 
 @pytest.mark.parametrize(("given", "said"), [({"max_drop": 1.0}, "--max-tar-drop 1"), ({"fmr": 0.0}, "--gate-fmr 0")])
@@ -126,3 +131,25 @@ def test_the_command_gates_and_certifies_every_target(
 def test_a_student_needs_its_teacher(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["run", "-o", str(tmp_path / "made"), "--gate", "faces"]) == 2
     assert "Pass --gate-teacher SPEC, too." in capsys.readouterr().err
+
+
+def test_a_second_try_measures_the_target_alone_and_is_judged_more_strictly(faces: Path) -> None:
+    class Counted(Projection):
+        asked = 0
+
+        def embed(self, crops: Rgb) -> Embeddings:
+            self.asked += len(crops)
+            return super().embed(crops)
+
+    reference, target = Counted(TEACHER), Projection(in_mode(TEACHER, "int8"), 0.35)
+    opened = Gate(order(faces, max_drop=0.5), reference, silent)
+    (first,) = opened.judge({"int8": target})
+    asked = reference.asked
+    (second,) = opened.judge({"int8": target}, "another way", level=0.99)
+    assert reference.asked == asked > 0
+    assert first.row.drop == second.row.drop and first.row.most == first.row.drop.ci95[1] < second.row.most
+    between = Gate(order(faces, max_drop=(first.row.most + second.row.most) / 2), reference, silent)
+    assert between.judge({"int8": target})[0].row.passed
+    assert not between.judge({"int8": target}, "another way", level=0.99)[0].row.passed
+    said = opened.conclude([first, second]).said
+    assert "in try 2 on these people: another way" in said and said.count("int8 loses") == 1

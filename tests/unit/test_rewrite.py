@@ -8,7 +8,7 @@ import pytest
 from bundle_factory import network
 from onnx import TensorProto, helper, numpy_helper
 
-from pkd.export.rewrite import decompose_prelu, fold_batch_norm
+from pkd.export.rewrite import decompose_prelu, fold_batch_norm, split_prelu
 from pkd.toolkit.runtime import make_session
 
 RANDOM = np.random.default_rng(7)
@@ -157,6 +157,7 @@ def test_prelu_becomes_four_operators_also_where_its_slope_is_shared() -> None:
     ]
     model = graph(nodes, [slope], taken=(4, 5, 5), rank=4)
     assert same(model, decompose_prelu(model)) == {"Relu": 2, "Mul": 4, "Add": 2}
+    assert same(model, split_prelu(model)) == {"Relu": 2, "Clip": 2, "Mul": 2, "Add": 2}
 
 
 def test_a_slope_that_is_computed_stays() -> None:
@@ -202,7 +203,7 @@ def test_whole_backbones_stay_within_a_millionth(spec: str, monkeypatch: pytest.
     pixels = RANDOM.uniform(-1, 1, (2, 3, 112, 112)).astype(np.float32)
     expected, *made = (
         make_session(model.SerializeToString(), 1).run(None, {"pixels": pixels})[0]
-        for model in (plain, folded, decompose_prelu(folded))
+        for model in (plain, folded, decompose_prelu(folded), split_prelu(folded))
     )
     for rows in made:
         unit, reference = (r / np.linalg.norm(r, axis=1, keepdims=True) for r in (rows, expected))

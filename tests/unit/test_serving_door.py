@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import serving_bundles as made
 
+from pkd.serving import door
 from pkd.serving.encoders import Encoders
 from pkd.serving.security import ApiKeys
 from pkd.serving.service import Service
@@ -109,6 +113,102 @@ def test_a_body_that_does_not_arrive_times_out(encoders):
         assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
 
 
+def until(true):
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+class Counting(Gate):
+    """Counts the photographs that it was really given."""
+
+    seen = 0
+
+    def detect(self, image):
+        self.seen += 1
+        return super().detect(image)
+
+
+def test_a_request_that_waits_too_long_is_refused_and_never_executed(encoders):
+    gate = Counting()
+    settings = Settings(threads=1, request_seconds=0.4)
+    with made.running(Service(encoders, settings, gate)) as client, ThreadPoolExecutor(4) as pool:
+        sent = [pool.submit(client.post, "/embed?faces=all", content=PHOTO, headers=PNG) for _ in range(4)]
+        for one in sent:
+            answer = one.result(timeout=20)
+            assert "0.4 s" in problem(answer, 429, "overloaded")["detail"]
+            assert int(answer.headers["retry-after"]) > 0
+        gate.open.set()
+        assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
+    assert gate.seen == 1  # the one that had begun
+
+
+def test_a_client_that_has_gone_is_dropped_from_the_queue(encoders):
+    gate = Counting()
+    service = Service(encoders, Settings(threads=1), gate)
+    with made.running(service) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/embed?faces=all", content=PHOTO, headers=PNG)
+        until(lambda: gate.seen == 1)
+        head = f"POST /embed?faces=all HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(PHOTO)}"
+        for _ in range(3):
+            with socket.create_connection((client.base_url.host, client.base_url.port)) as gone:
+                gone.sendall(head.encode() + b"\r\n\r\n" + PHOTO)
+                until(lambda: service.state.inside == 2)
+            until(lambda: service.state.inside == 1)
+        gate.open.set()
+        assert first.result(20).status_code == 200
+        assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
+        assert b"pkd_abandoned_total 3.0" in client.get("/metrics").content
+    assert gate.seen == 1
+
+
+def test_a_stream_has_a_limit_and_a_clock_of_its_own(encoders, monkeypatch):
+    """A body that is over ``max_body`` and takes longer than ``body_seconds`` in all, but no piece of it does."""
+    monkeypatch.setattr(door, "STREAMED", (re.compile(r"/v1/embed"),))
+
+    def pieces(count):
+        for start in range(count):
+            time.sleep(0.05)
+            yield CROP[start * len(CROP) // count : (start + 1) * len(CROP) // count]
+
+    limits = Settings(threads=1, max_body=2048, max_stream=10**6, body_seconds=0.3, request_seconds=0.3)
+    with made.running(Service(encoders, limits)) as client:
+        assert len(CROP) > 2048
+        problem(client.post("/embed", content=CROP, headers=PNG), 413, "too-large")
+        assert client.post("/v1/embed?aligned=true", content=pieces(20), headers=PNG).status_code == 200
+        problem(client.post("/v1/embed", content=bytes(10**6 + 1), headers=PNG), 413, "too-large")
+
+
+def test_scopes_rates_and_what_the_metrics_say_of_them(encoders, tmp_path):
+    hashed = [hashlib.sha256(key).hexdigest() for key in (b"embedder", b"scraper")]
+    (tmp_path / "keys").write_text(f"{hashed[0]} kiosk embed rate=3/s\n{hashed[1]} scraper -\n")
+    with made.running(Service(encoders, Settings(threads=1)), ApiKeys.read(tmp_path / "keys")) as client:
+        assert client.get("/metrics").status_code == 401
+        client.headers["authorization"] = "Bearer embedder"
+        assert client.post("/v1/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
+        assert problem(client.post("/verify", json={}), 403, "forbidden")["scope"] == "verify"
+        problem(client.get("/v1/subjects/anna-karenina"), 404, "not-found")
+        answer = client.get("/v1/encoders")
+        assert problem(answer, 429, "rate-limited")["retry_after"] == int(answer.headers["retry-after"]) == 1
+        client.headers["authorization"] = "Bearer scraper"
+        problem(client.post("/v1/embed?aligned=true", content=CROP, headers=PNG), 403, "forbidden")
+        page = client.get("/metrics").text
+    for line in (
+        'pkd_requests_total{method="POST",route="/v1/embed",status="200"} 1.0',
+        'pkd_requests_total{method="POST",route="/v1/embed",status="403"} 1.0',
+        'pkd_requests_total{method="GET",route="none",status="404"} 1.0',
+        'pkd_refusals_total{type="forbidden"} 2.0',
+        'pkd_refusals_total{type="rate-limited"} 1.0',
+        'pkd_refusals_total{type="space-mismatch"} 0.0',
+        'pkd_request_seconds_count{route="/v1/embed"} 2.0',
+        "pkd_requests_in_progress 0.0",
+    ):
+        assert line in page.splitlines(), line
+    assert re.search(r'pkd_inference_seconds_count\{encoder="teacher@[0-9a-f]{10}"\} 1.0', page)
+    assert "anna" not in page and "kiosk" not in page and hashed[0] not in page
+
+
 def test_an_unforeseen_error_is_a_500_and_its_values_stay_out_of_answer_and_log(encoders, caplog):
     with made.running(Service(encoders, Settings(threads=1), Broken())) as client:
         with caplog.at_level(logging.INFO):
@@ -116,6 +216,8 @@ def test_an_unforeseen_error_is_a_500_and_its_values_stay_out_of_answer_and_log(
         problem(answer, 500, "internal")
         assert "Traceback" not in answer.text and "0.125" not in answer.text
         assert "RuntimeError" in caplog.text and "detect" in caplog.text and "0.125" not in caplog.text
+        assert "POST /embed" in caplog.text
+        assert 'pkd_refusals_total{type="internal"} 1.0' in client.get("/metrics").text
         assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
 
 
@@ -151,7 +253,14 @@ def test_before_the_self_test_and_while_draining_nothing_is_answered(encoders):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"target_fmr": 0}, {"target_fmr": float("nan")}, {"threads": 0}, {"queue": 0}, {"detector_score": 1.0}],
+    [
+        {"target_fmr": 0},
+        {"target_fmr": float("nan")},
+        {"threads": 0},
+        {"queue": 0},
+        {"detector_score": 1.0},
+        {"max_body": 0},
+    ],
 )
 def test_settings_name_the_value_at_fault(setting):
     (value,) = setting.values()

@@ -9,8 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pkd.serving.encoders import Encoders
 from pkd.serving.problems import Problem
-from pkd.serving.schemas import EmbeddingSide
-from pkd.serving.verify import settle
+from pkd.serving.verify import about
 from pkd.toolkit.errors import BundleError, NotTrusted
 from pkd.toolkit.signing import SigningKey, TrustedKeys
 from pkd.toolkit.space import short
@@ -126,8 +125,7 @@ def test_with_keys_every_bundle_must_be_signed_and_a_signed_certificate_by_one_o
     mixed_file = opened.certificate_file(mixed.query, mixed.gallery)
     assert own_file.signature.key == own_file.bundle.key == mixed_file.bundle.key == ours.fingerprint
     assert mixed_file.signature is None
-    sides = [EmbeddingSide(embedding=[1.0], encoder=id) for id in (mixed.query, mixed.gallery, own.query, own.gallery)]
-    told = [settle(opened, *sides[i : i + 2], None, 1e-2).signature for i in (0, 2)]
+    told = [about(opened, file)["signature"] for file in (mixed_file, own_file)]
     assert [(one["covers"], one["verified"]) for one in told] == [("bundle", True), ("certificate", True)]
 
     foreign = f"is signed by {theirs.fingerprint}, trusted is {ours.fingerprint}"

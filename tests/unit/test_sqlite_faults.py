@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,6 +15,7 @@ import pytest
 from gallery_conformance import ALICE, ENCODER, OLD, enrolled, one, refused, unit
 
 from pkd.serving.galleries import sqlite_file, sqlite_store
+from pkd.serving.galleries.enrolment import Enrolling
 from pkd.serving.galleries.inspection import inspect
 from pkd.serving.galleries.sqlite_file import NAME, SqliteFile, rewrap
 from pkd.serving.galleries.sqlite_store import SqliteStore
@@ -222,6 +224,77 @@ def test_a_receipt_does_not_claim_the_log_while_another_reads(
     assert not (tmp_path / "store" / f"{NAME}-wal").stat().st_size
 
 
+def test_an_export_that_nobody_reads_does_not_hold_the_log(
+    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_store, "ATTEMPTS", 1)
+    export = store.export("staff")
+    assert "wal" not in store.delete_subject("staff", "s03", ALICE).covers
+    del export
+    half = store.export("staff")
+    next(half)
+    half.close()  # type: ignore[attr-defined]
+    assert "wal" in store.delete_subject("staff", "s04", ALICE).covers
+    assert len(store._file._all) <= 4
+
+
+def test_several_can_open_a_new_folder_at_once(tmp_path: Path) -> None:
+    opened: list[SqliteStore] = []
+    threads = [threading.Thread(target=lambda: opened.append(SqliteStore(tmp_path / "new", MASTER))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(opened) == 6
+    opened[0].create("staff", OLD, None, ALICE)
+    assert [len(store.list()) for store in opened] == [1] * 6
+    for store in opened:
+        store.close()
+
+
+def test_a_query_that_cannot_be_one_is_refused_alone(store: SqliteStore) -> None:
+    for query in (unit(1, dim=8), unit(1) * 2, unit(1) * float("nan")):
+        with refused("bad-vector"):
+            store.search("staff", ENCODER, query, 1)
+    with refused("invalid-request"):
+        store.search("staff", ENCODER, unit(1), 0)
+
+
+def test_a_deletion_that_memory_could_not_follow_does_not_claim_the_index(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(store._tail, "_read", fail)
+    assert "index" not in store.delete_subject("staff", "s03", ALICE).covers
+    assert store.search("staff", ENCODER, unit(3), 1)[0].searched == 20  # answered by what was known
+    monkeypatch.undo()
+    assert store.search("staff", ENCODER, unit(3), 1)[0].searched == 19
+
+
+def test_reading_everything_anew_is_not_seen_half_done(
+    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(SqliteStore(tmp_path / "store", MASTER)) as sleeper:
+        monkeypatch.setattr(sqlite_store, "CHANGES_KEPT", -10)
+        store.delete_subject("staff", "s03", ALICE)
+        store.expire(0)
+        seen = []
+
+        def half(known: object) -> None:
+            found = sleeper._tail.gallery("staff")
+            assert found
+            seen.append(len(found.index))
+            real(known)  # type: ignore[arg-type]
+            seen.append(len(found.index))
+
+        real = sleeper._tail._add
+        monkeypatch.setattr(sleeper._tail, "_add", half)
+        assert sleeper.search("staff", ENCODER, unit(3), 1)[0].searched == 19
+        assert seen == [20, 20]
+
+
 def test_a_process_that_was_silent_too_long_reads_everything_anew(
     store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,17 +366,14 @@ def test_a_changed_master_key_stops_those_who_have_the_old_one(store: SqliteStor
 
 
 def test_an_error_in_the_middle_leaves_nothing(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = iter(range(10))
+    calls, real = iter(range(10)), Enrolling._insert
 
     def insert(*args: object) -> int:
         if next(calls) == 1:
             raise sqlite3.OperationalError("database or disk is full")
         return real(*args)  # type: ignore[arg-type]
 
-    from pkd.serving.galleries import enrolment
-
-    real = enrolment._insert
-    monkeypatch.setattr(enrolment, "_insert", insert)
+    monkeypatch.setattr(Enrolling, "_insert", insert)
     with refused("store-unavailable"):
         store.enrol("staff", [one("late", unit(1)[0]), one("later", unit(2)[0])], ALICE)
     assert store.get("staff").subjects == 20

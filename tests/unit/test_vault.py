@@ -34,6 +34,24 @@ def test_a_template_opens_in_its_place_only() -> None:
             attempt()
 
 
+def test_many_open_as_one_by_one_does() -> None:
+    gallery, _ = MASTER.new_gallery("stäff")
+    rows = []
+    for number, name in enumerate(["ann", "bo", "Zoë"]):
+        key, wrapped = gallery.new_subject(name)
+        rows.append((name, wrapped, str(number), key.seal(name.encode(), str(number), "e")))
+    (ann, key, _, sealed) = rows[0]
+    rows += [(ann, key, "9", sealed), ("bo", key, "0", sealed), (ann, key, "0", b"short")]
+    opened = list(gallery.templates(rows, "e"))
+    for (name, wrapped, template, data), found in zip(rows, opened, strict=True):
+        try:
+            expected: object = gallery.subject(name, wrapped).open(data, template, "e")
+        except Sealed as error:
+            expected = str(error).split(":")[0]
+        assert expected == (found if isinstance(found, bytes) else str(found).split(":")[0])
+    assert [isinstance(found, bytes) for found in opened] == [True] * 3 + [False] * 3
+
+
 def test_places_do_not_run_into_each_other() -> None:
     """Subject "a", template "bc" is not subject "ab", template "c", even under one key."""
     gallery, _ = MASTER.new_gallery("g")

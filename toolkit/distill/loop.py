@@ -7,7 +7,7 @@ import fcntl
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,18 +68,23 @@ def _distill(
         ranks.require_same("checkpoints", str(start))
         stop = stack.enter_context(StopRequest())
         if not ranks.first:
-            _train(trainer, start, run, None, stop)
+            train(trainer, start, run, None, stop)
             return ranks.agree({})
         _write_json(run / CONFIG, json.loads(config.model_dump_json()))
         if prepared.audit:
             _write_json(run / "audit.json", json.loads(prepared.audit.model_dump_json()))
         log = stack.enter_context(RunLog(run, start, config.steps or 0, config.batch, console))
-        _train(trainer, start, run, log, stop)
+        train(trainer, start, run, log.write, stop)
         return ranks.agree(_finish(trainer, run, teacher, log.last))
 
 
-def _train(trainer: Trainer, start: int, run: Path, log: RunLog | None, stop: StopRequest) -> None:
-    """All steps from ``start`` on. ``log``: of the first rank, which alone writes to the run folder."""
+def train(
+    trainer: Trainer, start: int, run: Path | None, tell: Callable[[StepLog], None] | None, stop: StopRequest
+) -> None:
+    """All steps from ``start`` on. ``run``: where the first rank keeps checkpoints; None: nothing is kept.
+
+    Raises TrainingDiverged, and KeyboardInterrupt once ``stop`` is requested.
+    """
     config, steps, ranks = trainer.config, trainer.config.steps or 0, trainer.ranks
     saved = -math.inf if ranks.world > 1 else time.monotonic()  # a lost rank always leaves something to resume
     trainer.student.train()
@@ -90,16 +95,18 @@ def _train(trainer: Trainer, start: int, run: Path, log: RunLog | None, stop: St
         except TrainingDiverged as error:
             raise _diverged(f"{error} at step {step + 1:,} of {steps:,}", run) from None
         last, stopping = step + 1 == steps, ranks.any(stop.requested)
-        if log:
-            log.write(StepLog(step + 1, loss, cosine, lr))
+        if tell:
+            tell(StepLog(step + 1, loss, cosine, lr))
         if ranks.first and (last or stopping or time.monotonic() - saved > config.checkpoint_seconds):
             if not trainer.finite():
                 raise _diverged(f"a weight is not finite after step {step + 1:,} of {steps:,}", run)
-            content = {"step": step + 1, "data": trainer.prepared.data_digest, "state": trainer.state()}
-            save_atomically(content, run / CHECKPOINT)
+            if run:
+                content = {"step": step + 1, "data": trainer.prepared.data_digest, "state": trainer.state()}
+                save_atomically(content, run / CHECKPOINT)
             saved = time.monotonic()
         if stopping and not last:
-            raise KeyboardInterrupt(f"Step {step + 1:,} of {steps:,} is saved: {_command(ranks)} --resume --out {run}")
+            kept = f"Step {step + 1:,} of {steps:,} is saved: {_command(ranks)} --resume --out {run}"
+            raise KeyboardInterrupt(kept if run else "Nothing was written.")
 
 
 def _restore(trainer: Trainer, run: Path, data_digest: str) -> int:
@@ -168,7 +175,9 @@ def _command(ranks: Ranks) -> str:
     return one if ranks.world == 1 else f"torchrun --nproc_per_node {ranks.world} -m pkd.toolkit.cli.distill"
 
 
-def _diverged(what: str, run: Path) -> TrainingDiverged:
+def _diverged(what: str, run: Path | None) -> TrainingDiverged:
+    if run is None:
+        return TrainingDiverged(f"training diverged: {what}.")
     kept = (
         f"The last good checkpoint is kept in {run}."
         if (run / CHECKPOINT).is_file()

@@ -17,6 +17,7 @@ from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.data import CropBatch, Loader
 from pkd.toolkit.distill.frozen_head import FrozenHead
 from pkd.toolkit.distill.initial import start_from
+from pkd.toolkit.distill.layers import Backbone
 from pkd.toolkit.distill.margin import Margin
 from pkd.toolkit.distill.methods import WeightedSum
 from pkd.toolkit.distill.moving_head import MovingHead
@@ -36,7 +37,16 @@ class Trainer:
     is split, and moving or trained centres are kept whole and stay equal, since all ranks make the same update.
     """
 
-    def __init__(self, config: DistillConfig, prepared: Prepared, dim: int, size: int, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        config: DistillConfig,
+        prepared: Prepared,
+        dim: int,
+        size: int,
+        ranks: Ranks = ALONE,
+        student: Backbone | None = None,
+    ) -> None:
+        """``student``: trained in the place of a new one of ``config.student``."""
         self.config = config
         self.ranks = ranks
         self.prepared = prepared
@@ -44,7 +54,7 @@ class Trainer:
         self.method = WeightedSum.parse(config.method)
         self.margin = Margin.parse(config.margin, config.gradient)
         torch.manual_seed(config.seed)
-        student = build(config.student, dim, size)
+        student = student or build(config.student, dim, size)
         self.started_from = start_from(config.init, student, config.student, dim, size) if config.init else None
         self.student = student.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head: FrozenHead | None = None

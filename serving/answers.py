@@ -1,0 +1,52 @@
+"""Answers: what a route gives back, as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from datetime import datetime, timezone
+from typing import Any, overload
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+NDJSON = "application/x-ndjson"
+
+
+def answer(content: Mapping[str, Any], status: int = 200) -> Response:
+    """JSON straight from numpy arrays: five times faster than through lists of Python floats."""
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type="application/json")
+
+
+def line(content: Mapping[str, Any]) -> bytes:
+    """One line of NDJSON."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+
+
+@overload
+def when(seconds: float) -> datetime: ...
+@overload
+def when(seconds: None) -> None: ...
+def when(seconds: float | None) -> datetime | None:
+    """Seconds since 1970 → a moment in UTC, which JSON shows as ISO 8601."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
+
+
+class Stream(Response):
+    """Pieces as they come, without listening for a disconnect meanwhile: starlette's would eat a body that is still
+    arriving. Whoever sends notices that nobody is there."""
+
+    media_type = NDJSON
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None], status_code: int = 200) -> None:
+        self.status_code, self.background = status_code, None
+        self.pieces = pieces
+        self.init_headers()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self.pieces) as pieces:
+            async for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,199 @@
+"""Bulk: many enrolments in one request. NDJSON in, NDJSON out, both streamed; an item is answered once it is durable.
+
+What has arrived while the last batch was being stored is the next batch: one item alone is stored at once, and a flood
+shares its writes to the disk. An item that is refused does not stop the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pkd.serving.answers import line
+from pkd.serving.galleries.enrolling import explained, prepare
+from pkd.serving.galleries.gallery import Enrolled, Enrolment, Gallery
+from pkd.serving.galleries.schemas import BulkItem
+from pkd.serving.images import parse
+from pkd.serving.problems import Problem, from_error
+from pkd.serving.schemas import MANY_VALUES
+from pkd.toolkit.errors import PkdError
+
+if TYPE_CHECKING:
+    from pkd.serving.service import Service
+
+BATCH = 32
+"""Most items that are embedded and stored together."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the body: its number, from 1, and its bytes, or why it cannot be read."""
+
+    number: int
+    content: bytes | Problem
+
+    @property
+    def size(self) -> int:
+        """Bytes held for it."""
+        return len(self.content) if isinstance(self.content, bytes) else 0
+
+
+@dataclass
+class Answer:
+    """What will be said of an item, and what is to be stored for it before."""
+
+    number: int
+    subject: str | None = None
+    key: str | None = None
+    enrolments: Sequence[Enrolment] = ()
+    problem: Problem | None = None
+
+    def refused(self, problem: Problem) -> Answer:
+        """The same item with its problem, and nothing to store."""
+        return Answer(self.number, self.subject, self.key, (), problem)
+
+
+Read = Callable[[Gallery, Item], Coroutine[Any, Any, Answer | None]]
+"""Turns a line into what is to be stored; None for a line that needs no answer."""
+
+
+async def enrol_lines(
+    service: Service, name: str, body: AsyncIterator[bytes], actor: str, read: Read
+) -> AsyncGenerator[bytes, None]:
+    """Answers to the lines of ``body``, in order, a batch at a time."""
+    arriving = _batches(body, service.settings.max_body)
+    try:
+        async for batch in arriving:
+            if service.state.draining:
+                problem = Problem("draining", "The server is shutting down. Send what has no answer to another one.")
+                yield line(_told(Answer(batch[0].number, problem=problem), ()))
+                return
+            told = await _store(service, name, batch, actor, read)
+            for one in told:
+                if "problem" in one:
+                    service.state.metrics.refusal(one["problem"]["type"])
+            yield b"".join(map(line, told))
+    finally:
+        await arriving.aclose()
+
+
+async def read_item(service: Service, gallery: Gallery, item: Item) -> Answer:
+    """A line of a bulk enrolment."""
+    answer = Answer(item.number)
+    try:
+        if isinstance(item.content, Problem):
+            return answer.refused(item.content)
+        body = parse(BulkItem, item.content, MANY_VALUES)
+        answer = Answer(item.number, body.subject, body.key)
+        ready = await prepare(service, gallery, body.subject, body.inputs, body, body.key)
+        return Answer(item.number, body.subject, body.key, (ready.enrolment,))
+    except Problem as problem:
+        return answer.refused(problem)
+    except PkdError as error:
+        return answer.refused(from_error(error))
+
+
+async def _store(service: Service, name: str, batch: Sequence[Item], actor: str, read: Read) -> list[dict[str, Any]]:
+    try:
+        gallery = await service.stored(service.store.get, name)
+        answers = [one for one in await asyncio.gather(*(read(gallery, item) for item in batch)) if one]
+        enrolments = [enrolment for one in answers for enrolment in one.enrolments]
+        outcomes = list(await service.stored(service.store.enrol, name, enrolments, actor)) if enrolments else []
+    except Problem as problem:  # the store is gone, or the gallery is: every item hears of it and can be sent again
+        return [_told(Answer(item.number, problem=problem), ()) for item in batch]
+    told = []
+    for one in answers:
+        own, outcomes = outcomes[: len(one.enrolments)], outcomes[len(one.enrolments) :]
+        for enrolment, outcome in zip(one.enrolments, own, strict=True):
+            if isinstance(outcome, Problem):
+                explained(outcome, service, gallery, enrolment)
+        told.append(_told(one, own))
+    return told
+
+
+def _told(answer: Answer, outcomes: Sequence[Enrolled | Problem]) -> dict[str, Any]:
+    """As the schema BulkAnswer."""
+    said: dict[str, Any] = {"line": answer.number, "subject": answer.subject, "key": answer.key}
+    problem = answer.problem or next((one for one in outcomes if isinstance(one, Problem)), None)
+    if problem:
+        return {**said, "problem": problem.body()}
+    done = [one for one in outcomes if isinstance(one, Enrolled)]
+    return {
+        **said,
+        "templates": [id for one in done for id in one.templates],
+        "sequence": max((one.sequence for one in done), default=None),
+        "replayed": all(one.replayed for one in done),
+    }
+
+
+async def _batches(body: AsyncIterator[bytes], limit: int) -> AsyncGenerator[list[Item], None]:
+    """Whatever has arrived, at most ``BATCH`` items; the body is read on meanwhile, so far ahead and no further.
+
+    At most about ``limit`` bytes wait, and as many are worked on: what does not fit stays in the socket.
+    """
+    waiting: asyncio.Queue[Item | None] = asyncio.Queue(BATCH)
+    room = asyncio.Event()
+    room.set()
+    held = 0
+
+    async def fill() -> None:
+        nonlocal held
+        async for item in _items(body, limit):
+            await room.wait()
+            held += item.size
+            if held >= limit:
+                room.clear()
+            await waiting.put(item)
+        await waiting.put(None)
+
+    filling = asyncio.create_task(fill())
+    try:
+        more = True
+        while more:
+            taken = [await waiting.get()]
+            while len(taken) < BATCH and not waiting.empty():
+                taken.append(waiting.get_nowait())
+            more = None not in taken
+            held -= sum(item.size for item in taken if item)
+            room.set()
+            if batch := [item for item in taken if item]:
+                yield batch
+    finally:
+        filling.cancel()
+        with suppress(asyncio.CancelledError):
+            await filling
+
+
+async def _items(body: AsyncIterator[bytes], limit: int) -> AsyncIterator[Item]:
+    """Lines of a body; empty ones are counted and skipped. One that is too long is an item that cannot be read.
+
+    The last item says why the body ended early, if it did.
+    """
+    number, kept, skipping = 1, bytearray(), False
+    try:
+        async for piece in body:
+            *ended, rest = piece.split(b"\n")
+            for part in ended:
+                kept += part
+                if skipping or len(kept) > limit:
+                    yield Item(number, _too_long(limit))
+                elif kept.strip():
+                    yield Item(number, bytes(kept))
+                number, kept, skipping = number + 1, bytearray(), False
+            kept += rest
+            if len(kept) > limit:
+                kept, skipping = bytearray(), True
+    except Problem as problem:
+        yield Item(number, problem)
+        return
+    if skipping:
+        yield Item(number, _too_long(limit))
+    elif kept.strip():
+        yield Item(number, bytes(kept))
+
+
+def _too_long(limit: int) -> Problem:
+    return Problem("too-large", f"the line is over {limit:,} bytes.", limit=limit)

@@ -1,0 +1,113 @@
+"""/v1/galleries/{gallery}/subjects: enrol, list, read and delete who is in a gallery."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from pkd.serving import openapi
+from pkd.serving.answers import answer, when
+from pkd.serving.galleries.enrolling import Taken, enrol
+from pkd.serving.galleries.gallery import Subject
+from pkd.serving.galleries.schemas import (
+    EnrolAnswer,
+    EnrolBody,
+    EnrolOptions,
+    ReceiptAnswer,
+    SubjectAnswer,
+    SubjectsAnswer,
+)
+from pkd.serving.images import JSON, media_type, parse, read_files, with_query
+from pkd.serving.routes.galleries import receipt
+from pkd.serving.routes.parameters import After, GalleryName, IdempotencyKey, Limit, SubjectId
+from pkd.serving.schemas import MANY_VALUES
+from pkd.serving.security import require
+from pkd.serving.service import Service
+
+
+def routes(service: Service) -> APIRouter:
+    """Enrol, list, read, delete."""
+    router = APIRouter(tags=["galleries"])
+
+    @router.post(
+        "/v1/galleries/{gallery}/subjects/{subject}/templates",
+        responses={
+            **openapi.responses(
+                EnrolAnswer, openapi.IMAGE, openapi.ENROLMENT, openapi.NAMED, openapi.TAKEN, description="Replayed"
+            ),
+            201: {"model": EnrolAnswer, "description": "Enrolled, and durable"},
+        },
+        openapi_extra=openapi.images_body(EnrolBody, EnrolOptions, openapi.ENROL_EXAMPLE),
+    )
+    async def enrol_templates(
+        request: Request, gallery: GalleryName, subject: SubjectId, idempotency_key: IdempotencyKey = None
+    ) -> Response:
+        """Enrol a subject by images, embeddings made elsewhere, or both: all of them or none. No image is kept."""
+        actor = require(request, "enrol")
+        inputs, options = await _read(request)
+        made = await enrol(service, gallery, subject, inputs, options, idempotency_key, actor)
+        return answer(made, 200 if made["replayed"] else 201)
+
+    @router.get(
+        "/v1/galleries/{gallery}/subjects", responses=openapi.responses(SubjectsAnswer, openapi.NAMED, openapi.READ)
+    )
+    async def list_subjects(request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100) -> Response:
+        """A page of the subjects' ids, in ascending order."""
+        require(request, "admin")
+        found = await service.stored(service.store.subjects, gallery, after=after, limit=limit + 1)
+        return answer(page("subjects", found, limit))
+
+    @router.get(
+        "/v1/galleries/{gallery}/subjects/{subject}",
+        responses=openapi.responses(SubjectAnswer, openapi.SUBJECT, openapi.READ),
+    )
+    async def get_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
+        """What is kept of a subject; vectors are given out by the export alone."""
+        require(request, "admin")
+        return answer(_shown(gallery, await service.stored(service.store.subject, gallery, subject)))
+
+    @router.delete(
+        "/v1/galleries/{gallery}/subjects/{subject}",
+        responses=openapi.responses(ReceiptAnswer, openapi.SUBJECT, openapi.TAKEN),
+    )
+    async def delete_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
+        """Delete a subject's templates and key. The answer is the receipt."""
+        actor = require(request, "delete")
+        return answer(receipt(await service.stored(service.store.delete_subject, gallery, subject, actor)))
+
+    async def _read(request: Request) -> tuple[list[Taken], EnrolOptions]:
+        if media_type(request) == JSON:
+            body = parse(EnrolBody, await request.body(), MANY_VALUES)
+            fields = body.model_dump(exclude={"inputs"}, exclude_unset=True)
+            return list(body.inputs), with_query(request, EnrolOptions, fields)
+        images, fields = await read_files(request)
+        return list(images), with_query(request, EnrolOptions, fields)
+
+    return router
+
+
+def page(name: str, found: Any, limit: int) -> dict[str, Any]:
+    """Of ids, ``limit`` + 1 of which were asked for."""
+    return {name: list(found[:limit]), "next": found[limit - 1] if len(found) > limit else None}
+
+
+def _shown(gallery: str, subject: Subject) -> dict[str, Any]:
+    consent = subject.consent
+    return {
+        "gallery": gallery,
+        "subject": subject.id,
+        "attributes": dict(subject.attributes),
+        "consent": consent and {"basis": consent.basis, "reference": consent.reference, "given": consent.given},
+        "templates": [
+            {
+                "id": one.id,
+                "encoder": one.encoder,
+                "space": one.space,
+                "created": when(one.created),
+                "expires": when(one.expires),
+            }
+            for one in subject.templates
+        ],
+    }

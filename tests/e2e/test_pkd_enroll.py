@@ -1,0 +1,128 @@
+"""pkd-enroll and the client against pkd-serve, as processes, with keys: from a folder of photographs to a search."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import gallery_fixtures as made
+import pytest
+
+from pkd.serving import connection
+from pkd.serving.client import Client, Embedding, Refused
+from pkd.serving.enroll_cli import main
+from pkd.serving.galleries.vault import MasterKey
+from pkd.serving.security import new_key
+
+SERVE = str(Path(sys.executable).parent / "pkd-serve")
+ENROLL = [sys.executable, "-m", "pkd.serving.enroll_cli"]
+
+
+@contextmanager
+def serving(folder, bundles, *options):
+    """pkd-serve with a gallery and two keys; yields its URL and the keys: everything, and enrol alone."""
+    keys = [new_key("operator", "embed,verify,enrol,delete,admin"), new_key("intake", "enrol")]
+    (folder / "keys.txt").write_text("\n".join(one["line"] for one in keys) + "\n")
+    if not (folder / "master.key").exists():
+        MasterKey.create(folder / "master.key")
+    command = [SERVE, *bundles, "--port", "0", "--api-keys", folder / "keys.txt", "--threads", "2"]
+    command += ["--gallery", folder / "galleries", "--master-key", folder / "master.key", *options]
+    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"^listening on (http://\S+)$", line):
+                break
+        else:
+            pytest.fail("".join(said))
+        yield found[1], *(one["key"] for one in keys)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def enroll(folder, url, key, *options):
+    command = [*ENROLL, folder, "--server", url, "--gallery", "staff", "--failed", folder.parent / "failed.csv"]
+    environment = {**os.environ, "PKD_API_KEY": key}
+    done = subprocess.run([*map(str, command), *options], capture_output=True, text=True, timeout=60, env=environment)
+    assert "Traceback" not in done.stderr and key not in done.stderr
+    written = folder.parent / "failed.csv"
+    return done, list(csv.DictReader(written.read_text().splitlines())) if written.exists() else []
+
+
+def test_from_a_folder_to_a_search(tmp_path):
+    fleet = made.fleet(tmp_path / "bundles")
+    people = tmp_path / "people"
+    for index, name in enumerate(("ann", "bob", "eve")):
+        (people / name).mkdir(parents=True)
+        (people / name / "1.png").write_bytes(made.made.png(made.CROPS[index]))
+    with serving(tmp_path, fleet.folders[:3], "--enrol-sharpness", "0") as (url, operator, intake):
+        done, failed = enroll(people, url, intake, "--aligned", "--create", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["enrolled"] == 3 and failed == []
+
+        (people / "ann" / "2.png").write_bytes(made.made.png(made.CROPS[3]))
+        (people / "ann" / "notes.txt").write_text("no image")
+        (people / "ann" / "broken.jpg").write_bytes(b"no image")
+        (people / "stray.png").write_bytes(b"x")
+        done, failed = enroll(people, url, intake, "--aligned", "--json")
+        counts = json.loads(done.stdout)
+        assert (done.returncode, counts["enrolled"], counts["already_enrolled"], counts["refused"]) == (0, 1, 3, 3)
+        assert {(one["file"], one["type"]) for one in failed} == {
+            ("ann/broken.jpg", "bad-image"), ("ann/notes.txt", "no-image"), ("stray.png", "no-subject"),
+        }  # fmt: skip
+
+        (people / "not a name").mkdir()
+        (people / "not a name" / "1.png").write_bytes(made.made.png(made.CROPS[4]))
+        done, failed = enroll(people, url, intake, "--aligned")
+        assert done.returncode == 1 and "1 of 4 subjects" in done.stderr.strip().splitlines()[-1]
+        assert ("not a name/1.png", "invalid-request") in {(one["file"], one["type"]) for one in failed}
+
+        with Client(url, operator) as client:
+            assert client.gallery("staff").templates == {fleet.teacher.info.id: 4}
+            for index, name in enumerate(("ann", "bob", "eve")):
+                found = client.identify("staff", made_query(fleet, index), target_fpir=0.1)
+                assert (found.decision, found.candidates[0].subject) == ("match", name)
+            receipt = client.delete_subject("staff", "bob")
+        with Client(url, intake) as limited:
+            for forbidden in (lambda: limited.gallery("staff"), lambda: limited.delete_subject("staff", "ann")):
+                with pytest.raises(Refused) as refused:
+                    forbidden()
+                assert refused.value.type == "forbidden"
+
+    with serving(tmp_path, fleet.folders[:3]) as (url, operator, _), Client(url, operator) as client:
+        assert list(client.subjects("staff")) == ["ann", "eve"], "durable over a restart"
+        assert client.delete_subject("staff", "eve").sequence > receipt.sequence
+
+
+def made_query(fleet, index):
+    """As a device with the second student sends it."""
+    return Embedding(fleet.second.embed(made.CROPS[index : index + 1])[0], fleet.second.info.id)
+
+
+def test_what_cannot_begin(tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    people = tmp_path / "people"
+    (people / "ann").mkdir(parents=True)
+    (people / "ann" / "1.png").write_bytes(b"x")
+    monkeypatch.setattr(connection.time, "sleep", lambda seconds: None)
+    monkeypatch.chdir(tmp_path)
+    for folder, options, code, said in (
+        (tmp_path / "nowhere", (), 2, "no such folder"),
+        (tmp_path / "empty", (), 2, "holds no folder with images"),
+        (people, ("--jobs", "0"), 2, "--jobs 0"),
+        (people, ("--options", "[1]"), 2, "--options"),
+        (people, ("--api-key-file", str(tmp_path / "none")), 2, "cannot be read"),
+        (people, (), 1, "Is pkd-serve running there?"),
+        (people, ("--server", "nonsense"), 1, "Is pkd-serve running there?"),
+    ):
+        assert main([str(folder), "--server", "http://127.0.0.1:9", "--gallery", "staff", *options]) == code
+        out, err = capsys.readouterr()
+        assert out == "" and said in err.strip().splitlines()[-1]

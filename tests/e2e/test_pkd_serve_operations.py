@@ -1,0 +1,295 @@
+"""pkd-serve as those who run it see it: workers, reloads, drains, clocks, and a configuration that is checked first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import serving_bundles as made
+
+from pkd.serving.galleries.vault import MasterKey
+
+COMMAND = str(Path(sys.executable).parent / "pkd-serve")
+CROPS = made.crops(3, seed=3)
+CROP = made.png(CROPS[0])
+PNG = {"content-type": "image/png"}
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return made.family(tmp_path_factory.mktemp("bundles"))
+
+
+class Server:
+    """The process, what it says, and how to ask it something on a new connection, which any worker may take."""
+
+    def __init__(self, *arguments, **environment):
+        self.said = []
+        self.process = subprocess.Popen(
+            [COMMAND, *map(str, arguments), "--port", "0", "--threads", "1"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        self.url = until(lambda: self.find(r"^listening on (http://\S+)$"), 60)
+        self.headers = {}
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.said.append(line.rstrip())
+
+    def find(self, pattern):
+        return next((found[1] for line in self.said if (found := re.search(pattern, line))), None)
+
+    def ask(self, method, path, **options):
+        return httpx.request(method, self.url + path, headers={**self.headers, **options.pop("headers", {})}, **options)
+
+    def requests(self):
+        """The lines of ``--log-requests``."""
+        entries = [json.loads(line) for line in self.said if line.startswith("{")]
+        return [entry for entry in entries if entry["logger"] == "pkd.serving.requests"]
+
+    def workers(self):
+        listed = subprocess.run(
+            ["pgrep", "-P", str(self.process.pid), "-f", "spawn_main"], capture_output=True, text=True
+        )
+        return {int(pid) for pid in listed.stdout.split()}
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.terminate()
+        assert self.process.wait(30) == 0
+        self.reader.join(10)
+
+
+@contextmanager
+def serving(*arguments, **environment):
+    server = Server(*arguments, **environment)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.wait(10)
+        server.reader.join(10)  # ends when the last worker has let go of the pipe
+        server.process.stderr.close()
+
+
+def until(true, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1][:3]
+
+
+@pytest.fixture(scope="module")
+def two(family, tmp_path_factory):
+    """Two workers on one SQLite gallery, configured by variables."""
+    folder = tmp_path_factory.mktemp("two")
+    MasterKey.create(folder / "master")
+    line = f"{hashlib.sha256(b'first').hexdigest()} first embed,verify,enrol,delete,admin"
+    (folder / "keys").write_text(f"{line}\n{hashlib.sha256(b'slow').hexdigest()} slow - rate=5/s\n")
+    with serving(
+        "--workers",
+        2,
+        "--log",
+        "json",
+        PKD_BUNDLES=os.pathsep.join(map(str, family.folders[:2])),
+        PKD_GALLERY=folder / "galleries",
+        PKD_MASTER_KEY_FILE=folder / "master",
+        PKD_API_KEYS_FILE=folder / "keys",
+        PKD_LOG_REQUESTS=1,
+        PKD_HEADER_SECONDS=0.5,
+        PKD_ENROL_SHARPNESS=0,
+        PKD_SWEEP_SECONDS=0.2,
+    ) as server:
+        server.headers = {"authorization": "Bearer first"}
+        server.folder = folder
+        yield server
+        server.stop()
+
+
+def identify(server, vector, student):
+    body = {"query": {"embedding": vector.tolist(), "encoder": student}}
+    answer = server.ask("POST", "/v1/galleries/staff/identify", json=body)
+    assert answer.status_code == 200, answer.text
+    return [one["subject"] for one in answer.json()["candidates"]]
+
+
+def test_workers_see_each_other_s_enrolments_and_deletions_within_a_second(two, family):
+    student, vector = family.student.info.id, family.student.embed(CROPS[:1])[0]
+    assert two.ask("PUT", "/v1/galleries/staff", json={}).status_code == 201
+    for _ in range(3):
+        enrolled = two.ask("POST", "/v1/galleries/staff/subjects/ann/templates?aligned=true", content=CROP, headers=PNG)
+        assert enrolled.status_code == 201, enrolled.text
+        time.sleep(1)
+        before = len(two.requests())
+        assert all(identify(two, vector, student) == ["ann"] for _ in range(12))
+        assert two.ask("DELETE", "/v1/galleries/staff/subjects/ann").status_code == 200
+        time.sleep(1)
+        assert all(identify(two, vector, student) == [] for _ in range(12))
+        until(lambda before=before: len(two.requests()) >= before + 25)
+        if len({entry["process"] for entry in two.requests()[before:]}) == 2:
+            break  # both were asked; new connections go to whichever worker is first
+    else:
+        pytest.fail("one worker answered everything")
+
+
+def test_metrics_are_the_sum_over_workers_whichever_is_asked(two):
+    sent = 10
+    before = value(two, 'pkd_requests_total{method="GET",route="/v1/spaces",status="200"}')
+    for _ in range(sent):
+        assert two.ask("GET", "/v1/spaces").status_code == 200
+    for _ in range(4):
+        assert value(two, 'pkd_requests_total{method="GET",route="/v1/spaces",status="200"}') == before + sent
+    assert value(two, "pkd_ready_workers") == 2
+
+
+def value(server, series):
+    page = server.ask("GET", "/metrics").text
+    return next((float(line.split(" ")[-1]) for line in page.splitlines() if line.startswith(f"{series} ")), 0.0)
+
+
+def test_what_has_expired_is_deleted_and_counted_once(two):
+    assert two.ask("PUT", "/v1/galleries/short", json={"retention_seconds": 0.5}).status_code == 201
+    made_ = two.ask("POST", "/v1/galleries/short/subjects/bob/templates?aligned=true", content=CROP, headers=PNG)
+    assert made_.status_code == 201
+    until(lambda: two.ask("GET", "/v1/galleries/short/subjects/bob").status_code == 404)
+    until(lambda: value(two, "pkd_templates_expired_total") == 1)
+    until(lambda: value(two, "pkd_galleries") == 2)
+
+
+def test_a_rate_holds_over_all_workers(two):
+    slow = {"authorization": "Bearer slow"}
+    begun = time.monotonic()
+    statuses = [two.ask("GET", "/v1/spaces", headers=slow).status_code for _ in range(30)]
+    assert set(statuses) == {200, 429}
+    assert 5 <= statuses.count(200) <= 5 + 5 * (time.monotonic() - begun) + 1
+
+
+def test_a_new_key_is_taken_without_a_restart_and_at_once_on_sighup(two):
+    new = {"authorization": "Bearer second"}
+    assert two.ask("GET", "/v1/spaces", headers=new).status_code == 401
+    done = subprocess.run([COMMAND, "--new-api-key", "extra", "--json"], capture_output=True, text=True, check=True)
+    with (two.folder / "keys").open("a") as file:
+        file.write(json.loads(done.stdout)["line"] + "\n")
+        file.write(f"{hashlib.sha256(b'second').hexdigest()} second -\n")
+    two.process.send_signal(signal.SIGHUP)
+    until(lambda: sum("read again" in line for line in two.said) >= 2)
+    for _ in range(6):
+        assert two.ask("GET", "/v1/spaces", headers=new).status_code == 200
+    key = {"authorization": f"Bearer {json.loads(done.stdout)['key']}"}
+    assert two.ask("POST", "/v1/embed?aligned=true", content=CROP, headers={**PNG, **key}).status_code == 200
+
+
+def test_headers_that_do_not_arrive_close_the_connection(two):
+    host, port = two.url.removeprefix("http://").split(":")
+    for sent in (b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Slow: "):
+        with socket.create_connection((host, int(port)), timeout=10) as stuck:
+            stuck.sendall(sent)
+            begun = time.monotonic()
+            assert stuck.recv(1) == b""
+            assert 0.3 < time.monotonic() - begun < 5
+
+
+def test_a_worker_that_dies_is_replaced_while_the_other_answers(two):
+    before = until(lambda: len(two.workers()) == 2 and two.workers())
+    victim = min(before)
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: any("was killed by SIGKILL; another one starts" in line for line in two.said))
+    while len(two.workers()) < 2 or value(two, "pkd_ready_workers") < 2:
+        assert two.ask("GET", "/readyz").status_code == 200
+    assert victim not in two.workers() and before & two.workers()
+
+
+def test_a_drain_can_be_watched_and_lets_a_request_in_progress_finish(family):
+    with serving(family.folders[0], "--workers", 2) as server:
+        begun, go_on, answers = threading.Event(), threading.Event(), []
+        watch = [httpx.Client(base_url=server.url) for _ in range(8)]
+        assert all(one.get("/readyz").status_code == 200 for one in watch)
+
+        def slowly():
+            yield CROP[:200]
+            begun.set()
+            assert go_on.wait(20)
+            yield CROP[200:]
+
+        def send():
+            answers.append(httpx.post(f"{server.url}/embed?aligned=true", content=slowly(), headers=PNG, timeout=30))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        assert begun.wait(10)
+        time.sleep(0.3)
+        workers = server.workers()
+        server.process.send_signal(signal.SIGTERM)
+
+        def draining():
+            for one in watch:
+                try:
+                    answer = one.get("/readyz")
+                except httpx.TransportError:
+                    continue  # the worker that has nothing to finish is gone
+                if answer.status_code == 503:
+                    return answer.json()["type"]
+            return None
+
+        assert until(draining) == "draining"
+        assert server.process.poll() is None
+        go_on.set()
+        thread.join(20)
+        assert [answer.status_code for answer in answers] == [200]
+        assert server.process.wait(20) == 0
+        assert not any(map(alive, workers))
+        for one in watch:
+            one.close()
+
+
+def test_workers_do_not_outlive_their_parent(family):
+    with serving(family.folders[0], "--workers", 2) as server:
+        workers = server.workers()
+        assert len(workers) == 2
+        server.process.kill()
+        until(lambda: not any(map(alive, workers)))
+
+
+def test_what_no_worker_could_serve_ends_the_command_with_its_reason(family, tmp_path):
+    (tmp_path / "keys").write_text("nonsense\n")
+    for arguments, code, said in (
+        ([tmp_path / "nothing", "--workers", 2], 2, "no manifest.json"),
+        ([family.folders[0], "--api-keys", tmp_path / "keys", "--check-config"], 2, "line 1: no SHA-256"),
+        ([family.folders[0], "--check-config"], 0, "the configuration is good"),
+    ):
+        done = subprocess.run(
+            [COMMAND, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PKD_PORT": "0"},
+        )
+        assert done.returncode == code and done.stdout == "", done.stderr
+        assert said in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr

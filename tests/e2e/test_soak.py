@@ -1,0 +1,94 @@
+"""Mixed load: embeddings, enrolments, searches, comparisons, deletions, refusals. Memory and descriptors stay level."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import gallery_fixtures as made
+import numpy as np
+import pytest
+from scipy import stats
+from server_process import Running, pkd_serve
+
+from pkd.serving.client import Client, Embedding, Enrolled, Refused
+
+MINUTES = 30
+WARM_UP = 1 / 5
+"""Share of the time in which caches and pools fill."""
+SLOPE = 5.0
+"""MB an hour that memory may grow by, judged by the upper end of the 95 % interval of a straight line."""
+
+
+@pytest.mark.soak
+def test_memory_and_descriptors_stay_level(tmp_path: Path, soak: bool) -> None:
+    seconds = 60 * MINUTES if soak else 8
+    fleet = made.fleet(tmp_path)
+    with pkd_serve(tmp_path, *fleet.folders, "--threads", "2", "--enrol-sharpness", "0") as server:
+        with Client(server.url) as client:
+            client.create_gallery("staff")
+        stop, answers = threading.Event(), Counter[str]()
+        clients = [threading.Thread(target=visit, args=(server.url, fleet, n, stop, answers)) for n in range(4)]
+        for client in clients:
+            client.start()
+        times, sizes, first = [], [], 0
+        began = time.monotonic()
+        while (passed := time.monotonic() - began) < seconds:
+            time.sleep(seconds / 300)
+            if passed > seconds * WARM_UP:
+                first = first or server.descriptors()
+                times.append(passed / 3600)
+                sizes.append(server.resident_mb())
+        last = descriptors_at_rest(server, stop, clients)
+    print(f"{sum(answers.values()):,} requests in {seconds} s: {dict(answers)}")
+    assert {"embed", "enrol", "identify", "verify", "delete", "bad-image", "unknown-subject"} <= answers.keys(), answers
+    assert last <= first, f"{first} descriptors after the warm-up, {last} at rest afterwards"
+    slope, high = growth(np.array(times), np.array(sizes))
+    print(f"resident size {sizes[0]:.0f} → {sizes[-1]:.0f} MB, slope {slope:+.2f} MB/h, 95 % upper bound {high:+.2f}")
+    if soak:  # in seconds, no slope of MB an hour can be told from noise
+        assert high < SLOPE
+
+
+def visit(url: str, fleet: made.Fleet, number: int, stop: threading.Event, answers: Counter[str]) -> None:
+    """One client that does this and that until it is told to stop; counts what it did and what was refused."""
+    chance = random.Random(number)
+    crops = [made.made.png(crop) for crop in made.CROPS]
+    query = Embedding(fleet.first.embed(made.CROPS[:1])[0], fleet.first.info.id)
+    deeds: dict[str, Callable[[Client, str, bytes], object]] = {
+        "embed": lambda client, _, crop: client.embed(crop, aligned=True),
+        "enrol": lambda client, subject, crop: client.enrol("staff", subject, crop, aligned=True),
+        "identify": lambda client, *_: client.identify("staff", query, target_fpir=0.01),
+        "verify": lambda client, subject, _: client.verify(query, Enrolled("staff", subject), target_fmr=1e-3),
+        "delete": lambda client, subject, _: client.delete_subject("staff", subject),
+        "broken": lambda client, _, crop: client.embed(crop[: len(crop) // 2], aligned=True),
+    }
+    with Client(url) as client:
+        while not stop.is_set():
+            deed = chance.choice(list(deeds))
+            try:
+                deeds[deed](client, f"s{chance.randrange(200)}", chance.choice(crops))
+                answers[deed] += 1
+            except Refused as refused:
+                assert refused.type in ("bad-image", "unknown-subject"), refused
+                answers[refused.type] += 1
+
+
+def descriptors_at_rest(server: Running, stop: threading.Event, clients: list[threading.Thread]) -> int:
+    """Once every client has gone and the server has closed their connections."""
+    stop.set()
+    for client in clients:
+        client.join(30)
+        assert not client.is_alive()
+    time.sleep(1)
+    return server.descriptors()
+
+
+def growth(hours: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Slope in MB an hour and the upper end of its 95 % interval, over 20 means: neighbours depend on each other."""
+    times, means = (np.array([part.mean() for part in np.array_split(x, 20)]) for x in (hours, sizes))
+    line = stats.linregress(times, means)
+    return line.slope, line.slope + stats.t.ppf(0.975, len(times) - 2) * line.stderr
