@@ -212,7 +212,7 @@ class GalleryStore(Protocol):
         """One subject, with their vectors where asked for."""
 
     def subjects(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
-        """Ids in ascending order after ``after``: a page."""
+        """Ids after ``after``: a page, always in one order. Ascending, but not in Milvus, which must not learn them."""
 
     def delete_subject(self, gallery: str, subject: str, actor: str) -> Receipt:
         """Delete a subject's templates and key."""
@@ -241,7 +241,7 @@ class GalleryStore(Protocol):
         """Delete what is past its time; returns how many templates. Called again and again by the server."""
 
     def export(self, gallery: str) -> Iterator[Subject]:
-        """Every subject with vectors, by id, as of one moment."""
+        """Every subject with vectors, in the order of ``subjects``; in SQLite as of one moment."""
 
     def check(self) -> None:
         """Raise a store-unavailable Problem unless the store can read and write right now."""

@@ -167,9 +167,9 @@ class MilvusGallery:
         while len(found) < limit:
             start = f"{after}~" if after else ""  # ~ sorts after every hexadecimal digit
             where = f'kind == {COMMIT} and id > "{start}"'
-            rows = self.tables.query(self.records, where, ["id", "subject"], fresh, limit)
+            rows = self.tables.query(self.records, where, ["id", "subject"], fresh, min(limit, PAGE))
             found += dict.fromkeys(row["subject"] for row in rows)
-            if len(rows) < limit:
+            if len(rows) < min(limit, PAGE):
                 break
             after = found[-1]
         return found[:limit]

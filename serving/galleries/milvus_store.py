@@ -1,7 +1,7 @@
 """MilvusStore: galleries in Milvus, for several server machines and for more templates than one memory holds.
 
 Each gallery has its own collections, so that deleting it is dropping them; one collection more lists the galleries.
-What may happen because Milvus has no transactions, and what it learns of the people in it: docs/galleries.md.
+What may happen because Milvus has no transactions, and what it learns of the people in it: docs/milvus.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,6 +50,8 @@ KNOWN_SECONDS = 0.3
 """How long a gallery's row is believed before it is read again."""
 BATCH = 256
 """Enrolments written in one step."""
+PURGE_SECONDS = 3600.0
+"""How often Milvus is asked to write its files anew without what was deleted."""
 EXPORTED = 200
 """Subjects read at a time by an export."""
 HEARTBEAT = "check"
@@ -72,6 +75,7 @@ class MilvusStore:
         self._galleries = f"{tables.prefix}_galleries"
         self._known: dict[str, tuple[float, Entry]] = {}
         self._opened: dict[str, MilvusGallery] = {}
+        self._purged = time.monotonic()
         self._ready, self._starting = False, threading.Lock()
         self._auditing = threading.Lock()
         self._audit = sqlite3.connect(audit_file, timeout=5, isolation_level=None, check_same_thread=False)
@@ -119,7 +123,7 @@ class MilvusStore:
         entries = [Entry.of(row) for row in self._rows('id > ""', "SEEN")]
         described = []
         for entry in sorted(entries, key=lambda entry: entry.name):
-            with contextlib.suppress(NoTable):  # deleted meanwhile
+            with contextlib.suppress(NoTable), explained():  # deleted meanwhile
                 described.append(self._describe(self._open(entry), entry))
         return described
 
@@ -255,14 +259,20 @@ class MilvusStore:
         total = 0
         entries = [Entry.of(row) for row in self._rows('id > ""', "ALL")]
         for entry in entries:
-            with contextlib.suppress(NoTable):
+            with contextlib.suppress(NoTable), explained():
                 opened = self._open(entry)
                 templates, rows = opened.expire(entry, now)
                 opened.sweep(entry, time.time() - SWEEP_SECONDS)
                 if templates:
                     self._append("retention", "expire", entry.name, templates=templates, rows=rows)
                 total += templates
-        self._sweep({entry.id for entry in entries})
+        ids = {entry.id for entry in entries}
+        for id in self._opened.keys() - ids:  # deleted by other processes: their keys go from memory, too
+            self._opened.pop(id, None)
+        self._sweep(ids)
+        if time.monotonic() - self._purged >= PURGE_SECONDS:
+            self._purged = time.monotonic()
+            self._tables.purge()
         return total
 
     def export(self, gallery: str) -> Iterator[Subject]:
@@ -289,7 +299,8 @@ class MilvusStore:
         for attempt in (fresh, "ALL"):
             entry = self._entry(name, "ALL" if attempt == "ALL" else "SEEN")
             try:
-                return do(self._open(entry), entry)
+                with explained():
+                    return do(self._open(entry), entry)
             except NoTable:
                 self._known.pop(name, None)
         raise unknown_gallery(name)
@@ -342,10 +353,8 @@ class MilvusStore:
     def _export(self, gallery: str) -> Iterator[Subject]:
         after = ""
         while True:
-            entry = self._entry(gallery, "SEEN")
-            opened = self._open(entry)
-            pseudonyms = opened.page(after, EXPORTED)
-            yield from opened.subjects(entry, pseudonyms, vectors=True)
+            pseudonyms, subjects = self._with(gallery, partial(_page, after=after))
+            yield from subjects
             if len(pseudonyms) < EXPORTED:
                 return
             after = pseudonyms[-1]
@@ -385,6 +394,11 @@ class MilvusStore:
                 self._audit.execute("ROLLBACK")
                 raise
             return head
+
+
+def _page(opened: MilvusGallery, entry: Entry, after: str) -> tuple[Sequence[str], Sequence[Subject]]:
+    pseudonyms = opened.page(after, EXPORTED)
+    return pseudonyms, list(opened.subjects(entry, pseudonyms, vectors=True))
 
 
 def _new_id() -> str:

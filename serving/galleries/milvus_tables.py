@@ -31,6 +31,7 @@ PAGE = 1_000
 MOST = 16_384
 """Rows that Milvus gives for one query or search at most."""
 LOAD_SECONDS = 30.0
+RETRY_SECONDS = 1.0
 NOTHING: list[float] = [0.0, 0.0]
 """Every collection must have a vector; those of plain rows have this one."""
 
@@ -50,11 +51,14 @@ class Tables:
         self._uri, self._token, self._shards = uri, token, shards
         self._client: Any = None
         self._connecting = threading.Lock()
+        self._retry = 0.0
+        self._deleted: set[str] = set()
         self._written: dict[str, float] = {}
 
     def create(self, name: str, fields: Mapping[str, int], dim: int = 0, indexed: Sequence[str] = ()) -> None:
         """Create and load a collection, unless it is there. ``fields``: name → longest text, 0 for a number and -1 for
         a dictionary; the first one is the primary key. ``dim`` 0: rows without a vector of their own."""
+        self.names()  # says so where pymilvus is missing
         from pymilvus import DataType, MilvusClient
 
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -69,8 +73,11 @@ class Tables:
         indexes.add_index("vector", index_type="FLAT", metric_type="IP")
         for field in indexed:
             indexes.add_index(field, index_type="Trie")
-        self._call("create_collection", name, schema=schema, num_shards=self._shards)
-        self._call("create_index", name, indexes, sync=False)
+        # Looked for first: once restarted, Milvus 2.3 takes the same schema for another one, and refuses it.
+        if name not in self.names():
+            self._call("create_collection", name, schema=schema, num_shards=self._shards)
+        if not self._call("list_indexes", name):
+            self._call("create_index", name, indexes, sync=False)
         self._call("load_collection", name, _async=True)
         deadline = time.monotonic() + LOAD_SECONDS
         while self._call("get_load_state", name)["state"].name != "Loaded":
@@ -96,6 +103,8 @@ class Tables:
 
     def delete(self, name: str, keys: Sequence[str]) -> None:
         """Delete the rows with these primary keys, the first field, which every collection calls ``id``."""
+        if keys:
+            self._deleted.add(name)
         for start in range(0, len(keys), PAGE):
             self._write("delete", name, list(keys[start : start + PAGE]))
 
@@ -136,10 +145,20 @@ class Tables:
         )
         return [[{"id": hit["id"], "score": hit["distance"], **hit["entity"]} for hit in hits] for hits in found]
 
-    def purge(self, name: str) -> None:
-        """Ask Milvus to write segments anew without the rows that were deleted. It does so in its own time."""
-        self._call("flush", name)
-        self._call("compact", name)
+    def purge(self) -> None:
+        """Ask Milvus to write anew, without them, the segments that this process deleted rows of.
+
+        It does so in its own time. By itself it waits until a fifth of a segment is deleted.
+        """
+        for name in list(self._deleted):
+            try:
+                self._call("flush", name)
+                self._call("compact", name)
+            except NoTable:
+                pass
+            except Problem:
+                continue  # next time
+            self._deleted.discard(name)
 
     def close(self) -> None:
         """Close the connection."""
@@ -163,9 +182,11 @@ class Tables:
                 self._written[name] = time.monotonic()
 
     def _call(self, operation: str, *args: Any, **kwargs: Any) -> Any:
-        import grpc
-        from pymilvus import MilvusException
-
+        try:
+            import grpc
+            from pymilvus import MilvusException
+        except ImportError:
+            raise MissingExtra("pymilvus", "milvus") from None
         try:
             method: Callable[..., Any] = getattr(self._connected(), operation)
             return method(*args, timeout=self.timeout, **kwargs)
@@ -178,11 +199,15 @@ class Tables:
 
     def _connected(self) -> Any:
         with self._connecting:
-            if self._client is None:
-                try:
-                    from pymilvus import MilvusClient
-                except ImportError:
-                    raise MissingExtra("pymilvus", "milvus") from None
-                logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every error that it raises, too
+            if self._client is not None:
+                return self._client
+            if time.monotonic() < self._retry:  # for those who waited here while another one failed
+                raise Problem("store-unavailable", "Milvus could not be reached a moment ago.")
+            from pymilvus import MilvusClient
+
+            logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every error that it raises, too
+            try:
                 self._client = MilvusClient(self._uri, token=self._token, timeout=self.timeout)
+            finally:
+                self._retry = 0.0 if self._client is not None else time.monotonic() + RETRY_SECONDS
             return self._client

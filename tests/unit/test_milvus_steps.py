@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gallery_conformance import ALICE, BOB, ENCODER, NEW, NEXT, OLD, enrolled, one, unit
+from gallery_conformance import ALICE, BOB, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, soon, unit
 from milvus_server import MilvusServer
 from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 
 from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, NewTemplate
 from pkd.serving.galleries.milvus_rows import COMMIT, JOURNAL, SUBJECT
 from pkd.serving.galleries.milvus_store import MilvusStore
-from pkd.serving.galleries.milvus_tables import Row, Tables
+from pkd.serving.galleries.milvus_tables import STALE_SECONDS, Row, Tables
+from pkd.serving.galleries.vault import MasterKey
 from pkd.serving.problems import Problem
 
 
@@ -61,6 +62,7 @@ def dying(store: MilvusStore, change: Callable[[], object], after: int) -> bool:
         return True
     finally:
         tables.writes_left = 10_000
+        time.sleep(STALE_SECONDS + 0.3)  # until other stores see as far as it came
     return False
 
 
@@ -81,19 +83,21 @@ def left(store: MilvusStore, gallery: str = "staff") -> dict[str, int]:
 
 
 def test_an_enrolment_that_dies_at_any_step_is_whole_or_absent(opened: Open, mortal: MilvusStore) -> None:
-    store, vectors = opened(), unit(1, 40)
+    store, vectors = opened(), unit(1, 70)
     store.create("staff", OLD, None, ALICE)
     enrolled(store.enrol("staff", [one("old", vectors[0], attributes={"site": "a"})], ALICE))
     steps = 0
     for steps in range(20):
-        new, again = f"new{steps}", vectors[2 * steps + 1 : 2 * steps + 3]
-        templates = [NewTemplate(ENCODER, OLD.id, vector) for vector in again]
-        asked = [Enrolment(new, templates), one("old", vectors[0], attributes={"site": f"s{steps}"})]
+        new, again = f"new{steps}", vectors[3 * steps + 1 : 3 * steps + 4]
+        templates = [NewTemplate(ENCODER, OLD.id, vector) for vector in again[:2]]
+        asked = [Enrolment(new, templates), one("old", again[2], attributes={"site": f"s{steps}"})]
         before = len(store.subject("staff", "old").templates)
         died = dying(mortal, lambda asked=asked: mortal.enrol("staff", asked, ALICE), steps)  # type: ignore[misc]
         there = new in store.subjects("staff")
         (found,) = store.search("staff", ENCODER, again[:1], 1)
         assert (found.hits[0].subject == new) == there
+        (found,) = store.search("staff", ENCODER, again[2:], 50)
+        assert ({hit.subject: hit.score for hit in found.hits}["old"] > 0.999) == there
         old = store.subject("staff", "old")
         assert len(old.templates) == before + there
         if there:
@@ -101,6 +105,7 @@ def test_an_enrolment_that_dies_at_any_step_is_whole_or_absent(opened: Open, mor
         # Whoever was enrolled is found by the attributes that hold now, whichever step came last.
         (found,) = store.search("staff", ENCODER, vectors[:1], 1, old.attributes)
         assert [hit.subject for hit in found.hits] == ["old"]
+        assert found.hits[0].score > 0.999
         sweep(store)
         subjects = store.subjects("staff")
         total = sum(len(store.subject("staff", subject).templates) for subject in subjects)
@@ -246,6 +251,30 @@ def test_milvus_learns_no_name_no_attribute_and_no_vector(opened: Open) -> None:
         assert np.abs(vectors - vector).max(1).min() > 0.1
     assert abs(hidden[0] @ hidden[1] - vectors[0] @ vectors[1]) < 1e-6
     assert MASTER.key.hex() not in stolen
+
+
+def test_what_was_deleted_leaves_the_segments(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened()
+    store.create("staff", OLD, None, ALICE)
+    enrolled(store.enrol("staff", [one(f"s{i}", unit(i)[0]) for i in range(3)], ALICE))
+    (table,) = store._entry("staff", "ALL").tables.values()
+    client = store._tables._connected()
+    client.flush(table)
+    store.delete_subject("staff", "s1", ALICE)
+    assert client.get_collection_stats(table)["row_count"] == 3  # marked as deleted, and still there
+    monkeypatch.setattr("pkd.serving.galleries.milvus_store.PURGE_SECONDS", 0)
+    store.expire(0)
+    assert soon(lambda: client.get_collection_stats(table)["row_count"] == 2, 60)
+
+
+def test_another_master_key_opens_nothing(milvus_server: MilvusServer, opened: Open, tmp_path: Path) -> None:
+    opened().create("staff", OLD, None, ALICE)
+    other = MilvusStore(Tables(milvus_server.uri), tmp_path / "other.db", MasterKey(bytes(32)))
+    for call in (lambda: other.search("staff", ENCODER, unit(1), 1), other.list, lambda: list(other.export("staff"))):
+        with refused("store-unavailable") as caught:
+            call()
+        assert "key" in caught.value.detail
+    other.close()
 
 
 def test_templates_without_a_commit_do_not_crowd_out_others(opened: Open) -> None:
