@@ -57,10 +57,10 @@ def answered(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any
 
 
 def failed(capsys: pytest.CaptureFixture[str], code: int, *argv: object) -> str:
-    """The one line with which a command fails."""
+    """The last line, with which a command fails; a server's handler of the log may have written before it."""
     capsys.readouterr()
     assert main(["--json", *map(str, argv)]) == code
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     return str(line)
 
 
