@@ -71,6 +71,7 @@ class SqliteStore:
             self._tail = Tail(self._file)
             self._tail.catch_up()
             self._wal_owed = not self._file.truncate()
+            self._tail.watch()
         except BaseException:
             self._file.close()
             raise

@@ -1,7 +1,8 @@
 """Tail: keeps what a process has in memory like what is in the database, whoever wrote it.
 
-Before a search, ``PRAGMA data_version`` tells in microseconds whether anything was committed since. If so, templates
-newer than the newest known are read, and the log of changes for what went. The first reading is the same code.
+Before a search, and twice a second in any case, ``PRAGMA data_version`` tells in microseconds whether anything was
+committed since. If so, templates newer than the newest known are read, and the log of changes for what went. The first
+reading is the same code.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from threadpoolctl import threadpool_limits
 from pkd.serving.galleries.memory_index import MemoryIndex, Rows, template_id
 from pkd.serving.galleries.sqlite_file import SqliteFile, explained
 from pkd.serving.galleries.vault import GalleryKey, Sealed
+from pkd.serving.problems import Problem
 from pkd.serving.settings import usable_cores
 
 STORED = np.dtype("<f2")
 """Element type of a stored vector."""
 AT_ONCE = 8192
 """Templates read and decrypted at a time."""
+
+EVERY = 0.5
+"""Seconds between looks at what others committed, so that a process without searches forgets what was deleted, too."""
 
 logger = logging.getLogger("pkd.serving")
 
@@ -73,9 +78,18 @@ class Tail:
         threadpool_limits(1, user_api="blas")
         self._version = -1
         self._known = _Known()
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="pkd-tail", daemon=True)
+
+    def watch(self) -> None:
+        """Catch up by itself from now on."""
+        self._watcher.start()
 
     def close(self) -> None:
-        """End the threads of searches."""
+        """End all threads."""
+        self._closing.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
         self._cores.shutdown()
 
     def gallery(self, name: str) -> Followed | None:
@@ -103,6 +117,17 @@ class Tail:
                     self._version = version
         finally:
             self._lock.release()
+
+    def _watch(self) -> None:
+        failed = False
+        while not self._closing.wait(EVERY):
+            try:
+                self.catch_up()
+                failed = False
+            except Problem as problem:
+                if not failed:
+                    logger.warning("what is in memory may be behind: %s", problem)
+                failed = True
 
     def _read(self) -> None:
         known = self._known

@@ -12,9 +12,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from gallery_conformance import ALICE, ENCODER, OLD, enrolled, one, refused, unit
+from gallery_conformance import ALICE, ENCODER, OLD, enrolled, one, refused, soon, unit
 
-from pkd.serving.galleries import sqlite_file, sqlite_store
+from pkd.serving.galleries import sqlite_file, sqlite_store, tail
 from pkd.serving.galleries.enrolment import Enrolling
 from pkd.serving.galleries.inspection import inspect
 from pkd.serving.galleries.sqlite_file import NAME, SqliteFile, rewrap
@@ -25,6 +25,11 @@ from pkd.toolkit.errors import InputError
 
 MASTER = MasterKey(bytes(range(32)))
 NAMED = "an-unmistakable-name"
+
+
+@pytest.fixture(autouse=True)
+def _nobody_catches_up_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tail, "EVERY", 3600.0)
 
 
 @pytest.fixture
@@ -293,6 +298,19 @@ def test_reading_everything_anew_is_not_seen_half_done(
         monkeypatch.setattr(sleeper._tail, "_add", half)
         assert sleeper.search("staff", ENCODER, unit(3), 1)[0].searched == 19
         assert seen == [20, 20]
+
+
+def test_a_process_without_searches_forgets_what_was_deleted(
+    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "EVERY", 0.05)
+    with closing(SqliteStore(tmp_path / "store", MASTER)) as idle:
+        followed = idle._tail.gallery("staff")
+        assert followed
+        assert len(followed.index) == 20
+        store.delete_subject("staff", "s03", ALICE)
+        assert soon(lambda: len(followed.index) == 19)
+    assert not [thread for thread in threading.enumerate() if thread is idle._tail._watcher]
 
 
 def test_a_process_that_was_silent_too_long_reads_everything_anew(
