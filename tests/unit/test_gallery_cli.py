@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from gallery_conformance import ALICE, ENCODER, NEW, NEXT, OLD, STUDENT, enrolled, one, unit
 
+from pkd.serving.answers import line
+from pkd.serving.galleries import transfer
 from pkd.serving.galleries.gallery import Consent
 from pkd.serving.galleries.sqlite_file import NAME
 from pkd.serving.galleries.sqlite_store import SqliteStore
@@ -139,6 +141,22 @@ def test_a_copy_holds_everything_and_can_be_taken_in_twice(
         swapped = tmp_path / "swapped.jsonl"
         swapped.write_bytes(b"".join([lines[0], lines[2], lines[1], *lines[3:]]))
         assert "does not decrypt" in failed(capsys, 4, "import", copy, swapped, *into)
+
+
+def test_files_of_the_api_and_of_the_command_are_the_same_format(
+    folder: Path, key: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl"
+    answered(capsys, "export", folder, "staff", ours, "--master-key", key, "--plain")
+    for row in ours.read_bytes().splitlines():
+        transfer.Line.model_validate_json(row)
+    with closing(SqliteStore(folder, MasterKey.read(key))) as store:
+        subjects = [transfer._exported(subject) for subject in store.export("staff")]
+        head = line(transfer._header(store.get("staff")))
+    theirs.write_bytes(b"".join([head, *subjects, line({"end": True, "subjects": len(subjects)})]))
+    done = answered(capsys, "import", tmp_path / "copy", theirs, "--master-key", key)
+    assert (done["subjects"], done["templates"]) == (301, 303)
+    assert answered(capsys, "import", tmp_path / "copy", ours, "--master-key", key)["there_already"] == 303
 
 
 def test_rekey_changes_what_opens_the_store(
