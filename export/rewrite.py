@@ -1,8 +1,8 @@
 """Rewrites of a graph that leave its numbers alone: what one runtime computes faster, or only then quantises well.
 
-``fold_batch_norm`` is for every graph. onnxruntime's PRelu is slower than four plain operators: ``decompose_prelu``
-gives it the four that are fastest in float, ``split_prelu`` those for INT8. TensorRT, OpenVINO and XNNPACK have one
-fused operation for PRelu, so there it stays.
+``fold_batch_norm`` is for every graph. PRelu costs onnxruntime and OpenVINO more than four plain operators:
+``decompose_prelu`` gives those that are fastest, ``split_prelu`` those that are smallest beside INT8 weights. TensorRT
+and XNNPACK have one fused operation for PRelu, so there it stays.
 """
 
 from __future__ import annotations

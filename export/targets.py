@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pkd.export.golden import COUNT, TOLERANCE
 from pkd.export.parity import ParityRow, measure, onnx_runner
+from pkd.export.rewrite import decompose_prelu, split_prelu
 from pkd.export.to_executorch import to_executorch
 from pkd.export.to_ncnn import to_ncnn
 from pkd.export.to_openvino import to_ir
@@ -22,7 +23,7 @@ from pkd.toolkit.errors import InputError, TargetUnavailable
 from pkd.toolkit.executorch_runtime import ExecuTorchNet
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.ncnn_runtime import NcnnNet
-from pkd.toolkit.openvino_runtime import HINTS, compile_model
+from pkd.toolkit.openvino_runtime import HINTS, OpenVinoModel
 from pkd.toolkit.runtime import Embeddings, Encoder, unit_rows
 from pkd.toolkit.space import EncoderInfo
 from pkd.toolkit.target import Target
@@ -55,15 +56,9 @@ def _onnx(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) 
 
 def _openvino(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
     xml, weights, version = to_ir(graph.data)
-    model = compile_model(xml, weights, precision, 1)
+    model = OpenVinoModel(xml, weights, precision, 1)
     settings: Settings = {"INFERENCE_PRECISION_HINT": HINTS[precision]}
-
-    def embed(crops: Rgb) -> NDArray[np.float32]:
-        return np.asarray(model.create_infer_request().infer([crops])[0], np.float32)
-
-    return Built(
-        {"encoder.xml": xml, "encoder.bin": weights}, f"openvino {version}", settings, f"openvino {version}", embed
-    )
+    return Built({"encoder.xml": xml, "encoder.bin": weights}, f"openvino {version}", settings, model.version, model)
 
 
 def _ncnn(graph: TypedGraph, precision: str, options: BuildOptions, tell: Tell) -> Built:
@@ -106,12 +101,12 @@ class Format:
 
 
 TARGETS: dict[str, Format] = {
-    "onnx": Format("onnxruntime", ("fp32", "fp16", "int8"), Form("u8s8", keeps_prelu=False), _onnx),
-    "openvino": Format("openvino", ("fp32", "bf16", "int8"), Form("s8s8", keeps_prelu=True), _openvino),
-    "ncnn": Format("ncnn", ("fp32",), Form("u8s8", keeps_prelu=True), _ncnn),
-    "executorch": Format("executorch", ("fp32", "int8"), Form("u8s8", keeps_prelu=True), _executorch),
-    "trt": Format("tensorrt", ("fp32", "fp16", "int8"), Form("s8s8", keeps_prelu=True), _tensorrt),
-    "trt-rtx": Format("tensorrt_rtx", ("fp32", "fp16", "int8"), Form("s8s8", keeps_prelu=True), _tensorrt_rtx),
+    "onnx": Format("onnxruntime", ("fp32", "fp16", "int8"), Form("u8s8", decompose_prelu, split_prelu), _onnx),
+    "openvino": Format("openvino", ("fp32", "bf16", "int8"), Form("s8s8", decompose_prelu, decompose_prelu), _openvino),
+    "ncnn": Format("ncnn", ("fp32",), Form("u8s8"), _ncnn),
+    "executorch": Format("executorch", ("fp32", "int8"), Form("u8s8"), _executorch),
+    "trt": Format("tensorrt", ("fp32", "fp16", "int8"), Form("s8s8"), _tensorrt),
+    "trt-rtx": Format("tensorrt_rtx", ("fp32", "fp16", "int8"), Form("s8s8"), _tensorrt_rtx),
 }
 PRECISIONS = tuple(dict.fromkeys(precision for row in TARGETS.values() for precision in row.precisions))
 
@@ -183,7 +178,7 @@ def make(
     N×S×S×3, the first of them the golden ones; ``expected``: the source's rows for them.
     """
     made = Made()
-    plain = graphs.get("fp32", Form("", keeps_prelu=True)).data
+    plain = graphs.get("fp32", Form("")).data
     for chosen, precision in pairs:
         format = TARGETS[chosen]
         name = f"{format.runtime}-{precision}"

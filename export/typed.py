@@ -12,12 +12,13 @@ from pkd.export.calibration import Calibration
 from pkd.export.half import to_half
 from pkd.export.quantize import LayerCost, calibrate, embeddings, layers, quantise, sensitivity, similarity_rms
 from pkd.export.ranges import Ranges
-from pkd.export.rewrite import decompose_prelu, shorten_names, split_prelu
+from pkd.export.rewrite import shorten_names
 from pkd.export.to_onnx import serialise
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.space import EncoderInfo, in_mode
 
 Settings = dict[str, str | int | float | bool]
+Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
 Progress = Callable[[str, int], Callable[[int], None]]
 """Label and total → a function that is told of each step."""
 
@@ -28,7 +29,10 @@ class Form:
 
     int8: str
     """One of quantize.FORMS."""
-    keeps_prelu: bool
+    float_rewrite: Rewrite | None = None
+    """What a graph in float goes through; None: nothing."""
+    int8_rewrite: Rewrite | None = None
+    """What a graph goes through after it was quantised: its own sums are not to be rounded."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class TypedGraphs:
     def _make(self, precision: str, form: Form) -> TypedGraph:
         if precision == "int8":
             return self._int8(form)
-        graph = self.plain if form.keeps_prelu else decompose_prelu(self.plain)
+        graph = form.float_rewrite(self.plain) if form.float_rewrite else self.plain
         if precision == "fp32":
             return TypedGraph(serialise(graph), self.info, {})
         if precision == "bf16":  # the runtime rounds, see openvino_runtime.HINTS
@@ -115,8 +119,8 @@ class TypedGraphs:
         source, calibration = self._source(form), self._calibration()
         keep = self._costliest(form, source)
         made = quantise(source.plain, source.ranges, form.int8, keep)
-        if not form.keeps_prelu:
-            made = split_prelu(made)
+        if form.int8_rewrite:
+            made = form.int8_rewrite(made)
         data = serialise(shorten_names(made))
         held = calibration.held_out
         settings: Settings = {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from pkd.export.to_openvino import to_ir
 from pkd.toolkit.bundle import Bundle, self_test, write_bundle
 from pkd.toolkit.cli.encoders import open_encoder
 from pkd.toolkit.errors import BadVector, BundleError, InputError, TargetUnavailable
-from pkd.toolkit.openvino_runtime import compile_model
+from pkd.toolkit.openvino_runtime import OpenVinoModel
 from pkd.toolkit.preprocess import Preprocess
 from pkd.toolkit.runtime import open_bundle
 from pkd.toolkit.runtimes import open_target, target_of
@@ -70,6 +71,16 @@ def test_openvino_computes_the_encoder_and_keeps_its_id(bundle: Bundle) -> None:
         opened.embed(CROPS.astype(np.float32))  # type: ignore[arg-type]
 
 
+def test_openvino_in_every_batch_size_and_from_several_threads(bundle: Bundle) -> None:
+    opened = open_target(bundle, "openvino-fp32")
+    crops = np.concatenate([CROPS, CROPS[::-1]])
+    expected = open_bundle(bundle).embed(crops)
+    sizes = [*range(1, len(crops) + 1), *range(len(crops), 0, -1)]  # more than have a model of their own
+    with ThreadPoolExecutor(4) as pool:
+        for size, rows in zip(sizes, pool.map(lambda size: opened.embed(crops[:size]), sizes), strict=True):
+            np.testing.assert_allclose(rows, expected[:size], atol=1e-6)
+
+
 def test_bf16_is_another_encoder_with_other_numbers(bundle: Bundle) -> None:
     try:
         opened = open_target(bundle, "openvino-bf16")
@@ -89,7 +100,7 @@ def test_a_precision_that_the_processor_lacks_is_not_silently_another(
     xml, weights = (bundle.read(f"targets/openvino-fp32/encoder.{end}") for end in ("xml", "bin"))
     monkeypatch.setitem(openvino_runtime.HINTS, "fp16", "f16")  # no x86 processor of ours computes in it
     with pytest.raises(TargetUnavailable, match="not in f16"):
-        compile_model(xml, weights, "fp16", 1)
+        OpenVinoModel(xml, weights, "fp16", 1)
 
 
 def test_a_spelling_for_every_command(bundle: Bundle) -> None:
@@ -131,7 +142,7 @@ def test_zero_rows_are_refused_by_openvino_too() -> None:
     matrix = next(t for t in zero.graph.initializer if t.name == "matrix")
     matrix.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(matrix)), "matrix"))
     xml, weights, _ = to_ir(serialise(uint8_graph(zero, Preprocess(), DIM)))
-    encoder = OpenVinoEncoder(content()[1].encoder, compile_model(xml, weights, "fp32", 1))
+    encoder = OpenVinoEncoder(content()[1].encoder, OpenVinoModel(xml, weights, "fp32", 1))
     with pytest.raises(BadVector):
         encoder.embed(CROPS)
 
