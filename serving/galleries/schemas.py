@@ -291,6 +291,7 @@ class ExportHeader(Sent):
     gallery: str
     space: SpaceAnswer
     moving_to: SpaceAnswer | None = None
+    retention_seconds: float | None = Field(None, description="Of the gallery it was; absent where it keeps templates")
     subjects: int
 
 

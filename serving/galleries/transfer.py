@@ -146,11 +146,13 @@ def _header(gallery: Gallery) -> dict[str, Any]:
     def space(one: Any) -> dict[str, Any]:
         return {"id": one.id, "dim": one.dim, "metric": "cosine"}
 
+    retention = {} if gallery.retention is None else {"retention_seconds": gallery.retention}
     return {
         "format": FORMAT,
         "gallery": gallery.name,
         "space": space(gallery.space),
         "moving_to": gallery.moving_to and space(gallery.moving_to),
+        **retention,
         "subjects": gallery.subjects,
     }
 

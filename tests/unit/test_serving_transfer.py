@@ -178,7 +178,7 @@ def test_a_gallery_that_is_deleted_meanwhile(client, fleet):
 
 
 def test_export_and_import(client, fleet):
-    made.gallery(client, "from")
+    made.gallery(client, "from", retention_seconds=1e8)
     consent = {"basis": "contract", "reference": "7", "given": "2026-01-01"}
     for i in range(70):  # more than one piece
         made.enrol(client, "from", f"s{i:02}", made.embedded(fleet.first, i % 6))
@@ -191,6 +191,7 @@ def test_export_and_import(client, fleet):
     assert (header["format"], header["gallery"], header["space"]["id"]) == (
         "pkd-gallery-1", "from", fleet.teacher.info.space.id,
     )  # fmt: skip
+    assert header["retention_seconds"] == 1e8
     assert end == {"end": True, "subjects": 71}
     assert [one["subject"] for one in subjects] == sorted(one["subject"] for one in subjects)
     ann = subjects[0]
