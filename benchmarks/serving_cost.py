@@ -5,11 +5,13 @@ Run as: python benchmarks/serving_cost.py                     (about 12 minutes 
 
 Encoder: the EdgeFace-XS teacher in onnxruntime, one thread a session. Aligned crops are sent as raw JPEG bodies and
 answered as ``b64_f16``; whole photographs are detected (YuNet), aligned and embedded. In-process: the same decoder,
-detector and encoder in a loop, no HTTP. Peers, where they are installed: LitServe with the same decoder and encoder and
-JSON with base64, its own way of taking bytes; deepface's API with the same detector and encoder, but its own alignment
-and its own session options (benchmarks/peers/). All take turns in every round, so that they see the same machine; the
-client is another process, and only the server's CPU time counts. Needs the faces and teachers of PKD_SHARED (or
-../shared). Writes benchmarks/results/serving_cost.json.
+detector and encoder in a loop, no HTTP, once on one thread and once on as many as the servers have workers. "uvicorn
+alone" is the same behind an ASGI function without framework, checks, limits or metrics: what HTTP and threads cost by
+themselves. Peers, where they are installed: LitServe with the same decoder and encoder and JSON with base64, its own
+way of taking bytes; deepface's API with the same detector and encoder, but its own alignment and session options
+(benchmarks/peers/). All take turns in every round, so that they see the same machine; the client is another process,
+and only the server's CPU time counts. Needs the faces and teachers of PKD_SHARED (or ../shared). Writes
+benchmarks/results/serving_cost.json.
 
 InsightFace-REST cannot be a peer: each of its detectors is a download. InsightFace Server is on no package index.
 """
@@ -32,6 +34,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,8 @@ IMAGES = 64
 CONCURRENCIES = (1, 8, 32)
 WORKERS = 2
 """Worker threads of pkd-serve, worker processes of LitServe."""
-PEERS = {"crops": ("LitServe",), "photographs": ("deepface",)}
+BARE = "uvicorn alone"
+PEERS = {"crops": (BARE, "LitServe"), "photographs": (BARE, "deepface")}
 """What a peer can do: LitServe has no detection, deepface always detects."""
 Figures = dict[str, float]
 Form = Callable[[bytes], tuple[str, bytes]]
@@ -60,11 +64,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=400, help="per contestant, concurrency and round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--in-process", choices=("crops", "photographs"), help=argparse.SUPPRESS)
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.in_process:
-        print(json.dumps(in_process(args.in_process, args.bundle, args.requests)))
+        print(json.dumps(in_process(args.in_process, args.bundle, args.requests, args.threads)))
         return 0
     if not (SHARED / "faces").is_dir():
         print(f"skipped: no photographs in {SHARED}. Set PKD_SHARED to the folder that holds faces/ and models/.")
@@ -73,7 +78,7 @@ def main() -> int:
         bundle = Path(folder, "teacher")
         export = ["--teacher", str(SHARED / "models" / TEACHER), "-o", str(bundle)]
         run("pkd-export", *export, "--teacher-preprocess", "channels=rgb,mean=127.5,std=127.5")
-        servers = {"pkd-serve": stack.enter_context(pkd_serve(bundle))}
+        servers = {"pkd-serve": stack.enter_context(pkd_serve(bundle)), BARE: stack.enter_context(bare(bundle))}
         if importlib.util.find_spec("litserve"):
             servers["LitServe"] = stack.enter_context(litserve_process(bundle))
         if importlib.util.find_spec("deepface"):
@@ -98,9 +103,11 @@ def one_round(servers: dict[str, Server], bundle: Path, requests: int) -> dict[s
     found: dict[str, Any] = {}
     for what, images in (("crops", crop_files()), ("photographs", photograph_files())):
         many = requests if what == "crops" else max(IMAGES, requests // 4)
-        command = [sys.executable, __file__, "--in-process", what, "--bundle", str(bundle), "--requests", str(many)]
-        done = subprocess.run(command, env=one_thread(), check=True, stdout=subprocess.PIPE)
-        found[f"{what}/in-process/1"] = json.loads(done.stdout)
+        for threads in (1, WORKERS):
+            command = [sys.executable, __file__, "--in-process", what, "--bundle", str(bundle)]
+            command += ["--requests", str(many), "--threads", str(threads)]
+            done = subprocess.run(command, env=one_thread(), check=True, stdout=subprocess.PIPE)
+            found[f"{what}/in-process/{threads}"] = json.loads(done.stdout)
         for (name, server), concurrency in itertools.product(servers.items(), CONCURRENCIES):
             if name not in ("pkd-serve", *PEERS[what]):
                 continue
@@ -163,23 +170,24 @@ def whole(bundle: Path) -> Callable[[bytes], bytes]:
     return embed
 
 
-def in_process(what: str, bundle: Path, requests: int) -> Figures:
-    """CPU ms per image of the bare loop on one thread."""
+def in_process(what: str, bundle: Path, requests: int, threads: int) -> Figures:
+    """CPU ms per image of the bare loop, on one thread or shared by several."""
     cv2.setNumThreads(1)
     embed, images = (embedder(bundle), crop_files()) if what == "crops" else (whole(bundle), photograph_files())
     for image in images[:16]:
         embed(image)
     took = []
-    start = time.process_time()
-    for image in itertools.islice(itertools.cycle(images), requests):
+
+    def one(image: bytes) -> None:
         began = time.perf_counter()
         embed(image)
         took.append(time.perf_counter() - began)
-    return {
-        "cpu_ms": 1e3 * (time.process_time() - start) / requests,
-        **quantiles(took),
-        "per_second": 1 / np.mean(took),
-    }
+
+    start, begun = time.process_time(), time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(one, itertools.islice(itertools.cycle(images), requests)))
+    cpu, seconds = time.process_time() - start, time.perf_counter() - begun
+    return {"cpu_ms": 1e3 * cpu / requests, **quantiles(took), "per_second": requests / seconds}
 
 
 # The servers
@@ -216,6 +224,14 @@ def pkd_serve(bundle: Path) -> Iterator[Server]:
         line = next(line for line in iter(process.stderr.readline, b"") if b"listening on" in line)
         threading.Thread(target=process.stderr.read, daemon=True).start()
         yield Server(process, line.split()[-1].decode(), "/embed?encoding=b64_f16", as_body)
+
+
+@contextmanager
+def bare(bundle: Path) -> Iterator[Server]:
+    """uvicorn and a thread pool."""
+    port = free_port()
+    with started(peer("bare_server.py", port, bundle, DETECTOR, WORKERS)) as process:
+        yield answering(Server(process, f"http://127.0.0.1:{port}", "/embed?encoding=b64_f16", as_body), "/")
 
 
 @contextmanager
@@ -370,7 +386,8 @@ def table(results: dict[str, Any]) -> str:
     rounds = results["rounds"]
     lines = [
         f"Encoder {results['encoder']} in onnxruntime, {results['workers']} workers on {results['cores']} cores, "
-        f"{len(rounds)} rounds. Ratio: server CPU per request over the in-process loop of the same round, median. "
+        f"{len(rounds)} rounds. Ratio: server CPU per request over the in-process loop of the same round, median; the "
+        f"loop on one thread for one connection, on {results['workers']} for more. "
         "Cosine of the answered embedding to the in-process one: "
         + ", ".join(f"{key.replace('/', ', ')} {cosine:.2f}" for key, cosine in results["cosines"].items())
         + ".",
@@ -380,9 +397,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     for key in rounds[0]:
         what, name, concurrency = key.split("/")
-        bare = f"{what}/in-process/1"
-        ratio = statistics.median(one[key]["cpu_ms"] / one[bare]["cpu_ms"] for one in rounds)
-        more = statistics.median(one[key]["cpu_ms"] - one[bare]["cpu_ms"] for one in rounds)
+        loop = f"{what}/in-process/{1 if concurrency == '1' else results['workers']}"
+        ratio = statistics.median(one[key]["cpu_ms"] / one[loop]["cpu_ms"] for one in rounds)
+        more = statistics.median(one[key]["cpu_ms"] - one[loop]["cpu_ms"] for one in rounds)
         mid = {figure: statistics.median(one[key][figure] for one in rounds) for figure in rounds[0][key]}
         lines.append(
             f"| {what} | {name} | {concurrency} | {mid['cpu_ms']:.2f} | {ratio:.2f}× | {more:+.2f} "
