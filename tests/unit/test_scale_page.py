@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SEARCH = {"templates": 100_000, "cpu_ms_per_query": 10.0, "bytes_per_template": 1024, "disk_bytes_per_template": 2048}
+SEARCH = {
+    "sizes": {"1000": {}, "100000": {"1": {"pkd": {"cpu_ms": 10.0}}, "memory_mb": 1024 * 1e5 / 2**20}},
+    "start": {"disk_bytes": 2048},
+}
 ROUNDS = [{"crops/pkd-serve/8": {"cpu_ms": ms}, "photographs/pkd-serve/8": {"cpu_ms": 4 * ms}} for ms in (5, 6, 50)]
 
 
@@ -46,7 +49,7 @@ def test_the_page_multiplies_out(scale, results):
     assert "| photograph | 24 | 2 | 2 | 3 |" in text
 
 
-@pytest.mark.parametrize("missing", ["bytes_per_template", "disk_bytes_per_template", "cpu_ms_per_query"])
+@pytest.mark.parametrize("missing", ["sizes", "start"])
 def test_a_missing_figure_is_named_and_no_page_is_written(scale, results, missing, monkeypatch, capsys):
     (results / "search.json").write_text(json.dumps({k: v for k, v in SEARCH.items() if k != missing}))
     monkeypatch.setattr(scale, "RESULTS", results)
@@ -58,8 +61,8 @@ def test_a_missing_figure_is_named_and_no_page_is_written(scale, results, missin
 
 @pytest.mark.parametrize("value", [0, -1, None, "fast", float("nan")])
 def test_a_figure_that_cannot_be_is_missing(scale, results, value):
-    (results / "search.json").write_text(json.dumps({**SEARCH, "bytes_per_template": value}))
-    with pytest.raises(scale.Missing, match=r"^bytes_per_template"):
+    (results / "search.json").write_text(json.dumps({**SEARCH, "start": {"disk_bytes": value}}))
+    with pytest.raises(scale.Missing, match=r"^disk_per_template"):
         scale.figures(results)
 
 
