@@ -144,7 +144,9 @@ def add_targets(order: Order, console: Console, begin: Begin) -> Result:
         for name in manifest.files
         if name != BENCH and (not any(name.startswith(f"targets/{old}/") for old in added) or name in needed)
     }
-    said = gated.said if manifest.gate == NOT_GATED else f"{manifest.gate}. {', '.join(sorted(added))} later: {gated.said}"
+    said = (
+        gated.said if manifest.gate == NOT_GATED else f"{manifest.gate}. {', '.join(sorted(added))} later: {gated.said}"
+    )
     manifest = manifest.model_copy(update={"targets": (*kept, *made.targets), "gate": said})
     evidence = _certificates(gated) | collect(order.certificates, *manifest.encoders.values())
     if bundle.signature and not order.key:

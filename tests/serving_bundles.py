@@ -230,7 +230,8 @@ def family(folder: Path) -> Family:
 def running(service: Service, keys: ApiKeys | None = None, *, until: int = 200) -> Iterator[httpx.Client]:
     """The real server in a thread of this process, as a client; waits until /readyz answers ``until``."""
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(service, keys), lifespan="on", log_level="critical", ws="none"))
+    app = create_app(service, keys)
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, log_level="critical", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
