@@ -62,7 +62,7 @@ def serve(
         lifespan="on",
         ws="none",
         access_log=False,
-        log_config=None,  # logs.py sets up what is ours; uvicorn would close the handlers of every other library
+        log_config=None,  # uvicorn's own would close the log handlers of every other library; ours is logs.py
         log_level="error",
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
