@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ def pkd_serve(folder: Path, *options: object) -> Iterator[Running]:
                 break
         else:
             raise AssertionError("".join(said))
+        # Image libraries write to stderr by themselves; a pipe that nobody empties would block them, and the server.
+        threading.Thread(target=process.stderr.read, daemon=True).start()
         yield Running(found[1], process.pid)
         assert process.poll() is None, "the server died"
     finally:
