@@ -134,7 +134,7 @@ class SqliteFile:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA secure_delete = ON")  # freed pages are overwritten with zeros
         db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it is acknowledged
-        db.execute("PRAGMA cache_size = -16384")
+        db.execute("PRAGMA cache_size = -1024")  # KiB of each connection; the system caches the file once for all
         return db
 
     def disconnect(self, db: sqlite3.Connection) -> None:
