@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pkd.serving import openapi
 from pkd.serving.door import Door
@@ -41,6 +43,7 @@ def create_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
+    app.add_middleware(_Straight, routes=matching.routes(service))
     app.add_middleware(Door, settings=service.settings, state=service.state, keys=keys)
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(PkdError, _known)
@@ -50,6 +53,27 @@ def create_app(service: Service, keys: ApiKeys | None = None) -> FastAPI:
     for one in (matching, identify, galleries, subjects, transfer, migrations, catalogue, health):
         app.include_router(one.routes(service))
     return app
+
+
+class _Straight:
+    """Calls ``routes``, which take the request and nothing else, without FastAPI around them.
+
+    They are what most requests are for, and its dozen layers are dear where an inference has just swept the caches
+    (docs/performance.md).
+    """
+
+    def __init__(self, app: ASGIApp, routes: APIRouter) -> None:
+        self._app = app
+        self._routes = {route.path: route for route in routes.routes if isinstance(route, APIRoute)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get(scope["path"]) if scope["type"] == "http" else None
+        if route is None or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = route
+        response = await route.endpoint(Request(scope, receive))
+        await response(scope, receive, send)
 
 
 async def _problem(request: Request, error: Exception) -> Response:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pkd.serving.problems import Problem
 from pkd.toolkit.bundle import Bundle, self_test
@@ -51,6 +53,13 @@ class Loaded:
             )
         on_gpu = target is not None and target.runtime in GPU_RUNTIMES
         return cls(bundle, open_target(bundle, named[1]), target, "cuda" if on_gpu else "cpu")
+
+    @cached_property
+    def shown(self) -> Mapping[str, Any]:
+        """``space`` and ``encoder`` of an answer."""
+        info = self.encoder.info
+        named = {"id": info.id, "role": info.role, "preprocess": info.preprocess.name}
+        return {"space": info.space.model_dump(), "encoder": named}
 
     def self_test(self) -> float:
         """Largest 1 − cosine over the golden crops. Raises BundleError above the tolerance of bundle or target."""

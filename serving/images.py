@@ -6,6 +6,7 @@ import base64
 import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -42,7 +43,15 @@ async def read_embed(request: Request) -> EmbedRequest:
         fields = body.model_dump(exclude={"inputs"}, exclude_unset=True)
         return EmbedRequest([item.image_b64 for item in body.inputs], with_query(request, EmbedOptions, fields))
     images, fields = await read_files(request)
+    if not fields:
+        return EmbedRequest(images, _embed_options(request.scope["query_string"]))
     return EmbedRequest(images, with_query(request, EmbedOptions, fields))
+
+
+@lru_cache(64)
+def _embed_options(query: bytes) -> EmbedOptions:
+    """The same few query strings come again and again."""
+    return with_query(Request({"type": "http", "query_string": query}), EmbedOptions, {})
 
 
 async def read_files(request: Request) -> tuple[Sequence[bytes], dict[str, Any]]:

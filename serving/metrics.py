@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -34,6 +34,7 @@ class Metrics:
     def __init__(self, encoders: Sequence[str] = ()) -> None:
         """``encoders``: short ids of the loaded ones; every other one is counted as ``other``."""
         self._encoders = frozenset(encoders)
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._registry = registry = CollectorRegistry()
 
         def counter(name: str, says: str, *labels: str) -> Counter:
@@ -67,8 +68,8 @@ class Metrics:
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """A request was answered. ``route``: its template, ``/v1/galleries/{gallery}``, never its path."""
         route = route or NO_ROUTE
-        self._requests.labels(method if method in METHODS else OTHER, route, str(status)).inc()
-        self._latency.labels(route).observe(seconds)
+        self._of(self._requests, method if method in METHODS else OTHER, route, str(status)).inc()
+        self._of(self._latency, route).observe(seconds)
 
     def refusal(self, type: str) -> None:
         """A problem was sent; inside a bulk answer, too."""
@@ -87,8 +88,8 @@ class Metrics:
     def inference(self, encoder: str, crops: int, seconds: float) -> None:
         """One call of an encoder, by its short id."""
         label = self._label(encoder)
-        self._inference.labels(label).observe(seconds)
-        self._batch.labels(label).observe(crops)
+        self._of(self._inference, label).observe(seconds)
+        self._of(self._batch, label).observe(crops)
 
     def galleries(self, galleries: Sequence[Gallery], expired: int = 0) -> None:
         """What the store holds now, and how many templates it has just deleted because their time was over."""
@@ -105,6 +106,12 @@ class Metrics:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
+
+    def _of(self, metric: Any, *labels: str) -> Any:
+        """``metric.labels(*labels)``, remembered: that takes a lock and writes every label as text again."""
+        if (found := self._children.get((metric, labels))) is None:
+            found = self._children[metric, labels] = metric.labels(*labels)
+        return found
 
     def _by_encoder(self, templates: Sequence[Mapping[str, int]]) -> Mapping[str, int]:
         counts = dict.fromkeys([*sorted(self._encoders), OTHER], 0)

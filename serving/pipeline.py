@@ -24,10 +24,20 @@ from pkd.toolkit.runtime import Embeddings
 class Timing:
     """Milliseconds spent on one image."""
 
-    queue: float = 0.0
     decode: float = 0.0
     detect: float = 0.0
+    queue: float = 0.0
     infer: float = 0.0
+
+    @staticmethod
+    def total(timings: Sequence[Timing]) -> dict[str, float]:
+        """Each stage, summed over the images and rounded to a microsecond."""
+        return {
+            "decode": round(sum([one.decode for one in timings]), 3),
+            "detect": round(sum([one.detect for one in timings]), 3),
+            "queue": round(sum([one.queue for one in timings]), 3),
+            "infer": round(sum([one.infer for one in timings]), 3),
+        }
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,8 @@ class Pipeline:
 
 def sharpness(crop: Rgb) -> float:
     """Variance of the Laplacian of the grey crop (uint8 H×W×3 RGB), squared grey levels: higher is sharper."""
-    return float(cv2.Laplacian(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.CV_32F).var())
+    _, deviation = cv2.meanStdDev(cv2.Laplacian(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.CV_16S))
+    return float(deviation[0, 0]) ** 2
 
 
 def _as_crop(rgb: Rgb, size: int) -> Rgb:

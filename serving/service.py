@@ -22,7 +22,7 @@ from pkd.serving.galleries.schemas import IdentifyOptions
 from pkd.serving.images import EmbedRequest, Undecoded
 from pkd.serving.inference import Inference
 from pkd.serving.metrics import Metrics
-from pkd.serving.pipeline import Embedded, Pipeline
+from pkd.serving.pipeline import Embedded, Pipeline, Timing
 from pkd.serving.pool import Pool
 from pkd.serving.problems import Problem, from_error
 from pkd.serving.schemas import EmbeddingSide, Faces, ImageSide, SubjectSide, VerifyBody
@@ -93,11 +93,10 @@ class Service:
         return self._proving
 
     async def _prove(self) -> None:
-        loop = asyncio.get_running_loop()
         proved = {}
         for id, loaded in self.encoders.loaded.items():
             try:
-                proved[id] = await loop.run_in_executor(self._workers, loaded.self_test)
+                proved[id] = await self._workers.submit(loaded.self_test)
             except BundleError as error:
                 self.state.failure = str(error)
                 return
@@ -109,7 +108,7 @@ class Service:
 
     def close(self) -> None:
         """Drop what still waits; running images and writes finish. Whoever opened the store closes it."""
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        self._workers.close()
         self._clerks.shutdown(wait=True, cancel_futures=True)
         self.artifacts.close()
         self.inference.close()
@@ -119,11 +118,8 @@ class Service:
         options = request.options
         loaded = self.encoders.get(options.encoder)
         done = await self.embed_all(request.images, loaded, options.faces, options.aligned)
-        info = loaded.encoder.info
-        stages = ("decode", "detect", "queue", "infer")
         return {
-            "space": info.space.model_dump(),
-            "encoder": {"id": info.id, "role": info.role, "preprocess": info.preprocess.name},
+            **loaded.shown,
             "data": [
                 {
                     "index": index,
@@ -136,7 +132,7 @@ class Service:
                 for index, embedded in enumerate(done)
                 for face, vector in enumerate(embedded.vectors)
             ],
-            "timing_ms": {stage: round(sum(getattr(one.timing, stage) for one in done), 3) for stage in stages},
+            "timing_ms": Timing.total([one.timing for one in done]),
         }
 
     async def verify(self, body: VerifyBody) -> dict[str, Any]:
@@ -238,27 +234,22 @@ class Service:
         Every image is a job of its own. The first that fails is named by its index; jobs not begun are dropped.
         """
         self.pipeline.check(aligned)
-        loop = asyncio.get_running_loop()
         jobs = [
-            loop.run_in_executor(self._workers, self.pipeline.run, image, loaded, faces, aligned, perf_counter())
+            self._workers.submit(partial(self.pipeline.run, image, loaded, faces, aligned, perf_counter()))
             for image in images
         ]
         done = []
         try:
-            for index, job in enumerate(jobs):
-                try:
-                    done.append(await job)
-                except PkdError as error:
-                    problem = from_error(error)
-                    problem.members["index"] = index
-                    raise problem from None
-                except Problem as problem:
-                    problem.members["index"] = index
-                    raise
-        finally:
             for job in jobs:
+                done.append(await job)
+        except PkdError as error:
+            raise from_error(error).explain(index=len(done)) from None
+        except Problem as problem:
+            problem.explain(index=len(done))
+            raise
+        finally:
+            for job in jobs[len(done) :]:
                 job.cancel()
-            await asyncio.gather(*jobs, return_exceptions=True)
         return done
 
 

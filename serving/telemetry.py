@@ -47,11 +47,15 @@ def set_up(exporter: SpanExporter | None = None) -> Callable[[], None]:
     return finish
 
 
+def _no_span(route: str, status: int, problem: str | None) -> None:
+    """Nothing is traced."""
+
+
 @contextmanager
 def span(scope: Scope) -> Iterator[EndSpan]:
     """A server span around a request, child of the ``traceparent`` it came with. Call what it yields at the end."""
     if _tracer is None:
-        yield lambda route, status, problem: None
+        yield _no_span
         return
     from opentelemetry.trace import SpanKind, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
