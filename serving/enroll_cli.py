@@ -1,7 +1,7 @@
 """pkd-enroll: a folder per subject → a gallery. Run as: pkd-enroll people --server URL --gallery staff
 
 No state is kept here: every photograph is sent under an idempotency key made of the gallery, its path, its content and
-the options, so that running it again enrols what is missing and nothing twice.
+the options, so that running it again enrols what is missing and neither embeds nor enrols the rest twice.
 """
 
 from __future__ import annotations

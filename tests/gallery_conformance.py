@@ -236,6 +236,25 @@ class Conformance:
         store.create("guests", OLD, None, ALICE)
         assert not enrolled(store.enrol("guests", [asked], ALICE))[0].replayed
 
+    def test_what_was_answered_can_be_asked_without_templates(self, store: GalleryStore) -> None:
+        asked = [one("ann", unit(1)[0], key="k1", digest="d1"), one("bo", unit(2)[0], key="k2", digest="d")]
+        first, second = enrolled(store.enrol("staff", asked, ALICE))
+        bare = [replace(each, templates=()) for each in asked]
+        unknown = [one("ann", unit(1)[0], key="k3", digest="d1"), one("ann", unit(1)[0])]
+        said = store.answered("staff", [bare[1], *unknown, replace(bare[0], digest="d2"), bare[0]])
+        assert isinstance(said[3], Problem) and said[3].type == "idempotency-conflict"
+        assert [said[0], *said[1:3], said[4]] == [
+            replace(second, replayed=True),
+            None,
+            None,
+            replace(first, replayed=True),
+        ]
+        assert store.answered("staff", []) == []
+        store.delete_subject("staff", "ann", ALICE)
+        assert store.answered("staff", bare[:1]) == [None]
+        with pytest.raises(Problem, match="nobody"):
+            store.answered("nobody", bare)
+
     def test_four_threads_enrol_at_once(self, store: GalleryStore) -> None:
         vectors, failed = unit(3, 80), []
 

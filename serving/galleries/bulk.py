@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pkd.serving.answers import line
-from pkd.serving.galleries.enrolling import explained, prepare
+from pkd.serving.galleries.enrolling import ask, explained, prepare
 from pkd.serving.galleries.gallery import Enrolled, Enrolment, Gallery
 from pkd.serving.galleries.schemas import BulkItem
 from pkd.serving.images import parse
@@ -50,14 +50,16 @@ class Answer:
     key: str | None = None
     enrolments: Sequence[Enrolment] = ()
     problem: Problem | None = None
+    before: Enrolled | None = None
+    """What was answered when it was sent before, under the same key."""
 
     def refused(self, problem: Problem) -> Answer:
         """The same item with its problem, and nothing to store."""
         return Answer(self.number, self.subject, self.key, (), problem)
 
 
-Read = Callable[[Gallery, Item], Coroutine[Any, Any, Answer | None]]
-"""Turns a line into what is to be stored; None for a line that needs no answer."""
+Read = Callable[[Gallery, Sequence[Item]], Coroutine[Any, Any, Sequence[Answer]]]
+"""Turns lines into what is to be stored, in their order; a line that needs no answer has none."""
 
 
 async def enrol_lines(
@@ -80,16 +82,40 @@ async def enrol_lines(
         await arriving.aclose()
 
 
-async def read_item(service: Service, gallery: Gallery, item: Item) -> Answer:
-    """A line of a bulk enrolment."""
+async def read_items(service: Service, gallery: Gallery, items: Sequence[Item]) -> Sequence[Answer]:
+    """Lines of a bulk enrolment. What was enrolled before under the same key is not embedded again."""
+    read = [_ask(item) for item in items]
+    keyed = [answer for answer, body in read if body and answer.key]
+    asked = [enrolment for answer in keyed for enrolment in answer.enrolments]
+    before = await service.stored(service.store.answered, gallery.name, asked) if asked else ()
+    for answer, enrolment, outcome in zip(keyed, asked, before, strict=True):
+        if isinstance(outcome, Problem):
+            answer.problem = explained(outcome, service, gallery, enrolment)
+        answer.before = outcome if isinstance(outcome, Enrolled) else None
+    return await asyncio.gather(*(_embed(service, gallery, answer, body) for answer, body in read))
+
+
+def _ask(item: Item) -> tuple[Answer, BulkItem | None]:
+    """One line, read: its enrolment has no templates yet. Without a body it is refused."""
     answer = Answer(item.number)
     try:
         if isinstance(item.content, Problem):
-            return answer.refused(item.content)
+            return answer.refused(item.content), None
         body = parse(BulkItem, item.content, MANY_VALUES)
         answer = Answer(item.number, body.subject, body.key)
-        ready = await prepare(service, gallery, body.subject, body.inputs, body, body.key)
-        return Answer(item.number, body.subject, body.key, (ready.enrolment,))
+        return replace(answer, enrolments=(ask(body.subject, body.inputs, body, body.key),)), body
+    except Problem as problem:
+        return answer.refused(problem), None
+
+
+async def _embed(service: Service, gallery: Gallery, answer: Answer, body: BulkItem | None) -> Answer:
+    """The templates of one line that has not been answered yet."""
+    if body is None or answer.problem or answer.before:
+        return replace(answer, enrolments=())
+    (asked,) = answer.enrolments
+    try:
+        ready = await prepare(service, gallery, asked, body.inputs, body)
+        return replace(answer, enrolments=(ready.enrolment,))
     except Problem as problem:
         return answer.refused(problem)
     except PkdError as error:
@@ -99,7 +125,7 @@ async def read_item(service: Service, gallery: Gallery, item: Item) -> Answer:
 async def _store(service: Service, name: str, batch: Sequence[Item], actor: str, read: Read) -> list[dict[str, Any]]:
     try:
         gallery = await service.stored(service.store.get, name)
-        answers = [one for one in await asyncio.gather(*(read(gallery, item) for item in batch)) if one]
+        answers = await read(gallery, batch)
         enrolments = [enrolment for one in answers for enrolment in one.enrolments]
         outcomes = list(await service.stored(service.store.enrol, name, enrolments, actor)) if enrolments else []
     except Problem as problem:  # the store is gone, or the gallery is: every item hears of it and can be sent again
@@ -110,7 +136,7 @@ async def _store(service: Service, name: str, batch: Sequence[Item], actor: str,
         for enrolment, outcome in zip(one.enrolments, own, strict=True):
             if isinstance(outcome, Problem):
                 explained(outcome, service, gallery, enrolment)
-        told.append(_told(one, own))
+        told.append(_told(one, [one.before] if one.before else own))
     return told
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +35,29 @@ class Ready:
     qualities: Sequence[Quality | None]
 
 
+def ask(subject: str, inputs: Sequence[Taken], options: EnrolOptions, key: str | None) -> Enrolment:
+    """What one subject is to be enrolled with, its templates yet to be made. Raises an invalid-request Problem."""
+    expires = options.expires.timestamp() if options.expires else None
+    if expires is not None and expires <= datetime.now(timezone.utc).timestamp():
+        raise Problem("invalid-request", f"expires: {options.expires} is past.", got=str(options.expires))
+    return Enrolment(
+        subject=subject,
+        templates=(),
+        attributes=options.attributes,
+        consent=consent_of(options.consent),
+        expires=expires,
+        key=key,
+        digest=_digest(subject, inputs, options) if key else "",
+    )
+
+
 async def prepare(
-    service: Service, gallery: Gallery, subject: str, inputs: Sequence[Taken], options: EnrolOptions, key: str | None
+    service: Service, gallery: Gallery, asked: Enrolment, inputs: Sequence[Taken], options: EnrolOptions
 ) -> Ready:
     """Embed, measure and check everything that one subject is enrolled with.
 
     Cheap refusals come before any image is decoded. Raises a Problem; ``index`` says which input it is about.
     """
-    expires = options.expires.timestamp() if options.expires else None
-    if expires is not None and expires <= datetime.now(timezone.utc).timestamp():
-        raise Problem("invalid-request", f"expires: {options.expires} is past.", got=str(options.expires))
     made: dict[int, tuple[NewTemplate, Quality | None]] = {}
     images: dict[int, bytes | str] = {}
     for index, item in enumerate(inputs):
@@ -55,16 +68,7 @@ async def prepare(
     if images:
         made |= await _embedded(service, gallery, images, options)
     templates, qualities = zip(*(made[index] for index in range(len(inputs))), strict=True)
-    enrolment = Enrolment(
-        subject=subject,
-        templates=templates,
-        attributes=options.attributes,
-        consent=consent_of(options.consent),
-        expires=expires,
-        key=key,
-        digest=_digest(subject, inputs, options) if key else "",
-    )
-    return Ready(enrolment, qualities)
+    return Ready(replace(asked, templates=templates), qualities)
 
 
 async def enrol(
@@ -78,7 +82,7 @@ async def enrol(
 ) -> dict[str, Any]:
     """The answer of POST …/templates. Raises Problem; all inputs are enrolled, or none."""
     gallery = await service.stored(service.store.get, name)
-    ready = await prepare(service, gallery, subject, inputs, options, key)
+    ready = await prepare(service, gallery, ask(subject, inputs, options, key), inputs, options)
     (outcome,) = await service.stored(service.store.enrol, name, [ready.enrolment], actor)
     if isinstance(outcome, Problem):
         raise explained(outcome, service, gallery, ready.enrolment)

@@ -31,7 +31,7 @@ class Enrolling:
 
     def enrol(self, enrolment: Enrolment) -> Enrolled:
         """All templates of one enrolment, or a Problem before anything is written."""
-        before = _answered(self._db, self._id, enrolment)
+        before = answered(self._db, self._id, enrolment)
         if before:
             return before
         if not enrolment.templates:
@@ -100,7 +100,8 @@ def check(gallery: Gallery, template: NewTemplate, encoders: dict[str, str]) -> 
         raise Problem("bad-vector", "the embedding is not a unit vector.")
 
 
-def _answered(db: sqlite3.Connection, gallery: int, enrolment: Enrolment) -> Enrolled | None:
+def answered(db: sqlite3.Connection, gallery: int, enrolment: Enrolment) -> Enrolled | None:
+    """What was answered under its idempotency key; raises an idempotency-conflict if another request was."""
     if enrolment.key is None:
         return None
     found = db.execute(

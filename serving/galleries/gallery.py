@@ -208,6 +208,9 @@ class GalleryStore(Protocol):
     def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | Problem]:
         """Enrol many subjects in one durable step; a Problem in the place of each that was refused."""
 
+    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | Problem | None]:
+        """What ``enrol`` would say to idempotency keys used before, None for others. Looks at no template."""
+
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
         """One subject, with their vectors where asked for."""
 

@@ -52,6 +52,19 @@ def enrol(
     return [done[place] for place in range(len(enrolments))]
 
 
+def answered(gallery: MilvusGallery, enrolments: Sequence[Enrolment]) -> list[Answer | None]:
+    """What ``enrol`` would say to idempotency keys used before, None for others."""
+    by_key = gallery.by_key(_keys(gallery, enrolments))
+    found: list[Answer | None] = []
+    for one in enrolments:
+        same_key = by_key[gallery.seal.key(one.key)] if one.key is not None else []
+        try:
+            found.append(_answered(one, same_key) if same_key else None)
+        except Problem as problem:
+            found.append(problem)
+    return found
+
+
 def _check(entry: Entry, one: Enrolment, encoders: dict[str, str]) -> None:
     if not one.templates:
         raise Problem("invalid-request", f"subject {one.subject}: no template was given. Send at least one.")

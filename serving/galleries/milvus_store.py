@@ -35,7 +35,7 @@ from pkd.serving.galleries.gallery import (
     Subject,
     Vectors,
 )
-from pkd.serving.galleries.milvus_enrolment import enrol
+from pkd.serving.galleries.milvus_enrolment import answered, enrol
 from pkd.serving.galleries.milvus_gallery import SWEEP_SECONDS, MilvusGallery, records_of
 from pkd.serving.galleries.milvus_rows import COMMIT, INDEXED, MOVED, RECORDS, SUBJECT, TEMPLATES, Entry, hashed
 from pkd.serving.galleries.milvus_search import search
@@ -160,6 +160,10 @@ class MilvusStore:
 
             self._with(gallery, write)
         return done
+
+    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | Problem | None]:
+        """What ``enrol`` would say to idempotency keys used before, None for others."""
+        return self._with(gallery, lambda opened, entry: answered(opened, enrolments))
 
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
         """One subject, with their vectors where asked for."""

@@ -18,7 +18,7 @@ from typing import cast
 import numpy as np
 
 from pkd.serving.galleries import audit
-from pkd.serving.galleries.enrolment import Enrolling
+from pkd.serving.galleries.enrolment import Enrolling, answered
 from pkd.serving.galleries.gallery import (
     Attributes,
     Enrolled,
@@ -141,6 +141,18 @@ class SqliteStore:
                     done.append(problem)
         self._follow()
         return done
+
+    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | Problem | None]:
+        """What ``enrol`` would say to idempotency keys used before, None for others."""
+        found: list[Enrolled | Problem | None] = []
+        with self._file.reading() as db:
+            (id, _) = gallery_row(db, gallery)
+            for enrolment in enrolments:
+                try:
+                    found.append(answered(db, id, enrolment))
+                except Problem as problem:
+                    found.append(problem)
+        return found
 
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
         """One subject, with their vectors where asked for."""

@@ -10,7 +10,7 @@ import asyncio
 import base64
 import hashlib
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,8 +85,11 @@ class Import:
         self._subjects = 0
         self._ended = False
 
-    async def read(self, gallery: Gallery, item: Item) -> Answer | None:
-        """A line; only subjects and faults are answered."""
+    async def read(self, gallery: Gallery, items: Sequence[Item]) -> Sequence[Answer]:
+        """Lines; only subjects and faults are answered."""
+        return [answer for item in items if (answer := self._read(gallery, item))]
+
+    def _read(self, gallery: Gallery, item: Item) -> Answer | None:
         answer = Answer(item.number)
         try:
             if isinstance(item.content, Problem):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pkd.serving import openapi
 from pkd.serving.answers import NDJSON, Stream
-from pkd.serving.galleries.bulk import Answer, Item, enrol_lines, read_item
-from pkd.serving.galleries.gallery import Gallery
+from pkd.serving.galleries.bulk import enrol_lines, read_items
 from pkd.serving.galleries.schemas import BulkItem, ExportedSubject
 from pkd.serving.galleries.transfer import Import, export
 from pkd.serving.images import media_type
@@ -41,9 +41,7 @@ def routes(service: Service) -> APIRouter:
         _require_lines(request)
         await service.stored(service.store.get, gallery)
 
-        async def read(now: Gallery, item: Item) -> Answer:
-            return await read_item(service, now, item)
-
+        read = partial(read_items, service)
         return Stream(enrol_lines(service, gallery, request.stream(), actor, read))
 
     @router.get(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +114,25 @@ def test_resumed_by_keys(client, fleet):
     assert twice[0].problem["type"] == "idempotency-conflict" and twice[0].problem["works"]
     assert [one.replayed for one in twice[1:]] == [True, False, True]
     assert client.get("/v1/galleries/keys").json()["templates"] == {fleet.first.info.id: 5}
+
+
+def test_what_was_enrolled_before_is_not_embedded_again(client):
+    made.gallery(client, "cheap")
+    items = [{"subject": f"s{i}", "key": f"k{i}", "inputs": [made.image(i)], "aligned": True} for i in range(6)]
+
+    def crops_embedded():
+        page = client.get("/metrics").text
+        return sum(float(found) for found in re.findall(r"^pkd_batch_size_sum\{.*\} (\S+)", page, re.MULTILINE))
+
+    begun = crops_embedded()
+    bulk(client, "cheap", lines(*items[:4]))
+    assert crops_embedded() - begun == 4
+    again = bulk(client, "cheap", lines(*items))
+    assert [one.replayed for one in again] == [True] * 4 + [False] * 2
+    assert crops_embedded() - begun == 6
+    assert client.delete("/v1/galleries/cheap/subjects/s0").status_code == 200
+    assert not bulk(client, "cheap", lines(items[0]))[0].replayed
+    assert crops_embedded() - begun == 7
 
 
 def test_an_item_is_answered_while_the_body_is_still_coming(client, fleet):
