@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from pkd.toolkit.bundle import Bundle
 from pkd.toolkit.errors import BundleError, MissingExtra
 from pkd.toolkit.images import Rgb
-from pkd.toolkit.runtime import Embeddings, unit_rows
-from pkd.toolkit.space import EncoderInfo
+from pkd.toolkit.runtime import NetEncoder
 from pkd.toolkit.target import Target
 
 _TURN = threading.Lock()
@@ -64,29 +63,14 @@ class ExecuTorchNet:
             return np.array(row.numpy()[0], np.float32)  # a copy: the next call writes to the same memory
 
 
-class ExecuTorchEncoder:
-    """An encoder in ExecuTorch."""
-
-    def __init__(self, info: EncoderInfo, net: ExecuTorchNet) -> None:
-        self.info = info
-        self._net = net
-
-    def embed(self, crops: Rgb) -> Embeddings:
-        """uint8 N×H×W×3 RGB → float32 N×D with unit rows. Raises InputError or BadVector."""
-        self.info.preprocess.check(crops)
-        if not len(crops):
-            return np.empty((0, self.info.space.dim), np.float32)
-        return unit_rows(self._net(crops), self.info.name)
-
-
-def open_executorch(bundle: Bundle, target: Target, file: str, threads: int) -> ExecuTorchEncoder:
+def open_executorch(bundle: Bundle, target: Target, file: str, threads: int) -> NetEncoder:
     """Open ``file`` (``.pte``). Raises MissingExtra, or BundleError for a program of other shapes."""
     net = ExecuTorchNet(bundle.read(file), threads)
     size = target.encoder.preprocess.size
     expected = ((1, size, size, 3), (1, target.encoder.space.dim))
     if net.shapes != expected:
         raise BundleError(f"{bundle.path / file}: takes and gives {net.shapes}, expected {expected}. Export it again.")
-    return ExecuTorchEncoder(target.encoder, net)
+    return NetEncoder(target.encoder, net)
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from pkd.toolkit.bundle import Bundle
 from pkd.toolkit.errors import BundleError, MissingExtra
 from pkd.toolkit.images import Rgb
-from pkd.toolkit.runtime import Embeddings, unit_rows
-from pkd.toolkit.space import EncoderInfo
+from pkd.toolkit.runtime import NetEncoder
 from pkd.toolkit.target import Target
 
 PINNED = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage", "use_vulkan_compute")
@@ -51,22 +50,7 @@ class NcnnNet:
         return np.array(row, np.float32).reshape(-1)
 
 
-class NcnnEncoder:
-    """An encoder in ncnn."""
-
-    def __init__(self, info: EncoderInfo, net: NcnnNet) -> None:
-        self.info = info
-        self._net = net
-
-    def embed(self, crops: Rgb) -> Embeddings:
-        """uint8 N×H×W×3 RGB → float32 N×D with unit rows. Raises InputError or BadVector."""
-        self.info.preprocess.check(crops)
-        if not len(crops):
-            return np.empty((0, self.info.space.dim), np.float32)
-        return unit_rows(self._net(crops), self.info.name)
-
-
-def open_ncnn(bundle: Bundle, target: Target, file: str, threads: int) -> NcnnEncoder:
+def open_ncnn(bundle: Bundle, target: Target, file: str, threads: int) -> NetEncoder:
     """Open ``file`` (``.param``, weights beside it). Raises MissingExtra or BundleError."""
     weights = str(PurePosixPath(file).with_suffix(".bin"))
-    return NcnnEncoder(target.encoder, NcnnNet(bundle.read(file), bundle.read(weights), threads))
+    return NetEncoder(target.encoder, NcnnNet(bundle.read(file), bundle.read(weights), threads))

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from pkd.toolkit.bundle import Bundle
 from pkd.toolkit.errors import MissingExtra, TargetUnavailable
 from pkd.toolkit.images import Rgb
-from pkd.toolkit.runtime import Embeddings, unit_rows
-from pkd.toolkit.space import EncoderInfo
+from pkd.toolkit.runtime import NetEncoder
 from pkd.toolkit.target import Target
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
@@ -89,24 +88,7 @@ class _Requests:
         return rows
 
 
-class OpenVinoEncoder:
-    """An encoder in OpenVINO. Safe to share between threads."""
-
-    def __init__(self, info: EncoderInfo, model: OpenVinoModel) -> None:
-        self.info = info
-        self._model = model
-
-    def embed(self, crops: Rgb) -> Embeddings:
-        """uint8 N×H×W×3 RGB → float32 N×D with unit rows. Raises InputError or BadVector."""
-        self.info.preprocess.check(crops)
-        if not len(crops):
-            return np.empty((0, self.info.space.dim), np.float32)
-        return unit_rows(self._model(crops), self.info.name)
-
-
-def open_openvino(bundle: Bundle, target: Target, file: str, threads: int) -> OpenVinoEncoder:
+def open_openvino(bundle: Bundle, target: Target, file: str, threads: int) -> NetEncoder:
     """Open ``file`` (IR, weights beside it). Raises MissingExtra, or TargetUnavailable for a lacking precision."""
     weights = str(PurePosixPath(file).with_suffix(".bin"))
-    return OpenVinoEncoder(
-        target.encoder, OpenVinoModel(bundle.read(file), bundle.read(weights), target.precision, threads)
-    )
+    return NetEncoder(target.encoder, OpenVinoModel(bundle.read(file), bundle.read(weights), target.precision, threads))

@@ -39,6 +39,22 @@ class Encoder(Protocol):
         """uint8 N×H×W×3 RGB → float32 N×D with unit rows."""
 
 
+class NetEncoder:
+    """An encoder around a network that takes uint8 crops as they are. Safe to share between threads where that is."""
+
+    def __init__(self, info: EncoderInfo, net: Callable[[Rgb], NDArray[np.float32]]) -> None:
+        """``net``: uint8 N×H×W×3 RGB, N ≥ 1 → float32 N×D of any length."""
+        self.info = info
+        self._net = net
+
+    def embed(self, crops: Rgb) -> Embeddings:
+        """uint8 N×H×W×3 RGB → float32 N×D with unit rows. Raises InputError or BadVector."""
+        self.info.preprocess.check(crops)
+        if not len(crops):
+            return np.empty((0, self.info.space.dim), np.float32)
+        return unit_rows(self._net(crops), self.info.name)
+
+
 class OnnxEncoder:
     """An encoder in onnxruntime. Safe to share between threads."""
 

@@ -15,7 +15,7 @@ from pkd.toolkit.cli.encoders import open_encoder
 from pkd.toolkit.errors import BadVector, BundleError, InputError, TargetUnavailable
 from pkd.toolkit.openvino_runtime import OpenVinoModel
 from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.runtime import open_bundle
+from pkd.toolkit.runtime import NetEncoder, open_bundle
 from pkd.toolkit.runtimes import open_target, target_of
 from pkd.toolkit.space import in_mode
 from pkd.toolkit.target import Target
@@ -105,7 +105,7 @@ def test_a_precision_that_the_processor_lacks_is_not_silently_another(
 
 def test_a_spelling_for_every_command(bundle: Bundle) -> None:
     opened = open_encoder(str(bundle.path / "targets/openvino-fp32"))
-    assert type(opened).__name__ == "OpenVinoEncoder"
+    assert isinstance(opened, NetEncoder)
     int8 = open_encoder(str(bundle.path / "targets/onnxruntime-int8"))
     assert int8.info.numeric_mode == "int8-x"
     assert not np.allclose(int8.embed(CROPS), open_bundle(bundle).embed(CROPS), atol=1e-3)
@@ -136,13 +136,11 @@ def test_zero_rows_are_refused_by_openvino_too() -> None:
     pytest.importorskip("openvino")
     from onnx import numpy_helper
 
-    from pkd.toolkit.openvino_runtime import OpenVinoEncoder
-
     zero = network()
     matrix = next(t for t in zero.graph.initializer if t.name == "matrix")
     matrix.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(matrix)), "matrix"))
     xml, weights, _ = to_ir(serialise(uint8_graph(zero, Preprocess(), DIM)))
-    encoder = OpenVinoEncoder(content()[1].encoder, OpenVinoModel(xml, weights, "fp32", 1))
+    encoder = NetEncoder(content()[1].encoder, OpenVinoModel(xml, weights, "fp32", 1))
     with pytest.raises(BadVector):
         encoder.embed(CROPS)
 
