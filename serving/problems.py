@@ -107,6 +107,11 @@ def from_error(error: errors.PkdError) -> Problem:
     return Problem("internal", "The server could not do this; its log says more.")
 
 
+def internal() -> Problem:
+    """The problem that an unforeseen error is to a client, who learns nothing of it."""
+    return Problem("internal", "The server failed; its log says where.")
+
+
 def documented(examples: Mapping[str, Mapping[str, object]]) -> dict[int | str, dict[str, Any]]:
     """OpenAPI ``responses`` for the given problem types; each may name extra members for its example."""
     made: dict[int | str, dict[str, Any]] = {}

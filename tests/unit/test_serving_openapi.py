@@ -13,7 +13,7 @@ import pytest
 import serving_bundles as made
 from pydantic import TypeAdapter
 
-from pkd.serving.app import create_app
+from pkd.serving.app import create_api
 from pkd.serving.encoders import Encoders
 from pkd.serving.openapi import BODIES
 from pkd.serving.problems import PROBLEMS
@@ -29,7 +29,7 @@ SNAPSHOT = Path(__file__).parents[2] / "docs" / "openapi.json"
 def app(tmp_path_factory):
     family = made.family(tmp_path_factory.mktemp("bundles"))
     service = Service(Encoders.open(family.folders), Settings(threads=1))
-    yield create_app(service)
+    yield create_api(service)
     service.close()
 
 
