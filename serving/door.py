@@ -101,9 +101,7 @@ class Door:
 
     def _count(self, counts: bool, works: bool, by: int = 1) -> None:
         self.working += by * works
-        self.state.inside += by * counts
-        if counts:
-            self.state.metrics.inside.inc(by)
+        self.state.metrics.inside += by * counts
 
     async def _tell(self, problem: Problem, scope: Scope, receive: Receive, told: _Told) -> None:
         if not told.status:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -25,6 +27,8 @@ OTHER = "other"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 MICRO = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024)
 SIZES = (1, 2, 4, 8, 16, 32)
+NOTES = 1000
+"""Most numbers that are yet to be counted."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -33,8 +37,14 @@ class Metrics:
 
     def __init__(self, encoders: Sequence[str] = ()) -> None:
         """``encoders``: short ids of the loaded ones; every other one is counted as ``other``."""
+        self.inside = 0
+        """Requests that have come in and are not answered yet; Door counts them."""
+        self.waiting = 0
+        """Images that wait for a worker thread; Pool counts them."""
         self._encoders = frozenset(encoders)
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
+        self._noted: deque[tuple[Callable[[float], None], float]] = deque()
+        self._folding = Lock()
         self._registry = registry = CollectorRegistry()
 
         def counter(name: str, says: str, *labels: str) -> Counter:
@@ -51,9 +61,9 @@ class Metrics:
         self._refusals = counter("refusals", "Refusals by problem type", "type")
         self._decisions = counter("decisions", "Outcomes of verify and identify", "kind", "outcome")
         self._abandoned = counter("abandoned", "Requests whose client left before the answer")
-        self.inside = gauge("requests_in_progress", "Requests being received, waiting or worked on", "livesum")
-        self.waiting = gauge("queue_depth", "Images that wait for a worker thread", "livesum")
-        self.waited = histogram("queue_seconds", "Time an image waits for a worker thread", SECONDS)
+        self._inside = gauge("requests_in_progress", "Requests being received, waiting or worked on", "livesum")
+        self._waiting = gauge("queue_depth", "Images that wait for a worker thread", "livesum")
+        self._waited = histogram("queue_seconds", "Time an image waits for a worker thread", SECONDS)
         self._inference = histogram("inference_seconds", "Time in the encoder, per batch", MICRO, "encoder")
         self._batch = histogram("batch_size", "Crops given to the encoder at once", SIZES, "encoder")
         self._galleries = gauge("galleries", "Galleries", "livemostrecent")
@@ -68,8 +78,8 @@ class Metrics:
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """A request was answered. ``route``: its template, ``/v1/galleries/{gallery}``, never its path."""
         route = route or NO_ROUTE
-        self._of(self._requests, method if method in METHODS else OTHER, route, str(status)).inc()
-        self._of(self._latency, route).observe(seconds)
+        self._note(self._of(self._requests, method if method in METHODS else OTHER, route, str(status)).inc, 1)
+        self._note(self._of(self._latency, route).observe, seconds)
 
     def refusal(self, type: str) -> None:
         """A problem was sent; inside a bulk answer, too."""
@@ -88,8 +98,12 @@ class Metrics:
     def inference(self, encoder: str, crops: int, seconds: float) -> None:
         """One call of an encoder, by its short id."""
         label = self._label(encoder)
-        self._of(self._inference, label).observe(seconds)
-        self._of(self._batch, label).observe(crops)
+        self._note(self._of(self._inference, label).observe, seconds)
+        self._note(self._of(self._batch, label).observe, crops)
+
+    def waited(self, seconds: float) -> None:
+        """An image has waited so long for a worker thread."""
+        self._note(self._waited.observe, seconds)
 
     def galleries(self, galleries: Sequence[Gallery], expired: int = 0) -> None:
         """What the store holds now, and how many templates it has just deleted because their time was over."""
@@ -99,13 +113,30 @@ class Metrics:
             self._templates.labels(label).set(count)
         self._expired.inc(expired)
 
+    def fold(self) -> None:
+        """Bring the numbers up to date, for pages that other processes of this server answer."""
+        with self._folding:
+            while self._noted:
+                record, amount = self._noted.popleft()
+                record(amount)
+            self._inside.set(self.inside)
+            self._waiting.set(self.waiting)
+
     def page(self) -> bytes:
         """All of it in Prometheus' text format."""
+        self.fold()
         registry = self._registry
         if os.environ.get(SHARED):
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
+
+    def _note(self, record: Callable[[float], None], amount: float) -> None:
+        """Count later, with many others: five numbers a request, counted between two inferences that sweep the caches,
+        cost several times what they cost one after another."""
+        self._noted.append((record, amount))
+        if len(self._noted) >= NOTES:
+            self.fold()
 
     def _of(self, metric: Any, *labels: str) -> Any:
         """``metric.labels(*labels)``, remembered: that takes a lock and writes every label as text again."""

@@ -81,6 +81,7 @@ class Pipeline:
         else:
             found = self._detect(rgb, faces)
             crops = np.stack([warp(rgb, face.landmarks, size) for face in found]) if found else _none(size)
+        quality = [sharpness(crop) for crop in crops]  # before the encoder sweeps them out of the caches
         detected = perf_counter()
         vectors = self.inference.embed(loaded.encoder, crops)
         timing = Timing(
@@ -89,7 +90,7 @@ class Pipeline:
             detect=1e3 * (detected - decoded),
             infer=1e3 * (perf_counter() - detected),
         )
-        return Embedded(vectors, [sharpness(crop) for crop in crops], found, timing)
+        return Embedded(vectors, quality, found, timing)
 
     def _detect(self, rgb: Rgb, faces: Faces) -> list[Face]:
         self.check(aligned=False)

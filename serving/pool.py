@@ -55,7 +55,7 @@ class Pool:
             worker = self._idle.pop() if self._idle else None
             if worker is None:
                 self._waiting.append(taken)
-                self._metrics.waiting.inc()
+                self._metrics.waiting = len(self._waiting)
         if worker:
             worker.give(taken)
         return job
@@ -67,7 +67,7 @@ class Pool:
             waiting, idle = list(self._waiting), list(self._idle)
             self._waiting.clear()
             self._idle.clear()
-        self._metrics.waiting.dec(len(waiting))
+            self._metrics.waiting = 0
         for job, _, _ in waiting:
             job.cancel()
         for worker in idle:
@@ -79,8 +79,9 @@ class Pool:
         """The next job for ``worker``, which may wait for it; None: there will be none."""
         with self._lock:
             if self._waiting:
-                self._metrics.waiting.dec()
-                return self._waiting.popleft()
+                taken = self._waiting.popleft()
+                self._metrics.waiting = len(self._waiting)
+                return taken
             if self._closing:
                 return None
             self._idle.append(worker)
@@ -114,7 +115,7 @@ class _Worker:
             job, since, work = taken
             if job.abandoned:
                 continue
-            self._metrics.waited.observe(perf_counter() - since)
+            self._metrics.waited(perf_counter() - since)
             _thread.job = job
             try:
                 made, error = work(), None

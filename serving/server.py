@@ -27,6 +27,9 @@ logger = logging.getLogger("pkd.serving")
 KEEP_ALIVE_SECONDS = 75
 """Longer than the idle time of common proxies, so that it is never this side that closes under a request."""
 
+GARBAGE = 10_000
+"""Objects that may be new before Python looks for cycles among them; requests leave few."""
+
 
 class Link:
     """What a worker process tells its parent and hears from it. A server that is alone has nobody to tell."""
@@ -65,6 +68,7 @@ def serve(
         log_config=None,  # uvicorn's own would close the log handlers of every other library; ours is logs.py
         log_level="error",
         server_header=False,
+        proxy_headers=False,  # who a client says it is decides nothing here
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=service.settings.drain_seconds,
     )
@@ -140,6 +144,7 @@ class _Server(uvicorn.Server):
         self._service.state.metrics.ready.set(1)
         gc.collect()
         gc.freeze()  # what is here now stays: no collection needs to walk over it between two requests
+        gc.set_threshold(GARBAGE)
         self._ready()
         if self._link:
             self._link.ready(list(self._service.encoders.loaded))
@@ -163,10 +168,11 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second. A drain ends when nothing is in progress: until then /readyz can be asked why."""
         state = self._service.state
+        state.metrics.fold()
         now = time.monotonic()
         if self._link:
             self._link.alive()
-        if state.draining and (not state.inside or now >= self._drained_by):
+        if state.draining and (not state.metrics.inside or now >= self._drained_by):
             self.config.timeout_graceful_shutdown = max(1, round(self._drained_by - now))
             self.should_exit = True
         self._close_silent(now)

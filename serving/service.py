@@ -112,6 +112,7 @@ class Service:
         self._clerks.shutdown(wait=True, cancel_futures=True)
         self.artifacts.close()
         self.inference.close()
+        self.state.metrics.fold()
 
     async def embed(self, request: EmbedRequest) -> dict[str, Any]:
         """The answer of /v1/embed, vectors as numpy arrays or base64. All images succeed, or none is answered."""

@@ -17,8 +17,6 @@ class State:
     failure: str | None = None
     """Why the self-test failed."""
     draining: bool = False
-    inside: int = 0
-    """Requests that have come in and are not answered yet, those for health and metrics aside."""
     metrics: Metrics = field(default_factory=Metrics)
 
     def require_ready(self) -> None:

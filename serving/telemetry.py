@@ -7,7 +7,7 @@ subjects. Where spans go is said by OpenTelemetry's own variables, such as ``OTE
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
@@ -51,12 +51,16 @@ def _no_span(route: str, status: int, problem: str | None) -> None:
     """Nothing is traced."""
 
 
+_NO_SPAN = nullcontext(_no_span)
+
+
+def span(scope: Scope) -> AbstractContextManager[EndSpan]:
+    """A server span around a request, child of the ``traceparent`` it came with. Call what it gives at the end."""
+    return _NO_SPAN if _tracer is None else _span(scope)
+
+
 @contextmanager
-def span(scope: Scope) -> Iterator[EndSpan]:
-    """A server span around a request, child of the ``traceparent`` it came with. Call what it yields at the end."""
-    if _tracer is None:
-        yield _no_span
-        return
+def _span(scope: Scope) -> Iterator[EndSpan]:
     from opentelemetry.trace import SpanKind, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 

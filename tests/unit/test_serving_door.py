@@ -154,8 +154,8 @@ def test_a_client_that_has_gone_is_dropped_from_the_queue(encoders):
         for _ in range(3):
             with socket.create_connection((client.base_url.host, client.base_url.port)) as gone:
                 gone.sendall(head.encode() + b"\r\n\r\n" + PHOTO)
-                until(lambda: service.state.inside == 2)
-            until(lambda: service.state.inside == 1)
+                until(lambda: service.state.metrics.inside == 2)
+            until(lambda: service.state.metrics.inside == 1)
         gate.open.set()
         assert first.result(20).status_code == 200
         assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200

@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from pkd.serving.galleries.gallery import Gallery, Space
-from pkd.serving.metrics import SHARED, Metrics
+from pkd.serving.metrics import NOTES, SHARED, Metrics
 from pkd.serving.problems import PROBLEMS
 
 ID = "teacher@sha256:" + "ab" * 32
@@ -48,6 +49,31 @@ def test_durations_and_sizes_fall_into_their_buckets():
     assert value(page, 'pkd_inference_seconds_sum{encoder="e"}') == 0.503
 
 
+def test_what_nobody_reads_is_counted_and_does_not_pile_up():
+    metrics = Metrics(["e"])
+    for _ in range(3 * NOTES):
+        metrics.waited(0.1)
+    assert len(metrics._noted) < NOTES
+    assert value(metrics.page(), "pkd_queue_seconds_count") == 3 * NOTES
+
+
+def test_threads_count_together():
+    metrics = Metrics(["e"])
+
+    def count():
+        for i in range(2000):
+            metrics.inference("e", 1, 0.1)
+            if i % 100 == 0:
+                metrics.fold()
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert value(metrics.page(), 'pkd_batch_size_sum{encoder="e"}') == 8000
+
+
 def test_galleries_are_counted_together_and_not_by_name():
     metrics = Metrics(["teacher@ababababab"])
     space = Space(ID, 512)
@@ -69,11 +95,11 @@ def test_galleries_are_counted_together_and_not_by_name():
 def test_processes_are_summed_and_a_dead_one_leaves_its_counts_but_not_its_gauges(tmp_path):
     code = (
         "import os; from pkd.serving.metrics import Metrics; m = Metrics(['e'])\n"
-        "m.inference('e', 4, 0.25); m.ready.set(1); m.waiting.inc(3); m.decision('verify', 'match')\n"
+        "m.inference('e', 4, 0.25); m.ready.set(1); m.waiting = 3; m.decision('verify', 'match')\n"
         "from prometheus_client.multiprocess import mark_process_dead\n"
         "import sys; dead = sys.argv[1]\n"
         "dead and mark_process_dead(int(dead), os.environ['PROMETHEUS_MULTIPROC_DIR'])\n"
-        "print(os.getpid(), flush=True); sys.stdout.buffer.write(m.page())"
+        "m.fold(); print(os.getpid(), flush=True); sys.stdout.buffer.write(m.page())"
     )
     pages, dead = [], ""
     for _ in range(2):
