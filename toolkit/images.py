@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import io
-import threading
-import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
 from pkd.toolkit.errors import BadImage, ImageTooLarge
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+READERS: dict[bytes, type[ImageFile]] = {
+    b"\xff\xd8\xff": JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"RIFF": WebPImageFile,
+    b"BM": BmpImageFile,
+}
+"""First bytes of a file → what reads its header."""
 MAX_PIXELS = 40_000_000
 """Larger images are refused from their header, before anything is decoded (40 megapixels = 120 MB of RGB)."""
 
 Rgb = NDArray[np.uint8]
-_HEADER = threading.Lock()
 
 
 def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
     """Decode a JPEG, PNG, WebP or BMP with its EXIF orientation applied → uint8 H×W×3 RGB. Raises BadImage."""
     if not data:
         raise BadImage("empty image: 0 bytes.")
+    # Not through Image.open: it warns about large images, by filters that belong to all threads of the process.
+    reader = next((one for magic, one in READERS.items() if data.startswith(magic)), None)
     try:
-        with _HEADER, warnings.catch_warnings():  # the filters belong to the process, not to the thread
-            warnings.simplefilter("ignore")  # Pillow warns about large images; the size is checked below
-            with Image.open(io.BytesIO(data), formats=FORMATS) as header:
-                width, height = header.size
-    except Image.DecompressionBombError:
-        raise ImageTooLarge(f"the image's header claims far over the limit of {max_pixels:,} pixels.") from None
+        if reader is None:
+            raise ValueError
+        with reader(io.BytesIO(data)) as header:
+            width, height = header.size
     except Exception:  # Pillow raises many kinds for hostile headers
         raise BadImage(f"not a JPEG, PNG, WebP or BMP image ({len(data):,} bytes).") from None
     if width * height > max_pixels:
