@@ -110,6 +110,16 @@ def test_each_encoding_carries_the_same_vector(client, family):
         assert decode(one["embedding"], encoding, made.DIM) @ expected > 0.9999
 
 
+@pytest.mark.parametrize("size", [1, 2, 31, 112])
+def test_sharpness_is_the_variance_of_the_laplacian(size):
+    for seed in range(20):
+        crop = np.random.default_rng(seed).integers(0, 1 + 13 * seed, (size, size, 3), dtype=np.uint8, endpoint=True)
+        grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY).astype(np.float64)
+        edge = np.pad(grey, 1, mode="reflect") if size > 1 else np.pad(grey, 1, mode="edge")
+        around = edge[:-2, 1:-1] + edge[2:, 1:-1] + edge[1:-1, :-2] + edge[1:-1, 2:]
+        assert sharpness(crop) == pytest.approx(np.var(around - 4 * grey), rel=1e-12, abs=1e-9)
+
+
 def test_an_aligned_crop_has_no_box_but_a_sharpness(client):
     one = send(client, made.png(CROPS[0])).json()["data"][0]
     assert (one["box"], one["landmarks"], one["detection_score"]) == (None, None, None)
