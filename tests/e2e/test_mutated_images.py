@@ -16,7 +16,7 @@ import pytest
 import serving_bundles as made
 from conftest import HAS_SHARED, SHARED
 from PIL import Image
-from server_process import Running, pkd_serve
+from server_process import Server, serving, with_gallery
 
 from pkd.serving.problems import PROBLEMS
 from pkd.toolkit.synthetic import face
@@ -27,20 +27,20 @@ GROWTH_MB = 250
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    with pkd_serve(folder, made.family(folder).folders[0], *DETECTOR, "--threads", "2") as started:
+    with serving(made.family(folder).folders[0], *with_gallery(folder), *DETECTOR, "--threads", "2") as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[httpx.Client]:
+def client(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
 
 
 @pytest.mark.soak
-def test_mutated_files(server: Running, client: httpx.Client, soak: bool) -> None:
+def test_mutated_files(server: Server, client: httpx.Client, soak: bool) -> None:
     count, seen = (10_000 if soak else 400), Counter[str]()
     known = dict(unusual())
     seen.update(judge(client, data, aligned) for data in known.values() for aligned in (True, False))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gallery_fixtures as made
 import pytest
-from server_process import pkd_serve
+from server_process import serving, with_gallery
 
 from pkd.serving.client import Client
 
@@ -20,7 +20,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 @pytest.mark.soak
 def test_every_operation(tmp_path: Path, soak: bool) -> None:
     fleet = made.fleet(tmp_path)
-    with pkd_serve(tmp_path, *fleet.folders, "--threads", "2") as server:
+    with serving(*fleet.folders, *with_gallery(tmp_path), "--threads", "2") as server:
         with Client(server.url) as client:
             client.create_gallery("staff")
         command = [

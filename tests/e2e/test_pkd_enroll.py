@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,11 +12,11 @@ from pathlib import Path
 
 import gallery_fixtures as made
 import pytest
+from server_process import serving, with_gallery
 
 from pkd.serving import connection
 from pkd.serving.client import Client, Embedding, Refused
 from pkd.serving.enroll_cli import main
-from pkd.serving.galleries.vault import MasterKey
 from pkd.serving.security import new_key
 
 SERVE = str(Path(sys.executable).parent / "pkd-serve")
@@ -25,27 +24,14 @@ ENROLL = [sys.executable, "-m", "pkd.serving.enroll_cli"]
 
 
 @contextmanager
-def serving(folder, bundles, *options):
+def guarded(folder, bundles, *options):
     """pkd-serve with a gallery and two keys; yields its URL and the keys: everything, and enrol alone."""
     keys = [new_key("operator", "embed,verify,enrol,delete,admin"), new_key("intake", "enrol")]
     (folder / "keys.txt").write_text("\n".join(one["line"] for one in keys) + "\n")
-    if not (folder / "master.key").exists():
-        MasterKey.create(folder / "master.key")
-    command = [SERVE, *bundles, "--port", "0", "--api-keys", folder / "keys.txt", "--threads", "2"]
-    command += ["--gallery", folder / "galleries", "--master-key", folder / "master.key", *options]
-    process = subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True)
-    try:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"^listening on (http://\S+)$", line):
-                break
-        else:
-            pytest.fail("".join(said))
-        yield found[1], *(one["key"] for one in keys)
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
+    options = ("--api-keys", folder / "keys.txt", "--threads", 2, *with_gallery(folder), *options)
+    with serving(*bundles, *options) as server:
+        yield server.url, *(one["key"] for one in keys)
+        server.stop()
 
 
 def enroll(folder, url, key, *options):
@@ -63,7 +49,7 @@ def test_from_a_folder_to_a_search(tmp_path):
     for index, name in enumerate(("ann", "bob", "eve")):
         (people / name).mkdir(parents=True)
         (people / name / "1.png").write_bytes(made.made.png(made.CROPS[index]))
-    with serving(tmp_path, fleet.folders[:3], "--enrol-sharpness", "0") as (url, operator, intake):
+    with guarded(tmp_path, fleet.folders[:3], "--enrol-sharpness", "0") as (url, operator, intake):
         done, failed = enroll(people, url, intake, "--aligned", "--create", "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["enrolled"] == 3 and failed == []
@@ -97,7 +83,7 @@ def test_from_a_folder_to_a_search(tmp_path):
                     forbidden()
                 assert refused.value.type == "forbidden"
 
-    with serving(tmp_path, fleet.folders[:3]) as (url, operator, _), Client(url, operator) as client:
+    with guarded(tmp_path, fleet.folders[:3]) as (url, operator, _), Client(url, operator) as client:
         assert list(client.subjects("staff")) == ["ann", "eve"], "durable over a restart"
         assert client.delete_subject("staff", "eve").sequence > receipt.sequence
 

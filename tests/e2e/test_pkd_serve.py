@@ -6,25 +6,21 @@ import base64
 import hashlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import serving_bundles as made
+from server_process import COMMAND, serving
 
 from pkd.serving.cli import main
 from pkd.toolkit.bundle import Golden
 
-COMMAND = str(Path(sys.executable).parent / "pkd-serve")
 CROP = made.png(made.crops(1, seed=3)[0])
 PNG = {"content-type": "image/png"}
 
@@ -32,27 +28,6 @@ PNG = {"content-type": "image/png"}
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     return made.family(tmp_path_factory.mktemp("bundles"))
-
-
-@contextmanager
-def serving(*arguments):
-    """The process and its URL, once it says that it is listening."""
-    process = subprocess.Popen(
-        [COMMAND, *map(str, arguments), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"^listening on (http://\S+)$", line):
-                break
-        else:
-            pytest.fail("".join(said))
-        yield process, found[1].replace("0.0.0.0", "127.0.0.1")
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 def refused(*arguments):
@@ -63,7 +38,7 @@ def refused(*arguments):
 
 def test_a_device_and_a_server_agree(family):
     """The student's graph runs here, as on a device, with onnxruntime alone; the teacher's gallery is an image."""
-    with serving(*family.folders[:2], "--threads", "1") as (process, url):
+    with serving(*family.folders[:2], "--threads", "1") as server:
         vector = family.student.embed(made.crops(1, seed=3))[0].astype("<f2")
         query = {
             "embedding": base64.b64encode(vector.tobytes()).decode(),
@@ -72,32 +47,34 @@ def test_a_device_and_a_server_agree(family):
             "space": family.student.info.space.id,
         }
         gallery = {"image_b64": base64.b64encode(CROP).decode(), "aligned": True}
-        answer = httpx.post(f"{url}/verify", json={"a": query, "b": gallery, "policy": {"target_fmr": 1e-4}}).json()
+        answer = httpx.post(
+            f"{server.url}/verify", json={"a": query, "b": gallery, "policy": {"target_fmr": 1e-4}}
+        ).json()
         assert answer["match"] and answer["threshold"] == 0.7
         assert answer["certificate"]["gallery"] == family.teacher.info.id
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
 
 
 def test_two_at_once_and_json(family):
-    with serving(family.folders[0]) as (_, one), serving(family.folders[0], "--json") as (second, two):
-        assert one != two
-        for url in (one, two):
-            assert httpx.get(f"{url}/readyz").json()["status"] == "ready"
-        second.send_signal(signal.SIGINT)
-        assert json.loads(second.communicate(timeout=20)[0]) == {"url": two, "encoders": [family.teacher.info.id]}
-        assert second.returncode == 0
+    with serving(family.folders[0]) as one, serving(family.folders[0], "--json") as two:
+        assert one.url != two.url
+        for server in (one, two):
+            assert httpx.get(f"{server.url}/readyz").json()["status"] == "ready"
+        two.process.send_signal(signal.SIGINT)
+        assert two.process.wait(20) == 0
+        assert json.loads(two.stop()) == {"url": two.url, "encoders": [family.teacher.info.id]}
 
 
 def test_answers_on_a_kept_connection_do_not_wait_for_a_delayed_acknowledgement(family):
     """With Nagle's algorithm on, not one of them comes in under 40 ms."""
-    with serving(family.folders[0]) as (_, url), httpx.Client(base_url=url) as client:
+    with serving(family.folders[0]) as server, httpx.Client(base_url=server.url) as client:
         seconds = [client.get("/v1/encoders").elapsed.total_seconds() for _ in range(60)]
     assert min(seconds[40:]) < 0.03  # the first ones are acknowledged at once in any case
 
 
 def test_sigterm_lets_a_request_in_progress_finish(family):
-    with serving(family.folders[0]) as (process, url):
+    with serving(family.folders[0]) as server:
         begun = threading.Event()
 
         def slowly():
@@ -108,28 +85,28 @@ def test_sigterm_lets_a_request_in_progress_finish(family):
 
         answers = []
         thread = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{url}/embed?aligned=true", content=slowly(), headers=PNG))
+            target=lambda: answers.append(httpx.post(f"{server.url}/embed?aligned=true", content=slowly(), headers=PNG))
         )
         thread.start()
         assert begun.wait(10)
         time.sleep(0.2)  # the server has the first bytes by now; were it slower, the answer below would be a refusal
-        process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
         thread.join(20)
         assert [answer.status_code for answer in answers] == [200]
-        assert process.wait(20) == 0
+        assert server.process.wait(20) == 0
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/healthz")
+            httpx.get(f"{server.url}/healthz")
 
 
 def test_beyond_loopback_only_with_keys(family, tmp_path):
     code, line = refused(family.folders[0], "--host", "0.0.0.0")
     assert code == 2 and "--api-keys" in line and "--insecure-no-keys" in line
     (tmp_path / "keys").write_text(hashlib.sha256(b"secret").hexdigest() + "  -\n")
-    with serving(family.folders[0], "--host", "0.0.0.0", "--api-keys", tmp_path / "keys") as (_, url):
-        assert httpx.get(f"{url}/v1/encoders").status_code == 401
-        assert httpx.get(f"{url}/v1/encoders", headers={"authorization": "Bearer secret"}).status_code == 200
-    with serving(family.folders[0], "--host", "0.0.0.0", "--insecure-no-keys") as (_, url):
-        assert httpx.get(f"{url}/v1/encoders").status_code == 200
+    with serving(family.folders[0], "--host", "0.0.0.0", "--api-keys", tmp_path / "keys") as server:
+        assert httpx.get(f"{server.url}/v1/encoders").status_code == 401
+        assert httpx.get(f"{server.url}/v1/encoders", headers={"authorization": "Bearer secret"}).status_code == 200
+    with serving(family.folders[0], "--host", "0.0.0.0", "--insecure-no-keys") as server:
+        assert httpx.get(f"{server.url}/v1/encoders").status_code == 200
 
 
 def test_a_taken_port(family):
@@ -170,17 +147,8 @@ def test_what_cannot_be_served(family, tmp_path, capsys):
 
 
 def test_a_default_that_no_certificate_covers_is_said_at_the_start(family):
-    process = subprocess.Popen(
-        [COMMAND, str(family.folders[1]), "--port", "0", "--target-fmr", "1e-6"], stderr=subprocess.PIPE, text=True
-    )
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("listening"):
-            break
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    assert any("FMR 1e-06 not covered" in line and "0.0001 to 0.01" in line for line in said)
+    with serving(family.folders[1], "--target-fmr", "1e-6") as server:
+        assert any("FMR 1e-06 not covered" in line and "0.0001 to 0.01" in line for line in server.said)
 
 
 @pytest.mark.shared
@@ -188,8 +156,8 @@ def test_a_real_photograph(family, shared):
     """The real detector on a real photograph; the encoder is the small one of these tests."""
     detector = shared / "models" / "yunet_n_dynamic.onnx"
     photograph = next((shared / "faces/lfw/raw-devtest").rglob("*.jpg"))
-    with serving(family.folders[0], "--detector", detector) as (_, url):
-        answer = httpx.post(f"{url}/embed", files={"image": photograph.read_bytes()})
+    with serving(family.folders[0], "--detector", detector) as server:
+        answer = httpx.post(f"{server.url}/embed", files={"image": photograph.read_bytes()})
         assert answer.status_code == 200, answer.text
         (one,) = answer.json()["data"]
         box, points = np.array(one["box"]), np.array(one["landmarks"])
@@ -200,15 +168,15 @@ def test_a_real_photograph(family, shared):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
 def test_a_second_signal_does_not_wait(family):
-    with serving(family.folders[0]) as (process, url):
-        host, port = url.removeprefix("http://").split(":")
+    with serving(family.folders[0]) as server:
+        host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as stuck:
             stuck.sendall(
                 b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nabc"
             )
             time.sleep(0.3)
-            process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
-            assert process.poll() is None
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
+            assert server.process.poll() is None
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(10) == 0

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 import serving_bundles as made
+from server_process import serving, until
 
 from pkd.serving.galleries.vault import MasterKey
 
@@ -31,71 +30,6 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX sig
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     return made.family(tmp_path_factory.mktemp("bundles"))
-
-
-class Server:
-    """The process, what it says, and how to ask it something on a new connection, which any worker may take."""
-
-    def __init__(self, *arguments, **environment):
-        self.said = []
-        self.process = subprocess.Popen(
-            [COMMAND, *map(str, arguments), "--port", "0", "--threads", "1"],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **{name: str(value) for name, value in environment.items()}},
-        )
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-        self.url = until(lambda: self.find(r"^listening on (http://\S+)$"), 60)
-        self.headers = {}
-
-    def _read(self):
-        for line in self.process.stderr:
-            self.said.append(line.rstrip())
-
-    def find(self, pattern):
-        return next((found[1] for line in self.said if (found := re.search(pattern, line))), None)
-
-    def ask(self, method, path, **options):
-        return httpx.request(method, self.url + path, headers={**self.headers, **options.pop("headers", {})}, **options)
-
-    def requests(self):
-        """The lines of ``--log-requests``."""
-        entries = [json.loads(line) for line in self.said if line.startswith("{")]
-        return [entry for entry in entries if entry["logger"] == "pkd.serving.requests"]
-
-    def workers(self):
-        listed = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid), "-f", "spawn_main"], capture_output=True, text=True
-        )
-        return {int(pid) for pid in listed.stdout.split()}
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.terminate()
-        assert self.process.wait(30) == 0
-        self.reader.join(10)
-
-
-@contextmanager
-def serving(*arguments, **environment):
-    server = Server(*arguments, **environment)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.wait(10)
-        server.reader.join(10)  # ends when the last worker has let go of the pipe
-        server.process.stderr.close()
-
-
-def until(true, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 def alive(pid):
@@ -164,6 +98,7 @@ def test_metrics_are_the_sum_over_workers_whichever_is_asked(two):
     before = value(two, 'pkd_requests_total{method="GET",route="/v1/spaces",status="200"}')
     for _ in range(sent):
         assert two.ask("GET", "/v1/spaces").status_code == 200
+    time.sleep(0.3)  # a worker brings its numbers up to date ten times a second
     for _ in range(4):
         assert value(two, 'pkd_requests_total{method="GET",route="/v1/spaces",status="200"}') == before + sent
     assert value(two, "pkd_ready_workers") == 2

@@ -6,16 +6,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
+from server_process import serving
 
 from pkd.export.cli import main as export
 from pkd.serving.cli import main as serve
@@ -264,22 +262,6 @@ def test_the_bundle_carries_the_signatures(world: Path, tmp_path: Path, capsys: 
     assert "manifest.json: is not signed" in last and "pkd-export --sign" in last
 
 
-@contextmanager
-def serving(*arguments: object) -> Iterator[str]:
-    """The URL of a pkd-serve process, once it says that it is listening."""
-    process = subprocess.Popen(
-        [BIN / "pkd-serve", *map(str, arguments), "--port", "0"], stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr
-    try:
-        url = next((line.split()[-1] for line in process.stderr if line.startswith("listening on ")), None)
-        assert url
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
-
-
 def compare(url: str) -> dict[str, object]:
     one, other = [1.0, *[0.0] * 15], [0.6, 0.8, *[0.0] * 14]
     sides = {name: {"embedding": vector, "encoder": "teacher"} for name, vector in (("a", one), ("b", other))}
@@ -290,8 +272,8 @@ def compare(url: str) -> dict[str, object]:
 
 def test_a_server_that_trusts_the_key_serves_and_says_so(world: Path) -> None:
     encoder = Bundle.open(world / "bundle").manifest.encoder.id
-    with serving(world / "bundle.zip", "--trust-key", world / "key.pub.pem") as url:
-        told = compare(url)
+    with serving(world / "bundle.zip", "--trust-key", world / "key.pub.pem") as server:
+        told = compare(server.url)
     assert told["query"] == encoder
     assert isinstance(told["signature"], dict) and told["signature"]["verified"] is True
     assert told["signature"]["covers"] == "certificate"
@@ -299,8 +281,8 @@ def test_a_server_that_trusts_the_key_serves_and_says_so(world: Path) -> None:
 
 
 def test_a_server_without_a_key_says_that_nobody_checked(world: Path) -> None:
-    with serving(world / "bundle") as url:
-        told = compare(url)
+    with serving(world / "bundle") as server:
+        told = compare(server.url)
     assert isinstance(told["signature"], dict) and told["signature"]["verified"] is False
 
 

@@ -13,7 +13,7 @@ import gallery_fixtures as made
 import numpy as np
 import pytest
 from scipy import stats
-from server_process import Running, pkd_serve
+from server_process import Server, serving, with_gallery
 
 from pkd.serving.client import Client, Embedding, Enrolled, Refused
 
@@ -28,7 +28,7 @@ SLOPE = 5.0
 def test_memory_and_descriptors_stay_level(tmp_path: Path, soak: bool) -> None:
     seconds = 60 * MINUTES if soak else 8
     fleet = made.fleet(tmp_path)
-    with pkd_serve(tmp_path, *fleet.folders, "--threads", "2", "--enrol-sharpness", "0") as server:
+    with serving(*fleet.folders, *with_gallery(tmp_path), "--threads", "2", "--enrol-sharpness", "0") as server:
         with Client(server.url) as client:
             client.create_gallery("staff")
         stop, answers = threading.Event(), Counter[str]()
@@ -44,6 +44,7 @@ def test_memory_and_descriptors_stay_level(tmp_path: Path, soak: bool) -> None:
                 times.append(passed / 3600)
                 sizes.append(server.resident_mb())
         last = descriptors_at_rest(server, stop, clients)
+        server.stop()
     print(f"{sum(answers.values()):,} requests in {seconds} s: {dict(answers)}")
     assert {"embed", "enrol", "identify", "verify", "delete", "bad-image", "unknown-subject"} <= answers.keys(), answers
     assert last <= first, f"{first} descriptors after the warm-up, {last} at rest afterwards"
@@ -77,7 +78,7 @@ def visit(url: str, fleet: made.Fleet, number: int, stop: threading.Event, answe
                 answers[refused.type] += 1
 
 
-def descriptors_at_rest(server: Running, stop: threading.Event, clients: list[threading.Thread]) -> int:
+def descriptors_at_rest(server: Server, stop: threading.Event, clients: list[threading.Thread]) -> int:
     """Once every client has gone and the server has closed their connections."""
     stop.set()
     for client in clients:
