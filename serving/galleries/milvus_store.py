@@ -35,27 +35,23 @@ from pkd.serving.galleries.gallery import (
     Subject,
     Vectors,
 )
+from pkd.serving.galleries.milvus_catalogue import Catalogue
 from pkd.serving.galleries.milvus_enrolment import answered, enrol
 from pkd.serving.galleries.milvus_gallery import SWEEP_SECONDS, MilvusGallery, records_of
-from pkd.serving.galleries.milvus_rows import COMMIT, INDEXED, MOVED, RECORDS, SUBJECT, TEMPLATES, Entry, hashed
+from pkd.serving.galleries.milvus_rows import COMMIT, INDEXED, MOVED, RECORDS, SUBJECT, TEMPLATES, Entry
 from pkd.serving.galleries.milvus_search import search
-from pkd.serving.galleries.milvus_tables import NOTHING, Freshness, NoTable, Row, Tables
+from pkd.serving.galleries.milvus_tables import Freshness, NoTable, Tables
 from pkd.serving.galleries.sqlite_file import explained
 from pkd.serving.galleries.sqlite_rows import unknown_gallery
 from pkd.serving.galleries.vault import MasterKey
 from pkd.serving.problems import Problem
 
-GALLERIES = {"id": 64, "name": 64, "data": 60_000}
-KNOWN_SECONDS = 0.3
-"""How long a gallery's row is believed before it is read again."""
 BATCH = 256
 """Enrolments written in one step."""
 PURGE_SECONDS = 3600.0
 """How often Milvus is asked to write its files anew without what was deleted."""
 EXPORTED = 200
 """Subjects read at a time by an export."""
-HEARTBEAT = "check"
-"""A row of the galleries that is none."""
 ID = re.compile("[0-9a-f]{24}")
 ATTEMPTS = 5
 COVERS = ("rows", "index")
@@ -72,11 +68,9 @@ class MilvusStore:
 
     def __init__(self, tables: Tables, audit_file: Path, master: MasterKey) -> None:
         self._tables, self._master = tables, master
-        self._galleries = f"{tables.prefix}_galleries"
-        self._known: dict[str, tuple[float, Entry]] = {}
+        self._catalogue = Catalogue(tables)
         self._opened: dict[str, MilvusGallery] = {}
         self._purged = time.monotonic()
-        self._ready, self._starting = False, threading.Lock()
         self._auditing = threading.Lock()
         self._audit = sqlite3.connect(audit_file, timeout=5, isolation_level=None, check_same_thread=False)
         self._audit.execute("PRAGMA journal_mode = WAL")
@@ -86,7 +80,7 @@ class MilvusStore:
     def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
         """Create, or return what is there if it has this very space; else a gallery-conflict."""
         for _ in range(ATTEMPTS):
-            found = self._find(name, "ALL")
+            found = self._catalogue.find(name, "ALL")
             if found:
                 if found.space != space:
                     raise Problem(
@@ -104,12 +98,9 @@ class MilvusStore:
                 records = both.submit(self._tables.create, records_of(self._tables, id), RECORDS, 0, INDEXED)
                 self._tables.create(entry.tables[space.id], TEMPLATES, space.dim)
                 records.result()
-            self._tables.insert(self._galleries, [entry.row()])
-            # Two that create the same name at once: whoever sees the other withdraws, so that at most one stays.
-            if len(self._rows(f'name == "{hashed(name)}"', "ALL")) == 1:
+            if self._catalogue.add(entry):
                 self._append(actor, "create", name)
                 return self.get(name)
-            self._tables.delete(self._galleries, [id])
             self._drop(entry.id)
             time.sleep(random.random())
         raise Problem("gallery-conflict", f"gallery {name} is being created by others at this moment. Try again.")
@@ -120,9 +111,8 @@ class MilvusStore:
 
     def list(self) -> Sequence[Gallery]:
         """All, by name."""
-        entries = [Entry.of(row) for row in self._rows('id > ""', "SEEN")]
         described = []
-        for entry in sorted(entries, key=lambda entry: entry.name):
+        for entry in sorted(self._catalogue.entries("SEEN"), key=lambda entry: entry.name):
             with contextlib.suppress(NoTable), explained():  # deleted meanwhile
                 described.append(self._describe(self._open(entry), entry))
         return described
@@ -133,8 +123,7 @@ class MilvusStore:
         def delete(gallery: MilvusGallery, entry: Entry) -> Receipt:
             templates = sum(self._tables.count(table, 'id > ""', "ALL") for table in entry.tables.values())
             rows = 1 + templates + self._tables.count(gallery.records, f"kind == {COMMIT}", "ALL")
-            self._tables.delete(self._galleries, [entry.id])
-            self._known.pop(name, None)
+            self._catalogue.remove(entry)
             self._opened.pop(entry.id, None)
             self._drop(entry.id)
             head = self._append(actor, "delete-gallery", name, templates=templates, rows=rows)
@@ -150,7 +139,7 @@ class MilvusStore:
 
             def write(opened: MilvusGallery, entry: Entry, some: Sequence[Enrolment] = some) -> None:
                 def spaces() -> Sequence[Space]:
-                    return self._entry(gallery, "ALL").gallery().spaces
+                    return self._catalogue.entry(gallery, "ALL").gallery().spaces
 
                 for one, answer in zip(some, enrol(opened, entry, some, spaces), strict=True):
                     if isinstance(answer, Enrolled) and not answer.replayed:
@@ -215,7 +204,7 @@ class MilvusStore:
                 raise Problem("gallery-conflict", f"gallery {gallery} {state}. End that first, or choose another.")
             table = f"{self._tables.prefix}_{entry.id}_{_new_id()}"
             self._tables.create(table, TEMPLATES, space.dim)
-            self._change(replace(entry, moving_to=space, tables={**entry.tables, space.id: table}))
+            self._catalogue.change(replace(entry, moving_to=space, tables={**entry.tables, space.id: table}))
             self._append(actor, "begin-migration", gallery)
 
         self._with(gallery, begin, "ALL")
@@ -240,13 +229,13 @@ class MilvusStore:
             kept, left = (entry.space, _second(entry)) if abandon else (_second(entry), entry.space)
             self._require_moved(opened, entry, kept)
             now = replace(entry, space=kept, moving_to=None, tables={kept.id: entry.tables[kept.id]})
-            self._change(now)
+            self._catalogue.change(now)
             # Who enrolled in the space that is left before this row was there is seen now; who does so after it sees
             # the row, and withdraws.
             try:
                 self._require_moved(opened, entry, kept)
             except Problem:
-                self._change(entry)
+                self._catalogue.change(entry)
                 raise
             templates = self._tables.count(entry.tables[left.id], 'id > ""', "ALL")
             self._tables.drop(entry.tables[left.id])
@@ -261,7 +250,7 @@ class MilvusStore:
     def expire(self, now: float) -> int:
         """Delete what is past its time; returns how many templates. Sweeps what dead processes left, too."""
         total = 0
-        entries = [Entry.of(row) for row in self._rows('id > ""', "ALL")]
+        entries = self._catalogue.entries("ALL")
         for entry in entries:
             with contextlib.suppress(NoTable), explained():
                 opened = self._open(entry)
@@ -286,8 +275,7 @@ class MilvusStore:
 
     def check(self) -> None:
         """Raise a store-unavailable Problem unless the store can read and write right now."""
-        self._rows(f'id == "{HEARTBEAT}"', "SEEN")
-        self._tables.upsert(self._galleries, [{"id": HEARTBEAT, "name": "", "data": "", "vector": NOTHING}])
+        self._catalogue.check()
         with self._auditing, explained():
             self._audit.execute("BEGIN IMMEDIATE")
             self._audit.execute("ROLLBACK")
@@ -301,41 +289,13 @@ class MilvusStore:
     def _with(self, name: str, do: Callable[[MilvusGallery, Entry], T], fresh: Freshness = "SEEN") -> T:
         """Do something with a gallery; once more from the start if a collection of it was dropped meanwhile."""
         for attempt in (fresh, "ALL"):
-            entry = self._entry(name, "ALL" if attempt == "ALL" else "SEEN")
+            entry = self._catalogue.entry(name, "ALL" if attempt == "ALL" else "SEEN")
             try:
                 with explained():
                     return do(self._open(entry), entry)
             except NoTable:
-                self._known.pop(name, None)
+                self._catalogue.forget(name)
         raise unknown_gallery(name)
-
-    def _entry(self, name: str, fresh: Freshness) -> Entry:
-        read, entry = self._known.get(name, (0.0, None))
-        if entry is None or fresh == "ALL" or time.monotonic() - read > KNOWN_SECONDS:
-            read, entry = time.monotonic(), self._find(name, fresh)
-            if entry is None:
-                self._known.pop(name, None)
-                raise unknown_gallery(name)
-            self._known[name] = read, entry
-        return entry
-
-    def _find(self, name: str, fresh: Freshness) -> Entry | None:
-        rows = self._rows(f'name == "{hashed(name)}"', fresh)
-        return Entry.of(rows[0]) if rows else None
-
-    def _rows(self, where: str, fresh: Freshness) -> Sequence[Row]:
-        with self._starting:
-            if not self._ready:
-                self._tables.create(self._galleries, GALLERIES)
-                self._ready = True
-        rows = self._tables.pages(self._galleries, where, ["id", "data"], fresh)
-        return [row for row in rows if row["id"] != HEARTBEAT]
-
-    def _change(self, entry: Entry) -> None:
-        self._tables.upsert(self._galleries, [entry.row()])
-        self._known.pop(entry.name, None)
-        if self._find(entry.name, "ALL") != entry:
-            raise Problem("gallery-conflict", f"gallery {entry.name} is being changed by others. Look and try again.")
 
     def _open(self, entry: Entry) -> MilvusGallery:
         opened = self._opened.get(entry.id)

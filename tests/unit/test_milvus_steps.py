@@ -68,13 +68,13 @@ def dying(store: MilvusStore, change: Callable[[], object], after: int) -> bool:
 
 def sweep(store: MilvusStore, gallery: str = "staff") -> None:
     """As an hour later."""
-    entry = store._entry(gallery, "ALL")
+    entry = store._catalogue.entry(gallery, "ALL")
     store._open(entry).sweep(entry, time.time() + 60)
 
 
 def left(store: MilvusStore, gallery: str = "staff") -> dict[str, int]:
     """How many rows Milvus has of each kind."""
-    entry = store._entry(gallery, "ALL")
+    entry = store._catalogue.entry(gallery, "ALL")
     opened = store._open(entry)
     count = store._tables.count
     kinds = {"journals": JOURNAL, "commits": COMMIT, "subjects": SUBJECT}
@@ -143,7 +143,7 @@ def test_an_enrolment_under_way_is_not_swept(opened: Open, monkeypatch: pytest.M
     first, second = opened(), opened()
     first.create("staff", OLD, None, ALICE)
     enrolled(first.enrol("staff", [one("ann", unit(1)[0])], ALICE))
-    entry = first._entry("staff", "ALL")
+    entry = first._catalogue.entry("staff", "ALL")
     subject = first._open(entry).seal.subject("ann")
     first._open(entry)._note([subject], [])  # another one's, dead before its first step
     insert = first._tables.insert
@@ -210,7 +210,7 @@ def test_an_enrolment_in_a_space_that_is_being_left_is_not_lost_in_silence(
     enrolled(first.enrol("staff", [one("ann", unit(1)[0])], ALICE))
     first.begin_migration("staff", NEW, ALICE)
     enrolled(first.enrol("staff", [one("ann", unit(2)[0], encoder=NEXT, space=NEW)], ALICE))
-    change = second._change
+    change = second._catalogue.change
 
     def late(entry: Any) -> None:
         change(entry)
@@ -219,11 +219,11 @@ def test_an_enrolment_in_a_space_that_is_being_left_is_not_lost_in_silence(
             assert isinstance(answer, Problem)
             assert answer.type in ("gallery-conflict", "space-mismatch")
 
-    monkeypatch.setattr(second, "_change", late)
+    monkeypatch.setattr(second._catalogue, "change", late)
     first.search("staff", ENCODER, unit(1), 1)  # it knows of the migration, and will not look again at once
-    monkeypatch.setattr("pkd.serving.galleries.milvus_store.KNOWN_SECONDS", 60)
+    monkeypatch.setattr("pkd.serving.galleries.milvus_catalogue.KNOWN_SECONDS", 60)
     second.end_migration("staff", ALICE)
-    assert first._find("staff", "ALL") == second._find("staff", "ALL")
+    assert first._catalogue.find("staff", "ALL") == second._catalogue.find("staff", "ALL")
     monkeypatch.undo()
     assert list(first.subjects("staff")) == ["ann"]
 
@@ -257,7 +257,7 @@ def test_what_was_deleted_leaves_the_segments(opened: Open, monkeypatch: pytest.
     store = opened()
     store.create("staff", OLD, None, ALICE)
     enrolled(store.enrol("staff", [one(f"s{i}", unit(i)[0]) for i in range(3)], ALICE))
-    (table,) = store._entry("staff", "ALL").tables.values()
+    (table,) = store._catalogue.entry("staff", "ALL").tables.values()
     client = store._tables._connected()
     client.flush(table)
     store.delete_subject("staff", "s1", ALICE)
@@ -281,7 +281,7 @@ def test_templates_without_a_commit_do_not_crowd_out_others(opened: Open) -> Non
     store, vectors = opened(), unit(1, 60)
     store.create("staff", OLD, None, ALICE)
     enrolled(store.enrol("staff", [one(f"s{i}", vectors[i]) for i in range(3)], ALICE))
-    entry = store._entry("staff", "ALL")
+    entry = store._catalogue.entry("staff", "ALL")
     opened_, (table,) = store._open(entry), entry.tables.values()
     query = unit(5)
     near = opened_.rotation(OLD.id, OLD.dim).hide(query)[0]
