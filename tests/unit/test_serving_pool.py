@@ -7,8 +7,10 @@ import gc
 import logging
 import threading
 import time
+import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 
 from pkd.serving.metrics import Metrics
@@ -58,7 +60,11 @@ def test_what_was_cancelled_while_it_waited_is_never_executed(pool, metrics):
         until(lambda: b"pkd_queue_depth 0.0" in metrics.page())
         kept, dropped = (pool.submit(partial(ran.append, name)) for name in ("kept", "dropped"))
         assert b"pkd_queue_depth 2.0" in metrics.page()
-        assert dropped.cancel() and dropped.abandoned
+        image = weakref.ref(held := np.zeros(10))
+        late = pool.submit(partial(ran.append, held))
+        del held
+        assert dropped.cancel() and dropped.abandoned and late.cancel()
+        assert b"pkd_queue_depth 1.0" in metrics.page() and image() is None
         gate.set()
         assert await busy
         await kept
@@ -103,6 +109,16 @@ def test_a_pool_that_closes_cancels_what_waits_and_finishes_what_runs(metrics):
 
     asyncio.run(visit())
     assert b"pkd_queue_depth 0.0" in metrics.page()
+
+
+def test_a_closed_pool_takes_nothing(metrics):
+    async def visit():
+        with pytest.raises(RuntimeError):
+            pool.submit(print)
+
+    pool = Pool(1, metrics)
+    pool.close()
+    asyncio.run(visit())
 
 
 def test_a_job_outlives_its_event_loop(pool):
