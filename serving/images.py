@@ -38,11 +38,12 @@ class EmbedRequest:
 
 async def read_embed(request: Request) -> EmbedRequest:
     """Read any of the three forms of /v1/embed. Raises Problem."""
-    if media_type(request) == JSON:
+    kind = media_type(request)
+    if kind == JSON:
         body = parse(EmbedBody, await request.body())
         fields = body.model_dump(exclude={"inputs"}, exclude_unset=True)
         return EmbedRequest([item.image_b64 for item in body.inputs], with_query(request, EmbedOptions, fields))
-    images, fields = await read_files(request)
+    images, fields = await read_files(request, kind)
     if not fields:
         return EmbedRequest(images, _embed_options(request.scope["query_string"]))
     return EmbedRequest(images, with_query(request, EmbedOptions, fields))
@@ -54,9 +55,8 @@ def _embed_options(query: bytes) -> EmbedOptions:
     return with_query(Request({"type": "http", "query_string": query}), EmbedOptions, {})
 
 
-async def read_files(request: Request) -> tuple[Sequence[bytes], dict[str, Any]]:
-    """Images of a multipart or a raw body, and the fields beside them. Raises Problem."""
-    kind = media_type(request)
+async def read_files(request: Request, kind: str) -> tuple[Sequence[bytes], dict[str, Any]]:
+    """Images of a multipart or a raw body, and the fields beside them. ``kind``: its media type. Raises Problem."""
     if kind == "multipart/form-data":
         return await _read_form(request)
     if kind.startswith("image/") or kind == "application/octet-stream":

@@ -11,7 +11,7 @@ from starlette.types import Message, Receive
 
 from pkd.serving.problems import Problem
 
-LOOK_SECONDS = 0.05
+LOOK_SECONDS = 0.25
 """After so long somebody looks what keeps a request, and from then on for its client to leave."""
 
 

@@ -34,11 +34,12 @@ def routes(service: Service) -> APIRouter:
         """
         require(request, "verify")
         query: EmbeddingSide | Photograph
-        if media_type(request) == JSON:
+        kind = media_type(request)
+        if kind == JSON:
             body = parse(IdentifyBody, await request.body())
             query = body.query if isinstance(body.query, EmbeddingSide) else Photograph.of(body.query)
             return answer(await service.identify(gallery, query, body))
-        images, fields = await read_files(request)
+        images, fields = await read_files(request, kind)
         if len(images) != 1:
             raise Problem("invalid-request", f"{len(images)} images; one is searched for at a time.")
         options = with_query(request, IdentifyImage, fields)

@@ -78,11 +78,12 @@ def routes(service: Service) -> APIRouter:
         return answer(receipt(await service.stored(service.store.delete_subject, gallery, subject, actor)))
 
     async def _read(request: Request) -> tuple[list[Taken], EnrolOptions]:
-        if media_type(request) == JSON:
+        kind = media_type(request)
+        if kind == JSON:
             body = parse(EnrolBody, await request.body(), MANY_VALUES)
             fields = body.model_dump(exclude={"inputs"}, exclude_unset=True)
             return list(body.inputs), with_query(request, EnrolOptions, fields)
-        images, fields = await read_files(request)
+        images, fields = await read_files(request, kind)
         return list(images), with_query(request, EnrolOptions, fields)
 
     return router
