@@ -7,11 +7,11 @@ Encoder: the EdgeFace-XS teacher in onnxruntime, one thread a session. Aligned c
 answered as ``b64_f16``; whole photographs are detected (YuNet), aligned and embedded. In-process: the same decoder,
 detector and encoder in a loop, no HTTP, once on one thread and once on as many as the servers have workers. "uvicorn
 alone" is the same behind an ASGI function without framework, checks, limits or metrics: what HTTP and threads cost by
-themselves. Peers, where they are installed: LitServe with the same decoder and encoder and JSON with base64, its own
-way of taking bytes; deepface's API with the same detector and encoder, but its own alignment and session options
-(benchmarks/peers/). All take turns in every round, so that they see the same machine; the client is another process,
-and only the server's CPU time counts. Needs the faces and teachers of PKD_SHARED (or ../shared). Writes
-benchmarks/results/serving_cost.json.
+themselves. pkd-serve measures how sharp each face is, too, a thirtieth of its time under load. Peers, where they are
+installed: LitServe with the same decoder and encoder and JSON with base64, its own way of taking bytes; deepface's API
+with the same detector and encoder, but its own alignment and session options (benchmarks/peers/). All take turns in
+every round, so that they see the same machine; the client is another process, and only the server's CPU time counts.
+Needs the faces and teachers of PKD_SHARED (or ../shared). Writes benchmarks/results/serving_cost.json.
 
 InsightFace-REST cannot be a peer: each of its detectors is a download. InsightFace Server is on no package index.
 """
