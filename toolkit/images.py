@@ -48,12 +48,12 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
             f"image of {width}×{height} pixels is over the limit of {max_pixels:,}. Downscale it first."
         )
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)  # applies EXIF orientation
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # applies EXIF orientation
     except cv2.error:
         image = None
     if image is None:
         raise BadImage(f"image of {width}×{height} pixels is truncated or corrupt ({len(data):,} bytes).")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+    return image.astype(np.uint8, copy=False)
 
 
 def read_rgb(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:
