@@ -7,7 +7,7 @@ Encoder: the EdgeFace-XS teacher in onnxruntime, one thread a session. Aligned c
 answered as ``b64_f16``; whole photographs are detected (YuNet), aligned and embedded. In-process: the same decoder,
 detector and encoder in a loop, no HTTP, once on one thread and once on as many as the servers have workers. "uvicorn
 alone" is the same behind an ASGI function without framework, checks, limits or metrics: what HTTP and threads cost by
-themselves. pkd-serve measures how sharp each face is, too, a thirtieth of its time under load. Peers, where they are
+themselves. pkd-serve measures how sharp each face is, too, which the others do not. Peers, where they are
 installed: LitServe with the same decoder and encoder and JSON with base64, its own way of taking bytes; deepface's API
 with the same detector and encoder, but its own alignment and session options (benchmarks/peers/). All take turns in
 every round, so that they see the same machine; the client is another process, and only the server's CPU time counts.
@@ -53,7 +53,7 @@ CONCURRENCIES = (1, 8, 32)
 WORKERS = 2
 """Worker threads of pkd-serve, worker processes of LitServe."""
 WARM_UP = 300
-"""Requests to a new server that are not counted: the first hundred cost a tenth more, of every server."""
+"""Requests to a new server that are not counted: the first ones cost more, of every server."""
 BARE = "uvicorn alone"
 PEERS = {"crops": (BARE, "LitServe"), "photographs": (BARE, "deepface")}
 """What a peer can do: LitServe has no detection, deepface always detects."""

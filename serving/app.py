@@ -63,8 +63,7 @@ def create_api(service: Service) -> FastAPI:
 class _Straight:
     """Calls ``routes``, which take the request and nothing else, without FastAPI around them; it has all the others.
 
-    They are what most requests are for, and its dozen layers are dear where an inference has just swept the caches
-    (docs/performance.md).
+    They are what most requests are for, and its dozen layers are dear where an inference has just swept the caches.
     """
 
     def __init__(self, api: ASGIApp, routes: APIRouter) -> None:

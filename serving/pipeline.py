@@ -111,7 +111,7 @@ def sharpness(crop: Rgb) -> float:
     """Variance of the Laplacian of the grey crop (uint8 H×W×3 RGB), squared grey levels: higher is sharper."""
     laplacian = cv2.Laplacian(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.CV_16S)
     mean = cv2.sumElems(laplacian)[0] / laplacian.size
-    return cv2.norm(laplacian) ** 2 / laplacian.size - mean**2  # of whole numbers, so nothing cancels
+    return cv2.norm(laplacian) ** 2 / laplacian.size - mean**2  # sums of whole numbers: little cancels
 
 
 def _as_crop(rgb: Rgb, size: int) -> Rgb:

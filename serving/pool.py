@@ -42,7 +42,7 @@ class Pool:
     """Threads that do what an event loop submits. A job that was cancelled while it waited is never executed.
 
     Of the idle threads the one that was busy last gets the next job: its processor still holds what it worked with.
-    The threads of a ThreadPoolExecutor take turns, which cost 7 % more CPU time with one client on two cores.
+    The threads of a ThreadPoolExecutor take turns.
     """
 
     def __init__(self, threads: int, metrics: Metrics) -> None:
