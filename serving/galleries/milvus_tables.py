@@ -9,6 +9,7 @@ What a read may miss is stated at each call:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -145,20 +146,32 @@ class Tables:
         )
         return [[{"id": hit["id"], "score": hit["distance"], **hit["entity"]} for hit in hits] for hits in found]
 
-    def purge(self) -> None:
+    def purge(self) -> list[str]:
         """Ask Milvus to write anew, without them, the segments that this process deleted rows of.
 
-        It does so in its own time. By itself it waits until a fifth of a segment is deleted.
+        It does so in its own time, or not at all; by itself it waits until a fifth of a segment is deleted. So a
+        collection is asked about at each call until Milvus holds no more rows of it than it gives. Returns those that
+        it may hold more of.
         """
+        waiting = []
         for name in list(self._deleted):
+            self._deleted.discard(name)  # first: what is deleted from here on is not counted, and adds it again
             try:
+                given = self.count(name, 'id > ""', "ALL")
                 self._call("flush", name)
-                self._call("compact", name)
+                if self._call("get_collection_stats", name)["row_count"] > given:
+                    waiting.append(name)
             except NoTable:
-                pass
+                continue
             except Problem:
-                continue  # next time
-            self._deleted.discard(name)
+                waiting.append(name)
+        self._deleted.update(waiting)
+        # Only after all are flushed: 2.3 compacts every collection at each request, and a segment that it works on
+        # already, maybe without its newest deletions, it leaves out.
+        for name in waiting:
+            with contextlib.suppress(NoTable, Problem):
+                self._call("compact", name)
+        return waiting
 
     def close(self) -> None:
         """Close the connection."""
