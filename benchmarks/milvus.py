@@ -25,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from milvus_server import MilvusServer, missing
 
+from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.gallery import Enrolled, Enrolment, GalleryStore, NewTemplate, Space
 from pkd.serving.galleries.milvus_store import MilvusStore
 from pkd.serving.galleries.milvus_tables import Tables
@@ -59,7 +60,7 @@ def main() -> int:
         server.start()
         start_seconds = time.perf_counter() - started
         try:
-            milvus = MilvusStore(Tables(server.uri, timeout=60), Path(folder) / "audit.db", master)
+            milvus = MilvusStore(Tables(server.uri, timeout=60), AuditFile(Path(folder) / "audit.db"), master)
             measured = measure(milvus, vectors)
             measured["start_seconds"] = start_seconds
             measured["server_mib"] = memory(server.pid)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, get_args
 
+from pkd.serving.galleries.place import Place
 from pkd.serving.logs import Form
 from pkd.serving.settings import Settings, check
 from pkd.toolkit.errors import InputError
@@ -25,8 +26,6 @@ SERVICE_LINK = re.compile(r"PKD(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\
 YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off", ""})
 GPU_THREADS = 64
 """Worker threads in front of a GPU: as many as fill two of the largest batches, one that runs and one that gathers."""
-GALLERY = re.compile(r"milvus://[A-Za-z0-9.-]+:\d{1,5}")
-
 
 LIMITS = frozenset(each.name for each in fields(Settings))
 """The options that are fields of Settings."""
@@ -95,8 +94,7 @@ def _one_of(*known: str) -> Callable[[str], str]:
 
 
 def _gallery(text: str) -> str:
-    if "://" in text and not GALLERY.fullmatch(text):
-        raise InputError("give a folder, or milvus://HOST:PORT.")
+    Place(text)
     return text
 
 
@@ -155,7 +153,7 @@ OPTIONS: tuple[Option, ...] = (
         "gallery",
         "--gallery",
         "PKD_GALLERY",
-        "DIR|milvus://HOST:PORT",
+        "DIR|milvus[+tls]://HOST:PORT",
         "where galleries are kept: a folder of this machine, or a Milvus server",
         "none: no galleries",
         _gallery,
@@ -293,7 +291,7 @@ def _judge(made: Configuration) -> None:
             f"--gallery {made.gallery}: templates are encrypted under a master key. Pass --master-key FILE "
             "(PKD_MASTER_KEY_FILE), a file that lies elsewhere."
         )
-    milvus = bool(made.gallery and made.gallery.startswith("milvus://"))
+    milvus = bool(made.gallery and Place(made.gallery).milvus)
     if milvus and not made.audit:
         raise InputError(f"--gallery {made.gallery}: Milvus keeps no audit log. Pass --audit FILE (PKD_AUDIT_FILE).")
     for option, value in (("--audit", made.audit), ("--milvus-token", made.milvus_token)):

@@ -1,4 +1,4 @@
-"""pkd-gallery: keys, checks, copies of galleries in SQLite. Run as: pkd-gallery verify galleries --master-key FILE"""
+"""pkd-gallery: keys, checks, copies of galleries. Run as: pkd-gallery verify galleries --master-key FILE"""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pkd.toolkit.errors import InputError, MissingExtra, NotTrusted, PkdError
 
 if TYPE_CHECKING:
     from pkd.serving.galleries.audit import Head
+    from pkd.serving.galleries.inspection import Inspection
+    from pkd.serving.galleries.place import Place
     from pkd.serving.galleries.vault import MasterKey
 
 EXAMPLES = """
@@ -26,20 +28,25 @@ EXAMPLES = """
   pkd-gallery export galleries staff staff.jsonl --master-key master.key
   pkd-gallery import galleries staff.jsonl --master-key new.key --sealed-with master.key
   pkd-gallery rekey galleries --master-key master.key --new-key new.key
+  pkd-gallery verify milvus+tls://milvus.example:19530 --milvus-token token --audit audit.db --master-key master.key
 """
 _NOTED = re.compile(r"(\d{1,18}):([0-9a-f]{64})", re.ASCII)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = make_parser("pkd-gallery", "Look after galleries that pkd-serve --gallery keeps in SQLite.", EXAMPLES)
+    parser = make_parser("pkd-gallery", "Look after galleries that pkd-serve --gallery keeps.", EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         if name != "new-key":
-            made.add_argument("folder", type=Path, metavar="DIR", help="folder that pkd-serve --gallery was given")
+            made.add_argument(
+                "store", metavar="DIR|milvus[+tls]://HOST:PORT", help="what pkd-serve --gallery was given"
+            )
             made.add_argument("--master-key", type=Path, required=True, metavar="FILE", help="its master key")
+            made.add_argument("--audit", metavar="FILE", help="audit log of this machine, beside Milvus")
+            made.add_argument("--milvus-token", metavar="FILE", help="file that holds USER:PASSWORD of Milvus")
         return made
 
     made = command("new-key", "write a new master key, mode 600")
@@ -74,31 +81,24 @@ def _run(args: argparse.Namespace, console: Console) -> Result:
         console.print(f"wrote {args.file}, master key {made.id}. Keep a copy where the database's backups are not.")
         return {"file": str(args.file), "master": made.id}
     try:
-        return COMMANDS[args.command](args, MasterKey.read(args.master_key), console)
+        return COMMANDS[args.command](args, _place(args), MasterKey.read(args.master_key), console)
     except Problem as problem:
         kind = InputError if problem.status < 500 else PkdError
         raise kind(problem.detail) from None
 
 
-def _verify(args: argparse.Namespace, master: MasterKey, console: Console) -> Result:
-    from pkd.serving.galleries.inspection import count_templates, inspect
-    from pkd.serving.galleries.sqlite_file import SqliteFile
-
+def _verify(args: argparse.Namespace, place: Place, master: MasterKey, console: Console) -> Result:
     noted = _noted(args.noted)
-    with (
-        closing(SqliteFile(args.folder, master, create=False)) as file,
-        progress(console, "decrypting", count_templates(file)) as step,
-    ):
-        found = inspect(file, noted, step)
+    found = (_inspect_milvus if place.milvus else _inspect_sqlite)(place, master, noted, console)
     for line in found.wrong:
         console.print(line, style="red", markup=False, soft_wrap=True)
     if found.wrong:
         many = "1 thing is wrong" if len(found.wrong) == 1 else f"{len(found.wrong)} things are wrong, first"
-        raise NotTrusted(f"{file.path}: {many}: {found.wrong[0]}")
+        raise NotTrusted(f"{place.where}: {many}: {found.wrong[0]}")
     head = f"{found.head.sequence}:{found.head.hash}"
     console.print(
-        f"{found.galleries:,} galleries, {found.subjects:,} subjects, {found.templates:,} templates: all decrypt, and "
-        f"the index equals them. The audit log is whole; note its head elsewhere:\n{head}",
+        f"{found.galleries:,} galleries, {found.subjects:,} subjects, {found.templates:,} templates: all are whole, "
+        f"and searched as they are kept. The audit log is whole; note its head elsewhere:\n{head}",
         markup=False,
         soft_wrap=True,
     )
@@ -106,12 +106,33 @@ def _verify(args: argparse.Namespace, master: MasterKey, console: Console) -> Re
     return {**counts, "audit_head": head, "noted_head_checked": bool(noted)}
 
 
-def _export(args: argparse.Namespace, master: MasterKey, console: Console) -> Result:
-    from pkd.serving.galleries.dump import export
-    from pkd.serving.galleries.sqlite_store import SqliteStore
+def _inspect_sqlite(place: Place, master: MasterKey, noted: Head | None, console: Console) -> Inspection:
+    from pkd.serving.galleries.sqlite_file import SqliteFile
+    from pkd.serving.galleries.sqlite_inspection import count_templates, inspect
 
     with (
-        closing(SqliteStore(args.folder, master, create=False)) as store,
+        closing(SqliteFile(Path(place.where), master, create=False)) as file,
+        progress(console, "decrypting", count_templates(file)) as step,
+    ):
+        return inspect(file, noted, step)
+
+
+def _inspect_milvus(place: Place, master: MasterKey, noted: Head | None, console: Console) -> Inspection:
+    from pkd.serving.galleries.milvus_inspection import count_templates, inspect
+
+    with (
+        closing(place.tables(create=False)) as tables,
+        closing(place.log(create=False)) as log,
+        progress(console, "looking", count_templates(tables)) as step,
+    ):
+        return inspect(tables, log, master, noted, step)
+
+
+def _export(args: argparse.Namespace, place: Place, master: MasterKey, console: Console) -> Result:
+    from pkd.serving.galleries.dump import export
+
+    with (
+        closing(place.open(master, create=False)) as store,
         progress(console, "exporting", store.get(args.gallery).subjects) as step,
     ):
         count = export(store, args.gallery, args.file, None if args.plain else master, step)
@@ -120,15 +141,14 @@ def _export(args: argparse.Namespace, master: MasterKey, console: Console) -> Re
     return {"gallery": args.gallery, "subjects": count, "file": str(args.file), "encrypted": not args.plain}
 
 
-def _import(args: argparse.Namespace, master: MasterKey, console: Console) -> Result:
+def _import(args: argparse.Namespace, place: Place, master: MasterKey, console: Console) -> Result:
     from pkd.serving.galleries.dump import count_subjects, import_
-    from pkd.serving.galleries.sqlite_store import SqliteStore
     from pkd.serving.galleries.vault import MasterKey
 
     sealed_with = MasterKey.read(args.sealed_with) if args.sealed_with else master
     with (
         progress(console, "importing", count_subjects(args.file)) as step,
-        closing(SqliteStore(args.folder, master)) as store,
+        closing(place.open(master)) as store,
     ):
         gallery, done = import_(store, args.file, sealed_with, step, "pkd-gallery", args.gallery)
     console.print(
@@ -139,18 +159,45 @@ def _import(args: argparse.Namespace, master: MasterKey, console: Console) -> Re
     return {"gallery": gallery, **vars(done)}
 
 
-def _rekey(args: argparse.Namespace, master: MasterKey, console: Console) -> Result:
-    from pkd.serving.galleries.sqlite_file import SqliteFile, rewrap
+def _rekey(args: argparse.Namespace, place: Place, master: MasterKey, console: Console) -> Result:
     from pkd.serving.galleries.vault import MasterKey
 
     after = MasterKey.read(args.new_key)
-    with closing(SqliteFile(args.folder, master, create=False)) as file:
-        count = rewrap(file, after)
+    count = (_rekey_milvus if place.milvus else _rekey_sqlite)(place, master, after)
     console.print(f"{count:,} gallery keys are wrapped by master key {after.id} now. Start the server with it.")
     return {"galleries": count, "master": after.id}
 
 
+def _rekey_sqlite(place: Place, before: MasterKey, after: MasterKey) -> int:
+    from pkd.serving.galleries.sqlite_file import SqliteFile, rewrap
+
+    with closing(SqliteFile(Path(place.where), before, create=False)) as file:
+        return rewrap(file, after)
+
+
+def _rekey_milvus(place: Place, before: MasterKey, after: MasterKey) -> int:
+    from pkd.serving.galleries.milvus_catalogue import Catalogue, rewrap
+
+    with closing(place.tables(create=False)) as tables, closing(place.log(create=False)) as log:
+        count = rewrap(Catalogue(tables), before, after)
+        log.append("pkd-gallery", "rekey", "", rows=count)
+        return count
+
+
 COMMANDS = {"verify": _verify, "export": _export, "import": _import, "rekey": _rekey}
+
+
+def _place(args: argparse.Namespace) -> Place:
+    from pkd.serving.galleries.place import Place
+
+    try:
+        place = Place(args.store, args.audit, args.milvus_token)
+    except InputError as error:
+        raise InputError(f"{args.store}: {error}") from None
+    for option, value in (("--audit", args.audit), ("--milvus-token", args.milvus_token)):
+        if value and not place.milvus:
+            raise InputError(f"{option} {value}: it is for a store milvus://HOST:PORT alone. Leave it out.")
+    return place
 
 
 def _noted(text: str | None) -> Head | None:

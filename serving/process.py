@@ -15,12 +15,13 @@ from pkd.serving import logs, telemetry
 from pkd.serving.configuration import Configuration
 from pkd.serving.encoders import Encoders
 from pkd.serving.galleries.gallery import GalleryStore
+from pkd.serving.galleries.place import Place
 from pkd.serving.security import ApiKeys
 from pkd.serving.server import Link, serve
 from pkd.serving.service import Service
 from pkd.toolkit.bundle import NOT_GATED
 from pkd.toolkit.detect import open_detector
-from pkd.toolkit.errors import InputError, UnsupportedFmr
+from pkd.toolkit.errors import UnsupportedFmr
 from pkd.toolkit.signing import TrustedKeys
 from pkd.toolkit.space import short
 
@@ -86,24 +87,8 @@ def open_store(configuration: Configuration) -> GalleryStore | None:
         return None
     from pkd.serving.galleries.vault import MasterKey
 
-    master = MasterKey.read(Path(configuration.master_key))
-    scheme, _, address = configuration.gallery.partition("milvus://")
-    if scheme or not address or configuration.audit is None:
-        from pkd.serving.galleries.sqlite_store import SqliteStore
-
-        return SqliteStore(Path(configuration.gallery), master)
-    from pkd.serving.galleries.milvus_store import MilvusStore
-    from pkd.serving.galleries.milvus_tables import Tables
-
-    token = _secret(configuration.milvus_token) if configuration.milvus_token else ""
-    return MilvusStore(Tables(f"http://{address}", token), Path(configuration.audit), master)
-
-
-def _secret(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text file'}.") from None
+    place = Place(configuration.gallery, configuration.audit, configuration.milvus_token)
+    return place.open(MasterKey.read(Path(configuration.master_key)))
 
 
 def introduce(console: Console, it: Opened, configuration: Configuration) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from milvus_server import MilvusServer
 
+from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.milvus_store import MilvusStore
 from pkd.serving.galleries.milvus_tables import Tables
 from pkd.serving.galleries.vault import MasterKey
@@ -22,11 +23,11 @@ def milvus_opened(milvus_server: MilvusServer, tmp_path: Path) -> Iterator[Open]
     stores: list[MilvusStore] = []
 
     def open() -> MilvusStore:
-        stores.append(MilvusStore(Tables(milvus_server.uri), tmp_path / "audit.db", MASTER))
+        stores.append(MilvusStore(Tables(milvus_server.uri), AuditFile(tmp_path / "audit.db"), MASTER))
         return stores[-1]
 
     first = open()
-    for gallery in first.list():
+    for gallery in first._catalogue.entries("ALL"):
         first.delete(gallery.name, "the test before")
     yield open
     for store in stores:

@@ -27,9 +27,11 @@ Action = Literal[
     "expire",
     "begin-migration",
     "end-migration",
+    "purge",
     "rekey",
 ]
-"""What the audit log records. ``rekey``: all gallery keys were wrapped by another master key."""
+"""What the audit log records. ``purge``: what was deleted of the gallery before has left the files of a store that only
+marks it at first. ``rekey``: all gallery keys were wrapped by another master key."""
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pkd.serving.galleries.milvus_rows import Entry, hashed
-from pkd.serving.galleries.milvus_tables import NOTHING, Freshness, Row, Tables
+from pkd.serving.galleries.milvus_tables import Freshness, Row, Tables
 from pkd.serving.galleries.sqlite_rows import unknown_gallery
+from pkd.serving.galleries.vault import MasterKey, Sealed
 from pkd.serving.problems import Problem
 
 COLUMNS = {"id": 64, "name": 64, "data": 60_000}
 KNOWN_SECONDS = 0.3
 """How long a gallery's row is believed before it is read again."""
-HEARTBEAT = "check"
-"""A row that is no gallery."""
+NOBODY = "check"
+"""An id that no gallery has."""
 
 
 class Catalogue:
     """The rows, and what is remembered of them. Thread-safe; one a process."""
 
     def __init__(self, tables: Tables) -> None:
-        self._tables, self._table = tables, f"{tables.prefix}_galleries"
+        self._tables, self.table = tables, f"{tables.prefix}_galleries"
         self._known: dict[str, tuple[float, Entry]] = {}
         self._ready, self._starting = False, threading.Lock()
 
@@ -48,23 +51,23 @@ class Catalogue:
 
     def add(self, entry: Entry) -> bool:
         """Add a gallery. False: another was being created under its name, so that this one was withdrawn."""
-        self._tables.insert(self._table, [entry.row()])
+        self._tables.insert(self.table, [entry.row()])
         # Two that create the same name at once: whoever sees the other withdraws, so that at most one stays.
         if len(self._rows(f'name == "{hashed(entry.name)}"', "ALL")) == 1:
             return True
-        self._tables.delete(self._table, [entry.id])
+        self._tables.delete(self.table, [entry.id])
         return False
 
     def change(self, entry: Entry) -> None:
         """Write a gallery's row anew. Raises a gallery-conflict where somebody else does at this moment."""
-        self._tables.upsert(self._table, [entry.row()])
+        self._tables.upsert(self.table, [entry.row()])
         self.forget(entry.name)
         if self.find(entry.name, "ALL") != entry:
             raise Problem("gallery-conflict", f"gallery {entry.name} is being changed by others. Look and try again.")
 
     def remove(self, entry: Entry) -> None:
         """Remove a gallery's row."""
-        self._tables.delete(self._table, [entry.id])
+        self._tables.delete(self.table, [entry.id])
         self.forget(entry.name)
 
     def forget(self, name: str) -> None:
@@ -73,13 +76,30 @@ class Catalogue:
 
     def check(self) -> None:
         """Read and write once. Raises a store-unavailable Problem where Milvus cannot."""
-        self._rows(f'id == "{HEARTBEAT}"', "SEEN")
-        self._tables.upsert(self._table, [{"id": HEARTBEAT, "name": "", "data": "", "vector": NOTHING}])
+        self._rows(f'id == "{NOBODY}"', "SEEN")
+        self._tables.delete(self.table, [NOBODY])  # goes through all that a write goes through, and leaves no row
 
     def _rows(self, where: str, fresh: Freshness) -> Sequence[Row]:
         with self._starting:
             if not self._ready:
-                self._tables.create(self._table, COLUMNS)
+                self._tables.create(self.table, COLUMNS)
                 self._ready = True
-        rows = self._tables.pages(self._table, where, ["id", "data"], fresh)
-        return [row for row in rows if row["id"] != HEARTBEAT]
+        return list(self._tables.pages(self.table, where, ["id", "data"], fresh))
+
+
+def rewrap(catalogue: Catalogue, before: MasterKey, after: MasterKey) -> int:
+    """Wrap every gallery's key with another master key; how many. Run again, it goes on where it was interrupted.
+
+    No server may run meanwhile. Raises Sealed for a key that neither of the two opens.
+    """
+    done = 0
+    for entry in catalogue.entries("ALL"):
+        wrapped = b64decode(entry.wrapped)
+        try:
+            key = before.gallery(entry.name, wrapped)
+        except Sealed:
+            after.gallery(entry.name, wrapped)
+            continue
+        catalogue.change(replace(entry, wrapped=b64encode(after.wrap(key)).decode()))
+        done += 1
+    return done

@@ -14,6 +14,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from pkd.serving.galleries.milvus_rows import (
     Seal,
     among,
     current,
+    fingerprint,
 )
 from pkd.serving.galleries.milvus_tables import PAGE, Freshness, Row, Tables
 from pkd.serving.galleries.rotation import Rotation
@@ -106,7 +108,9 @@ class MilvusGallery:
         journal = self._note(pseudonyms, [commit.id for commit, _ in planned])
         self._tag_ahead(entry, planned, earlier)
         rows: dict[str, list[Row]] = defaultdict(list)
+        commits = []
         for commit, enrolment in planned:
+            fingerprints = []
             subject, tags = self.seal.subject(commit.subject), self.seal.tags(commit.attributes)
             if not commit.attributes:
                 tags = self.seal.tags(current(earlier.get(subject, []))[0])
@@ -117,11 +121,13 @@ class MilvusGallery:
                 hidden = self.rotation(template.space, len(kept)).hide(kept)
                 row = {"id": id, "subject": subject, "encoder": encoder, "tags": tags, "vector": hidden}
                 rows[template.space].append(row)
+                fingerprints.append(fingerprint(hidden))
+            commits.append(replace(commit, fingerprints=fingerprints))
         for space, some in rows.items():
             self.tables.insert(entry.tables[space], some)
         if time.monotonic() - started > MOST_SECONDS:
             raise Problem("store-unavailable", "Milvus was too slow: the enrolment was given up. Send it again.")
-        self.tables.insert(self.records, [self.seal.commit(commit) for commit, _ in planned])
+        self.tables.insert(self.records, [self.seal.commit(commit) for commit in commits])
         self._settle(entry, pseudonyms)
         self.tables.delete(self.records, [journal])
 

@@ -17,6 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pkd.serving.galleries.gallery import Attributes, Consent, Enrolment, Gallery, Space
 from pkd.serving.galleries.milvus_tables import NOTHING, Row
 from pkd.serving.galleries.vault import GalleryKey, SubjectKey
@@ -78,6 +81,8 @@ class Commit:
     expires: float | None
     templates: Sequence[Sequence[str]]
     """Encoder and space of each."""
+    fingerprints: Sequence[str]
+    """Of the vector of each, as Milvus has it: who writes to Milvus can change vectors, but not unnoticed."""
     attributes: Attributes
     consent: Mapping[str, str] | None
     key: str | None
@@ -85,7 +90,7 @@ class Commit:
 
     @classmethod
     def new(cls, enrolment: Enrolment, retention: float | None, earlier: Sequence[Commit]) -> Commit:
-        """What this enrolment is to become, after those that the subject has."""
+        """What this enrolment is to become, after those that the subject has. Its fingerprints are not known yet."""
         now = time.time()
         expires = enrolment.expires
         if expires is None and retention is not None:
@@ -97,6 +102,7 @@ class Commit:
             created=now,
             expires=expires,
             templates=[(template.encoder, template.space) for template in enrolment.templates],
+            fingerprints=(),
             attributes=dict(enrolment.attributes),
             consent=asdict(enrolment.consent) if enrolment.consent else None,
             key=enrolment.key,
@@ -164,6 +170,11 @@ def current(commits: Iterable[Commit]) -> tuple[Attributes, Consent | None]:
         attributes = commit.attributes or attributes
         consent = commit.consent or consent
     return attributes, Consent(**consent) if consent else None
+
+
+def fingerprint(hidden: NDArray[np.float32]) -> str:
+    """Of a rotated vector: 32 hex digits, which tell nothing of it to who does not have it."""
+    return hashlib.sha256(hidden.astype("<f4").tobytes()).hexdigest()[:32]
 
 
 def hashed(name: str) -> str:

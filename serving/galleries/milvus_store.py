@@ -10,20 +10,16 @@ import contextlib
 import os
 import random
 import re
-import sqlite3
-import threading
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
-from pkd.serving.galleries import audit
+from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.gallery import (
-    Action,
     Attributes,
     Enrolled,
     Enrolment,
@@ -38,6 +34,7 @@ from pkd.serving.galleries.gallery import (
 from pkd.serving.galleries.milvus_catalogue import Catalogue
 from pkd.serving.galleries.milvus_enrolment import answered, enrol
 from pkd.serving.galleries.milvus_gallery import SWEEP_SECONDS, MilvusGallery, records_of
+from pkd.serving.galleries.milvus_purge import purge
 from pkd.serving.galleries.milvus_rows import COMMIT, INDEXED, MOVED, RECORDS, SUBJECT, TEMPLATES, Entry
 from pkd.serving.galleries.milvus_search import search
 from pkd.serving.galleries.milvus_tables import Freshness, NoTable, Tables
@@ -48,14 +45,14 @@ from pkd.serving.problems import Problem
 
 BATCH = 256
 """Enrolments written in one step."""
-PURGE_SECONDS = 3600.0
-"""How often Milvus is asked to write its files anew without what was deleted."""
+PURGE_SECONDS, FIRST_PURGE_SECONDS = 6 * 3600.0, 600.0
+"""How often, and how soon after the start, it is looked at whether deleted rows have left Milvus' files."""
 EXPORTED = 200
 """Subjects read at a time by an export."""
 ID = re.compile("[0-9a-f]{24}")
 ATTEMPTS = 5
 COVERS = ("rows", "index")
-"""What a receipt may claim: nothing answers by it any more. Milvus clears its disks later, by its own settings."""
+"""What a receipt may claim: nothing answers by it any more. When files follow, the audit log says: milvus_purge.py."""
 
 T = TypeVar("T")
 
@@ -63,19 +60,14 @@ T = TypeVar("T")
 class MilvusStore:
     """A GalleryStore on Milvus 2.3 or newer. Blocking and thread-safe; one a process, any number of machines.
 
-    ``audit_file``: the log of what *this machine's* processes changed, in SQLite; Milvus cannot keep a chain.
+    ``log``: of what *this machine's* processes changed; Milvus cannot keep a chain. The store closes it.
     """
 
-    def __init__(self, tables: Tables, audit_file: Path, master: MasterKey) -> None:
-        self._tables, self._master = tables, master
+    def __init__(self, tables: Tables, log: AuditFile, master: MasterKey) -> None:
+        self._tables, self._log, self._master = tables, log, master
         self._catalogue = Catalogue(tables)
         self._opened: dict[str, MilvusGallery] = {}
-        self._purged = time.monotonic()
-        self._auditing = threading.Lock()
-        self._audit = sqlite3.connect(audit_file, timeout=5, isolation_level=None, check_same_thread=False)
-        self._audit.execute("PRAGMA journal_mode = WAL")
-        self._audit.execute("PRAGMA synchronous = FULL")
-        self._audit.execute(audit.SCHEMA)
+        self._next_purge = time.monotonic() + FIRST_PURGE_SECONDS
 
     def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
         """Create, or return what is there if it has this very space; else a gallery-conflict."""
@@ -99,7 +91,7 @@ class MilvusStore:
                 self._tables.create(entry.tables[space.id], TEMPLATES, space.dim)
                 records.result()
             if self._catalogue.add(entry):
-                self._append(actor, "create", name)
+                self._log.append(actor, "create", name)
                 return self.get(name)
             self._drop(entry.id)
             time.sleep(random.random())
@@ -121,12 +113,12 @@ class MilvusStore:
         """Delete a gallery with all that is in it, and its key."""
 
         def delete(gallery: MilvusGallery, entry: Entry) -> Receipt:
-            templates = sum(self._tables.count(table, 'id > ""', "ALL") for table in entry.tables.values())
-            rows = 1 + templates + self._tables.count(gallery.records, f"kind == {COMMIT}", "ALL")
+            templates = sum(self._count(table, 'id > ""') for table in entry.tables.values())
+            rows = 1 + templates + self._count(gallery.records, f"kind == {COMMIT}")
             self._catalogue.remove(entry)
             self._opened.pop(entry.id, None)
             self._drop(entry.id)
-            head = self._append(actor, "delete-gallery", name, templates=templates, rows=rows)
+            head = self._log.append(actor, "delete-gallery", name, templates=templates, rows=rows)
             return Receipt(name, None, templates, rows, COVERS, head.sequence, head.hash)
 
         return self._with(name, delete, "ALL")
@@ -143,8 +135,8 @@ class MilvusStore:
 
                 for one, answer in zip(some, enrol(opened, entry, some, spaces), strict=True):
                     if isinstance(answer, Enrolled) and not answer.replayed:
-                        subject = opened.seal.subject(one.subject)
-                        self._append(actor, "enrol", gallery, subject, templates=len(answer.templates))
+                        subject = bytes.fromhex(opened.seal.subject(one.subject))
+                        self._log.append(actor, "enrol", gallery, subject=subject, templates=len(answer.templates))
                     done.append(answer)
 
             self._with(gallery, write)
@@ -182,7 +174,8 @@ class MilvusStore:
             if not commits:
                 raise Problem("unknown-subject", f"Gallery {gallery} has no subject {subject}.")
             templates, rows = opened.remove(entry, commits)
-            head = self._append(actor, "delete-subject", gallery, pseudonym, templates=templates, rows=rows)
+            named = bytes.fromhex(pseudonym)
+            head = self._log.append(actor, "delete-subject", gallery, subject=named, templates=templates, rows=rows)
             return Receipt(gallery, subject, templates, rows, COVERS, head.sequence, head.hash)
 
         return self._with(gallery, delete)
@@ -205,7 +198,7 @@ class MilvusStore:
             table = f"{self._tables.prefix}_{entry.id}_{_new_id()}"
             self._tables.create(table, TEMPLATES, space.dim)
             self._catalogue.change(replace(entry, moving_to=space, tables={**entry.tables, space.id: table}))
-            self._append(actor, "begin-migration", gallery)
+            self._log.append(actor, "begin-migration", gallery)
 
         self._with(gallery, begin, "ALL")
         return self.get(gallery)
@@ -241,7 +234,7 @@ class MilvusStore:
             self._tables.drop(entry.tables[left.id])
             moved = [row["id"] for row in self._tables.pages(opened.records, f"kind == {MOVED}", ["id"], "ALL")]
             self._tables.delete(opened.records, moved)
-            head = self._append(actor, "end-migration", gallery, templates=templates, rows=templates + len(moved))
+            head = self._log.append(actor, "end-migration", gallery, templates=templates, rows=templates + len(moved))
             receipt = Receipt(gallery, None, templates, templates + len(moved), COVERS, head.sequence, head.hash)
             return Moved(templates, receipt)
 
@@ -257,15 +250,15 @@ class MilvusStore:
                 templates, rows = opened.expire(entry, now)
                 opened.sweep(entry, time.time() - SWEEP_SECONDS)
                 if templates:
-                    self._append("retention", "expire", entry.name, templates=templates, rows=rows)
+                    self._log.append("retention", "expire", entry.name, templates=templates, rows=rows)
                 total += templates
         ids = {entry.id for entry in entries}
         for id in self._opened.keys() - ids:  # deleted by other processes: their keys go from memory, too
             self._opened.pop(id, None)
         self._sweep(ids)
-        if time.monotonic() - self._purged >= PURGE_SECONDS:
-            self._purged = time.monotonic()
-            self._tables.purge()
+        if time.monotonic() >= self._next_purge:
+            self._next_purge = time.monotonic() + PURGE_SECONDS
+            purge(self._tables, self._catalogue, self._log)
         return total
 
     def export(self, gallery: str) -> Iterator[Subject]:
@@ -276,15 +269,12 @@ class MilvusStore:
     def check(self) -> None:
         """Raise a store-unavailable Problem unless the store can read and write right now."""
         self._catalogue.check()
-        with self._auditing, explained():
-            self._audit.execute("BEGIN IMMEDIATE")
-            self._audit.execute("ROLLBACK")
+        self._log.check()
 
     def close(self) -> None:
         """Let go of files and connections."""
         self._tables.close()
-        with self._auditing:
-            self._audit.close()
+        self._log.close()
 
     def _with(self, name: str, do: Callable[[MilvusGallery, Entry], T], fresh: Freshness = "SEEN") -> T:
         """Do something with a gallery; once more from the start if a collection of it was dropped meanwhile."""
@@ -323,6 +313,12 @@ class MilvusStore:
                 return
             after = pseudonyms[-1]
 
+    def _count(self, table: str, where: str) -> int:
+        try:
+            return self._tables.count(table, where, "ALL")
+        except NoTable:  # somebody dropped it: what is left of the gallery can still be deleted
+            return 0
+
     def _require_moved(self, opened: MilvusGallery, entry: Entry, space: Space) -> None:
         for behind in opened.without(entry, space.id, "", 1, "ALL"):
             raise Problem(
@@ -342,22 +338,6 @@ class MilvusStore:
             id = name.removeprefix(f"{self._tables.prefix}_").split("_")[0]
             if ID.fullmatch(id) and id not in entries and int(id[:16], 16) < (time.time() - SWEEP_SECONDS) * 1e6:
                 self._tables.drop(name)
-
-    def _append(
-        self, actor: str, action: Action, gallery: str, subject: str | None = None, templates: int = 0, rows: int = 0
-    ) -> audit.Head:
-        pseudonym = bytes.fromhex(subject) if subject else None
-        with self._auditing, explained():
-            self._audit.execute("BEGIN IMMEDIATE")
-            try:
-                head = audit.append(
-                    self._audit, actor, action, gallery, subject=pseudonym, templates=templates, rows=rows
-                )
-                self._audit.execute("COMMIT")
-            except BaseException:
-                self._audit.execute("ROLLBACK")
-                raise
-            return head
 
 
 def _page(opened: MilvusGallery, entry: Entry, after: str) -> tuple[Sequence[str], Sequence[Subject]]:

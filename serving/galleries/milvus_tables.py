@@ -9,7 +9,6 @@ What a read may miss is stated at each call:
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -31,7 +30,8 @@ PAGE = 1_000
 """Rows a query answers at a time."""
 MOST = 16_384
 """Rows that Milvus gives for one query or search at most."""
-LOAD_SECONDS = 30.0
+SLOW_SECONDS = 30.0
+"""How long loading or flushing a collection may take; nobody waits for an answer meanwhile."""
 RETRY_SECONDS = 1.0
 NOTHING: list[float] = [0.0, 0.0]
 """Every collection must have a vector; those of plain rows have this one."""
@@ -53,7 +53,6 @@ class Tables:
         self._client: Any = None
         self._connecting = threading.Lock()
         self._retry = 0.0
-        self._deleted: set[str] = set()
         self._written: dict[str, float] = {}
 
     def create(self, name: str, fields: Mapping[str, int], dim: int = 0, indexed: Sequence[str] = ()) -> None:
@@ -80,10 +79,10 @@ class Tables:
         if not self._call("list_indexes", name):
             self._call("create_index", name, indexes, sync=False)
         self._call("load_collection", name, _async=True)
-        deadline = time.monotonic() + LOAD_SECONDS
+        deadline = time.monotonic() + SLOW_SECONDS
         while self._call("get_load_state", name)["state"].name != "Loaded":
             if time.monotonic() > deadline:
-                raise Problem("store-unavailable", f"Milvus did not load a new collection in {LOAD_SECONDS:g} s.")
+                raise Problem("store-unavailable", f"Milvus did not load a new collection in {SLOW_SECONDS:g} s.")
             time.sleep(0.03)
 
     def names(self) -> Sequence[str]:
@@ -104,8 +103,6 @@ class Tables:
 
     def delete(self, name: str, keys: Sequence[str]) -> None:
         """Delete the rows with these primary keys, the first field, which every collection calls ``id``."""
-        if keys:
-            self._deleted.add(name)
         for start in range(0, len(keys), PAGE):
             self._write("delete", name, list(keys[start : start + PAGE]))
 
@@ -146,32 +143,19 @@ class Tables:
         )
         return [[{"id": hit["id"], "score": hit["distance"], **hit["entity"]} for hit in hits] for hits in found]
 
-    def purge(self) -> list[str]:
-        """Ask Milvus to write anew, without them, the segments that this process deleted rows of.
+    def holds_deleted(self, name: str) -> bool:
+        """Whether Milvus may hold more rows than it gives: deleted ones that it has not written its files without.
 
-        It does so in its own time, or not at all; by itself it waits until a fifth of a segment is deleted. So a
-        collection is asked about at each call until Milvus holds no more rows of it than it gives. Returns those that
-        it may hold more of.
+        Right as of the moment of the call but for one thing: what others write meanwhile may make it True.
         """
-        waiting = []
-        for name in list(self._deleted):
-            self._deleted.discard(name)  # first: what is deleted from here on is not counted, and adds it again
-            try:
-                given = self.count(name, 'id > ""', "ALL")
-                self._call("flush", name)
-                if self._call("get_collection_stats", name)["row_count"] > given:
-                    waiting.append(name)
-            except NoTable:
-                continue
-            except Problem:
-                waiting.append(name)
-        self._deleted.update(waiting)
-        # Only after all are flushed: 2.3 compacts every collection at each request, and a segment that it works on
-        # already, maybe without its newest deletions, it leaves out.
-        for name in waiting:
-            with contextlib.suppress(NoTable, Problem):
-                self._call("compact", name)
-        return waiting
+        given = self.count(name, 'id > ""', "ALL")
+        self._call("flush", name, seconds=SLOW_SECONDS)  # now all rows that were counted are in its statistics
+        return int(self._call("get_collection_stats", name)["row_count"]) > given
+
+    def compact(self, name: str) -> None:
+        """Ask Milvus to write a collection's files anew, without what was flushed as deleted. It does so in its own
+        time, or not at all: by itself it waits until a fifth is deleted. 2.3 compacts all other collections, too."""
+        self._call("compact", name)
 
     def close(self) -> None:
         """Close the connection."""
@@ -194,7 +178,7 @@ class Tables:
             finally:  # a write that was given up may still take place
                 self._written[name] = time.monotonic()
 
-    def _call(self, operation: str, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, operation: str, *args: Any, seconds: float | None = None, **kwargs: Any) -> Any:
         try:
             import grpc
             from pymilvus import MilvusException
@@ -202,7 +186,7 @@ class Tables:
             raise MissingExtra("pymilvus", "milvus") from None
         try:
             method: Callable[..., Any] = getattr(self._connected(), operation)
-            return method(*args, timeout=self.timeout, **kwargs)
+            return method(*args, timeout=seconds or self.timeout, **kwargs)
         except MilvusException as error:
             if error.code in (100, 4) or "collection not found" in str(error):
                 raise NoTable(str(args[0] if args else "")) from None

@@ -13,6 +13,7 @@ from gallery_conformance import ALICE, ENCODER, NEW, OLD, enrolled, one, refused
 from milvus_server import MilvusServer
 from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 
+from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.milvus_store import MilvusStore
 from pkd.serving.galleries.milvus_tables import Tables
 
@@ -69,7 +70,7 @@ def test_milvus_hangs_and_dies_and_comes_back(
 ) -> None:
     tables = Tables(milvus_server.uri)
     milvus_opened().create("staff", OLD, None, ALICE)
-    store = MilvusStore(tables, tmp_path / "audit.db", MASTER)
+    store = MilvusStore(tables, AuditFile(tmp_path / "audit.db"), MASTER)
     enrolled(store.enrol("staff", [one("ann", unit(1)[0], key="k", digest="d")], ALICE))
     before, patience = store.subject("staff", "ann"), tables.timeout
 
@@ -97,7 +98,7 @@ def test_a_server_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) -
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     started = time.monotonic()
-    store = MilvusStore(Tables(f"http://127.0.0.1:{port}", timeout=TIMEOUT), tmp_path / "audit.db", MASTER)
+    store = MilvusStore(Tables(f"http://127.0.0.1:{port}", timeout=TIMEOUT), AuditFile(tmp_path / "audit.db"), MASTER)
     with refused("store-unavailable"):
         store.check()
     assert time.monotonic() - started < BOUND
@@ -106,7 +107,7 @@ def test_a_server_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) -
 
 @pytest.mark.parametrize("uri", ["nowhere", "", "ftp://127.0.0.1:1"])
 def test_an_address_that_is_none_is_refused(tmp_path: Path, uri: str) -> None:
-    store = MilvusStore(Tables(uri, timeout=TIMEOUT), tmp_path / "audit.db", MASTER)
+    store = MilvusStore(Tables(uri, timeout=TIMEOUT), AuditFile(tmp_path / "audit.db"), MASTER)
     with refused("store-unavailable"):
         store.check()
     store.close()
