@@ -24,7 +24,7 @@ from pkd.serving.galleries.milvus_tables import NoTable, Row, Tables
 from pkd.serving.galleries.vault import MasterKey, Sealed
 from pkd.toolkit.errors import NotTrusted
 
-SUBJECTS = 200
+SUBJECTS = 1_000
 """Looked at together."""
 AGAIN_SECONDS = 2.0
 """After which what did not fit is looked at again."""

@@ -33,6 +33,9 @@ MOST = 16_384
 SLOW_SECONDS = 30.0
 """How long loading or flushing a collection may take; nobody waits for an answer meanwhile."""
 RETRY_SECONDS = 1.0
+NOT_CONNECTED = 2
+"""pymilvus' code for a connection that was not made, or not let in."""
+REMEDY = "Is it up, and are address, TLS and token right?"
 NOTHING: list[float] = [0.0, 0.0]
 """Every collection must have a vector; those of plain rows have this one."""
 
@@ -190,9 +193,11 @@ class Tables:
         except MilvusException as error:
             if error.code in (100, 4) or "collection not found" in str(error):
                 raise NoTable(str(args[0] if args else "")) from None
+            if error.code == NOT_CONNECTED:
+                raise Problem("store-unavailable", f"Milvus cannot be reached to {operation}. {REMEDY}") from error
             raise Problem("store-unavailable", f"Milvus does not {operation}: code {error.code}.") from error
         except (grpc.RpcError, ValueError) as error:  # ValueError: the channel was closed under it
-            raise Problem("store-unavailable", f"Milvus cannot be reached to {operation}.") from error
+            raise Problem("store-unavailable", f"Milvus cannot be reached to {operation}. {REMEDY}") from error
 
     def _connected(self) -> Any:
         with self._connecting:

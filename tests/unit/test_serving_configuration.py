@@ -90,7 +90,7 @@ def test_every_option_takes_both_forms_and_gives_the_same():
         ("PKD_TARGET_FMR", "nan", "PKD_TARGET_FMR nan"),
         ("PKD_DEVICE", "gpu", "PKD_DEVICE gpu: give cpu or cuda"),
         ("PKD_TRACES", "maybe", "PKD_TRACES maybe: give 1 or 0"),
-        ("PKD_GALLERY", "mysql://db", "PKD_GALLERY mysql://db: give a folder, or milvus://HOST:PORT"),
+        ("PKD_GALLERY", "mysql://db", "PKD_GALLERY mysql://db: give a folder, milvus://HOST:PORT"),
         ("PKD_GALLERY", "milvus://db", "PKD_GALLERY milvus://db"),
         ("PKD_GALLERY", "galleries", "PKD_MASTER_KEY_FILE"),
         ("PKD_MASTER_KEY_FILE", "key", "Pass --gallery"),
