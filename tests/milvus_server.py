@@ -161,7 +161,8 @@ def _wait_healthy(server: subprocess.Popen[bytes]) -> None:
     sys.exit(1)
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Pass on what arrives until it ends."""
     try:
         while data := await reader.read(1 << 18):
             writer.write(data)
@@ -179,7 +180,7 @@ async def _forward(listening: socket.socket, pid: int) -> None:
         except OSError:
             writer.close()
             return
-        await asyncio.gather(_copy(reader, inner_writer), _copy(inner_reader, writer))
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
 
     server = await asyncio.start_server(connected, sock=listening, limit=1 << 18)
     print(READY, pid, flush=True)

@@ -11,22 +11,22 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
+import orjson
 
-from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, GalleryStore, NewTemplate, Space, Subject
+from pkd.serving.galleries.description import FORMAT, Json, of_gallery, of_subject
+from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, GalleryStore, NewTemplate, Space
 from pkd.serving.galleries.vault import MasterKey, SubjectKey
 from pkd.serving.problems import Problem
 from pkd.toolkit.errors import InputError
 
-FORMAT = "pkd-gallery-1"
 BATCH = 256
 """Subjects enrolled in one durable step."""
-Json = dict[str, Any]
 
 
 @dataclass
@@ -52,10 +52,7 @@ def export(store: GalleryStore, gallery: str, path: Path, master: MasterKey | No
     count = 0
     try:
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            spaces = {"space": _space(now.space), "moving_to": now.moving_to and _space(now.moving_to)}
-            head: Json = {"format": FORMAT, "gallery": gallery, **spaces, "subjects": now.subjects}
-            if now.retention is not None:
-                head["retention_seconds"] = now.retention
+            head = of_gallery(now)
             key = None
             if master:
                 made, wrapped = master.new_gallery(f"export of {gallery}")
@@ -64,7 +61,7 @@ def export(store: GalleryStore, gallery: str, path: Path, master: MasterKey | No
             file.write(_line(head, None, 0))
             for subject in subjects:
                 count += 1
-                file.write(_line(_written(subject), key, count))
+                file.write(_line(of_subject(subject), key, count))
                 step(1)
             file.write(_line({"end": True, "subjects": count}, key, count + 1))
             file.flush()
@@ -119,40 +116,8 @@ def _opened(path: Path) -> BinaryIO:
         raise InputError(f"{path}: {error.strerror}. Give a file that pkd-gallery export wrote.") from None
 
 
-def _space(space: Space) -> Json:
-    return {"id": space.id, "dim": space.dim, "metric": "cosine"}
-
-
 def _read_space(written: Json) -> Space:
     return Space(str(written["id"]), int(written["dim"]))
-
-
-def _moment(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
-
-
-def _written(subject: Subject) -> Json:
-    templates = []
-    for template in subject.templates:
-        assert template.vector is not None
-        templates.append(
-            {
-                "id": template.id,
-                "encoder": template.encoder,
-                "space": template.space,
-                "created": _moment(template.created),
-                "expires": template.expires and _moment(template.expires),
-                "embedding": base64.b64encode(template.vector.astype("<f2").tobytes()).decode(),
-                "encoding": "b64_f16",
-            }
-        )
-    consent = asdict(subject.consent) if subject.consent else None
-    return {
-        "subject": subject.id,
-        "attributes": dict(subject.attributes),
-        "consent": consent,
-        "templates": templates,
-    }
 
 
 def _missing(store: GalleryStore, gallery: str, line: Json, done: Imported) -> list[Enrolment]:
@@ -192,7 +157,7 @@ def _enrol(store: GalleryStore, gallery: str, batch: list[Enrolment], actor: str
 
 
 def _line(content: Json, key: SubjectKey | None, number: int) -> bytes:
-    plain = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    plain = orjson.dumps(content)
     return (base64.b64encode(key.seal(plain, str(number), FORMAT)) if key else plain) + b"\n"
 
 

@@ -22,8 +22,6 @@ from pkd.serving.vectors import Encoding
 Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 """An idempotency key: printable ASCII without spaces."""
 EncoderId = Annotated[str, StringConstraints(max_length=300)]
-FORMAT = "pkd-gallery-1"
-"""Of an exported gallery; its first line says so."""
 
 
 def _structured(sent: Any) -> Any:

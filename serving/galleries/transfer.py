@@ -7,23 +7,23 @@ Vectors leave here as plain numbers: an export is biometric data, and whoever ma
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Discriminator, RootModel, Tag
 
-from pkd.serving.answers import line, when
+from pkd.serving.answers import line
 from pkd.serving.galleries.admission import admit
 from pkd.serving.galleries.bulk import Answer, Item
+from pkd.serving.galleries.description import of_gallery, of_subject
 from pkd.serving.galleries.enrolling import consent_of
 from pkd.serving.galleries.gallery import Enrolment, Gallery, NewTemplate, Subject
-from pkd.serving.galleries.schemas import FORMAT, ExportedSubject, ExportedTemplate, ExportEnd, ExportHeader
+from pkd.serving.galleries.schemas import ExportedSubject, ExportedTemplate, ExportEnd, ExportHeader
 from pkd.serving.images import parse
 from pkd.serving.problems import Problem, from_error
 from pkd.serving.schemas import MANY_VALUES
@@ -62,9 +62,11 @@ async def export(service: Service, gallery: Gallery) -> AsyncGenerator[bytes, No
     subjects: Iterator[Subject] = iter(())
     count = 0
     try:
-        yield line(_header(gallery))
+        yield line(of_gallery(gallery))
         subjects = await loop.run_in_executor(reader, lambda: iter(service.store.export(gallery.name)))
-        while piece := await loop.run_in_executor(reader, lambda: list(map(_exported, islice(subjects, PIECE)))):
+        while piece := await loop.run_in_executor(
+            reader, lambda: [line(of_subject(one)) for one in islice(subjects, PIECE)]
+        ):
             count += len(piece)
             yield b"".join(piece)
         yield line({"end": True, "subjects": count})
@@ -143,41 +145,3 @@ class Import:
         space = admit(self._encoders, gallery, one.encoder, one.space)
         dim = next(known.dim for known in gallery.spaces if known.id == space)
         return NewTemplate(one.encoder, space, decode(one.embedding, one.encoding, dim).astype(np.float32))
-
-
-def _header(gallery: Gallery) -> dict[str, Any]:
-    def space(one: Any) -> dict[str, Any]:
-        return {"id": one.id, "dim": one.dim, "metric": "cosine"}
-
-    retention = {} if gallery.retention is None else {"retention_seconds": gallery.retention}
-    return {
-        "format": FORMAT,
-        "gallery": gallery.name,
-        "space": space(gallery.space),
-        "moving_to": gallery.moving_to and space(gallery.moving_to),
-        **retention,
-        "subjects": gallery.subjects,
-    }
-
-
-def _exported(subject: Subject) -> bytes:
-    consent = subject.consent
-    return line(
-        {
-            "subject": subject.id,
-            "attributes": dict(subject.attributes),
-            "consent": consent and {"basis": consent.basis, "reference": consent.reference, "given": consent.given},
-            "templates": [
-                {
-                    "id": one.id,
-                    "encoder": one.encoder,
-                    "space": one.space,
-                    "created": when(one.created),
-                    "expires": when(one.expires),
-                    "embedding": base64.b64encode(np.asarray(one.vector, "<f2").tobytes()).decode(),
-                    "encoding": "b64_f16",
-                }
-                for one in subject.templates
-            ],
-        }
-    )

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pkd.serving import openapi
-from pkd.serving.answers import answer, when
+from pkd.serving.answers import answer
+from pkd.serving.galleries.description import of_subject
 from pkd.serving.galleries.enrolling import Taken, enrol
-from pkd.serving.galleries.gallery import Subject
 from pkd.serving.galleries.schemas import (
     EnrolAnswer,
     EnrolBody,
@@ -66,7 +66,8 @@ def routes(service: Service) -> APIRouter:
     async def get_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
         """What is kept of a subject; vectors are given out by the export alone."""
         require(request, "admin")
-        return answer(_shown(gallery, await service.stored(service.store.subject, gallery, subject)))
+        found = await service.stored(service.store.subject, gallery, subject)
+        return answer({"gallery": gallery, **of_subject(found)})
 
     @router.delete(
         "/v1/galleries/{gallery}/subjects/{subject}",
@@ -92,23 +93,3 @@ def routes(service: Service) -> APIRouter:
 def page(name: str, found: Any, limit: int) -> dict[str, Any]:
     """Of ids, ``limit`` + 1 of which were asked for."""
     return {name: list(found[:limit]), "next": found[limit - 1] if len(found) > limit else None}
-
-
-def _shown(gallery: str, subject: Subject) -> dict[str, Any]:
-    consent = subject.consent
-    return {
-        "gallery": gallery,
-        "subject": subject.id,
-        "attributes": dict(subject.attributes),
-        "consent": consent and {"basis": consent.basis, "reference": consent.reference, "given": consent.given},
-        "templates": [
-            {
-                "id": one.id,
-                "encoder": one.encoder,
-                "space": one.space,
-                "created": when(one.created),
-                "expires": when(one.expires),
-            }
-            for one in subject.templates
-        ],
-    }

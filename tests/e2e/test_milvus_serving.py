@@ -21,7 +21,7 @@ import serving_bundles as made
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from milvus_server import MilvusServer
+from milvus_server import MilvusServer, copy
 from server_process import serving, until
 
 from pkd.serving.client import Client
@@ -53,19 +53,9 @@ def tls(uri: str, folder: Path) -> Iterator[str]:
     context.set_alpn_protocols(["h2"])
     port = int(uri.rpartition(":")[2])
 
-    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-                await writer.drain()
-        except OSError:
-            pass
-        finally:
-            writer.close()
-
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(pass_on(reader, inner_writer), pass_on(inner_reader, writer))
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
 
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(connected, "127.0.0.1", 0, ssl=context))
@@ -145,11 +135,11 @@ def test_an_operator_s_day_with_milvus(milvus_server: MilvusServer, tmp_path: Pa
             assert all(first() != "p0" for _ in range(8))  # whichever worker
             operator.answered("verify", "--noted", f"{receipt.sequence}:{receipt.hash}")
             server.stop()
-        copy = tmp_path / "staff.jsonl"
-        assert operator.answered("export", "staff", copy)["subjects"] == PEOPLE - 1
-        assert operator.answered("import", copy, store=tmp_path / "sqlite")["templates"] == PEOPLE - 1
-        assert operator.answered("import", copy)["there_already"] == PEOPLE - 1
-        assert operator.answered("import", copy, "--gallery", "again")["templates"] == PEOPLE - 1
+        file = tmp_path / "staff.jsonl"
+        assert operator.answered("export", "staff", file)["subjects"] == PEOPLE - 1
+        assert operator.answered("import", file, store=tmp_path / "sqlite")["templates"] == PEOPLE - 1
+        assert operator.answered("import", file)["there_already"] == PEOPLE - 1
+        assert operator.answered("import", file, "--gallery", "again")["templates"] == PEOPLE - 1
         assert operator.answered("rekey", "--new-key", tmp_path / "next")["galleries"] == 2
         assert "does not decrypt" in operator.answered("verify", code=4)
         assert operator.answered("verify", key="next")["templates"] == 2 * (PEOPLE - 1)

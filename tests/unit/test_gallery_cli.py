@@ -15,6 +15,7 @@ from gallery_conformance import ALICE, ENCODER, NEW, NEXT, OLD, STUDENT, enrolle
 
 from pkd.serving.answers import line
 from pkd.serving.galleries import transfer
+from pkd.serving.galleries.description import of_gallery, of_subject
 from pkd.serving.galleries.gallery import Consent
 from pkd.serving.galleries.sqlite_file import NAME
 from pkd.serving.galleries.sqlite_store import SqliteStore
@@ -151,8 +152,8 @@ def test_files_of_the_api_and_of_the_command_are_the_same_format(
     for row in ours.read_bytes().splitlines():
         transfer.Line.model_validate_json(row)
     with closing(SqliteStore(folder, MasterKey.read(key))) as store:
-        subjects = [transfer._exported(subject) for subject in store.export("staff")]
-        head = line(transfer._header(store.get("staff")))
+        subjects = [line(of_subject(subject)) for subject in store.export("staff")]
+        head = line(of_gallery(store.get("staff")))
     theirs.write_bytes(b"".join([head, *subjects, line({"end": True, "subjects": len(subjects)})]))
     done = answered(capsys, "import", tmp_path / "copy", theirs, "--master-key", key)
     assert (done["subjects"], done["templates"]) == (301, 303)
