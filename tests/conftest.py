@@ -10,6 +10,7 @@ import cv2
 import pytest
 from milvus_server import MilvusServer, missing
 
+os.environ["PKD_PORT"] = "0"  # somebody on this machine may listen on 8000
 cv2.setNumThreads(1)  # tests run beside each other; OpenCV's own pool would only fight with them
 
 SHARED = Path(os.environ.get("PKD_SHARED") or Path(__file__).resolve().parents[2] / "shared")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,17 @@ def milvus_opened(milvus_server: MilvusServer, tmp_path: Path) -> Iterator[Open]
     yield open
     for store in stores:
         store.close()
+
+
+@pytest.fixture
+def milvus_emptied(milvus_server: MilvusServer) -> Iterator[MilvusServer]:
+    """The server without any collection, before and after: for galleries under other keys than MASTER."""
+    _drop_all(milvus_server)
+    yield milvus_server
+    _drop_all(milvus_server)
+
+
+def _drop_all(server: MilvusServer) -> None:
+    with closing(Tables(server.uri)) as tables:
+        for name in tables.names():
+            tables.drop(name)

@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from milvus_server import MilvusServer, copy
+from milvus_stores import milvus_emptied  # noqa: F401 - a fixture
 from server_process import serving, until
 
 from pkd.serving.client import Client
@@ -95,13 +96,13 @@ class Operator:
 
 
 @pytest.mark.slow
-def test_an_operator_s_day_with_milvus(milvus_server: MilvusServer, tmp_path: Path) -> None:
+def test_an_operator_s_day_with_milvus(milvus_emptied: MilvusServer, tmp_path: Path) -> None:  # noqa: F811
     family = made.family(tmp_path)
     student = family.student
     MasterKey.create(tmp_path / "master")
     MasterKey.create(tmp_path / "next")
     (tmp_path / "token").write_text("root:Milvus\n")
-    with tls(milvus_server.uri, tmp_path) as address:
+    with tls(milvus_emptied.uri, tmp_path) as address:
         operator = Operator(f"milvus+tls://{address}", tmp_path)
         settings: dict[str, object] = {
             "PKD_BUNDLES": os.pathsep.join(map(str, family.folders[:2])),

@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.serving.galleries.gallery import Enrolled, Enrolment, NewTemplate, Space
-from pkd.serving.galleries.inspection import inspect
 from pkd.serving.galleries.sqlite_file import SqliteFile
+from pkd.serving.galleries.sqlite_inspection import inspect
 from pkd.serving.galleries.sqlite_store import SqliteStore
 from pkd.serving.galleries.vault import MasterKey
 

@@ -16,8 +16,8 @@ from gallery_conformance import ALICE, ENCODER, OLD, enrolled, one, refused, soo
 
 from pkd.serving.galleries import sqlite_file, sqlite_store, tail
 from pkd.serving.galleries.enrolment import Enrolling
-from pkd.serving.galleries.inspection import inspect
 from pkd.serving.galleries.sqlite_file import NAME, SqliteFile, rewrap
+from pkd.serving.galleries.sqlite_inspection import inspect
 from pkd.serving.galleries.sqlite_store import SqliteStore
 from pkd.serving.galleries.vault import MasterKey
 from pkd.serving.problems import Problem
