@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pkd.serving.encoders import Encoders, Loaded
+from pkd.serving.encoders import Encoders, Loaded, called
 from pkd.serving.problems import Problem
 from pkd.toolkit.bundle import MANIFEST, SIGNATURE, Bundle
 from pkd.toolkit.errors import BundleError
-from pkd.toolkit.space import EncoderInfo, short
+from pkd.toolkit.space import EncoderInfo
 from pkd.toolkit.target import Target
 
 logger = logging.getLogger("pkd.serving")
@@ -80,11 +80,10 @@ class Artifacts:
             self._folder.cleanup()
 
     def find(self, spec: str) -> Offer:
-        """By id, short id, or a name that only one has. Raises an unknown-encoder Problem."""
-        id = self._encoders.resolve(spec)
-        named = [one for one in self.offers if one in (spec, id)] or [one for one in self.offers if short(one) == spec]
-        if len(named) == 1:
-            return self.offers[named[0]]
+        """By id, short id, or a name that only one has; what is loaded first. Raises an unknown-encoder Problem."""
+        id = called(spec, self._encoders.loaded) or called(spec, self.offers)
+        if id in self.offers:
+            return self.offers[id]
         raise Problem(
             "unknown-encoder",
             f"no loaded bundle holds the encoder {spec!r}. Use one of those in `encoders`.",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from pkd.toolkit.command import Result, make_parser, run
-from pkd.toolkit.errors import MissingExtra
+from pkd.toolkit.errors import MissingExtra, PkdError
 
 EXAMPLES = """
   pkd-serve bundles/teacher bundles/student --detector yunet.onnx
@@ -47,7 +47,11 @@ def make() -> argparse.ArgumentParser:
         help="folder, zip or BUNDLE/targets/NAME; first teacher: the default ($PKD_BUNDLES)",
     )
     add_options(parser)
-    parser.add_argument("--check-config", action="store_true", help="open everything, say what is wrong, and exit")
+    parser.add_argument(
+        "--check-config",
+        action="store_true",
+        help="open everything, say what would be served or what is wrong, and exit",
+    )
     keys = parser.add_argument_group("make a key, and serve nothing")
     keys.add_argument("--new-api-key", metavar="NAME", help="print a new key, once, and the line that makes it valid")
     keys.add_argument("--scopes", default="embed,verify", help="of the new key (default: embed,verify)")
@@ -84,11 +88,19 @@ def _run(args: argparse.Namespace, console: Console) -> Result:
 
     configuration = configure(args, os.environ)
     if args.check_config:
-        from pkd.serving.process import opened
+        from pkd.serving.problems import Problem
+        from pkd.serving.process import introduce, opened
 
         with opened(configuration) as it:
+            introduce(console, it, configuration)
+            try:
+                if it.store:
+                    it.store.check()
+            except Problem as problem:
+                raise PkdError(problem.detail) from None
             console.print("the configuration is good")
-            return {"encoders": list(it.service.encoders.loaded), "keys": it.keys is not None}
+            certified = [list(pair) for pair in it.service.encoders.files]
+            return {"encoders": list(it.service.encoders.loaded), "certified": certified, "keys": it.keys is not None}
     with listen(configuration.host, configuration.port) as listener:
         url = url_of(listener)
 

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
@@ -47,6 +46,9 @@ from pkd.serving.schemas import (
 from pkd.serving.vectors import decode, encode
 from pkd.toolkit.certificate import Certificate
 from pkd.toolkit.errors import PkdError
+
+if TYPE_CHECKING:
+    import httpx
 
 Answered = TypeVar("Answered", bound=BaseModel)
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, get_args
 
 from pkd.serving.galleries.place import Place
@@ -290,6 +291,11 @@ def _judge(made: Configuration) -> None:
         raise InputError(
             f"--gallery {made.gallery}: templates are encrypted under a master key. Pass --master-key FILE "
             "(PKD_MASTER_KEY_FILE), a file that lies elsewhere."
+        )
+    if made.gallery and made.master_key and Path(made.gallery).resolve() in Path(made.master_key).resolve().parents:
+        raise InputError(
+            f"--master-key {made.master_key}: lies with the galleries; whoever copies those would have both. "
+            "Keep it elsewhere."
         )
     milvus = bool(made.gallery and Place(made.gallery).milvus)
     if milvus and not made.audit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,11 +116,14 @@ class Encoders:
         return [file.certificate for file in self.files.values()]
 
     def get(self, spec: str | None) -> Loaded:
-        """The loaded encoder with this id, short id or name; the default one for None. 404 where there is none."""
+        """The loaded encoder with this id, short id or name; the default one for None.
+
+        Raises unknown-encoder, a 404, where it is none's, or that of several.
+        """
         if spec is None:
             return self.default
-        id = self.resolve(spec)
-        if id not in self.loaded:
+        id = called(spec, self.loaded)
+        if id is None:
             raise Problem(
                 "unknown-encoder",
                 f"encoder {spec!r} is not loaded. Use one of those in `encoders`.",
@@ -130,11 +133,11 @@ class Encoders:
         return self.loaded[id]
 
     def resolve(self, spec: str) -> str:
-        """A full id from a short id or a name that only one known encoder has; anything else as it is."""
-        if spec in self._spaces:
-            return spec
-        bearers = [id for id in self._spaces if spec in (short(id), id.partition("@")[0])]
-        return bearers[0] if len(bearers) == 1 else spec
+        """A full id from a short id or a name; as it is where nobody here is called so.
+
+        Raises unknown-encoder where several are: it says what made an embedding, and must not be guessed.
+        """
+        return called(spec, self._spaces) or spec
 
     def space_of(self, id: str) -> str | None:
         """Id of an encoder's space, from its bundle or from a certificate that names it."""
@@ -171,6 +174,21 @@ class Encoders:
             got=got,
             works=works,
         )
+
+
+def called(spec: str, ids: Collection[str]) -> str | None:
+    """The one of these ids that is meant by a full id, a short id or a name. Raises unknown-encoder: several are."""
+    if spec in ids:
+        return spec
+    bearers = [id for id in ids if spec in (short(id), id.partition("@")[0])]
+    if len(bearers) > 1:
+        raise Problem(
+            "unknown-encoder",
+            f"{len(bearers)} encoders are called {spec!r}. Use a short id: {', '.join(map(short, bearers))}.",
+            got=spec,
+            encoders=bearers,
+        )
+    return bearers[0] if bearers else None
 
 
 def _strongest(files: Iterable[CertificateFile]) -> dict[tuple[str, str], CertificateFile]:

@@ -1,7 +1,7 @@
 """pkd-enroll: a folder per subject → a gallery. Run as: pkd-enroll people --server URL --gallery staff
 
-No state is kept here: every photograph is sent under an idempotency key made of the gallery, its path, its content and
-the options, so that running it again enrols what is missing and neither embeds nor enrols the rest twice.
+No state is kept here: every photograph is sent under an idempotency key made of the gallery, its space, path, content
+and the options, so that running it again enrols what is missing and neither embeds nor enrols the rest twice.
 """
 
 from __future__ import annotations
@@ -50,6 +50,20 @@ class Photo:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What everything is enrolled into, and how."""
+
+    gallery: str
+    space: str
+    options: Mapping[str, Any]
+
+    def key(self, photo: Photo, data: bytes) -> str:
+        """The idempotency key of a photograph. Of another space it is another one: a migration takes all again."""
+        parts = [self.gallery, self.space, photo.name, hashlib.sha256(data).hexdigest(), self.options]
+        return "enroll-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of one photograph; ``reason`` None: it is enrolled."""
 
@@ -73,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gallery", required=True, metavar="NAME", help="gallery to enrol into")
     parser.add_argument("--create", action="store_true", help="create the gallery if it is not there")
     parser.add_argument("--space", metavar="ID", help="space of a created gallery (default: of the server's default)")
+    parser.add_argument(
+        "--retention-days", type=float, metavar="N", help="of a created gallery: templates are deleted after that time"
+    )
     parser.add_argument("--encoder", metavar="ID", help="loaded encoder (default: one of the gallery's space)")
     parser.add_argument("--aligned", action="store_true", help="the photographs are aligned crops of pkd-align")
     parser.add_argument(
@@ -97,15 +114,20 @@ def enroll(args: argparse.Namespace, console: Console) -> Result:
 
     if args.jobs < 1:
         raise InputError(f"--jobs {args.jobs}: give 1 or more.")
+    for option, value in (("--space", args.space), ("--retention-days", args.retention_days)):
+        if value is not None and not args.create:
+            raise InputError(f"{option} {value}: it is for a gallery that is made. Pass --create, too.")
     options = _options(args)
     photos, failed = _list(args.dir)
     outcomes = [*failed]
     with Client(args.server, _key(args.api_key_file)) as client:
         if args.create:
-            client.create_gallery(args.gallery, args.space)
+            days = args.retention_days
+            client.create_gallery(args.gallery, args.space, None if days is None else days * 86_400)
+        target = Target(args.gallery, _space(client, args), options)
         try:
             with progress(console, "enrolling", len(photos)) as advance:
-                for some in _all(client, args.dir, args.gallery, photos, options, args.jobs):
+                for some in _all(client, args.dir, target, photos, args.jobs):
                     outcomes += some
                     advance(len(some))
         finally:
@@ -113,13 +135,24 @@ def enroll(args: argparse.Namespace, console: Console) -> Result:
     return _report(console, args, outcomes)
 
 
-def _all(
-    client: Client, root: Path, gallery: str, photos: Sequence[Photo], options: Mapping[str, Any], jobs: int
-) -> Iterator[list[Outcome]]:
+def _space(client: Client, args: argparse.Namespace) -> str:
+    """That templates go into now: of a gallery that is being migrated, the second one."""
+    from pkd.serving.client import Refused
+
+    try:
+        now = client.gallery(args.gallery)
+    except Refused as refused:
+        if refused.type == "unknown-gallery":
+            raise InputError(f"{args.server} has no gallery {args.gallery}. Pass --create to make it.") from None
+        raise
+    return (now.moving_to or now.space).id
+
+
+def _all(client: Client, root: Path, target: Target, photos: Sequence[Photo], jobs: int) -> Iterator[list[Outcome]]:
     """Outcomes of a group at a time, in any order. The first request that is refused as a whole ends it."""
     groups = [photos[start : start + GROUP] for start in range(0, len(photos), GROUP)]
     with ThreadPoolExecutor(jobs) as pool:
-        sent = [pool.submit(_send, client, root, gallery, group, options) for group in groups]
+        sent = [pool.submit(_send, client, root, target, group) for group in groups]
         try:
             for one in as_completed(sent):
                 yield one.result()
@@ -128,9 +161,7 @@ def _all(
             raise
 
 
-def _send(
-    client: Client, root: Path, gallery: str, photos: Sequence[Photo], options: Mapping[str, Any]
-) -> list[Outcome]:
+def _send(client: Client, root: Path, target: Target, photos: Sequence[Photo]) -> list[Outcome]:
     from pkd.serving.client import Item
 
     outcomes: list[Outcome] = []
@@ -143,20 +174,15 @@ def _send(
             except OSError as error:
                 outcomes.append(Outcome(photo, error.strerror or str(error), "unreadable"))
                 continue
-            key = _idempotency_key(gallery, photo, data, options)
+            key = target.key(photo, data)
             sending[key] = photo
-            yield Item(photo.subject, (data,), key, options)
+            yield Item(photo.subject, (data,), key, target.options)
 
-    for item, answer in client.enrol_bulk(gallery, items()):
+    for item, answer in client.enrol_bulk(target.gallery, items()):
         problem = answer.problem or {}
         photo = sending[item.key]
         outcomes.append(Outcome(photo, problem.get("detail"), problem.get("type", ""), bool(answer.replayed)))
     return outcomes
-
-
-def _idempotency_key(gallery: str, photo: Photo, data: bytes, options: Mapping[str, Any]) -> str:
-    parts = [gallery, photo.name, hashlib.sha256(data).hexdigest(), options]
-    return "enroll-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

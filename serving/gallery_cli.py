@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             made.add_argument("--master-key", type=Path, required=True, metavar="FILE", help="its master key")
             made.add_argument("--audit", metavar="FILE", help="audit log of this machine, beside Milvus")
+            made.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
             made.add_argument("--milvus-token", metavar="FILE", help="file that holds USER:PASSWORD of Milvus")
         return made
 

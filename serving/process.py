@@ -16,12 +16,13 @@ from pkd.serving.configuration import Configuration
 from pkd.serving.encoders import Encoders
 from pkd.serving.galleries.gallery import GalleryStore
 from pkd.serving.galleries.place import Place
+from pkd.serving.problems import Problem
 from pkd.serving.security import ApiKeys
 from pkd.serving.server import Link, serve
 from pkd.serving.service import Service
 from pkd.toolkit.bundle import NOT_GATED
 from pkd.toolkit.detect import open_detector
-from pkd.toolkit.errors import UnsupportedFmr
+from pkd.toolkit.errors import PkdError, UnsupportedFmr
 from pkd.toolkit.signing import TrustedKeys
 from pkd.toolkit.space import short
 
@@ -82,13 +83,16 @@ def run_worker(
 
 
 def open_store(configuration: Configuration) -> GalleryStore | None:
-    """The galleries, of which every process has a view of its own. Raises InputError or a Problem."""
+    """The galleries, of which every process has a view of its own. Raises InputError or PkdError."""
     if configuration.gallery is None or configuration.master_key is None:
         return None
     from pkd.serving.galleries.vault import MasterKey
 
     place = Place(configuration.gallery, configuration.audit, configuration.milvus_token)
-    return place.open(MasterKey.read(Path(configuration.master_key)))
+    try:
+        return place.open(MasterKey.read(Path(configuration.master_key)))
+    except Problem as problem:
+        raise PkdError(problem.detail) from None
 
 
 def introduce(console: Console, it: Opened, configuration: Configuration) -> None:

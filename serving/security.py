@@ -65,21 +65,22 @@ class ApiKey:
     """Requests a second; None: as many as there are."""
 
 
-def require(request: HTTPConnection, scope: str) -> str:
+def require(request: HTTPConnection, *scopes: str) -> str:
     """The name of the key that ``request`` came with, which is the actor of what follows; ``anonymous`` without keys.
 
-    Raises a 403 Problem, forbidden, where the key lacks ``scope``, one of ``SCOPES``.
+    Raises a 403 Problem, forbidden, where the key has none of ``scopes``, each one of ``SCOPES``.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"no scope {scope!r}")
+    if not SCOPES.keys() >= set(scopes):
+        raise ValueError(f"no scopes {scopes!r}")
     key: ApiKey | None = request.scope[IN_SCOPE]
     if key is None:
         return ANONYMOUS
-    if scope not in key.scopes:
+    if key.scopes.isdisjoint(scopes):
+        wanted = " or ".join(scopes)
         raise Problem(
             "forbidden",
-            f"the key {key.name!r} lacks the scope {scope}. Ask the operator to add it to the key's line.",
-            scope=scope,
+            f"the key {key.name!r} lacks the scope {wanted}. Ask the operator to add it to the key's line.",
+            scope=scopes[0],
             scopes=sorted(key.scopes),
         )
     return key.name

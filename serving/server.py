@@ -19,6 +19,8 @@ import uvicorn
 
 from pkd.serving.app import create_app
 from pkd.serving.galleries.gallery import GalleryStore
+from pkd.serving.galleries.vault import Sealed
+from pkd.serving.problems import Problem
 from pkd.serving.security import ApiKeys
 from pkd.serving.service import Service
 from pkd.toolkit.errors import BundleError, InputError, PkdError
@@ -162,7 +164,10 @@ class _Server(uvicorn.Server):
                 metrics.store_up.set(1)
             except Exception as error:
                 metrics.store_up.set(0)
-                logger.error("retention: what has expired is not deleted, tried again later: %s", type(error).__name__)
+                # What does not decrypt is told with its gallery's name, which is no matter for a log.
+                plain = isinstance(error, Problem) and not isinstance(error.__cause__, Sealed)
+                why = str(error) if plain else type(error).__name__
+                logger.error("retention: what has expired is not deleted, tried again later: %s", why)
             await asyncio.sleep(self._service.settings.sweep_seconds)
 
     async def on_tick(self, counter: int) -> bool:

@@ -21,8 +21,8 @@ import orjson
 
 from pkd.serving.galleries.description import FORMAT, Json, of_gallery, of_subject
 from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, GalleryStore, NewTemplate, Space
+from pkd.serving.galleries.merge import print_of, prints
 from pkd.serving.galleries.vault import MasterKey, SubjectKey
-from pkd.serving.problems import Problem
 from pkd.toolkit.errors import InputError
 
 BATCH = 256
@@ -123,24 +123,18 @@ def _read_space(written: Json) -> Space:
 def _missing(store: GalleryStore, gallery: str, line: Json, done: Imported) -> list[Enrolment]:
     """What of a subject is not there yet: an enrolment for each time of expiry."""
     subject = str(line["subject"])
-    try:
-        there = store.subject(gallery, subject, vectors=True).templates
-    except Problem as problem:
-        if problem.type != "unknown-subject":
-            raise
-        there = ()
-    known = {(one.encoder, one.vector.astype("<f2").tobytes()) for one in there if one.vector is not None}
+    there = prints(store, gallery, subject)
     by_expiry: dict[float | None, list[NewTemplate]] = defaultdict(list)
     for template in line["templates"]:
         if template["encoding"] != "b64_f16":
             raise ValueError
-        stored = base64.b64decode(template["embedding"])
-        if (template["encoder"], stored) in known:
+        vector = np.frombuffer(base64.b64decode(template["embedding"]), "<f2").astype(np.float32)
+        coming = NewTemplate(template["encoder"], template["space"], vector)
+        if print_of(coming) in there:
             done.there_already += 1
             continue
-        vector = np.frombuffer(stored, "<f2").astype(np.float32)
         expires = template["expires"] and datetime.fromisoformat(template["expires"].replace("Z", "+00:00")).timestamp()
-        by_expiry[expires].append(NewTemplate(template["encoder"], template["space"], vector))
+        by_expiry[expires].append(coming)
     consent = Consent(**line["consent"]) if line["consent"] else None
     return [
         Enrolment(subject, templates, line["attributes"], consent, expires) for expires, templates in by_expiry.items()
@@ -173,7 +167,10 @@ def _lines(path: Path, master: MasterKey) -> Iterator[Json]:
             key = None
             if "key" in head:
                 if head["master"] != master.id:
-                    raise InputError(f"{path}: is encrypted under master key {head['master']}, given is {master.id}.")
+                    raise InputError(
+                        f"{path}: is encrypted under master key {head['master']}, given is {master.id}. "
+                        "Pass the file of that one with --sealed-with."
+                    )
                 opened = master.gallery(f"export of {head['gallery']}", base64.b64decode(head["key"]))
                 key = SubjectKey("export", head["gallery"], opened.key)
             for number, raw in enumerate(file, 1):

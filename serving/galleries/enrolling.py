@@ -86,6 +86,8 @@ async def enrol(
     (outcome,) = await service.stored(service.store.enrol, name, [ready.enrolment], actor)
     if isinstance(outcome, Problem):
         raise explained(outcome, service, gallery, ready.enrolment)
+    if outcome.replayed:  # what is there may be of another encoder than one would take today
+        ready = await _as_stored(service, name, ready, outcome)
     return answer(name, ready, outcome)
 
 
@@ -166,6 +168,19 @@ async def _embedded(
             raise
         made[index] = NewTemplate(encoder, space, embedded.vectors[0]), quality
     return made
+
+
+async def _as_stored(service: Service, gallery: str, ready: Ready, enrolled: Enrolled) -> Ready:
+    try:
+        there = await service.stored(service.store.subject, gallery, enrolled.subject)
+    except Problem:  # deleted in this very moment
+        return ready
+    stored = {one.id: one for one in there.templates}
+    templates = [
+        replace(made, encoder=stored[id].encoder, space=stored[id].space) if id in stored else made
+        for id, made in zip(enrolled.templates, ready.enrolment.templates, strict=True)
+    ]
+    return replace(ready, enrolment=replace(ready.enrolment, templates=templates))
 
 
 def _digest(subject: str, inputs: Sequence[Taken], options: EnrolOptions) -> str:

@@ -233,8 +233,8 @@ class GalleryStore(Protocol):
     def begin_migration(self, gallery: str, space: Space, actor: str) -> Gallery:
         """Take templates of a second space, too. The same space again is no error: a migration is resumable."""
 
-    def unmoved(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
-        """Subjects without a template in the second space: a page, as ``subjects``."""
+    def unmoved(self, gallery: str, *, after: str = "", limit: int = 100, back: bool = False) -> Sequence[str]:
+        """Subjects without a template in the second space, or with ``back`` in the first: a page, as ``subjects``."""
 
     def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> Moved:
         """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round.

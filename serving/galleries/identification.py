@@ -70,7 +70,7 @@ def cover(encoders: Encoders, gallery: Gallery, query: str, partial: bool) -> Co
         one: "not-certified" if one in wanted else "other-space" for one in present if one not in files
     }
     missing = [one for one, reason in reasons.items() if reason == "not-certified"]
-    if (missing and not partial) or (present and not files) or space is None:
+    if (missing and not partial) or (wanted and not files) or space is None:
         raise Problem(
             "not-certified",
             f"no certificate covers queries of {short(query)} against the templates of "

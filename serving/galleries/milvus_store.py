@@ -203,12 +203,13 @@ class MilvusStore:
         self._with(gallery, begin, "ALL")
         return self.get(gallery)
 
-    def unmoved(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
-        """Subjects without a template in the second space: a page, as ``subjects``."""
+    def unmoved(self, gallery: str, *, after: str = "", limit: int = 100, back: bool = False) -> Sequence[str]:
+        """Subjects without a template in the second space, or with ``back`` in the first: a page, as ``subjects``."""
 
         def page(opened: MilvusGallery, entry: Entry) -> Sequence[str]:
             start = opened.seal.subject(after) if after else ""
-            return opened.without(entry, _second(entry).id, start, limit, "SEEN")
+            second = _second(entry)
+            return opened.without(entry, (entry.space if back else second).id, start, limit, "SEEN")
 
         return self._with(gallery, page)
 

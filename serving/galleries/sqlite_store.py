@@ -218,12 +218,12 @@ class SqliteStore:
                 raise Problem("gallery-conflict", f"gallery {gallery} {state}. End that first, or choose another.")
         return self.get(gallery)
 
-    def unmoved(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
-        """Subjects without a template in the second space: a page, as ``subjects``."""
+    def unmoved(self, gallery: str, *, after: str = "", limit: int = 100, back: bool = False) -> Sequence[str]:
+        """Subjects without a template in the second space, or with ``back`` in the first: a page, as ``subjects``."""
         with self._file.reading() as db:
             now = moving(db, gallery)
             assert now.moving_to
-            return without(db, gallery, now.moving_to.id, after, limit)
+            return without(db, gallery, (now.space if back else now.moving_to).id, after, limit)
 
     def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> Moved:
         """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round.

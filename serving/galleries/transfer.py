@@ -11,6 +11,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from pkd.serving.galleries.bulk import Answer, Item
 from pkd.serving.galleries.description import of_gallery, of_subject
 from pkd.serving.galleries.enrolling import consent_of
 from pkd.serving.galleries.gallery import Enrolment, Gallery, NewTemplate, Subject
+from pkd.serving.galleries.merge import print_of, prints
 from pkd.serving.galleries.schemas import ExportedSubject, ExportedTemplate, ExportEnd, ExportHeader
 from pkd.serving.images import parse
 from pkd.serving.problems import Problem, from_error
@@ -80,16 +82,32 @@ async def export(service: Service, gallery: Gallery) -> AsyncGenerator[bytes, No
 
 
 class Import:
-    """One import: lines of an export → enrolments, under keys made of their content, so that it can be sent again."""
+    """One import: lines of an export → enrolments of what is not there, under keys made of their content.
+
+    So it can be sent again, and twice at the same time.
+    """
 
     def __init__(self, service: Service) -> None:
-        self._encoders = service.encoders
+        self._service, self._encoders = service, service.encoders
         self._subjects = 0
         self._ended = False
 
     async def read(self, gallery: Gallery, items: Sequence[Item]) -> Sequence[Answer]:
-        """Lines; only subjects and faults are answered."""
-        return [answer for item in items if (answer := self._read(gallery, item))]
+        """Lines; only subjects and faults are answered. Nothing is stored of what a subject has already."""
+        answers = [answer for item in items if (answer := self._read(gallery, item))]
+        return await self._service.stored(self._lacking, gallery.name, answers)
+
+    def _lacking(self, gallery: str, answers: Sequence[Answer]) -> Sequence[Answer]:
+        lacking = []
+        for answer in answers:
+            there = prints(self._service.store, gallery, answer.subject) if answer.subject and answer.enrolments else ()
+            enrolments = [
+                replace(one, templates=templates)
+                for one in answer.enrolments
+                if (templates := [template for template in one.templates if print_of(template) not in there])
+            ]
+            lacking.append(replace(answer, enrolments=enrolments))
+        return lacking
 
     def _read(self, gallery: Gallery, item: Item) -> Answer | None:
         answer = Answer(item.number)

@@ -67,7 +67,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/galleries/{gallery}", responses=openapi.responses(GalleryAnswer, openapi.NAMED, openapi.READ))
     async def get_gallery(request: Request, gallery: GalleryName) -> Response:
         """One gallery: its space, and how many templates each encoder made."""
-        require(request, "verify")
+        require(request, "verify", "enrol")
         return answer(shown(await service.stored(service.store.get, gallery)))
 
     @router.delete("/v1/galleries/{gallery}", responses=openapi.responses(ReceiptAnswer, openapi.NAMED, openapi.TAKEN))

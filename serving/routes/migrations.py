@@ -84,7 +84,7 @@ def routes(service: Service) -> APIRouter:
         try:
             moved = await service.stored(service.store.end_migration, gallery, actor, abandon=abandon)
         except Problem as problem:
-            raise await explained(problem, gallery, {}) from None
+            raise await explained(problem, gallery, {}, back=abandon) from None
         left = await service.stored(service.store.get, gallery)
         return {
             "gallery": gallery,
@@ -93,7 +93,7 @@ def routes(service: Service) -> APIRouter:
             "receipt": receipt(moved.receipt),
         }
 
-    async def explained(problem: Problem, gallery: str, asked: dict[str, Any]) -> Problem:
+    async def explained(problem: Problem, gallery: str, asked: dict[str, Any], *, back: bool = False) -> Problem:
         """A conflict, with the state that the gallery is in and what could be done in it."""
         if problem.type != "gallery-conflict":
             return problem
@@ -101,10 +101,13 @@ def routes(service: Service) -> APIRouter:
         state = await shown(now, "", 100)
         others = [id for id in spaces_of(service.encoders) if id != now.space.id]
         moving = now.moving_to is not None
+        behind = state["unmoved"]
+        if moving and back:  # an abandoned migration leaves those with nothing who are in the second space alone
+            behind = list(await service.stored(service.store.unmoved, gallery, limit=100, back=True))
         return problem.explain(
             expected={"moving_to": now.moving_to.id} if now.moving_to else {"spaces": others},
             got={**asked, "moving_to": state["moving_to"], "unmoved": state["unmoved"]},
-            works={"enrol_or_delete": state["unmoved"]} if moving else {"spaces": others},
+            works={"enrol_or_delete": behind} if moving else {"spaces": others},
         )
 
     return router

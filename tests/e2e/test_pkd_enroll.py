@@ -78,7 +78,8 @@ def test_from_a_folder_to_a_search(tmp_path):
                 assert (found.decision, found.candidates[0].subject) == ("match", name)
             receipt = client.delete_subject("staff", "bob")
         with Client(url, intake) as limited:
-            for forbidden in (lambda: limited.gallery("staff"), lambda: limited.delete_subject("staff", "ann")):
+            assert limited.gallery("staff").space.id == fleet.teacher.info.space.id
+            for forbidden in (limited.galleries, lambda: limited.delete_subject("staff", "ann")):
                 with pytest.raises(Refused) as refused:
                     forbidden()
                 assert refused.value.type == "forbidden"
@@ -86,6 +87,30 @@ def test_from_a_folder_to_a_search(tmp_path):
     with guarded(tmp_path, fleet.folders[:3]) as (url, operator, _), Client(url, operator) as client:
         assert list(client.subjects("staff")) == ["ann", "eve"], "durable over a restart"
         assert client.delete_subject("staff", "eve").sequence > receipt.sequence
+
+
+def test_everybody_is_sent_again_into_the_second_space_of_a_migration(tmp_path):
+    fleet = made.fleet(tmp_path / "bundles")
+    people = tmp_path / "people"
+    for index, name in enumerate(("ann", "bob")):
+        (people / name).mkdir(parents=True)
+        (people / name / "1.png").write_bytes(made.made.png(made.CROPS[index]))
+    with guarded(tmp_path, [fleet.folders[0], fleet.folders[-1]], "--enrol-sharpness", "0") as (url, operator, intake):
+        done, _ = enroll(people, url, intake, "--aligned")
+        assert done.returncode == 2 and "Pass --create" in done.stderr.strip().splitlines()[-1]
+        done, _ = enroll(people, url, intake, "--aligned", "--create", "--retention-days", "30", "--json")
+        assert json.loads(done.stdout)["enrolled"] == 2, done.stderr
+        with Client(url, operator) as client:
+            assert client.gallery("staff").retention_seconds == 30 * 86_400
+            client.begin_migration("staff", fleet.following.info.space.id)
+            for enrolled, before in ((2, 0), (0, 2)):
+                done, _ = enroll(people, url, intake, "--aligned", "--json")
+                counts = json.loads(done.stdout)
+                assert (counts["enrolled"], counts["already_enrolled"]) == (enrolled, before)
+            assert client.migration("staff").moved == 2
+            client.finish_migration("staff")
+        done, _ = enroll(people, url, intake, "--aligned", "--json")
+        assert json.loads(done.stdout)["already_enrolled"] == 2
 
 
 def made_query(fleet, index):
@@ -104,6 +129,7 @@ def test_what_cannot_begin(tmp_path, capsys, monkeypatch):
         (tmp_path / "nowhere", (), 2, "no such folder"),
         (tmp_path / "empty", (), 2, "holds no folder with images"),
         (people, ("--jobs", "0"), 2, "--jobs 0"),
+        (people, ("--retention-days", "9"), 2, "Pass --create"),
         (people, ("--options", "[1]"), 2, "--options"),
         (people, ("--api-key-file", str(tmp_path / "none")), 2, "cannot be read"),
         (people, (), 1, "Is pkd-serve running there?"),

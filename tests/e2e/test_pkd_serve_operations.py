@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -215,10 +216,18 @@ def test_workers_do_not_outlive_their_parent(family):
 
 def test_what_no_worker_could_serve_ends_the_command_with_its_reason(family, tmp_path):
     (tmp_path / "keys").write_text("nonsense\n")
+    MasterKey.create(tmp_path / "master")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "galleries.db").write_bytes(os.urandom(9000))
+    damaged = ["--gallery", tmp_path / "damaged", "--master-key", tmp_path / "master"]
+    away = ["--gallery", "milvus://127.0.0.1:9", "--master-key", tmp_path / "master", "--audit", tmp_path / "audit.db"]
     for arguments, code, said in (
         ([tmp_path / "nothing", "--workers", 2], 2, "no manifest.json"),
         ([family.folders[0], "--api-keys", tmp_path / "keys", "--check-config"], 2, "line 1: no SHA-256"),
         ([family.folders[0], "--check-config"], 0, "the configuration is good"),
+        ([family.folders[0], *damaged], 1, "the database is damaged"),
+        ([family.folders[0], *damaged, "--workers", 2], 1, "the database is damaged"),
+        ([family.folders[0], *away, "--check-config"], 1, "Milvus cannot be reached"),
     ):
         done = subprocess.run(
             [COMMAND, *map(str, arguments)],
@@ -229,3 +238,6 @@ def test_what_no_worker_could_serve_ends_the_command_with_its_reason(family, tmp
         )
         assert done.returncode == code and done.stdout == "", done.stderr
         assert said in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+    done = subprocess.run([COMMAND, *family.folders[:2], "--check-config"], capture_output=True, text=True, timeout=60)
+    for pair in (("teacher", "teacher"), ("student", "teacher")):
+        assert re.search(rf"^certified {pair[0]}\S* → {pair[1]}\S*: ", done.stderr, re.MULTILINE)

@@ -48,6 +48,19 @@ def test_a_name_that_two_encoders_share_names_neither(tmp_path):
         encoders.get("same")
     assert refused.value.type == "unknown-encoder"
     assert refused.value.members["encoders"] == [one.info.id, two.info.id]
+    assert "2 encoders are called 'same'" in refused.value.detail
+    with pytest.raises(Problem, match=short(two.info.id)):
+        encoders.resolve("same")
+
+
+def test_a_name_is_the_loaded_one_s_where_certificates_know_others(tmp_path, family):
+    """As targets of a student that were certified, and are not served."""
+    other = made.encoder("student", made.weights(9), family.teacher.info.space)
+    family.student.write(tmp_path / "student", [made.certificate(family.student.info, other.info)])
+    encoders = Encoders.open([tmp_path / "student"])
+    assert encoders.get("student").encoder.info == family.student.info
+    with pytest.raises(Problem, match="2 encoders are called"):  # of an embedding it would be a guess
+        encoders.resolve("student")
 
 
 def test_an_encoder_known_from_a_certificate_alone_can_be_compared_but_not_run(family):

@@ -42,8 +42,6 @@ def test_end_to_end(client, fleet):
     for _ in range(2):  # resumable: the same again goes on
         begun = MigrationAnswer.model_validate_json(client.post(url, json={"space": new}).content)
         assert (begun.space.id, begun.moving_to and begun.moving_to.id, begun.unmoved) == (old, new, people)
-    body = problem(search(client, "g", fleet.following, 0), 409, "not-certified")
-    assert body["got"]["galleries"] == [fleet.teacher.info.id], "nobody is moved, so nothing can be searched"
 
     done = made.enrol(client, "g", "bob", made.image(1))
     assert done["templates"][0]["encoder"] == fleet.following.info.id, "images go to the space that is moved to"
@@ -79,11 +77,35 @@ def test_abandon(client, fleet):
     client.post(url, json={"space": new}).raise_for_status()
     made.enrol(client, "back", "ann", made.image(0))
     made.enrol(client, "back", "new", made.image(1))
-    problem(client.post(f"{url}/abandon"), 409, "gallery-conflict")
+    assert state(client, "back").unmoved == []
+    body = problem(client.post(f"{url}/abandon"), 409, "gallery-conflict")
+    assert body["works"] == {"enrol_or_delete": ["new"]}
     client.delete("/v1/galleries/back/subjects/new").raise_for_status()
     moved = MovedAnswer.model_validate_json(client.post(f"{url}/abandon").content)
     assert (moved.space.id, moved.templates) == (old, 1)
     assert search(client, "back", fleet.second, 0).json()["decision"] == "match"
+
+
+def test_the_second_space_answers_from_the_start(client, fleet):
+    url = f"/v1/galleries/{made.gallery(client, 'early', space=fleet.teacher.info.space.id)}/migrations"
+    made.enrol(client, "early", "ann", made.image(0))
+    client.post(url, json={"space": fleet.following.info.space.id}).raise_for_status()
+    for partial in (False, True):
+        answer = search(client, "early", fleet.following, 0, partial=partial)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["decision"] == "no_match"
+        assert [one["reason"] for one in answer.json()["not_searched"]] == ["other-space"]
+    assert search(client, "early", fleet.second, 0).json()["decision"] == "match"
+
+
+def test_what_is_sent_again_is_answered_as_before(client, fleet):
+    url = f"/v1/galleries/{made.gallery(client, 'again', space=fleet.teacher.info.space.id)}/migrations"
+    sent = {"inputs": [made.image(0)], "aligned": True}
+    path, headers = "/v1/galleries/again/subjects/ann/templates", {"idempotency-key": "k"}
+    first = client.post(path, json=sent, headers=headers).json()
+    client.post(url, json={"space": fleet.following.info.space.id}).raise_for_status()
+    again = client.post(path, json=sent, headers=headers).json()
+    assert again["replayed"] and again["templates"] == first["templates"]
 
 
 def test_what_is_no_migration(client, fleet):

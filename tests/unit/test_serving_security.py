@@ -108,8 +108,11 @@ def test_a_key_may_do_what_its_line_says_and_nothing_else(tmp_path):
                 assert (refused.value.status, refused.value.type) == (403, "forbidden")
                 assert scope in refused.value.detail
         assert require(request(None), scope) == ANONYMOUS
-    with pytest.raises(ValueError, match="no scope 'enroll'"):
+    with pytest.raises(ValueError, match="no scopes .*'enroll'"):
         require(request(None), "enroll")
+    assert require(request(kiosk), "verify", "enrol") == "kiosk"
+    with pytest.raises(Problem, match="lacks the scope verify or admin"):
+        require(request(kiosk), "verify", "admin")
     with pytest.raises(KeyError):  # a request that did not come through the door
         require(Request({"type": "http"}), "embed")
 

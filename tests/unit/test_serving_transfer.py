@@ -232,6 +232,32 @@ def test_export_and_import(client, fleet):
         assert kept == [{k: t[k] for k in ("encoder", "space", "expires", "embedding")} for t in one["templates"]]
 
 
+def test_an_import_adds_what_is_not_there_and_nothing_twice(client, fleet):
+    def templates(name):
+        exported = [json.loads(line) for line in client.get(f"/v1/galleries/{name}/export").text.splitlines()[1:-1]]
+        return {one["subject"]: [template["embedding"] for template in one["templates"]] for one in exported}
+
+    for name in ("grows", "follows"):
+        made.gallery(client, name)
+    made.enrol(client, "grows", "ann", made.embedded(fleet.first, 0), made.image(3))
+    made.enrol(client, "grows", "bob", made.embedded(fleet.first, 1))
+    exported = client.get("/v1/galleries/grows/export").content
+    bulk(client, "follows", exported, "import")
+    made.enrol(client, "grows", "ann", made.embedded(fleet.first, 2), expires="2090-01-01T00:00:00Z")
+    grown = client.get("/v1/galleries/grows/export").content
+    rewritten = lines(*map(json.loads, grown.splitlines()))  # the same content in other bytes
+    assert rewritten != grown
+    for content in (grown, rewritten, exported):
+        for name in ("grows", "follows"):
+            told = bulk(client, name, content, "import")
+            assert all(one.problem is None for one in told)
+            assert templates(name) == templates("grows")
+    assert {subject: len(vectors) for subject, vectors in templates("follows").items()} == {"ann": 3, "bob": 1}
+    client.delete("/v1/galleries/follows/subjects/ann").raise_for_status()
+    bulk(client, "follows", grown, "import")
+    assert templates("follows") == templates("grows")
+
+
 def test_an_import_that_was_cut_off_says_so(client, fleet):
     made.gallery(client, "half")
     made.enrol(client, "half", "a", made.embedded(fleet.first, 0))
