@@ -143,6 +143,19 @@ class Encoders:
         """Id of an encoder's space, from its bundle or from a certificate that names it."""
         return self._spaces.get(id)
 
+    def require_space(self, id: str, stated: str | None) -> None:
+        """Raise space-mismatch where the client says that an encoder embeds into another space than it does."""
+        known = self.space_of(id)
+        if stated is not None and known is not None and stated != known:
+            raise Problem(
+                "space-mismatch",
+                f"{short(id)} embeds into {short(known)}, not into {short(stated)} as `space` states. "
+                "Name the encoder that made the embedding; `space` may be left out.",
+                expected={"space": known},
+                got={"encoder": id, "space": stated},
+                works={"space": known, "encoders": [one for one in self.loaded if self.space_of(one) == stated]},
+            )
+
     def dim_of(self, space: str | None) -> int | None:
         """Dimension of a space, known where a bundle of it is loaded."""
         return self._dims.get(space) if space else None

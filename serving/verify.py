@@ -16,7 +16,6 @@ from pkd.serving.schemas import EmbeddingSide, ImageSide, Policy
 from pkd.serving.vectors import decode
 from pkd.toolkit.certificate import CertificateFile
 from pkd.toolkit.errors import BadVector, UnsupportedFmr
-from pkd.toolkit.space import short
 
 Pair = tuple[str, str]
 """Encoder ids, query first."""
@@ -73,15 +72,7 @@ def encoder_of(encoders: Encoders, side: ImageSide | EmbeddingSide) -> str:
     if isinstance(side, ImageSide):
         return encoders.get(side.encoder).encoder.info.id
     id = encoders.resolve(side.encoder)
-    known = encoders.space_of(id)
-    if side.space is not None and known is not None and side.space != known:
-        raise Problem(
-            "space-mismatch",
-            f"the embedding is said to lie in {short(side.space)}, but {short(id)} embeds into {short(known)}.",
-            expected={"space": known},
-            got={"encoder": id, "space": side.space},
-            works={"encoders": [one for one in encoders.loaded if encoders.space_of(one) == side.space]},
-        )
+    encoders.require_space(id, side.space)
     return id
 
 

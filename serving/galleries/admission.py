@@ -20,20 +20,21 @@ def admit(encoders: Encoders, gallery: Gallery, encoder: str, space: str | None 
 
     Raises a Problem: space-mismatch, or not-certified where no query could ever be compared with it.
     """
+    encoders.require_space(encoder, space)
     spaces = [one.id for one in gallery.spaces]
     known = encoders.space_of(encoder)
     works = {"galleries": searchable(encoders, spaces)}
     got = {"encoder": encoder, "space": space or known}
-    for stated in (known, space):
-        if stated is not None and (stated not in spaces or stated != (known or stated)):
-            raise Problem(
-                "space-mismatch",
-                f"{short(encoder)} embeds into {short(known or stated)}; the gallery {gallery.name!r} holds vectors of "
-                f"{' and '.join(map(short, spaces))}. Use an encoder in `works`.",
-                expected={"spaces": spaces},
-                got=got,
-                works=works,
-            )
+    into = known or space
+    if into is not None and into not in spaces:
+        raise Problem(
+            "space-mismatch",
+            f"{short(encoder)} embeds into {short(into)}; the gallery {gallery.name!r} holds vectors of "
+            f"{' and '.join(map(short, spaces))}. Use an encoder in `works`.",
+            expected={"spaces": spaces},
+            got=got,
+            works=works,
+        )
     if encoder not in works["galleries"] or known is None:
         raise Problem(
             "not-certified",

@@ -126,7 +126,7 @@ def test_only_the_gallerys_space_is_taken(client, fleet):
         made.embedded(fleet.first, 0, space=other),
     ):
         body = problem(post(client, "x", json={"inputs": [inputs]}), 409, "space-mismatch")
-        assert body["expected"] == {"spaces": [here]} and body["got"]["space"] == other
+        assert body["expected"] in ({"spaces": [here]}, {"space": here}) and body["got"]["space"] == other
         assert fleet.teacher.info.id in body["works"]["galleries"]
     assert post(client, "y", json={"inputs": [made.embedded(fleet.first, 0, space=here)]}).status_code == 201
 
