@@ -154,7 +154,7 @@ def _import(args: argparse.Namespace, place: Place, master: MasterKey, console: 
         gallery, done = import_(store, args.file, sealed_with, step, "pkd-gallery", args.gallery)
     console.print(
         f"{gallery}: {done.subjects:,} subjects, {done.templates:,} templates enrolled, "
-        f"{done.there_already:,} were there already",
+        f"{done.there_already:,} were there already, {done.expired:,} had expired",
         markup=False,
     )
     return {"gallery": gallery, **vars(done)}

@@ -28,7 +28,7 @@ Open = Callable[[], GalleryStore]
 
 
 def unit(seed: int, count: int = 1, dim: int = DIM) -> Floats:
-    """Unit rows count×dim, exact in float16, so that scores can be compared exactly."""
+    """Rows count×dim, of unit length but for float16, in which they are exact: so are their scores."""
     vectors = np.random.default_rng(seed).standard_normal((count, dim))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors.astype(np.float16).astype(np.float32)
@@ -43,7 +43,8 @@ def plain_search(templates: Sequence[tuple[str, Floats]], query: Floats, top_k: 
     """The reference: a loop in float64 over (subject, vector)."""
     best: dict[str, float] = {}
     for subject, vector in templates:
-        score = float(np.dot(vector.astype(np.float64), query.astype(np.float64)))
+        exact = vector.astype(np.float64)
+        score = float(np.dot(exact / np.linalg.norm(exact), query.astype(np.float64)))
         best[subject] = max(best.get(subject, -2.0), score)
     return sorted(best.items(), key=lambda item: (-item[1], item[0]))[:top_k]
 
@@ -408,6 +409,33 @@ class Conformance:
         assert store.search("guests", ENCODER, unit(1), 9)[0].searched == 1
         assert store.expire(now + 1e9) == 1
         assert list(store.subjects("staff")) == ["cy"]
+
+    # Idempotency keys
+
+    def test_a_key_is_remembered_as_long_as_a_template_is_there(self, store: GalleryStore) -> None:
+        def send(key: str, space: Space = OLD, expires: float | None = None) -> Enrolled:
+            encoder = ENCODER if space == OLD else NEXT
+            asked = one("ann", unit(7)[0], encoder=encoder, space=space, key=key, digest="d", expires=expires)
+            (known,) = store.answered("staff", [asked])
+            (answer,) = enrolled(store.enrol("staff", [asked], ALICE))
+            assert bool(known) == answer.replayed
+            return answer
+
+        first = send("k")
+        late = send("late", expires=1e9)
+        assert send("k") == replace(first, replayed=True)
+        store.begin_migration("staff", NEW, ALICE)
+        moved = send("moved", NEW)
+        assert send("moved", NEW).replayed
+        store.end_migration("staff", ALICE, abandon=True)
+        assert send("k").replayed and send("late", expires=1e9).replayed
+        store.expire(2e9)
+        assert send("k").replayed
+        assert not send("late", expires=4e9).replayed
+        store.begin_migration("staff", NEW, ALICE)
+        again = send("moved", NEW)  # what it had enrolled was abandoned
+        assert not again.replayed and set(again.templates).isdisjoint({*moved.templates, *late.templates})
+        assert store.get("staff").moved == 1
 
     # Migration
 

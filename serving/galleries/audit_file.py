@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.audit import Head
@@ -26,7 +27,7 @@ class AuditFile:
         if not create and not path.is_file():
             raise InputError(f"{path}: is no audit log. Give the file that pkd-serve --audit was given.")
         self.path = path
-        self._writing = threading.Lock()
+        self._one = threading.Lock()
         with explained():
             self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -49,7 +50,7 @@ class AuditFile:
 
     def unpurged(self) -> Mapping[str, int]:
         """Gallery → sequence of its newest deletion, of those without a ``purge`` after it."""
-        with self._transaction() as db:
+        with self._transaction("DEFERRED") as db:
             return _unpurged(db)
 
     def purged(self, gallery: str, sequence: int) -> bool:
@@ -62,12 +63,12 @@ class AuditFile:
 
     def head(self) -> Head:
         """The newest record."""
-        with self._transaction() as db:
+        with self._transaction("DEFERRED") as db:
             return audit.head(db)
 
     def verify(self, noted: Head | None = None) -> Head:
         """Walk the chain, as ``audit.verify``; raises NotTrusted."""
-        with self._transaction() as db:
+        with self._transaction("DEFERRED") as db:  # servers go on writing meanwhile
             return audit.verify(db, noted)
 
     def check(self) -> None:
@@ -77,18 +78,19 @@ class AuditFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        with self._writing:
+        with self._one:
             self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._writing, explained():
-            self._db.execute("BEGIN IMMEDIATE")
+    def _transaction(self, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        with self._one, explained():
+            self._db.execute(f"BEGIN {kind}")
             try:
                 yield self._db
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite has undone it by itself where the disk was full
+                    self._db.execute("ROLLBACK")
                 raise
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class Imported:
     templates: int = 0
     there_already: int = 0
     """Templates that were passed over."""
+    expired: int = 0
+    """Templates whose time is over, which are left out."""
 
 
 def export(store: GalleryStore, gallery: str, path: Path, master: MasterKey | None, step: Callable[[int], None]) -> int:
@@ -134,6 +137,9 @@ def _missing(store: GalleryStore, gallery: str, line: Json, done: Imported) -> l
             done.there_already += 1
             continue
         expires = template["expires"] and datetime.fromisoformat(template["expires"].replace("Z", "+00:00")).timestamp()
+        if expires and expires <= time.time():
+            done.expired += 1
+            continue
         by_expiry[expires].append(coming)
     consent = Consent(**line["consent"]) if line["consent"] else None
     return [

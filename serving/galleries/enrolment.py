@@ -53,7 +53,7 @@ class Enrolling:
         head = audit.append(self._db, self._actor, "enrol", self._gallery.name, subject=pseudonym, templates=len(made))
         if enrolment.key is not None:
             self._db.execute(
-                "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",  # of one whose templates are gone
                 (self._id, enrolment.key, subject, enrolment.digest, json.dumps(made), head.sequence, now),
             )
         return Enrolled(enrolment.subject, made, head.sequence, False)
@@ -101,7 +101,10 @@ def check(gallery: Gallery, template: NewTemplate, encoders: dict[str, str]) -> 
 
 
 def answered(db: sqlite3.Connection, gallery: int, enrolment: Enrolment) -> Enrolled | None:
-    """What was answered under its idempotency key; raises an idempotency-conflict if another request was."""
+    """What was answered under its idempotency key; raises an idempotency-conflict if another request was.
+
+    None once no template of that answer is left: moved out of, expired. Then the request is a new one.
+    """
     if enrolment.key is None:
         return None
     found = db.execute(
@@ -111,13 +114,18 @@ def answered(db: sqlite3.Connection, gallery: int, enrolment: Enrolment) -> Enro
     ).fetchone()
     if found is None:
         return None
-    subject, digest, templates, sequence = found
+    subject, digest, text, sequence = found
+    templates: list[str] = json.loads(text)
+    marks = ", ".join("?" * len(templates))
+    numbers = [int(template, 16) for template in templates]
+    if not db.execute(f"SELECT 1 FROM templates WHERE id IN ({marks}) LIMIT 1", numbers).fetchone():
+        return None
     if (subject, digest) != (enrolment.subject, enrolment.digest):
         raise Problem(
             "idempotency-conflict",
             f"idempotency key {enrolment.key} was used for another request. Use a new key for a new request.",
         )
-    return Enrolled(subject, tuple(json.loads(templates)), sequence, True)
+    return Enrolled(subject, tuple(templates), sequence, True)
 
 
 def _subject(db: sqlite3.Connection, gallery: int, key: GalleryKey, enrolment: Enrolment) -> tuple[int, SubjectKey]:

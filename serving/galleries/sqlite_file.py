@@ -53,7 +53,6 @@ CREATE TABLE answers (
     sequence INTEGER NOT NULL, created REAL NOT NULL, PRIMARY KEY (gallery, key)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX answers_of_subject ON answers (subject);
-CREATE INDEX answers_by_age ON answers (created);
 CREATE TABLE changes (
     id INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT NOT NULL, gallery INTEGER, which INTEGER NOT NULL,
     time INTEGER NOT NULL DEFAULT (unixepoch())

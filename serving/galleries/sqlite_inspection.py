@@ -14,7 +14,7 @@ from pkd.serving.galleries.inspection import Inspection
 from pkd.serving.galleries.matrix import checksum
 from pkd.serving.galleries.memory_index import template_id
 from pkd.serving.galleries.sqlite_file import SqliteFile, explained
-from pkd.serving.galleries.tail import STORED, Tail
+from pkd.serving.galleries.tail import STORED, Tail, unit_rows
 from pkd.serving.galleries.vault import GalleryKey, Sealed
 from pkd.serving.problems import Problem
 from pkd.toolkit.errors import NotTrusted
@@ -87,16 +87,15 @@ def _gallery(
             found.templates += 1
             step(1)
             try:
-                vector = np.frombuffer(subject_key.open(sealed, template_id(number), encoder), STORED).astype(
-                    np.float32
-                )
+                stored = subject_key.open(sealed, template_id(number), encoder)
             except Sealed as error:
                 found.wrong.append(str(error))
                 continue
+            vector = np.frombuffer(stored, STORED).astype(np.float32)
             if len(vector) != dim or not abs(float(np.linalg.norm(vector)) - 1) < 0.01:
                 found.wrong.append(f"template {template_id(number)}: is not a unit vector of its space.")
             count, total = sums.get(encoder, (0, 0))
-            total = (total + checksum(np.array([number], np.int64), vector[None])) % 2**64
+            total = (total + checksum(np.array([number], np.int64), unit_rows(stored, 1))) % 2**64
             sums[encoder] = count + 1, total
     counters = "SELECT name, templates FROM encoders e WHERE gallery = ? AND templates <> " + (
         "(SELECT count(*) FROM templates t WHERE t.encoder = e.id)"

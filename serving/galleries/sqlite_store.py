@@ -43,17 +43,17 @@ from pkd.serving.galleries.sqlite_rows import (
     without,
 )
 from pkd.serving.galleries.tail import Tail
-from pkd.serving.galleries.vault import GalleryKey, MasterKey
+from pkd.serving.galleries.vault import GalleryKey, MasterKey, Sealed
 from pkd.serving.problems import Problem
 
 PATIENCE = 0.2
 """Seconds a search waits for changes that another thread is taking in; then it answers by what is known."""
-ANSWERS_KEPT = 7 * 86400.0
-"""Seconds an idempotency key is remembered."""
 CHANGES_KEPT = 3600
 """Seconds a change is kept for processes to follow; one that was silent for longer reads everything anew."""
-ATTEMPTS = 5
-"""How often the write-ahead log is tried to be cut after a deletion, a second each."""
+EXPIRED = 1_000
+"""Subjects whose templates are deleted in one transaction: other processes wait for it."""
+PAUSE = 0.02
+"""Seconds between two of them, for those who wait."""
 
 logger = logging.getLogger("pkd.serving")
 
@@ -256,27 +256,34 @@ class SqliteStore:
 
     def expire(self, now: float) -> int:
         """Delete what is past its time; returns how many templates. Called again and again by the server."""
+        total = 0
+        while templates := self._expire_some(now):
+            total += templates
+            time.sleep(PAUSE)
         with self._file.writing() as db:
-            rows = db.execute(
-                "SELECT s.id, s.name, g.name, count(*) FROM templates t JOIN subjects s ON s.id = t.subject "
-                "JOIN galleries g ON g.id = s.gallery WHERE t.expires <= ? GROUP BY s.id",
-                (now,),
-            ).fetchall()
-            keys = {gallery: self._key(db, gallery) for gallery in {row[2] for row in rows}}
-            for id, name, gallery, templates in rows:
-                gone = db.execute("DELETE FROM templates WHERE subject = ? AND expires <= ?", (id, now)).rowcount
-                if not db.execute("SELECT 1 FROM templates WHERE subject = ? LIMIT 1", (id,)).fetchone():
-                    gone += delete_subject(db, id)[1]
-                pseudonym = keys[gallery].pseudonym(name)
-                audit.append(db, "retention", "expire", gallery, subject=pseudonym, templates=templates, rows=gone)
-            db.execute("DELETE FROM answers WHERE created <= ?", (now - ANSWERS_KEPT,))
             db.execute("DELETE FROM changes WHERE time < unixepoch() - ?", (CHANGES_KEPT,))
-        total: int = sum(row[3] for row in rows)
         if total:
             self._erased()
         elif self._wal_owed:
             self._wal_owed = not self._file.truncate()
         return total
+
+    def _expire_some(self, now: float) -> int:
+        with self._file.writing() as db:
+            rows = db.execute(
+                "SELECT s.id, s.name, g.name, count(*) FROM templates t JOIN subjects s ON s.id = t.subject "
+                "JOIN galleries g ON g.id = s.gallery WHERE t.expires <= ? GROUP BY s.id LIMIT ?",
+                (now, EXPIRED),
+            ).fetchall()
+            keys = {gallery: self._key_or_none(db, gallery) for gallery in {row[2] for row in rows}}
+            for id, name, gallery, templates in rows:
+                gone = db.execute("DELETE FROM templates WHERE subject = ? AND expires <= ?", (id, now)).rowcount
+                if not db.execute("SELECT 1 FROM templates WHERE subject = ? LIMIT 1", (id,)).fetchone():
+                    gone += delete_subject(db, id)[1]
+                key = keys[gallery]
+                pseudonym = key.pseudonym(name) if key else None
+                audit.append(db, "retention", "expire", gallery, subject=pseudonym, templates=templates, rows=gone)
+        return sum(row[3] for row in rows)
 
     def export(self, gallery: str) -> Iterator[Subject]:
         """Every subject with vectors, by id, as of one moment. Until it is through, deletions cannot cut the log."""
@@ -316,10 +323,18 @@ class SqliteStore:
         self._file.require_master(db)
         return self._file.master.gallery(gallery, row[1])
 
+    def _key_or_none(self, db: sqlite3.Connection, gallery: str) -> GalleryKey | None:
+        """None where it does not decrypt: what is past its time goes all the same, without a pseudonym in the log."""
+        try:
+            return self._key(db, gallery)
+        except Sealed:
+            return None
+
     def _erased(self, *also: str) -> tuple[str, ...]:
         """Follow a deletion into memory and the write-ahead log; returns what the receipt may claim."""
         index = ("index",) if self._follow() else ()
-        cut = any(self._file.truncate() for _ in range(ATTEMPTS))
+        # Whoever reads for long (an export) is waited for once; until the sweep gets through, nobody waits again.
+        cut = self._file.truncate(0.0 if self._wal_owed else 1.0)
         self._wal_owed = not cut
         return ("rows", *also, *index, *(("wal",) if cut else ()))
 

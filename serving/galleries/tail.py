@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from pkd.serving.galleries.memory_index import MemoryIndex, Rows, template_id
@@ -167,8 +168,8 @@ class Tail:
                 try:
                     key = self._file.master.gallery(name, wrapped)
                     known.by_id[id] = Followed(id, name, key, MemoryIndex(self._cores.map))
-                except Sealed as error:
-                    logger.error("%s It is not served.", error)
+                except Sealed:  # which names the gallery, and no log does
+                    logger.error("The key of a gallery does not decrypt: it is not served. Run pkd-gallery verify.")
         known.by_name = {followed.name: followed for followed in known.by_id.values()}
 
     def _add(self, known: _Known) -> None:
@@ -187,6 +188,14 @@ class Tail:
             known.template = chunk[-1][2]
 
 
+def unit_rows(stored: bytes, count: int) -> NDArray[np.float32]:
+    """Vectors N×D as they are searched: what float16 took from their length is given back."""
+    rows = np.frombuffer(stored, STORED).reshape(count, -1).astype(np.float64)
+    norms = np.sqrt((rows * rows).sum(1, keepdims=True))  # row by row, so that it is the same for one as for many
+    unit: NDArray[np.float32] = (rows / np.maximum(norms, np.finfo(np.float64).tiny)).astype(np.float32)
+    return unit
+
+
 def _remove(known: _Known, changes: Sequence[_Change]) -> None:
     gone = sorted((gallery, which) for _, what, gallery, which in changes if what == "template" and gallery)
     for id, rows in groupby(gone, key=lambda row: row[0]):
@@ -203,7 +212,7 @@ def _add_rows(gallery: Followed, encoder: str, rows: Sequence[_Row]) -> None:
     for row, found in zip(rows, plain, strict=True):
         if isinstance(found, Sealed):
             gallery.unreadable[row[2]] = str(found)
-            logger.error("%s It takes no part in searches.", found)
+            logger.error("Template %s does not decrypt: it takes no part in searches.", template_id(row[2]))
     good = [row for row, found in zip(rows, plain, strict=True) if not isinstance(found, Sealed)]
     if not good:
         return
@@ -218,7 +227,7 @@ def _add_rows(gallery: Followed, encoder: str, rows: Sequence[_Row]) -> None:
             names,
             [json.loads(text) for text in places],
             np.array([places[text] for text in attributes], np.int64),
-            np.frombuffer(data, STORED).reshape(len(good), -1).astype(np.float32),
+            unit_rows(data, len(good)),
         )
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,13 +115,15 @@ class Import:
         try:
             if isinstance(item.content, Problem):
                 return answer.refused(item.content)
+            self._subjects += 1  # until it turns out to be none; what cannot be read most likely is one
             sent = parse(Line, item.content, MANY_VALUES).root
+            if not isinstance(sent, ExportedSubject):
+                self._subjects -= 1
             if isinstance(sent, ExportHeader):
                 return None
             if isinstance(sent, ExportEnd):
                 self._ended = True
                 return answer.refused(self._fault(sent.subjects)) if sent.subjects != self._subjects else None
-            self._subjects += 1
             answer = Answer(item.number, sent.subject)
             digest = hashlib.sha256(item.content.strip()).hexdigest()
             return Answer(item.number, sent.subject, None, self._enrolments(gallery, sent, digest))
@@ -142,10 +145,13 @@ class Import:
         )
 
     def _enrolments(self, gallery: Gallery, sent: ExportedSubject, digest: str) -> list[Enrolment]:
-        """One for each time at which templates expire."""
+        """One for each time at which templates expire; none of what is past it."""
         groups: dict[float | None, list[NewTemplate]] = defaultdict(list)
+        now = time.time()
         for one in sent.templates:
-            groups[one.expires.timestamp() if one.expires else None].append(self._template(gallery, one))
+            expires = one.expires.timestamp() if one.expires else None
+            if expires is None or expires > now:
+                groups[expires].append(self._template(gallery, one))
         return [
             Enrolment(
                 subject=sent.subject,

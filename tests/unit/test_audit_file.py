@@ -9,6 +9,7 @@ from threading import Thread
 
 import pytest
 
+from pkd.serving.galleries import audit
 from pkd.serving.galleries.audit_file import DELETIONS, AuditFile
 from pkd.serving.galleries.gallery import Action
 from pkd.serving.problems import Problem
@@ -55,6 +56,33 @@ def test_a_deletion_is_unpurged_until_a_purge_is_recorded_after_it(tmp_path: Pat
         third = log.append("bob", action, "staff").sequence
         assert log.unpurged() == {"staff": third, "guests": other}
         log.verify()
+
+
+def test_a_walk_along_the_chain_keeps_nobody_from_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "audit.db"
+    with closing(AuditFile(path)) as server, closing(AuditFile(path)) as operator:
+        server.append("alice", "create", "staff")
+        walk = audit.verify
+
+        def slow(db: sqlite3.Connection, noted: audit.Head | None = None) -> audit.Head:
+            found = walk(db, noted)
+            server.append("alice", "enrol", "staff")  # would wait for its end, and give up
+            return found
+
+        monkeypatch.setattr(audit, "verify", slow)
+        assert operator.verify().sequence == 1
+        assert server.head().sequence == 2
+
+
+def test_a_full_disk_is_called_so(tmp_path: Path) -> None:
+    with closing(AuditFile(tmp_path / "audit.db")) as log:
+        log.append("alice", "create", "staff")
+        (pages,) = log._db.execute("PRAGMA page_count").fetchone()
+        log._db.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(Problem, match="disk is full"):
+            for _ in range(200):
+                log.append("alice", "enrol", "staff" * 100)
+        assert log.verify() == log.head()
 
 
 def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:

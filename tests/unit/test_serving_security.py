@@ -108,7 +108,7 @@ def test_a_key_may_do_what_its_line_says_and_nothing_else(tmp_path):
                 assert (refused.value.status, refused.value.type) == (403, "forbidden")
                 assert scope in refused.value.detail
         assert require(request(None), scope) == ANONYMOUS
-    with pytest.raises(ValueError, match="no scopes .*'enroll'"):
+    with pytest.raises(ValueError, match=r"no scopes .*'enroll'"):
         require(request(None), "enroll")
     assert require(request(kiosk), "verify", "enrol") == "kiosk"
     with pytest.raises(Problem, match="lacks the scope verify or admin"):

@@ -258,6 +258,21 @@ def test_an_import_adds_what_is_not_there_and_nothing_twice(client, fleet):
     assert templates("follows") == templates("grows")
 
 
+def test_an_import_leaves_out_what_has_expired_and_names_the_line_it_cannot_read(client, fleet):
+    made.gallery(client, "old")
+    for subject in ("ann", "bob"):
+        made.enrol(client, "old", subject, made.embedded(fleet.first, 0), made.embedded(fleet.first, 1))
+    header, ann, bob, end = map(json.loads, client.get("/v1/galleries/old/export").text.splitlines())
+    ann["templates"][0]["expires"] = "2020-01-01T00:00:00Z"
+    made.gallery(client, "young")
+    told = bulk(client, "young", lines(header, ann, bob, end), "import")
+    assert [len(one.templates) for one in told] == [1, 2]
+    assert client.get("/v1/galleries/young").json()["templates"] == {fleet.first.info.id: 3}
+    bob["templates"] = "?"
+    told = bulk(client, "young", lines(header, ann, bob, end), "import")
+    assert [one.problem and one.problem["type"] for one in told] == [None, "invalid-request"]
+
+
 def test_an_import_that_was_cut_off_says_so(client, fleet):
     made.gallery(client, "half")
     made.enrol(client, "half", "a", made.embedded(fleet.first, 0))
