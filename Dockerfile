@@ -1,8 +1,11 @@
 # syntax=docker/dockerfile:1
 # Serving image: pkd[serve] on a slim base, without torch. Bundles and keys are mounted, never baked in:
 #   docker build -t pkd .
-#   docker run --rm -p 8000:8000 -v "$PWD/bundles:/bundles:ro" -v "$PWD/keys.txt:/keys.txt:ro" \
-#     pkd /bundles/teacher /bundles/student --api-keys /keys.txt
+#   docker run --rm -p 8000:8000 -v "$PWD/bundles:/bundles:ro" -v "$PWD/secrets:/secrets:ro" \
+#     pkd /bundles/teacher /bundles/student --api-keys /secrets/api-keys.txt
+# Mount the folder of the keys, not the file: an editor that writes a new file and renames it would leave the container
+# with the old one. Only aligned crops are taken without --detector /bundles/yunet.onnx, which is face_detection_yunet of
+# the OpenCV Zoo. Galleries, or the audit log beside Milvus, go to a volume on /var/lib/pkd: docs/operations.md.
 
 FROM python:3.12-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
@@ -25,6 +28,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgl1 libglib2.0-0 libxcb1 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin pkd
+# A new volume that is mounted here takes its owner, so that the server can write.
+RUN install -d -o 10001 -m 0700 /var/lib/pkd
 COPY --from=build /opt/pkd /opt/pkd
 ENV PATH=/opt/pkd/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001

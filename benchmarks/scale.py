@@ -191,7 +191,8 @@ CLOSING = """\
 ## What follows
 
 - One `pkd-serve` with SQLite holds every template of its galleries in each worker's memory. It is made for what one
-  machine holds and searches in time; beyond, the galleries go to Milvus, whose shards each hold a part.
+  machine holds and searches in time; beyond, the galleries go to Milvus, whose shards each hold a part
+  (`--milvus-shards`).
 - An exact search reads every template. Where the table asks for more machines than are sensible, search fewer
   templates: a gallery per site, a filter by attribute, a claimed identity that is verified (one comparison). An
   approximate index makes searches cheaper and misses some: a miss is a false non-match that no certificate counted, so

@@ -33,7 +33,7 @@ from pkd.toolkit.command import Result, tool_version
 from pkd.toolkit.errors import InputError
 from pkd.toolkit.images import Rgb
 from pkd.toolkit.runtime import Embeddings, Encoder, open_bundle
-from pkd.toolkit.signing import SigningKey
+from pkd.toolkit.signing import SUFFIX, SigningKey
 from pkd.toolkit.space import EncoderInfo, in_mode
 
 Begin = Callable[[str, int], Callable[[int], None]]
@@ -149,6 +149,9 @@ def add_targets(order: Order, console: Console, begin: Begin) -> Result:
     )
     manifest = manifest.model_copy(update={"targets": (*kept, *made.targets), "gate": said})
     evidence = _certificates(gated) | collect(order.certificates, *manifest.encoders.values())
+    # A newer certificate comes with its own signature or with none; the older one's would say that it was changed.
+    stale = {name + SUFFIX for name, data in evidence.items() if files.get(name, data) != data}
+    files = {name: data for name, data in files.items() if name not in stale}
     if bundle.signature and not order.key:
         console.print(
             "note: the manifest changes, so its old signature is dropped. Sign the new one with --sign KEY.pem."

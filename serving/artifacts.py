@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import shutil
+import stat
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 from pkd.serving.encoders import Encoders, Loaded, called
 from pkd.serving.problems import Problem
@@ -56,8 +61,13 @@ class Artifact:
     path: Path
     name: str
     sha256: str
-    size: int
-    """Bytes."""
+    checked: os.stat_result
+    """The file as it was when it was checked."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.checked.st_size
 
 
 class Artifacts:
@@ -67,7 +77,9 @@ class Artifacts:
         self._encoders = encoders
         self._copies: dict[tuple[Path, str], Artifact] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
-        self._folder: TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
+        self._owner = -1
+        self._cleanup: finalize[..., Artifacts] | None = None
         self._lock = threading.Lock()
         self.offers: dict[str, Offer] = {}
         for loaded in encoders.loaded.values():
@@ -76,8 +88,8 @@ class Artifacts:
 
     def close(self) -> None:
         """Delete the copies."""
-        if self._folder:
-            self._folder.cleanup()
+        if self._cleanup:
+            self._cleanup()
 
     def find(self, spec: str) -> Offer:
         """By id, short id, or a name that only one has; what is loaded first. Raises an unknown-encoder Problem."""
@@ -117,7 +129,7 @@ class Artifacts:
             try:
                 if bundle.path.is_dir() and name in bundle.manifest.files:
                     return self._in_place(bundle, name)
-                return self._copies.get((bundle.path, name)) or self._keep(bundle, name, _read(bundle, name))
+                return self._kept(bundle, name) or self._keep(bundle, name, _read(bundle, name))
             except (BundleError, FileNotFoundError) as error:
                 raise _changed(error) from None
 
@@ -125,13 +137,9 @@ class Artifacts:
         """The whole bundle as one zip, as ``pkd-export --zip`` writes it. Raises as ``get``."""
         with self._lock:
             try:
-                kept = self._copies.get((bundle.path, ""))
-                return kept or self._keep(bundle, "", bundle.pack(self._place() / "bundle.zip").read_bytes())
+                return self._kept(bundle, "") or self._keep(bundle, "", self._pack(bundle))
             except BundleError as error:
                 raise _changed(error) from None
-            finally:
-                if self._folder:
-                    (self._place() / "bundle.zip").unlink(missing_ok=True)
 
     def describe(self, bundle: Bundle, names: list[str]) -> list[dict[str, Any]]:
         """As the schema FileAnswer."""
@@ -141,23 +149,42 @@ class Artifacts:
     def _in_place(self, bundle: Bundle, name: str) -> Artifact:
         path = bundle.path / name
         found = path.stat()
-        stamp = (found.st_mtime_ns, found.st_size)
-        if self._stamps.get(path) != stamp:
+        if self._stamps.get(path) != _stamp(found):
             bundle.read(name)
-            self._stamps[path] = stamp
-        return Artifact(path, name, bundle.manifest.files[name], found.st_size)
+            self._stamps[path] = _stamp(found)
+        return Artifact(path, name, bundle.manifest.files[name], found)
+
+    def _kept(self, bundle: Bundle, name: str) -> Artifact | None:
+        """The copy that was made before; None where a cleaner of temporary files has taken it since."""
+        kept = self._copies.get((bundle.path, name))
+        with suppress(OSError):
+            if kept and _stamp(kept.path.stat()) == _stamp(kept.checked):
+                return kept
+        return None
 
     def _keep(self, bundle: Bundle, name: str, data: bytes) -> Artifact:
         sha256 = hashlib.sha256(data).hexdigest()
         path = self._place() / sha256
         path.write_bytes(data)
-        self._copies[bundle.path, name] = made = Artifact(path, name, sha256, len(data))
+        self._copies[bundle.path, name] = made = Artifact(path, name, sha256, path.stat())
         return made
 
+    def _pack(self, bundle: Bundle) -> bytes:
+        path = self._place() / "bundle.zip"
+        try:
+            return bundle.pack(path).read_bytes()
+        finally:
+            path.unlink(missing_ok=True)
+
     def _place(self) -> Path:
-        if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="pkd-artifacts-")
-        return Path(self._folder.name)
+        """The folder of the copies. Where it was deleted, somebody else may have made one of its name since."""
+        if self._folder is None or not _is_folder_of(self._owner, self._folder):
+            if self._cleanup:
+                self._cleanup.detach()
+            self._folder = Path(mkdtemp(prefix="pkd-artifacts-"))
+            self._owner = self._folder.stat().st_uid
+            self._cleanup = finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder
 
 
 def needed(bundle: Bundle, target: Target) -> list[str]:
@@ -172,6 +199,17 @@ def needed(bundle: Bundle, target: Target) -> list[str]:
     ]
     # In the bundle's own folder nothing lies beside encoder.onnx that belongs to it.
     return [target.file, *(beside if len(main.parts) > 1 else [])]
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int]:
+    return found.st_mtime_ns, found.st_size
+
+
+def _is_folder_of(owner: int, path: Path) -> bool:
+    with suppress(OSError):
+        found = path.lstat()
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == owner
+    return False
 
 
 def _read(bundle: Bundle, name: str) -> bytes:

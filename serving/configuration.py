@@ -64,6 +64,7 @@ class Configuration:
     master_key: str | None = None
     audit: str | None = None
     milvus_token: str | None = None
+    milvus_shards: int = 1
     log: Form = "text"
     log_requests: bool = False
     traces: bool = False
@@ -184,6 +185,15 @@ OPTIONS: tuple[Option, ...] = (
         "none: Milvus asks for none",
     ),
     Option(
+        "milvus_shards",
+        "--milvus-shards",
+        "PKD_MILVUS_SHARDS",
+        "N",
+        "parts that a new gallery has in Milvus, for its nodes to share",
+        "1",
+        _whole(1, 64),
+    ),
+    Option(
         "api_keys",
         "--api-keys",
         "PKD_API_KEYS_FILE",
@@ -300,7 +310,12 @@ def _judge(made: Configuration) -> None:
     milvus = bool(made.gallery and Place(made.gallery).milvus)
     if milvus and not made.audit:
         raise InputError(f"--gallery {made.gallery}: Milvus keeps no audit log. Pass --audit FILE (PKD_AUDIT_FILE).")
-    for option, value in (("--audit", made.audit), ("--milvus-token", made.milvus_token)):
+    shards = made.milvus_shards if made.milvus_shards > 1 else None
+    for option, value in (
+        ("--audit", made.audit),
+        ("--milvus-token", made.milvus_token),
+        ("--milvus-shards", shards),
+    ):
         if value and not milvus:
             raise InputError(f"{option} {value}: it is for --gallery milvus://HOST:PORT alone. Leave it out.")
     if made.master_key and not made.gallery:

@@ -31,6 +31,7 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 UNCOUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked for by machines all the time: no part of what a drain waits for."""
 SENDS_BODY = frozenset({"POST", "PUT", "PATCH"})
+UNCODED = frozenset({b"", b"identity"})
 STREAMED = re.compile(r"/v1/galleries/[^/]+/(templates:bulk|import|export)")
 """Paths whose bodies or answers are streams: ``max_stream`` is their limit, and a clock runs for each piece alone."""
 
@@ -83,18 +84,19 @@ class Door:
                 end_span(route, told.status, told.problem)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, works: bool) -> None:
-        headers = Headers(scope=scope)
         if self.keys and scope["path"] not in OPEN_PATHS:
-            scope[IN_SCOPE] = self.keys.check(headers.get("authorization"))
+            scope[IN_SCOPE] = self.keys.check(Headers(scope=scope).get("authorization"))
         limits = self._streamed if STREAMED.fullmatch(scope["path"]) else self._timed if works else self._untimed
         if works:
             self.state.require_ready()
             if self.working > self.settings.threads + self.settings.queue:
                 detail = f"{self.working - 1} requests are in progress already. Try again in a moment."
                 raise Problem("overloaded", detail)
-            length = headers.get("content-length", "0")
-            if not length.isdecimal() or int(length) > limits.bytes:
-                raise too_large(limits.bytes)
+            for name, value in scope["headers"]:
+                if name == b"content-length" and not (value.isdigit() and int(value) <= limits.bytes):
+                    raise too_large(limits.bytes)
+                if name == b"content-encoding" and scope["method"] in SENDS_BODY:
+                    _require_uncoded(value)
         # What is cancelled while it waits for a worker thread is never executed.
         with Visit(receive, limits, scope["method"] in SENDS_BODY) as visit:
             await self.app(scope, visit.receive, send)
@@ -125,6 +127,13 @@ class _Told:
         elif self._is_problem and self.problem is None:
             self.problem = orjson.loads(message["body"])["type"]
         await self._send(message)
+
+
+def _require_uncoded(coding: bytes) -> None:
+    """Raise an unsupported-media Problem for a compressed body: read as it is, it would be called broken."""
+    if coding.strip().lower() not in UNCODED:
+        said = coding.decode("latin-1")[:80]
+        raise Problem("unsupported-media", f"content encoding {said!r}. Send the body as it is, without one.")
 
 
 def route_of(scope: Scope) -> str:

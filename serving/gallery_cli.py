@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        made.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         if name != "new-key":
             made.add_argument(
                 "store", metavar="DIR|milvus[+tls]://HOST:PORT", help="what pkd-serve --gallery was given"
             )
             made.add_argument("--master-key", type=Path, required=True, metavar="FILE", help="its master key")
             made.add_argument("--audit", metavar="FILE", help="audit log of this machine, beside Milvus")
-            made.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
             made.add_argument("--milvus-token", metavar="FILE", help="file that holds USER:PASSWORD of Milvus")
         return made
 

@@ -7,17 +7,18 @@ import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, RootModel, Tag, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from pkd.serving.problems import Problem
 from pkd.serving.schemas import MAX_IMAGES, MAX_VALUES, EmbedBody, EmbedOptions
-from pkd.toolkit.errors import BadImage
-from pkd.toolkit.images import Rgb, decode_rgb
+from pkd.toolkit.errors import BadImage, ImageTooLarge
+from pkd.toolkit.images import READERS, Rgb, decode_rgb
 
 Undecoded = bytes | str
 """A file's bytes, or the same as base64. Both are decoded by a worker, not by the event loop."""
@@ -26,6 +27,7 @@ Sent = TypeVar("Sent", bound=BaseModel)
 FOREIGN = {b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 JSON = "application/json"
 TAKES = "JPEG, PNG, WebP and BMP images are taken."
+NO_SUBJECT = "an image (image_b64) or an embedding (embedding, encoder) is taken here, not an enrolled subject"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,12 @@ def decode(image: Undecoded) -> Rgb:
     foreign = "HEIC or AVIF" if image[4:8] == b"ftyp" else FOREIGN.get(image[:4])
     if foreign:
         raise Problem("unsupported-media", f"this is a {foreign} file. {TAKES}")
-    return decode_rgb(image)
+    try:
+        return decode_rgb(image)
+    except ImageTooLarge:
+        raise
+    except BadImage as error:
+        raise _damaged(image) or error from None
 
 
 def media_type(request: Request) -> str:
@@ -109,7 +116,7 @@ def parse(model: type[Sent], body: bytes, most: int = MAX_VALUES) -> Sent:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_context=False, include_input=False)) from None
+        raise invalid(error.errors(include_url=False, include_context=False, include_input=False), model) from None
 
 
 def validated(model: type[Sent], fields: Mapping[str, Any]) -> Sent:
@@ -117,12 +124,22 @@ def validated(model: type[Sent], fields: Mapping[str, Any]) -> Sent:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_context=False, include_input=False)) from None
+        raise invalid(error.errors(include_url=False, include_context=False, include_input=False), model) from None
 
 
-def invalid(errors: Sequence[Any]) -> Problem:
-    """Field and reason only: what was sent there may be an image or an embedding, and is not sent back."""
-    found = [{"field": ".".join(map(str, item["loc"])), "message": item["msg"]} for item in errors[:20]]
+def invalid(errors: Sequence[Any], model: type[BaseModel] | None = None) -> Problem:
+    """Field and reason only: what was sent there may be an image or an embedding, and is not sent back.
+
+    ``errors``: as pydantic lists them. ``model``: that was validated.
+    """
+    found = [
+        {
+            "field": ".".join(_place(model, item["loc"])),
+            # Of the kinds of input, a subject alone is not taken everywhere.
+            "message": NO_SUBJECT if item.get("type") == "union_tag_invalid" else item["msg"],
+        }
+        for item in errors[:20]
+    ]
     first = f"{found[0]['field']}: {found[0]['message']}".removeprefix(": ")
     return Problem("invalid-request", f"{first}.", errors=found)
 
@@ -131,6 +148,19 @@ class _InMemory(MultiPartParser):
     """Starlette would write parts over 1 MB to temporary files; no image ever touches a disk here."""
 
     spool_max_size = 2**40
+
+    _ended = False
+
+    def on_end(self) -> None:
+        self._ended = True
+
+    async def parse(self) -> FormData:
+        form = await super().parse()
+        if not self._ended:  # a part that has no end would be left out, and nothing said
+            for file in self._files_to_close_on_error:
+                file.close()
+            raise MultiPartException("it is cut off before its last boundary. Send the whole body.")
+        return form
 
 
 async def _read_form(request: Request) -> tuple[list[bytes], dict[str, Any]]:
@@ -162,3 +192,35 @@ async def _sort(form: FormData) -> tuple[list[bytes], dict[str, Any]]:
     if not images:
         raise Problem("invalid-request", "no file field `image` in the multipart body.")
     return images, fields
+
+
+def _damaged(image: bytes) -> BadImage | None:
+    """Of a file that begins as one that is taken."""
+    reader = next((one for magic, one in READERS.items() if image.startswith(magic)), None)
+    if reader is None or (image.startswith(b"RIFF") and image[8:12] != b"WEBP"):
+        return None
+    kind = str(reader.format).replace("WEBP", "WebP")
+    return BadImage(f"the {kind} image is cut off or damaged ({len(image):,} bytes). Send the whole file.")
+
+
+def _place(kind: Any, place: Sequence[str | int]) -> list[str]:
+    """Where in the JSON a value of ``kind`` is at fault: ``place`` without pydantic's names for members of unions."""
+    if not place:
+        return []
+    first, rest = str(place[0]), place[1:]
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _place(inner[0], place)
+    if origin in (Union, UnionType):
+        members = [one for one in inner if one is not NoneType]
+        if len(members) == 1:
+            return _place(members[0], place)
+        return _place(next((one for one in members if Tag(first) in get_args(one)), None), rest)
+    if origin is list:
+        return [first, *_place(inner[0], rest)]
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if issubclass(kind, RootModel):
+            return _place(kind.model_fields["root"].annotation, place)
+        field = kind.model_fields.get(first)
+        return [first, *_place(field and field.annotation, rest)]
+    return [*map(str, place)]

@@ -31,7 +31,8 @@ Embeds faces, decides whether two belong to the same person, and searches galler
 measured for exactly this ordered pair of encoders. A query embedded on a device by a distilled student may be compared
 with a gallery embedded by its teacher wherever a certificate joins the two.
 
-Every 409 says what was `expected`, what it `got`, and what `works` instead.
+Every 409 says what was `expected`, what it `got`, and what `works` instead. HEAD is answered wherever GET is. A query
+parameter that a route does not have is refused, and so is a body with a `Content-Encoding`.
 
 Embeddings are biometric data: faces can be reconstructed from them. There is no liveness detection. No image is kept.
 """
@@ -45,7 +46,13 @@ Mode = Literal["validation", "serialization"]
 
 STUDENT, TEACHER, SPACE = "student@sha256:…", "teacher@sha256:…", "teacher@sha256:…"
 
-READ: Examples = {"auth": {}, "rate-limited": {"retry_after": 1}}
+READ: Examples = {
+    "auth": {},
+    "rate-limited": {"retry_after": 1},
+    "invalid-request": {
+        "errors": [{"field": "limt", "message": "no such query parameter; this route takes after, limit"}],
+    },
+}
 TAKEN: Examples = {
     **READ,
     "forbidden": {"scope": "enrol", "scopes": ["embed", "verify"]},
@@ -56,12 +63,10 @@ TAKEN: Examples = {
     "draining": {},
     "invalid-request": {"errors": [{"field": "faces", "message": "Input should be 'largest' or 'exactly_one'"}]},
 }
-PARAMETERS: Examples = {"invalid-request": {}}
 ENCODER: Examples = {"unknown-encoder": {"got": "mobilefacenet", "encoders": ["edgeface-xs@sha256:…"]}}
 ARTIFACT: Examples = {
     "not-found": {"got": "openvino-int4", "targets": ["openvino-int8"]},
     "range": {"bytes": 5242880},
-    "invalid-request": {},
 }
 IMAGE: Examples = {
     "bad-image": {"index": 0},
@@ -92,8 +97,8 @@ NO_STORE: Examples = {
     "forbidden": {"scope": "admin", "scopes": ["verify"]},
     "store-unavailable": {},
 }
-NAMED: Examples = {**NO_STORE, "unknown-gallery": {"gallery": "staff"}, "invalid-request": {}}
-SUBJECT: Examples = {**NAMED, "unknown-subject": {"gallery": "staff", "subject": "ann"}}
+NAMED: Examples = {**NO_STORE, "unknown-gallery": {}, "invalid-request": {}}
+SUBJECT: Examples = {**NAMED, "unknown-subject": {}}
 CREATION: Examples = {
     "unsupported-media": {},
     "space-mismatch": {
@@ -117,7 +122,9 @@ ENROLMENT: Examples = {
         "works": {"galleries": [TEACHER]},
     },
     "idempotency-conflict": {
-        "expected": {"digest": "9f86d0…"}, "got": {"digest": "60303a…"}, "works": {"key": "a new one"},
+        "expected": {"key": "ann-1", "request": "the one first sent under this key, for the same subject"},
+        "got": {"key": "ann-1", "digest": "60303a…"},
+        "works": {"key": "a new one for a new request"},
     },
     "low-quality": {
         "index": 0,
@@ -144,7 +151,11 @@ MIGRATION: Examples = {
     "unsupported-media": {},
     "space-mismatch": CREATION["space-mismatch"],
     "gallery-conflict": {
-        "expected": {"unmoved": 0}, "got": {"unmoved": 3}, "works": {"unmoved": ["ann", "bob", "eve"]},
+        "expected": {"moving_to": "teacher2@sha256:…"},
+        "got": {
+            "moving_to": {"id": "teacher2@sha256:…", "dim": 512, "metric": "cosine"}, "unmoved": ["ann", "bob", "eve"],
+        },
+        "works": {"enrol_or_delete": ["ann", "bob", "eve"]},
     },
 }  # fmt: skip
 LINES: Examples = {"unsupported-media": {}}
@@ -197,12 +208,15 @@ def stream(example: Content, *examples: Examples) -> dict[int | str, dict[str, A
 def file(*examples: Examples) -> dict[int | str, dict[str, Any]]:
     """What a download answers."""
     headers = {"ETag": {"description": "SHA-256 of the file", "schema": {"type": "string"}}}
+    part = {"Content-Range": {"description": "Which of its bytes", "schema": {"type": "string"}}}
     content = {kind: {"schema": _BINARY} for kind in ("application/octet-stream", "application/zip")}
+    refusals = documented(_merged(examples))
+    refusals[416]["headers"] = {"Content-Range": {"description": "bytes */SIZE", "schema": {"type": "string"}}}
     return {
         200: {"description": "The file", "headers": headers, "content": content},
-        206: {"description": "The part of it that Range asks for", "headers": headers},
+        206: {"description": "The part of it that Range asks for", "headers": {**headers, **part}},
         304: {"description": "The file is the one of If-None-Match"},
-        **documented(_merged(examples)),
+        **refusals,
     }
 
 
@@ -229,10 +243,7 @@ def images_body(model: type[BaseModel], options: type[BaseModel], example: Conte
         "required": ["image"],
     }
     return {
-        "parameters": [
-            {"name": name, "in": "query", "schema": schema, "description": schema.get("description", "")}
-            for name, schema in properties.items()
-        ],
+        "parameters": [_parameter(name, schema) for name, schema in properties.items()],
         "requestBody": {
             "required": True,
             "content": {
@@ -261,6 +272,16 @@ def describe(app: FastAPI) -> dict[str, Any]:
 
 def _json(model: type[BaseModel], example: Content) -> Content:
     return {"schema": {"$ref": REF.format(model=model.__name__)}, "example": example}
+
+
+def _parameter(name: str, schema: Content) -> Content:
+    """In a query string, what has parts is JSON."""
+    shape = {"content": {"application/json": {"schema": schema}}} if _has_parts(schema) else {"schema": schema}
+    return {"name": name, "in": "query", "description": schema.get("description", ""), **shape}
+
+
+def _has_parts(schema: Content) -> bool:
+    return "$ref" in schema or schema.get("type") == "object" or any(map(_has_parts, schema.get("anyOf", ())))
 
 
 def _merged(examples: tuple[Examples, ...]) -> Examples:

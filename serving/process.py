@@ -88,7 +88,7 @@ def open_store(configuration: Configuration) -> GalleryStore | None:
         return None
     from pkd.serving.galleries.vault import MasterKey
 
-    place = Place(configuration.gallery, configuration.audit, configuration.milvus_token)
+    place = Place(configuration.gallery, configuration.audit, configuration.milvus_token, configuration.milvus_shards)
     try:
         return place.open(MasterKey.read(Path(configuration.master_key)))
     except Problem as problem:

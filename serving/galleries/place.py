@@ -27,6 +27,8 @@ class Place:
     """File of the audit log beside Milvus."""
     token: str | None = None
     """File that holds USER:PASSWORD of Milvus."""
+    shards: int = 1
+    """Of a new gallery in Milvus."""
 
     def __post_init__(self) -> None:
         if "://" in self.where and not MILVUS.fullmatch(self.where):
@@ -54,7 +56,9 @@ class Place:
 
         found = MILVUS.fullmatch(self.where)
         assert found
-        tables = Tables(f"http{'s' if found[1] else ''}://{found[2]}", _secret(self.token) if self.token else "")
+        tables = Tables(
+            f"http{'s' if found[1] else ''}://{found[2]}", _secret(self.token) if self.token else "", shards=self.shards
+        )
         if not create and Catalogue(tables).table not in tables.names():
             raise InputError(f"{self.where}: keeps no galleries of pkd's.")
         return tables

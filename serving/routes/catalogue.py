@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.responses import FileResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from pkd.serving import openapi
 from pkd.serving.answers import answer
@@ -18,7 +21,9 @@ from pkd.serving.service import Service
 from pkd.toolkit.space import short
 
 Spec = Annotated[str, Path(max_length=300, description="Id, short id, or a name that only one encoder has")]
-RANGE = re.compile(r"bytes=(?:\d+-\d*|-\d+)(?:,\s*(?:\d+-\d*|-\d+))*")
+RANGE = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)")
+MAX_RANGES = 100
+"""Most ranges that one request is given."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -41,7 +46,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get(
         "/v1/encoders/{encoder}",
-        responses=openapi.responses(EncoderDetail, openapi.ENCODER, openapi.PARAMETERS, openapi.READ),
+        responses=openapi.responses(EncoderDetail, openapi.ENCODER, openapi.READ),
     )
     async def get_encoder(encoder: Spec) -> Response:
         """One encoder, loaded or as a target in a bundle: its certificates, and the files a device needs."""
@@ -77,8 +82,7 @@ def routes(service: Service) -> APIRouter:
         headers = {"ETag": f'"{chosen.sha256}"', "Cache-Control": "private, no-cache"}
         if _known(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
-        _check_range(request, headers["ETag"], chosen.size)
-        return FileResponse(chosen.path, headers=headers, media_type=kind, filename=name)
+        return _Download(chosen.path, headers=headers, media_type=kind, filename=name, stat_result=chosen.checked)
 
     @router.get("/v1/spaces", responses=openapi.responses(SpacesAnswer, openapi.READ))
     async def list_spaces() -> Response:
@@ -89,7 +93,7 @@ def routes(service: Service) -> APIRouter:
             found.setdefault(space.id, {**space.model_dump(), "encoders": []})["encoders"].append(id)
         return answer({"spaces": list(found.values())})
 
-    @router.get("/v1/certificates", responses=openapi.responses(CertificatesAnswer, openapi.PARAMETERS, openapi.READ))
+    @router.get("/v1/certificates", responses=openapi.responses(CertificatesAnswer, openapi.READ))
     async def list_certificates(
         query: Annotated[str | None, Query(max_length=300, description="Encoder of the query side")] = None,
         gallery: Annotated[str | None, Query(max_length=300, description="Encoder of the gallery side")] = None,
@@ -136,11 +140,49 @@ def _known(request: Request, etag: str) -> bool:
     return etag in sent or "*" in sent
 
 
-def _check_range(request: Request, etag: str, size: int) -> None:
-    """Refuse as a problem what FileResponse would refuse as text."""
-    asked = request.headers.get("range")
-    if asked is None or request.headers.get("if-range", etag) != etag:
-        return
-    starts = [int(start) for start in re.findall(r"(\d+)-", asked)]
-    if not RANGE.fullmatch(asked) or any(start >= size for start in starts):
-        raise Problem("range", f"Range {asked[:80]!r}: the file has {size:,} bytes. Send bytes=FROM-TO.", bytes=size)
+class _Download(FileResponse):
+    """A file, or the parts of it that ``Range`` asks for.
+
+    FileResponse would refuse as text, or fail at, what RFC 9110 has ignored or answered in part.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent, size = Headers(scope=scope), int(self.headers["content-length"])
+        asked = sent.get("range")
+        current = sent.get("if-range", self.headers["etag"]) in (self.headers["etag"], self.headers["last-modified"])
+        found = parts(asked, size) if asked and current else None
+        if asked and found == []:
+            detail = f"Range {asked[:80]!r}: the file has {size:,} bytes. Send bytes=FROM-TO."
+            refusal = Problem("range", detail, bytes=size).response()
+            refusal.headers["Content-Range"] = f"bytes */{size}"
+            await refusal(scope, receive, send)
+            return
+        headers = [one for one in scope["headers"] if one[0] not in (b"range", b"if-range")]
+        if found:
+            headers.append((b"range", f"bytes={','.join(found)}".encode()))
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
+
+def parts(asked: str, size: int) -> list[str] | None:
+    """The parts, each as FROM-TO, that a Range header has of a file of ``size`` bytes: perhaps none of them is there.
+
+    None where it is to be ignored (RFC 9110, 14.2): in another unit, badly formed, or of too many parts.
+    """
+    unit, _, listed = asked.partition("=")
+    specs = [one.strip() for one in listed.split(",") if one.strip()]
+    if unit.strip().lower() != "bytes" or not 0 < len(specs) <= MAX_RANGES:
+        return None
+    found = []
+    for spec in specs:
+        match = RANGE.fullmatch(spec)
+        if match is None:
+            return None
+        # Decimal: int refuses to read thousands of digits.
+        first, last, suffix = (Decimal(digits) if digits else None for digits in match.groups())
+        if suffix is not None:
+            first = size - min(suffix, Decimal(size))
+        if first is None or (last is not None and last < first):
+            return None
+        if first < size:
+            found.append(f"{first}-{size - 1 if last is None else min(last, Decimal(size - 1))}")
+    return found

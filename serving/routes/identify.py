@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from pkd.serving import openapi
 from pkd.serving.answers import answer
-from pkd.serving.galleries.schemas import IdentifyAnswer, IdentifyBody, IdentifyImage
+from pkd.serving.galleries.schemas import IdentifyAnswer, IdentifyBody, IdentifyImage, IdentifyOptions
 from pkd.serving.images import JSON, media_type, parse, read_files, with_query
 from pkd.serving.problems import Problem
 from pkd.serving.routes.parameters import GalleryName
@@ -38,7 +38,8 @@ def routes(service: Service) -> APIRouter:
         if kind == JSON:
             body = parse(IdentifyBody, await request.body())
             query = body.query if isinstance(body.query, EmbeddingSide) else Photograph.of(body.query)
-            return answer(await service.identify(gallery, query, body))
+            fields = body.model_dump(exclude={"query"}, exclude_unset=True)
+            return answer(await service.identify(gallery, query, with_query(request, IdentifyOptions, fields)))
         images, fields = await read_files(request, kind)
         if len(images) != 1:
             raise Problem("invalid-request", f"{len(images)} images; one is searched for at a time.")

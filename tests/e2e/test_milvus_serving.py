@@ -110,6 +110,7 @@ def test_an_operator_s_day_with_milvus(milvus_emptied: MilvusServer, tmp_path: P
             "PKD_AUDIT_FILE": tmp_path / "audit.db",
             "PKD_MILVUS_TOKEN_FILE": tmp_path / "token",
             "PKD_MASTER_KEY_FILE": tmp_path / "master",
+            "PKD_MILVUS_SHARDS": 2,
             "PKD_ENROL_SHARPNESS": 0,
             "PKD_SWEEP_SECONDS": 0.5,
             ROOTS: tmp_path / "cert.pem",

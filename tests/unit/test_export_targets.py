@@ -20,6 +20,7 @@ from pkd.toolkit.errors import InputError
 from pkd.toolkit.gpu import find_gpu
 from pkd.toolkit.runtime import open_bundle
 from pkd.toolkit.runtimes import open_target
+from pkd.toolkit.signing import Signature
 from pkd.toolkit.verification import verify
 
 STATED = ["--teacher", "t.onnx", "--teacher-preprocess", "channels=rgb,mean=127.5,std=127.5"]
@@ -184,6 +185,20 @@ def test_certificates_about_any_encoder_of_the_bundle_are_taken_in(capsys: pytes
     Path("eval/certificates", measured.file_name).write_text(measured.model_dump_json())
     export(capsys, "--from-bundle", "made", "--certificates", "eval")
     assert Bundle.open("made").certificates() == [measured]
+    # Signed in the bundle, measured again without a signature: the old one goes with what it was of.
+    name = f"certificates/{measured.file_name}"
+    signature = Path("eval", f"{name}.sig")
+    signature.write_bytes(Signature("sha256:" + "0" * 64, bytes(64)).text())
+    export(capsys, "--from-bundle", "made", "--certificates", "eval")
+    assert f"{name}.sig" in Bundle.open("made").manifest.files
+    signature.unlink()
+    export(capsys, "--from-bundle", "made", "--certificates", "eval")
+    assert f"{name}.sig" in Bundle.open("made").manifest.files, "it is the same certificate"
+    again = measured.model_copy(update={"created": "2027-01-01T00:00:00+00:00"})
+    Path("eval", name).write_text(again.model_dump_json())
+    export(capsys, "--from-bundle", "made", "--certificates", "eval")
+    assert Bundle.open("made").certificates() == [again]
+    assert f"{name}.sig" not in Bundle.open("made").manifest.files
     foreign = certificate(str(own).replace("t@", "x@"), str(own).replace("t@", "y@"), space)
     Path("eval/certificates", measured.file_name).unlink()
     Path("eval/certificates", foreign.file_name).write_text(foreign.model_dump_json())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import shutil
 import zipfile
 
 import pytest
 import serving_bundles as made
 from gallery_fixtures import problem
 
-from pkd.serving.artifacts import needed
+from pkd.serving.artifacts import Artifacts, needed
 from pkd.serving.encoders import Encoders
 from pkd.serving.schemas import CertificatesAnswer, EncoderDetail, EncodersAnswer, SpacesAnswer
 from pkd.serving.service import Service
@@ -138,12 +140,62 @@ def test_a_download_that_broke_off_goes_on(client, family):
         for extra in ({}, {"if-range": etag}):
             part = client.get(url, headers={"range": sent, **extra})
             assert (part.status_code, part.content, part.headers["etag"]) == (206, expected, etag)
-    changed = client.get(url, headers={"range": "bytes=100-", "if-range": '"another"'})
-    assert (changed.status_code, changed.content) == (200, whole)
-    for bad in (f"bytes={len(whole)}-", "bytes=9-x", "lines=1-2", "bytes=", "bytes=0-1,999999999-"):
-        for extra in ({}, {"if-range": etag}):
-            answer = client.get(url, headers={"range": bad, **extra})
-            assert problem(answer, 416, "range")["bytes"] == len(whole)
+    for other in ('"another"', f"W/{etag}", "Thu, 01 Jan 1970 00:00:00 GMT"):
+        for sent in ("bytes=100-", f"bytes={len(whole)}-"):
+            changed = client.get(url, headers={"range": sent, "if-range": other})
+            assert (changed.status_code, changed.content) == (200, whole)
+
+
+LONG = "9" * 5000
+"""More digits than int() reads."""
+
+
+@pytest.mark.parametrize("sent", ["bytes={size}-", f"bytes={LONG}-", "bytes=-0", f"bytes={LONG}-{LONG},-00"])
+def test_a_range_that_the_file_has_not_got(client, family, sent):
+    url, size = "/v1/encoders/student/artifact", len(family.student.model)
+    whole = client.get(url)
+    for extra in ({}, {"if-range": whole.headers["etag"]}, {"if-range": whole.headers["last-modified"]}):
+        answer = client.get(url, headers={"range": sent.format(size=size), **extra})
+        assert problem(answer, 416, "range")["bytes"] == size
+        assert answer.headers["content-range"] == f"bytes */{size}"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "bytes=5-3", f"bytes={LONG}-3", f"bytes=0-1,{LONG}-8", "bytes=9-x", "bytes=", "bytes=-", "bytes=,", "bytes",
+        "items=0-5", "x", "lines=1-2", "bytes=0-1;2-3", "bytes=+1-2", "bytes=1_0-20", "bytes=" + "0-1," * 101,
+    ],
+)  # fmt: skip
+def test_a_range_that_is_none_is_ignored(client, family, sent):
+    """RFC 9110, 14.2."""
+    answer = client.get("/v1/encoders/student/artifact", headers={"range": sent})
+    assert (answer.status_code, answer.content) == (200, family.student.model)
+
+
+@pytest.mark.parametrize(
+    ("sent", "first", "last"),
+    [
+        (f"bytes=0-{LONG}", 0, None),
+        (f"bytes=-{LONG}", 0, None),
+        ("bytes=0-1,999999999-", 0, 1),
+        ("bytes=99999999-,7-9,-0", 7, 9),
+        ("BYTES = 007-0009", 7, 9),
+        ("bytes=, 1-2 ,", 1, 2),
+    ],
+)
+def test_a_range_is_answered_as_far_as_there_is_something(client, family, sent, first, last):
+    whole = family.student.model
+    answer = client.get("/v1/encoders/student/artifact", headers={"range": sent})
+    last = len(whole) - 1 if last is None else last
+    assert (answer.status_code, answer.content) == (206, whole[first : last + 1])
+    assert answer.headers["content-range"] == f"bytes {first}-{last}/{len(whole)}"
+
+
+def test_several_ranges_at_once(client, family):
+    answer = client.get("/v1/encoders/student/artifact", headers={"range": "bytes=0-9,50-59"})
+    assert answer.status_code == 206 and answer.headers["content-type"].startswith("multipart/byteranges")
+    assert family.student.model[:10] in answer.content and family.student.model[50:60] in answer.content
 
 
 def test_files_of_a_target(client, bundle):
@@ -190,6 +242,8 @@ def test_the_whole_bundle(client, bundle, tmp_path):
     assert client.get(url, params={"as": "bundle"}, headers={"if-none-match": etag}).status_code == 304
     problem(client.get(url, params={"as": "bundle", "target": "openvino-int8"}), 422, "invalid-request")
     problem(client.get(url, params={"as": "tar"}), 422, "invalid-request")
+    body = problem(client.get(url, params={"taget": "openvino-int8"}), 422, "invalid-request")
+    assert body["detail"] == "taget: no such query parameter; this route takes as, file, target."
 
 
 def test_a_file_that_changed_on_the_disk_is_not_given_out(tmp_path):
@@ -203,6 +257,46 @@ def test_a_file_that_changed_on_the_disk_is_not_given_out(tmp_path):
             answer = client.get(f"/v1/encoders/{encoder}/artifact", params=params)
             assert answer.status_code == 500 and answer.json()["type"] == "internal"
             assert str(tmp_path) not in answer.text
+
+
+@pytest.mark.parametrize("gone", ["the file", "the folder", "the file's end"])
+def test_a_copy_that_a_cleaner_took_is_made_again(bundle, tmp_path, monkeypatch, gone):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    device, int8 = bundle
+    service = Service(Encoders.open([device.pack(tmp_path / "device.zip")]), Settings(threads=1))
+    with made.running(service) as client:
+        url = f"/v1/encoders/{int8.id}/artifact"
+        for params in ({"as": "bundle"}, {}):
+            first = client.get(url, params=params)
+            (folder,) = tmp_path.glob("pkd-artifacts-*")
+            copy = folder / first.headers["etag"].strip('"')
+            assert copy.stat().st_size == len(first.content)
+            if gone == "the file":
+                copy.unlink()
+            elif gone == "the folder":
+                shutil.rmtree(folder)
+            else:
+                copy.write_bytes(first.content[:-1])
+            again = client.get(url, params=params)
+            assert (again.status_code, again.content, again.headers["etag"]) == (
+                200, first.content, first.headers["etag"],
+            )  # fmt: skip
+    assert not list(tmp_path.glob("pkd-artifacts-*"))
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
+def test_a_folder_that_somebody_made_in_its_place_is_not_written_to(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    packed = bundle[0].pack(tmp_path / "device.zip")
+    artifacts = Artifacts(Encoders.open([packed]))
+    opened = artifacts.find(bundle[1].id).bundle
+    folder = artifacts.get(opened, "golden.npz").path.parent
+    shutil.rmtree(folder)
+    (tmp_path / "theirs").mkdir()
+    folder.symlink_to(tmp_path / "theirs")
+    assert artifacts.get(opened, "golden.npz").path.parent not in (folder, tmp_path / "theirs")
+    assert not list((tmp_path / "theirs").iterdir())
+    artifacts.close()
 
 
 def test_a_bundle_that_is_a_zip_and_a_target_that_is_served(bundle, tmp_path):

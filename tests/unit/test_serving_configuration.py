@@ -56,7 +56,7 @@ def test_every_option_takes_both_forms_and_gives_the_same():
         "audit": "a",
         "milvus_token": "t",
         "trust_key": "t",
-        **dict.fromkeys(("port", "workers", "threads", "queue", "drain_seconds"), "3"),
+        **dict.fromkeys(("port", "workers", "milvus_shards", "threads", "queue", "drain_seconds"), "3"),
         **dict.fromkeys(("max_body", "max_stream"), "2048"),
     }
     milvus = {"PKD_GALLERY": "milvus://localhost:19530", "PKD_MASTER_KEY_FILE": "m", "PKD_AUDIT_FILE": "b"}
@@ -65,6 +65,7 @@ def test_every_option_takes_both_forms_and_gives_the_same():
         "master_key": {"PKD_GALLERY": "g"},
         "audit": milvus,
         "milvus_token": milvus,
+        "milvus_shards": milvus,
     }
     assert {option.name for option in OPTIONS} == {
         *(each.name for each in fields(Configuration) if each.name not in ("bundles", "settings")),
@@ -97,6 +98,7 @@ def test_every_option_takes_both_forms_and_gives_the_same():
         ("PKD_MASTER_KEY_FILE", "g/../g/deep/key", "lies with the galleries"),
         ("PKD_AUDIT_FILE", "log", "--audit log: it is for --gallery milvus://"),
         ("PKD_MILVUS_TOKEN_FILE", "token", "--milvus-token token: it is for"),
+        ("PKD_MILVUS_SHARDS", "2", "--milvus-shards 2: it is for"),
         ("PKD_HOST", "0.0.0.0", "PKD_API_KEYS_FILE"),
         ("PKD_THREAD", "3", "PKD_THREAD: no such setting; did you mean PKD_THREADS"),
         ("PKD_MASTER_KEY", "00ff", "PKD_MASTER_KEY: no such setting; did you mean PKD_MASTER_KEY_FILE.* files only"),

@@ -199,6 +199,24 @@ def test_every_form_of_an_image(client, fleet, mixed):
     problem(client.post(f"/v1/galleries/{mixed}/identify", **two), 422, "invalid-request")
 
 
+def test_options_beside_json_count_and_are_given_once(client, fleet, exact):
+    url = f"/v1/galleries/{exact}/identify"
+    body = {"query": query(fleet), "where": {"hall": "1"}}
+    beside = found(client.post(url, params={"top_k": 1, "target_fpir": 1e-6}, json=body))
+    assert beside == found(client.post(url, json={**body, "top_k": 1, "target_fpir": 1e-6}))
+    assert (len(beside.candidates), beside.target_fpir) == (1, 1e-6)
+    for params, named in (
+        ({"typo": 1}, "typo"),
+        ({"encoder": "first"}, "encoder"),  # goes with an image that is the body
+        ({"top_k": 0}, "top_k"),
+        ({"where": "{}"}, "twice"),
+    ):
+        detail = problem(client.post(url, params=params, json=body), 422, "invalid-request")["detail"]
+        assert named in detail
+    both = client.post(url, params={"threshold": 0.5}, json={**body, "target_fpir": 0.1})
+    assert "either" in problem(both, 422, "invalid-request")["detail"]
+
+
 def test_a_refused_pair_costs_no_decoding(client, mixed):
     junk = {"image_b64": "!!", "aligned": True, "encoder": "first"}
     problem(ask(client, mixed, junk), 409, "not-certified")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gallery_fixtures as galleries
 import pytest
 import serving_bundles as made
 from pydantic import TypeAdapter
@@ -85,7 +86,8 @@ def test_every_operation_is_complete(document):
         seen.add(operation["operationId"])
         assert operation["summary"] and operation["description"] and operation["tags"], name
         for parameter in operation.get("parameters", []):
-            assert parameter.get("description") is not None and parameter["schema"], (name, parameter["name"])
+            assert parameter.get("description") is not None, (name, parameter["name"])
+            assert ("schema" in parameter) != ("content" in parameter), (name, parameter["name"])
         for status, answer in operation["responses"].items():
             assert answer["description"], (name, status)
             if status == "200" and name not in OTHERWISE:
@@ -119,6 +121,73 @@ def test_every_conflict_says_what_works(document):
                 assert {"expected", "got", "works"} <= set(example["value"]), name
                 conflicts += 1
     assert conflicts > 8
+
+
+def test_query_parameters_that_have_parts_are_json(document):
+    """Else a client would write where[site]=north, which no route reads."""
+    in_json = set()
+    for name, operation in operations(document):
+        for parameter in operation.get("parameters", []):
+            for kind, content in parameter.get("content", {}).items():
+                assert (parameter["in"], kind) == ("query", "application/json")
+                assert content["schema"]
+                in_json.add((name.rpartition("/")[2], parameter["name"]))
+            plain = json.dumps(parameter.get("schema", {}))
+            assert "object" not in plain and "$ref" not in plain, (name, parameter["name"])
+    assert in_json == {
+        ("identify", "where"), ("templates", "attributes"), ("templates", "consent"), ("templates", "quality"),
+    }  # fmt: skip
+
+
+def test_what_a_download_says_of_ranges(document):
+    answers = document["paths"]["/v1/encoders/{encoder}/artifact"]["get"]["responses"]
+    for status in ("206", "416"):
+        assert "Content-Range" in answers[status]["headers"]
+
+
+def test_every_operation_but_those_of_operators_refuses_query_parameters(document):
+    for name, operation in operations(document):
+        examples = operation["responses"].get("422", {}).get("content", {}).get("application/problem+json", {})
+        assert ("invalid-request" in examples.get("examples", ())) != (name in ("get /healthz", "get /readyz")), name
+
+
+def examples_of(document, type, path, method="post"):
+    for answer in document["paths"][path][method]["responses"].values():
+        for name, example in answer.get("content", {}).get("application/problem+json", {}).get("examples", {}).items():
+            if name == type:
+                yield example["value"]
+
+
+def shape(value):
+    """Names of members, not what is in them."""
+    return {name: shape(one) for name, one in value.items()} if isinstance(value, dict) else type(value)
+
+
+def test_examples_of_galleries_have_the_members_that_are_answered(document, tmp_path):
+    fleet = galleries.fleet(tmp_path / "bundles")
+    one, all_of_one = "/v1/galleries/{gallery}", "/v1/galleries/{gallery}/subjects/{subject}"
+    with galleries.serving(fleet, tmp_path / "store") as client:
+        galleries.gallery(client, "staff")
+        key = {"idempotency-key": "ann-1"}
+        url = "/v1/galleries/staff/subjects/ann/templates"
+        bodies = [{"inputs": [galleries.image(index)], "aligned": True} for index in range(2)]
+        assert client.post(url, json=bodies[0], headers=key).status_code == 201
+        other = {"space": fleet.following.info.space.id}
+        assert client.post("/v1/galleries/staff/migrations", json=other).status_code == 200
+        uncertified = {"inputs": [galleries.embedded(fleet.rogue, 0)]}
+        for answer, path, method in (
+            (client.post(url, json=bodies[1], headers=key), f"{all_of_one}/templates", "post"),
+            (client.post(url, json=uncertified), f"{all_of_one}/templates", "post"),
+            (client.get("/v1/galleries/nowhere"), one, "get"),
+            (client.get("/v1/galleries/staff/subjects/nobody"), all_of_one, "get"),
+            (client.put("/v1/galleries/staff", json=other), one, "put"),
+            (client.put("/v1/galleries/staff", json={"space": "unknown"}), one, "put"),
+            (client.post("/v1/galleries/staff/migrations/finish"), f"{one}/migrations/finish", "post"),
+        ):
+            body = answer.json()
+            assert answer.status_code >= 400, (path, body)
+            (example,) = examples_of(document, body["type"], path, method)
+            assert shape(example) == shape(body), (path, body)
 
 
 def test_the_documented_problems_exist_with_their_status(document):
