@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -63,6 +65,8 @@ def run_alone(
 ) -> list[str]:
     """Serve in this process until it is told to stop; returns the ids of the encoders."""
     logs.set_up(configuration.log, configuration.log_requests)
+    if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server has a handler: what nobody takes ends a process
     with opened(configuration) as it:
         introduce(console, it, configuration)
         serve(it.service, listener, it.keys, ready, sweeps=it.store)

@@ -148,7 +148,8 @@ class ApiKeys:
 class Bucket:
     """A token bucket that holds one second's worth, as one number: the time at which it will be full again.
 
-    With ``path`` the number lies in a file that processes share; monotonic clocks agree within a machine.
+    Whoever used up a slower rate waits no longer than for one token of the new one. With ``path`` the number lies in a
+    file that processes share; monotonic clocks agree within a machine.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -163,12 +164,12 @@ class Bucket:
             fcntl.lockf(self._file, fcntl.LOCK_EX)
         try:
             (full,) = struct.unpack("d", self._full[:])
-            after = max(full, now) + 1 / rate
-            wait: float = after - now - max(1.0, 1 / rate)
-            if wait > 1e-9:
-                return wait
-            self._full[:] = struct.pack("d", after)
-            return 0.0
+            holds = max(1.0, 1 / rate)  # seconds from empty to full
+            full = min(max(full, now), now + holds)
+            wait: float = full + 1 / rate - now - holds
+            taken = wait <= 1e-9
+            self._full[:] = struct.pack("d", full + 1 / rate if taken else full)
+            return 0.0 if taken else wait
         finally:
             if self._file >= 0:
                 fcntl.lockf(self._file, fcntl.LOCK_UN)
@@ -243,8 +244,8 @@ def _fault(words: list[str]) -> str | None:
     return None
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> tuple[int, ...] | None:
     with suppress(OSError):
         seen = path.stat()
-        return seen.st_mtime_ns, seen.st_ino, seen.st_size
+        return seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino, seen.st_size  # ctime: who may read it has changed
     return None

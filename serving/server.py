@@ -7,6 +7,8 @@ import gc
 import logging
 import signal
 import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +26,10 @@ from pkd.serving.problems import Problem
 from pkd.serving.security import ApiKeys
 from pkd.serving.service import Service
 from pkd.toolkit.errors import BundleError, InputError, PkdError
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
 
 logger = logging.getLogger("pkd.serving")
 KEEP_ALIVE_SECONDS = 75
@@ -123,20 +129,27 @@ class _Server(uvicorn.Server):
         self._drained_by = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         self._idle: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+        self._behind: dict[Any, tuple[int, float]] = {}
+        """Connection → bytes that its client has yet to take, and since when that many."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._keys and hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._keys.reload)
+        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
         if self._link is None:
             await super().startup(sockets)
             self._tasks.append(asyncio.create_task(self._announce()))
             return
         await self._announce()
-        while not self._link.may_serve() and not self._service.state.draining:
+        while not (self._link.may_serve() or self._service.state.draining or self.should_exit):
             await asyncio.sleep(0.01)
         self.should_exit |= self._service.state.draining
         if not self.should_exit:
             await super().startup(sockets)
+
+    def _reload(self) -> None:
+        """Without keys there is nothing to read again, and a signal that nobody takes would end the process."""
+        if self._keys:
+            self._keys.reload()
 
     async def _announce(self) -> None:
         await self._service.start()
@@ -181,6 +194,7 @@ class _Server(uvicorn.Server):
             self.config.timeout_graceful_shutdown = max(1, round(self._drained_by - now))
             self.should_exit = True
         self._close_silent(now)
+        self._drop_stalled(now)
         return await super().on_tick(counter)
 
     def _close_silent(self, now: float) -> None:
@@ -193,12 +207,28 @@ class _Server(uvicorn.Server):
             elif now - self._idle.setdefault(connection, now) > self._service.settings.header_seconds:
                 connection.transport.close()
 
+    def _drop_stalled(self, now: float) -> None:
+        """Drop connections whose clients take nothing of their answers for as long as a piece of a body may take.
+
+        Otherwise an export would stay open in the store, and a drain would wait, for as long as such a client likes.
+        """
+        before, self._behind = self._behind, {}
+        for connection in self.server_state.connections:
+            if untaken := _untaken(connection.transport):
+                known, since = before.get(connection, (untaken, now))
+                self._behind[connection] = untaken, since if untaken == known else now
+        for connection, (_, since) in self._behind.items():
+            if now - since > self._service.settings.body_seconds:
+                connection.transport.abort()  # a mere close waits until all is sent
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for task in self._tasks:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
         await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # the event loop does not end before what was written is sent, or given up
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, a second one does not wait. Neither is raised again: draining is a clean end."""
@@ -208,3 +238,17 @@ class _Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
         self._service.state.draining = True
         self._drained_by = time.monotonic() + self._service.settings.drain_seconds
+
+
+def _untaken(transport: asyncio.WriteTransport) -> int:
+    """Bytes that wait here and, if any do, those that wait in the system's socket.
+
+    A socket of some megabytes takes nothing new for minutes while a slow client reads from it: only both together show
+    that it does.
+    """
+    waiting = transport.get_write_buffer_size()
+    if waiting and sys.platform == "linux":
+        with suppress(OSError):  # closed in this very moment
+            outgoing = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+            waiting += struct.unpack("i", outgoing)[0]
+    return waiting

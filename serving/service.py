@@ -29,7 +29,7 @@ from pkd.serving.schemas import EmbeddingSide, Faces, ImageSide, SubjectSide, Ve
 from pkd.serving.settings import Settings
 from pkd.serving.state import State
 from pkd.serving.vectors import decode, encode
-from pkd.serving.verify import Shown, decide, encoder_of, left_out, received, settle
+from pkd.serving.verify import Shown, decide, encoder_of, is_quick, left_out, received, settle
 from pkd.toolkit.detect import Detector
 from pkd.toolkit.errors import BundleError, PkdError
 from pkd.toolkit.space import short
@@ -139,7 +139,11 @@ class Service:
     async def verify(self, body: VerifyBody) -> dict[str, Any]:
         """The answer of /v1/verify. Cheap refusals come first: pair, policy and vectors before any image is decoded."""
         sides = {"a": body.a, "b": body.b}
-        enrolled = {name: await self._enrolled(side) for name, side in sides.items() if isinstance(side, SubjectSide)}
+        enrolled = {
+            name: await self.stored(self._enrolled, side)
+            for name, side in sides.items()
+            if isinstance(side, SubjectSide)
+        }
         queries, galleries = (
             [one.encoder for one in enrolled[name]]
             if isinstance(side, SubjectSide)
@@ -158,7 +162,8 @@ class Service:
         waiting = {name: side for name, side in sides.items() if isinstance(side, ImageSide)}
         made = await asyncio.gather(*(self._embed_side(side, name) for name, side in waiting.items()))
         a, b = ({**shown, **dict(zip(waiting, made, strict=True))}[name] for name in "ab")
-        decision = decide(self.encoders, settled, a, b)
+        deciding = partial(decide, self.encoders, settled, a, b)
+        decision = deciding() if is_quick(a, b) else await asyncio.to_thread(deciding)
         decision["not_compared"] = [
             *left_out(a, {query for query, _ in settled}, {query: problem for (query, _), problem in refused.items()}),
             *left_out(b, {one for _, one in settled}, {one: problem for (_, one), problem in refused.items()}),
@@ -196,8 +201,8 @@ class Service:
         self.state.metrics.decision("identify", concluded["decision"])
         return concluded
 
-    async def _enrolled(self, side: SubjectSide) -> list[Shown]:
-        subject = await self.stored(self.store.subject, side.gallery, side.subject, vectors=True)
+    def _enrolled(self, side: SubjectSide) -> list[Shown]:
+        subject = self.store.subject(side.gallery, side.subject, vectors=True)
         if not subject.templates:  # expired in this very moment
             raise Problem("unknown-subject", f"{side.subject} has no template in the gallery {side.gallery}.")
         shown = []

@@ -42,7 +42,12 @@ class Settings:
     max_body: int = _number(8 * 2**20, 1024, 2**30, "largest request body, bytes")
     max_stream: int = _number(4 * 2**30, 1024, 2**50, "largest body of a bulk route, bytes; it is never held whole")
     header_seconds: float = _number(10.0, 0.1, 3600, "longest time for the headers of a request to arrive, seconds")
-    body_seconds: float = _number(30.0, 0.1, 3600, "longest time for a body, or the next piece of a bulk one, seconds")
+    body_seconds: float = _number(
+        30.0,
+        0.1,
+        3600,
+        "longest time for a body, for the next piece of a bulk one, and for a client to take nothing, seconds",
+    )
     request_seconds: float = _number(60.0, 0.1, 86400, "longest time until the answer, waiting included, seconds")
     drain_seconds: int = _number(30, 0, 86400, "longest time that requests in progress get after SIGTERM, seconds")
     sweep_seconds: float = _number(60.0, 0.1, 86400, "time between two sweeps of expired templates, seconds")

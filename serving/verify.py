@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,13 @@ from pkd.toolkit.errors import BadVector, UnsupportedFmr
 Pair = tuple[str, str]
 """Encoder ids, query first."""
 Rank = tuple[bool, float, float]
+Vectors = NDArray[np.float64]
+FEW = 64
+"""Comparisons that are made one by one: they take less than a thread would."""
+AT_ONCE = 2**20
+"""Scores of one matrix product, about."""
+ROUNDING = 1e-9
+"""More than a score of a matrix product is away from the same one alone."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Shown:
     """One vector of one side. A subject shows several; ``of`` then says which template this is."""
 
     encoder: str
-    vector: NDArray[np.float64]
+    vector: Vectors
     """Unit, D."""
     of: Mapping[str, str] | None = None
 
@@ -50,7 +58,7 @@ def settle(
     """
     settled: dict[Pair, Terms] = {}
     refused: dict[Pair, Problem] = {}
-    for pair in sorted({(query, gallery) for query in queries for gallery in galleries}):
+    for pair in sorted({(query, gallery) for query in set(queries) for gallery in set(galleries)}):
         try:
             settled[pair] = _terms(encoders, pair, policy, default_fmr)
         except Problem as problem:
@@ -85,13 +93,21 @@ def received(encoders: Encoders, side: EmbeddingSide, name: str) -> NDArray[np.f
         raise BadVector(f"{name}: {error}") from None
 
 
+def is_quick(a: Sequence[Shown], b: Sequence[Shown]) -> bool:
+    """Whether ``decide`` takes so little time that the event loop can wait for it."""
+    return len(a) * len(b) <= FEW
+
+
 def decide(encoders: Encoders, settled: Mapping[Pair, Terms], a: Sequence[Shown], b: Sequence[Shown]) -> dict[str, Any]:
-    """The answer of /v1/verify: the permitted comparison that speaks most for a match. Raises BadVector where sizes
-    differ."""
+    """The answer of /v1/verify: the permitted comparison that speaks most for a match, of equal ones the first.
+
+    Raises BadVector where sizes differ.
+    """
+    quick = is_quick(a, b)
+    likely = product(a, b) if quick else _likely(settled, a, b)
     compared = [
         (*_compare(terms, one, other), terms, one, other)
-        for one in a
-        for other in b
+        for one, other in likely
         if (terms := settled.get((one.encoder, other.encoder)))
     ]
     _, score, terms, one, other = min(compared, key=lambda entry: entry[0])
@@ -107,7 +123,7 @@ def decide(encoders: Encoders, settled: Mapping[Pair, Terms], a: Sequence[Shown]
         "certificate": about(encoders, terms.file),
         "a": one.of,
         "b": other.of,
-        "comparisons": len(compared),
+        "comparisons": len(compared) if quick else _count(settled, a, b),
     }
 
 
@@ -156,10 +172,48 @@ def _terms(encoders: Encoders, pair: Pair, policy: Policy | None, default_fmr: f
         raise Problem("unsupported-fmr", str(error), smallest=points[-1].fmr, largest=points[0].fmr, got=fmr) from None
 
 
+def _likely(settled: Mapping[Pair, Terms], a: Sequence[Shown], b: Sequence[Shown]) -> list[tuple[Shown, Shown]]:
+    """The permitted comparisons of many that the one that speaks most for a match is among, in their order.
+
+    Under one certificate the largest score speaks most: of each pair of encoders those are kept that rounding may have
+    put below another one.
+    """
+    queries, galleries = _stacked(a), _stacked(b)
+    found = []
+    for query, gallery in settled:
+        if query not in queries or gallery not in galleries:
+            continue
+        (of_a, rows), (of_b, columns) = queries[query], galleries[gallery]
+        if rows.shape[1] != columns.shape[1]:
+            raise _sizes_differ(rows[0], columns[0])
+        step = max(1, AT_ONCE // len(columns))
+        for begin in range(0, len(rows), step):
+            scores = rows[begin : begin + step] @ columns.T
+            below = scores < scores.max() - ROUNDING
+            found += [(of_a[begin + row], of_b[column]) for row, column in np.argwhere(~below).tolist()]
+    return [(a[one], b[other]) for one, other in sorted(found)]
+
+
+def _stacked(shown: Sequence[Shown]) -> dict[str, tuple[list[int], Vectors]]:
+    """Encoder → its vectors as rows, each once, and where each stands first."""
+    first: dict[str, dict[bytes, int]] = defaultdict(dict)
+    for place, one in enumerate(shown):
+        first[one.encoder].setdefault(one.vector.tobytes(), place)
+    places = {encoder: list(vectors.values()) for encoder, vectors in first.items()}
+    return {encoder: (at, np.stack([shown[place].vector for place in at])) for encoder, at in places.items()}
+
+
+def _count(settled: Mapping[Pair, Terms], a: Sequence[Shown], b: Sequence[Shown]) -> int:
+    queries, galleries = (Counter(one.encoder for one in side) for side in (a, b))
+    return sum(queries[query] * galleries[gallery] for query, gallery in settled)
+
+
 def _compare(terms: Terms, a: Shown, b: Shown) -> tuple[Rank, float]:
     if len(a.vector) != len(b.vector):
-        raise BadVector(
-            f"a has {len(a.vector):,} numbers and b has {len(b.vector):,}; embeddings of one space have the same size."
-        )
+        raise _sizes_differ(a.vector, b.vector)
     score = float(np.clip(np.dot(a.vector, b.vector), -1.0, 1.0))
     return rank(score, terms.threshold, terms.file.certificate.fmr_at(score).fmr), score
+
+
+def _sizes_differ(a: Vectors, b: Vectors) -> BadVector:
+    return BadVector(f"a has {len(a):,} numbers and b has {len(b):,}; embeddings of one space have the same size.")

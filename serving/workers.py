@@ -159,8 +159,8 @@ def supervise(
 ) -> list[str]:
     """Serve with ``configuration.workers`` processes until SIGTERM or SIGINT. ``ready``: called when all of them are.
 
-    SIGHUP has them read their keys again. A second signal to stop does not wait. Returns the ids of the encoders;
-    raises what keeps a worker from starting.
+    SIGHUP has them read their keys again, if they have any. A second signal to stop does not wait. Returns the ids of
+    the encoders; raises what keeps a worker from starting.
     """
     logs.set_up(configuration.log, configuration.log_requests)
     with TemporaryDirectory(prefix="pkd-serve-") as folder:
@@ -227,6 +227,7 @@ def _end(parent: _Parent) -> None:
 
 
 def _go(worker: _Worker) -> None:
+    worker.heard = time.monotonic()  # until now it had nothing to say: others may have taken long to be ready
     with suppress(OSError):
         worker.pipe.send("go")
 
@@ -253,6 +254,8 @@ def _work(
 ) -> None:
     """What a worker process runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server has a handler: a terminal's reaches everyone
     link = PipeLink(pipe)
     try:
         from pkd.serving.process import run_worker

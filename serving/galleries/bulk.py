@@ -7,6 +7,8 @@ shares its writes to the disk. An item that is refused does not stop the others.
 from __future__ import annotations
 
 import asyncio
+import logging
+import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,13 +19,14 @@ from pkd.serving.galleries.enrolling import ask, explained, prepare
 from pkd.serving.galleries.gallery import Enrolled, Enrolment, Gallery
 from pkd.serving.galleries.schemas import BulkItem
 from pkd.serving.images import parse
-from pkd.serving.problems import Problem, from_error
+from pkd.serving.problems import Problem, from_error, internal
 from pkd.serving.schemas import MANY_VALUES
 from pkd.toolkit.errors import PkdError
 
 if TYPE_CHECKING:
     from pkd.serving.service import Service
 
+logger = logging.getLogger("pkd.serving")
 BATCH = 32
 """Most items that are embedded and stored together."""
 
@@ -109,7 +112,7 @@ def _ask(item: Item) -> tuple[Answer, BulkItem | None]:
 
 
 async def _embed(service: Service, gallery: Gallery, answer: Answer, body: BulkItem | None) -> Answer:
-    """The templates of one line that has not been answered yet."""
+    """The templates of one line that has not been answered yet. What nobody foresaw concerns this line alone."""
     if body is None or answer.problem or answer.before:
         return replace(answer, enrolments=())
     (asked,) = answer.enrolments
@@ -120,6 +123,11 @@ async def _embed(service: Service, gallery: Gallery, answer: Answer, body: BulkI
         return answer.refused(problem)
     except PkdError as error:
         return answer.refused(from_error(error))
+    except Exception as error:
+        # As Door tells it: where it happened, but not what the values were.
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("line %d of a bulk enrolment: %s\n%s", answer.number, type(error).__name__, frames)
+        return answer.refused(internal())
 
 
 async def _store(service: Service, name: str, batch: Sequence[Item], actor: str, read: Read) -> list[dict[str, Any]]:

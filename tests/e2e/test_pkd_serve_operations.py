@@ -20,6 +20,7 @@ import serving_bundles as made
 from server_process import serving, until
 
 from pkd.serving.galleries.vault import MasterKey
+from pkd.toolkit.bundle import Golden
 
 COMMAND = str(Path(sys.executable).parent / "pkd-serve")
 CROPS = made.crops(3, seed=3)
@@ -212,6 +213,35 @@ def test_workers_do_not_outlive_their_parent(family):
         assert len(workers) == 2
         server.process.kill()
         until(lambda: not any(map(alive, workers)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reload_without_keys_is_no_end(family, workers):
+    with serving(family.folders[0], "--workers", workers) as server:
+        before = server.workers()
+        for pid in {server.process.pid, *before}:
+            os.kill(pid, signal.SIGHUP)
+        time.sleep(0.3)  # the parent looks ten times a second
+        assert server.ask("GET", "/readyz").status_code == 200
+        assert server.workers() == before and not any("SIGHUP" in line for line in server.said)
+        server.stop()
+
+
+def test_a_worker_that_does_not_reproduce_its_golden_crops(family, tmp_path):
+    images = made.crops(4, seed=99)
+    bundle, wrong = tmp_path / "bundle", tmp_path / "wrong"
+    family.teacher.write(bundle)
+    family.teacher.write(wrong, golden=Golden(images, -family.teacher.embed(images)))
+    done = subprocess.run([COMMAND, wrong, "--workers", "2", "--port", "0"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"pkd-serve: .*wrong: golden crops come out 2 away.*", done.stderr.strip().splitlines()[-1])
+    with serving(bundle, "--workers", 2) as server:
+        bundle.rename(tmp_path / "right")
+        wrong.rename(bundle)
+        os.kill(max(server.workers()), signal.SIGKILL)
+        reported = r"^(worker . \(process \d+\)) ended with exit code 2: .*golden crops come out 2 away"
+        until(lambda: server.find(reported))
+        assert server.ask("GET", "/readyz").status_code == 200
 
 
 def test_what_no_worker_could_serve_ends_the_command_with_its_reason(family, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from starlette.requests import Request
@@ -168,6 +169,19 @@ def test_less_than_one_request_a_second(tmp_path):
     keys.check("Bearer one")
 
 
+def test_a_raised_rate_holds_at_once(tmp_path):
+    clock, path = Clock(), tmp_path / "keys"
+    keys = limited(path, clock, 0.001)
+    keys.check("Bearer one")
+    assert refusal(keys) == 1000
+    write(path, f"{hashed('one')} kiosk embed rate=100/s")
+    clock.now += 10
+    assert refusal(keys) == 1
+    for _ in range(200):
+        clock.now += 0.01
+        keys.check("Bearer one")
+
+
 def test_wrong_keys_use_up_nobody_s_rate(tmp_path):
     clock = Clock()
     keys = limited(tmp_path / "keys", clock, 1)
@@ -216,6 +230,26 @@ def test_a_changed_file_is_read_again_without_a_restart(tmp_path, caplog):
     other.replace(path)  # as Kubernetes swaps a mounted secret
     keys.reload()  # as SIGHUP asks
     assert keys.check("Bearer three").name == "pad"
+
+
+def test_a_file_that_could_not_be_read_is_read_once_it_can_be(tmp_path, monkeypatch):
+    """As after chmod: its content and the time of its last change are as they were."""
+    clock, path = Clock(), tmp_path / "keys"
+    keys = limited(path, clock, 9)
+    read = Path.read_text
+
+    def refused(self, *args, **named):
+        raise PermissionError(13, "Permission denied")
+
+    write(path, f"{hashed('two')} phone embed,admin").chmod(0)
+    monkeypatch.setattr(Path, "read_text", refused)  # who runs the tests may be root, who may read everything
+    clock.now += 1.1
+    assert keys.check("Bearer one").name == "kiosk"
+    monkeypatch.setattr(Path, "read_text", read)
+    time.sleep(0.02)  # file systems have a clock that ticks every 10 ms or faster
+    path.chmod(0o600)
+    clock.now += 1.1
+    assert keys.check("Bearer two").name == "phone"
 
 
 def test_a_new_key_works_once_its_line_is_in_the_file(tmp_path):

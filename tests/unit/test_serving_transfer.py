@@ -16,6 +16,7 @@ from gallery_fixtures import CROPS, NDJSON, problem
 
 from pkd.serving.galleries.bulk import BATCH, _items
 from pkd.serving.galleries.schemas import BulkAnswer
+from pkd.serving.pipeline import Pipeline
 from pkd.serving.problems import PROBLEMS, Problem
 from pkd.serving.vectors import decode
 
@@ -92,6 +93,25 @@ def test_bad_lines_do_not_stop_the_good_ones(client, fleet):
             if one.problem["status"] == 409:
                 assert {"expected", "got", "works"} <= set(one.problem)
     assert client.get("/v1/galleries/bad").json()["subjects"] == len(wrong)
+
+
+def test_what_nobody_foresaw_stops_no_other_line(client, fleet, monkeypatch, caplog):
+    made.gallery(client, "poison")
+    real, sent, unforeseen = Pipeline.run, made.image(3)["image_b64"], RuntimeError("secret numbers")
+
+    def run(self, image, *rest):
+        if image == sent:
+            raise unforeseen
+        return real(self, image, *rest)
+
+    monkeypatch.setattr(Pipeline, "run", run)
+    told = bulk(
+        client, "poison", lines(*({"subject": f"s{i}", "inputs": [made.image(i)], "aligned": True} for i in range(6)))
+    )
+    assert [one.problem and one.problem["type"] for one in told] == [None, None, None, "internal", None, None]
+    assert client.get("/v1/galleries/poison").json()["subjects"] == 5
+    assert "line 4 of a bulk enrolment: RuntimeError" in caplog.text and "in run" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_empty_lines_count_and_the_last_needs_no_end(client, fleet):

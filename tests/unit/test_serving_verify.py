@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import base64
+import threading
 
+import gallery_fixtures as galleries
 import numpy as np
 import pytest
 import serving_bundles as made
 
+from pkd.serving import service
 from pkd.serving.encoders import Encoders
 from pkd.serving.schemas import VerifyAnswer
 from pkd.serving.service import Service
 from pkd.serving.settings import Settings
 from pkd.serving.vectors import encode
+from pkd.serving.verify import FEW, decide
 
 CROPS = made.crops(2, seed=7)
 IMAGES = [base64.b64encode(made.png(crop)).decode() for crop in CROPS]
@@ -68,6 +72,29 @@ def test_images_on_both_sides_use_the_default_encoder(client, family):
     assert body["score"] == pytest.approx(1, abs=1e-6)
     assert body["certificate"]["query"] == body["certificate"]["gallery"] == family.teacher.info.id
     assert client.post("/verify", json={"a": image(0), "b": image(0)}).json()["match"]
+
+
+def test_many_comparisons_do_not_keep_the_event_loop(tmp_path, monkeypatch):
+    threads = []
+
+    def watched(*given):
+        threads.append(threading.current_thread())
+        return decide(*given)
+
+    monkeypatch.setattr(service, "decide", watched)
+    fleet = galleries.fleet(tmp_path)
+    with galleries.serving(fleet, tmp_path / "store") as client:
+        galleries.gallery(client, "g")
+        count = int(FEW**0.5) + 1
+        for name, others in (("a", 1), ("b", 2)):
+            inputs = [galleries.embedded(fleet.first, others)] * (count - 1)
+            galleries.enrol(client, "g", name, *inputs, galleries.embedded(fleet.first, 0))
+        a, b = ({"gallery": "g", "subject": name} for name in "ab")
+        few, many = ask(client, galleries.embedded(fleet.first, 0), b), ask(client, a, b)
+        last = client.get("/v1/galleries/g/subjects/a").json()["templates"][-1]["id"]
+    assert [one.json()["comparisons"] for one in (few, many)] == [count, count**2]
+    assert many.json()["match"] and many.json()["a"]["template"] == last
+    assert threads[0] is not threads[1]
 
 
 def test_the_false_match_rate_at_the_score_comes_from_the_calibration(client, family):

@@ -1,0 +1,91 @@
+"""The decision between two subjects, whatever they were enrolled with: as if every two templates were compared."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import serving_bundles as made
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pkd.serving import verify
+from pkd.serving.verify import FEW, Shown, Terms, decide, is_quick
+from pkd.toolkit.certificate import CertificateFile
+from pkd.toolkit.errors import BadVector
+
+DIM = 4
+KEYLESS = SimpleNamespace(keys=None)
+TEACHER = made.encoder("teacher", made.weights(1))
+ENCODERS = {name: made.encoder(name, made.weights(seed), TEACHER.info.space) for seed, name in enumerate("pqr", 2)}
+SHIFTS = {("p", "p"): 0.0, ("p", "q"): 0.1, ("q", "p"): 0.0, ("q", "q"): -0.3}
+"""Permitted pairs, and how much higher their thresholds are; r is in none."""
+
+
+def terms(pair):
+    query, gallery = (ENCODERS[one].info for one in pair)
+    certificate = made.certificate(query, gallery)
+    scores = tuple(score if score < 0 else round(score + SHIFTS[pair], 6) for score in certificate.calibration.score)
+    calibration = certificate.calibration.model_copy(update={"score": scores})
+    file = CertificateFile(None, b"", certificate.model_copy(update={"calibration": calibration}), None)
+    return Terms(file, 0.6 + SHIFTS[pair], 1e-3)
+
+
+SETTLED = {pair: terms(pair) for pair in SHIFTS}
+
+
+def one_by_one(settled, a, b):
+    """Every permitted comparison, in order: the first of the best ones."""
+    entries = []
+    for one in a:
+        for other in b:
+            if chosen := settled.get((one.encoder, other.encoder)):
+                score = float(np.clip(np.dot(one.vector, other.vector), -1.0, 1.0))
+                fmr = chosen.file.certificate.fmr_at(score).fmr
+                entries.append(((score < chosen.threshold, fmr, chosen.threshold - score), score, one, other))
+    best = min(entries, key=lambda entry: entry[0])
+    return best[1], best[2].of, best[3].of, len(entries)
+
+
+@st.composite
+def subjects(draw):
+    """Unit vectors from few directions, some twice, some a rounding error away from one another."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    directions = rng.normal(size=(draw(st.integers(1, 12)), DIM))
+    noise = draw(st.sampled_from([0.0, 1e-16, 1e-12, 1e-9, 1e-3]))
+
+    def subject(name, encoders):
+        shown = []
+        for number in range(draw(st.integers(1, 30))):
+            vector = directions[rng.integers(len(directions))] + noise * rng.normal(size=DIM)
+            vector = (vector / np.linalg.norm(vector)).astype(rng.choice([np.float16, np.float64])).astype(float)
+            encoder = encoders[rng.integers(len(encoders))] if number else "p"
+            shown.append(Shown(encoder, vector / np.linalg.norm(vector), {"template": f"{name}{number}"}))
+        return shown
+
+    return subject("a", draw(st.sampled_from(["p", "pq", "pqr"]))), subject("b", draw(st.sampled_from(["p", "pqr"])))
+
+
+@given(subjects(), st.sampled_from([1, 7, 2**20]))
+def test_many_templates_are_decided_as_if_each_two_were_compared(two, at_once):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "FEW", 0)
+        patch.setattr(verify, "AT_ONCE", at_once)
+        decision = decide(KEYLESS, SETTLED, *two)
+    expected = one_by_one(SETTLED, *two)
+    assert tuple(decision[part] for part in ("score", "a", "b", "comparisons")) == expected
+    assert decision == decide(KEYLESS, SETTLED, *two) or not is_quick(*two)
+
+
+def test_vectors_of_two_sizes_are_refused_however_many_there_are():
+    a = [Shown("p", np.eye(DIM)[0])] * (FEW + 1)
+    for many in (a[:1], a):
+        with pytest.raises(BadVector, match="a has 4 numbers and b has 5"):
+            decide(KEYLESS, SETTLED, many, [Shown("p", np.eye(DIM + 1)[0])])
+
+
+def test_a_vector_that_is_no_number_is_no_answer():
+    a = [Shown("p", np.full(DIM, np.nan))] + [Shown("p", np.eye(DIM)[0])] * FEW
+    with pytest.raises(BadVector, match="NaN"):
+        decide(KEYLESS, SETTLED, a, a[1:])
