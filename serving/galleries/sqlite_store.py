@@ -342,8 +342,8 @@ class SqliteStore:
         """Take in what was committed; False where it cannot be read: the next search tries again."""
         try:
             self._tail.catch_up(patience)
-        except Problem as problem:
-            logger.warning("what is in memory may be behind: %s", problem)
+        except (Problem, MemoryError) as error:
+            logger.warning("what is in memory may be behind: %s", str(error) or "out of memory")
             return False
         return True
 

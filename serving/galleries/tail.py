@@ -116,6 +116,10 @@ class Tail:
                     with _snapshot(self._db):
                         self._read()
                     self._version = version
+        except Exception as error:
+            if not isinstance(error, Problem):  # out of memory, say, half-way: all is read anew
+                self._known.change = -1
+            raise
         finally:
             self._lock.release()
 
@@ -125,9 +129,10 @@ class Tail:
             try:
                 self.catch_up()
                 failed = False
-            except Problem as problem:
+            except Exception as error:  # whatever it is, deletions by other processes must go on being followed
                 if not failed:
-                    logger.warning("what is in memory may be behind: %s", problem)
+                    said = error if isinstance(error, Problem) else type(error).__name__
+                    logger.warning("what is in memory may be behind: %s", said)
                 failed = True
 
     def _read(self) -> None:

@@ -435,3 +435,22 @@ def test_a_mass_of_expired_templates_does_not_keep_others_from_writing(
     assert store.expire(6.0) == 35
     assert len(transactions) >= 5
     assert min(np.diff(transactions[:4])) >= sqlite_store.PAUSE
+
+
+def test_memory_that_runs_out_half_way_leaves_nothing_twice(
+    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, failing = tail._add_rows, [True]
+
+    def once(*args: Any) -> None:
+        add(*args)
+        if failing.pop() if failing else False:
+            raise MemoryError
+
+    monkeypatch.setattr(tail, "_add_rows", once)
+    enrolled(store.enrol("staff", [one("late", unit(70)[0])], ALICE))  # durable, so it is acknowledged
+    (found,) = store.search("staff", ENCODER, unit(70), 30)
+    assert found.searched == len(store.subjects("staff")) == 21
+    assert found.hits[0].subject == "late"
+    with closing(SqliteFile(tmp_path / "store", MASTER, create=False)) as file:
+        assert inspect(file).wrong == []
