@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from pkd.serving.galleries.milvus_rows import Entry, hashed
-from pkd.serving.galleries.milvus_tables import Freshness, Row, Tables
+from pkd.serving.galleries.milvus_tables import Freshness, NoTable, Row, Tables
 from pkd.serving.galleries.sqlite_rows import unknown_gallery
 from pkd.serving.galleries.vault import MasterKey, Sealed
 from pkd.serving.problems import Problem
@@ -22,7 +23,10 @@ NOBODY = "check"
 
 
 class Catalogue:
-    """The rows, and what is remembered of them. Thread-safe; one a process."""
+    """The rows, and what is remembered of them. Thread-safe; one a process.
+
+    Every call raises a store-unavailable Problem where the collection was dropped: with it the keys of all galleries.
+    """
 
     def __init__(self, tables: Tables) -> None:
         self._tables, self.table = tables, f"{tables.prefix}_galleries"
@@ -51,23 +55,30 @@ class Catalogue:
 
     def add(self, entry: Entry) -> bool:
         """Add a gallery. False: another was being created under its name, so that this one was withdrawn."""
-        self._tables.insert(self.table, [entry.row()])
+        with self._there():
+            self._tables.insert(self.table, [entry.row()])
         # Two that create the same name at once: whoever sees the other withdraws, so that at most one stays.
         if len(self._rows(f'name == "{hashed(entry.name)}"', "ALL")) == 1:
             return True
-        self._tables.delete(self.table, [entry.id])
+        self._delete(entry.id)
         return False
 
     def change(self, entry: Entry) -> None:
         """Write a gallery's row anew. Raises a gallery-conflict where somebody else does at this moment."""
-        self._tables.upsert(self.table, [entry.row()])
+        with self._there():
+            self._tables.upsert(self.table, [entry.row()])
         self.forget(entry.name)
+        self.require(entry)
+
+    def require(self, entry: Entry) -> None:
+        """Raise a gallery-conflict unless the gallery's row is this still: nothing may be decided on an old one."""
         if self.find(entry.name, "ALL") != entry:
+            self.forget(entry.name)
             raise Problem("gallery-conflict", f"gallery {entry.name} is being changed by others. Look and try again.")
 
     def remove(self, entry: Entry) -> None:
         """Remove a gallery's row."""
-        self._tables.delete(self.table, [entry.id])
+        self._delete(entry.id)
         self.forget(entry.name)
 
     def forget(self, name: str) -> None:
@@ -77,14 +88,26 @@ class Catalogue:
     def check(self) -> None:
         """Read and write once. Raises a store-unavailable Problem where Milvus cannot."""
         self._rows(f'id == "{NOBODY}"', "SEEN")
-        self._tables.delete(self.table, [NOBODY])  # goes through all that a write goes through, and leaves no row
+        self._delete(NOBODY)  # goes through all that a write goes through, and leaves no row
 
     def _rows(self, where: str, fresh: Freshness) -> Sequence[Row]:
         with self._starting:
             if not self._ready:
                 self._tables.create(self.table, COLUMNS)
                 self._ready = True
-        return list(self._tables.pages(self.table, where, ["id", "data"], fresh))
+        with self._there():
+            return list(self._tables.pages(self.table, where, ["id", "data"], fresh))
+
+    def _delete(self, id: str) -> None:
+        with self._there():
+            self._tables.delete(self.table, [id])
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        try:
+            yield
+        except NoTable:
+            raise Problem("store-unavailable", "The list of galleries is not in Milvus any more.") from None
 
 
 def rewrap(catalogue: Catalogue, before: MasterKey, after: MasterKey) -> int:

@@ -4,7 +4,7 @@ Milvus writes one row at a time. So one row decides: templates go first and coun
 is there; a deletion takes the commit first. Each change notes itself in a *journal* row before its first step and
 crosses that out after its last: what a process that died left behind is found by its journal and swept. Commits are
 never rewritten, so two processes that change the same subject cannot undo each other. After its last step a change
-looks at its subjects once more and puts right what is derived from their commits (``_settle``); of two changes at the
+looks at its subjects once more and puts right what is derived from their commits (``settle``); of two changes at the
 same time at least the later one sees both.
 """
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from pkd.serving.galleries.milvus_rows import (
     ENCODER,
     JOURNAL,
     MOVED,
+    PSEUDONYM,
     SUBJECT,
     Commit,
     Entry,
@@ -34,6 +35,7 @@ from pkd.serving.galleries.milvus_rows import (
 )
 from pkd.serving.galleries.milvus_tables import PAGE, Freshness, Row, Tables
 from pkd.serving.galleries.rotation import Rotation
+from pkd.serving.galleries.tail import unit_rows
 from pkd.serving.galleries.vault import GalleryKey
 from pkd.serving.problems import Problem
 
@@ -42,8 +44,29 @@ SWEEP_SECONDS = 3600.0
 MOST_SECONDS = SWEEP_SECONDS / 2
 """How long an enrolment may take until its commit; it is given up after that, before anyone sweeps it."""
 
+FRESHER: tuple[Freshness, ...] = ("SEEN", "ALL")
+
 Commits = dict[str, list[Commit]]
 """Pseudonym of a subject → their commits."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What is to be deleted."""
+
+    pseudonyms: Sequence[str]
+    commits: Sequence[str]
+    """Their rows' keys."""
+    templates: Mapping[str, Sequence[str]]
+    """Collection → ids."""
+    derived: int
+    """Rows that go beside these."""
+
+    @property
+    def count(self) -> tuple[int, int]:
+        """How many templates, how many rows in all."""
+        templates = sum(len(ids) for ids in self.templates.values())
+        return templates, templates + len(self.commits) + self.derived
 
 
 class MilvusGallery:
@@ -62,10 +85,16 @@ class MilvusGallery:
         return self._rotations[space, dim]
 
     def encoders(self, entry: Entry, known: str = "") -> dict[str, str]:
-        """Encoder → space, of all that this gallery's spaces ever had. Read anew unless ``known`` is among them."""
+        """Encoder → space, of all that this gallery's spaces ever had. Read anew unless ``known`` is among them.
+
+        Raises Sealed only where the record of ``known`` does not open: others can still be searched.
+        """
         if self._encoders.get(known) not in entry.tables:
-            rows = self.tables.pages(self.records, f"kind == {ENCODER}", ["id", "data"], "SEEN")
-            self._encoders = dict(self.seal.open(row) for row in rows)
+            rows = list(self.tables.pages(self.records, f"kind == {ENCODER}", ["id", "data"], "SEEN"))
+            self._encoders = dict(data for _, data in self.seal.opened(rows))
+            if known and known not in self._encoders:
+                for row in rows:
+                    self.seal.open(row) if row["id"] == self.seal.encoder_id(known) else None
         return {encoder: space for encoder, space in self._encoders.items() if space in entry.tables}
 
     def register(self, encoders: dict[str, str]) -> None:
@@ -75,37 +104,58 @@ class MilvusGallery:
         self._encoders.update(new)
 
     def commits(self, pseudonyms: Iterable[str], fresh: Freshness = "SEEN") -> Commits:
-        """Every commit of these subjects."""
+        """Every commit of these subjects that opens."""
         found: Commits = defaultdict(list)
-        for some in _chunks(pseudonyms):
+        for some in chunks(pseudonyms):
             where = f"kind == {COMMIT} and {among('subject', some)}"
-            for row in self.tables.pages(self.records, where, ["id", "subject", "data"], fresh):
-                found[row["subject"]].append(Commit(**self.seal.open(row)))
+            rows = self.tables.pages(self.records, where, ["id", "subject", "data"], fresh)
+            for row, data in self.seal.opened(rows):
+                found[row["subject"]].append(Commit(**data))
         return found
 
-    def by_key(self, keys: Iterable[str]) -> Commits:
-        """Commits with these idempotency keys (hashed)."""
+    def commit_rows(self, pseudonyms: Iterable[str], fresh: Freshness = "SEEN") -> list[str]:
+        """The keys of all commits of these subjects, also of those that do not open."""
+        found: list[str] = []
+        for some in chunks(pseudonyms):
+            where = f"kind == {COMMIT} and {among('subject', some)}"
+            found += [row["id"] for row in self.tables.pages(self.records, where, ["id"], fresh)]
+        return found
+
+    def by_key(self, entry: Entry, keys: Iterable[str]) -> Commits:
+        """Commits with these idempotency keys (hashed) that still have a template: the others are forgotten."""
         found: Commits = defaultdict(list)
-        for some in _chunks(keys):
+        for some in chunks(keys):
             where = f"kind == {COMMIT} and {among('key', some)}"
-            for row in self.tables.pages(self.records, where, ["id", "key", "data"], "SEEN"):
-                found[row["key"]].append(Commit(**self.seal.open(row)))
+            rows = self.tables.pages(self.records, where, ["id", "key", "data"], "SEEN")
+            for row, data in self.seal.opened(rows):
+                found[row["key"]].append(Commit(**data))
+        unseen = [commit for commits in found.values() for commit in commits]
+        left: set[str] = set()
+        for fresh in FRESHER:  # nothing is taken for gone that was only not seen yet
+            stored = self.stored(entry, {self.seal.subject(commit.subject) for commit in unseen}, fresh=fresh)
+            left.update(commit.id for commit in unseen if stored.keys() & set(commit.template_ids))
+            unseen = [commit for commit in unseen if commit.id not in left]
+        for key, commits in found.items():
+            found[key] = [commit for commit in commits if commit.id in left]
         return found
 
     def stored(self, entry: Entry, pseudonyms: Iterable[str], *more: str, fresh: Freshness = "SEEN") -> dict[str, Row]:
         """Template id → its row, with its space and the fields ``more``; whether committed or not."""
         rows: dict[str, Row] = {}
         for space, table in entry.tables.items():
-            for some in _chunks(pseudonyms):
+            for some in chunks(pseudonyms):
                 for row in self.tables.pages(table, among("subject", some), ["id", "subject", *more], fresh):
                     rows[row["id"]] = {**row, "space": space}
         return rows
 
-    def insert(self, entry: Entry, planned: Sequence[tuple[Commit, Enrolment]], earlier: Commits) -> None:
-        """Enrol: templates, then commits. When this returns, all are durable and every read may find them."""
+    def insert(self, entry: Entry, planned: Sequence[tuple[Commit, Enrolment]], earlier: Commits) -> str:
+        """Enrol: templates, then commits. When this returns, all are durable, and ``settle`` is to follow.
+
+        Returns the journal's id, to be crossed out after that. A NoTable means that nobody was enrolled.
+        """
         started = time.monotonic()
         pseudonyms = {self.seal.subject(commit.subject) for commit, _ in planned}
-        journal = self._note(pseudonyms, [commit.id for commit, _ in planned])
+        journal = self.note(pseudonyms, [commit.id for commit, _ in planned])
         self._tag_ahead(entry, planned, earlier)
         rows: dict[str, list[Row]] = defaultdict(list)
         commits = []
@@ -117,7 +167,7 @@ class MilvusGallery:
             for id, template in zip(commit.template_ids, enrolment.templates, strict=True):
                 encoder = self.seal.hashed("encoder", template.encoder)
                 # Rounded as every store of galleries does, so that all give the same scores and the same exports.
-                kept = np.asarray(template.vector, np.float16).astype(np.float32)
+                kept = unit_rows(np.asarray(template.vector, "<f2").tobytes(), 1)[0]
                 hidden = self.rotation(template.space, len(kept)).hide(kept)
                 row = {"id": id, "subject": subject, "encoder": encoder, "tags": tags, "vector": hidden}
                 rows[template.space].append(row)
@@ -128,44 +178,43 @@ class MilvusGallery:
         if time.monotonic() - started > MOST_SECONDS:
             raise Problem("store-unavailable", "Milvus was too slow: the enrolment was given up. Send it again.")
         self.tables.insert(self.records, [self.seal.commit(commit) for commit in commits])
-        self._settle(entry, pseudonyms)
-        self.tables.delete(self.records, [journal])
+        return journal
 
-    def remove(self, entry: Entry, commits: Sequence[Commit], *, keep: Sequence[Commit] = ()) -> tuple[int, int]:
-        """Delete commits and their templates; of ``keep`` the templates alone. How many templates, how many rows."""
-        pseudonyms = {self.seal.subject(commit.subject) for commit in (*commits, *keep)}
-        ids = {id for commit in (*commits, *keep) for id in commit.template_ids}
-        journal = self._note(pseudonyms, [])
-        rows = [self.seal.subject(commit.subject) + commit.id for commit in commits]
-        self.tables.delete(self.records, rows)
-        stored = [id for id in self.stored(entry, pseudonyms) if id in ids]
-        for table in entry.tables.values():
-            self.tables.delete(table, sorted(ids))
-        derived = self._settle(entry, pseudonyms)
-        self.tables.delete(self.records, [journal])
-        return len(stored), len(stored) + len(rows) + derived
+    def removal(self, entry: Entry, commits: Sequence[str], *, keep: Sequence[str] = ()) -> Removal:
+        """What goes with these commits (their rows' keys), also with ones that do not open; of ``keep`` the templates.
 
-    def sweep(self, entry: Entry, before: float) -> None:
-        """Finish what processes that died before then (seconds since 1970) have begun."""
-        where = f"kind == {JOURNAL}"
-        journals = {
-            row["id"]: (row["created"], *self.seal.open(row))
-            for row in self.tables.pages(self.records, where, ["id", "created", "data"], "ALL")
-        }
-        for id, (created, pseudonyms, _) in journals.items():
-            if created >= before * 1e6:
-                continue
-            stored = self.stored(entry, pseudonyms, fresh="ALL")
-            commits = self.commits(pseudonyms, "ALL")
-            alive = {commit.id for found in commits.values() for commit in found}
-            # A journal is written before its templates: one that belongs to a template seen above is seen now.
-            for row in list(self.tables.pages(self.records, where, ["id", "data"], "ALL")):
-                alive.update(self.seal.open(row)[1] if row["id"] != id else [])
-            for space, table in entry.tables.items():
-                left = [key for key, row in stored.items() if row["space"] == space and key.split(".")[0] not in alive]
-                self.tables.delete(table, left)
-            self._settle(entry, pseudonyms)
-            self.tables.delete(self.records, [id])
+        Whatever else names these subjects is counted, too: right unless somebody enrols them at this moment.
+        """
+        pseudonyms = {row[:PSEUDONYM] for row in (*commits, *keep)}
+        ids = {row[PSEUDONYM:] for row in (*commits, *keep)}
+        templates: dict[str, list[str]] = defaultdict(list)
+        for id, row in self.stored(entry, pseudonyms, fresh="ALL").items():
+            if id.split(".")[0] in ids:
+                templates[entry.tables[row["space"]]].append(id)
+        staying = {row[:PSEUDONYM] for row in set(self.commit_rows(pseudonyms)).difference(commits)}
+        derived = self._noted(pseudonyms - staying)
+        return Removal(sorted(pseudonyms), list(commits), templates, len(derived))
+
+    def remove_commits(self, removal: Removal) -> str:
+        """The step that decides: from now on nothing of it is given, and ``remove_rest`` is to follow.
+
+        Returns the journal's id.
+        """
+        journal = self.note(removal.pseudonyms, [])
+        self.tables.delete(self.records, removal.commits)
+        return journal
+
+    def remove_rest(self, entry: Entry, removal: Removal, journal: str) -> None:
+        """All the rest. May be done again."""
+        for table, ids in removal.templates.items():
+            if table in entry.tables.values():  # or a migration has ended, and dropped it
+                self.tables.delete(table, ids)
+        self.settle(entry, removal.pseudonyms)
+        self.cross_out(journal)
+
+    def remove(self, entry: Entry, removal: Removal) -> None:
+        """All of it."""
+        self.remove_rest(entry, removal, self.remove_commits(removal))
 
     def page(self, after: str, limit: int, fresh: Freshness = "SEEN") -> list[str]:
         """Pseudonyms of subjects after that one, in order."""
@@ -217,67 +266,61 @@ class MilvusGallery:
             after = pseudonyms[-1]
         return found[:limit]
 
-    def expire(self, entry: Entry, now: float) -> tuple[int, int]:
-        """Delete what is past its time: how many templates, how many rows.
+    def row(self, commit: Commit) -> str:
+        """The key of a commit's row."""
+        return self.seal.subject(commit.subject) + commit.id
 
-        A commit whose attributes or consent still hold stays, without its templates, while its subject has others.
-        """
-        where = f"kind == {COMMIT} and expires <= {int(now * 1e6)}"
-        expired = {row["subject"] for row in self.tables.pages(self.records, where, ["id", "subject"], "SEEN")}
-        templates = rows = 0
-        for some in _chunks(expired):
-            commits, stored = self.commits(some), self.stored(entry, some)
-            gone: list[Commit] = []
-            emptied: list[Commit] = []
-            for found in commits.values():
-                past = [commit for commit in found if commit.expires is not None and commit.expires <= now]
-                left = [commit for commit in found if commit not in past and set(commit.template_ids) & stored.keys()]
-                described = current(found)
-                for number, commit in enumerate(past):
-                    needed = left and current([*left, *past[number + 1 :]]) != described
-                    if not needed:
-                        gone.append(commit)
-                    elif set(commit.template_ids) & stored.keys():
-                        emptied.append(commit)
-                if not left:
-                    gone += [commit for commit in found if commit not in past]
-            if gone or emptied:
-                done = self.remove(entry, gone, keep=emptied)
-                templates, rows = templates + done[0], rows + done[1]
-        return templates, rows
-
-    def _note(self, pseudonyms: Iterable[str], enrolments: Sequence[str]) -> str:
+    def note(self, pseudonyms: Iterable[str], enrolments: Sequence[str]) -> str:
+        """Write a journal: these subjects are about to change, by these enrolments. Returns its id."""
         id = f"~journal/{time.time_ns():x}/{os.urandom(8).hex()}"
         self.tables.insert(self.records, [self.seal.record(JOURNAL, id, [sorted(pseudonyms), list(enrolments)])])
         return id
 
-    def _settle(self, entry: Entry, pseudonyms: Iterable[str]) -> int:
-        """Make what is derived from commits as they say: who is there, who has moved, what templates are found by.
+    def cross_out(self, journal: str) -> None:
+        """The change is complete."""
+        self.tables.delete(self.records, [journal])
 
-        Returns how many rows of records went.
-        """
+    def settle(self, entry: Entry, pseudonyms: Iterable[str]) -> None:
+        """Make what is derived from commits as they say: who is there, who has moved, what templates are found by."""
         pseudonyms = set(pseudonyms)
-        stored = self.stored(entry, pseudonyms, "tags")
-        commits = self.commits(pseudonyms)
-        there: set[str] = set()
+        stored, commits = self.stored(entry, pseudonyms, "tags"), self.commits(pseudonyms)
         untrue: dict[str, dict[str, int]] = {}
-        for pseudonym, found in commits.items():
+        for found in commits.values():
             tags = self.seal.tags(current(found)[0])
-            for id in (id for commit in found for id in commit.template_ids if id in stored):
-                there.add(f"~subject/{pseudonym}")
-                if entry.moving_to and stored[id]["space"] == entry.moving_to.id:
-                    there.add(f"~moved/{pseudonym}")
-                if stored[id]["tags"] != tags:
-                    untrue[id] = tags
+            ids = [id for commit in found for id in commit.template_ids if id in stored]
+            untrue.update({id: tags for id in ids if stored[id]["tags"] != tags})
         self._tag(entry, {id: stored[id] for id in untrue}, untrue)
+        there, noted = self._there(entry, commits, stored), self._noted(pseudonyms)
+        self._write_notes(there - noted)
+        gone = sorted(noted - there)
+        self.tables.delete(self.records, gone)
+        # Who enrolled meanwhile may have found these notes still there, and written none.
+        pseudonyms = {note[-PSEUDONYM:] for note in gone}
+        if commits := self.commits(pseudonyms, "ALL"):
+            self._write_notes(self._there(entry, commits, self.stored(entry, pseudonyms, fresh="ALL")))
+
+    def _there(self, entry: Entry, commits: Commits, stored: Mapping[str, Row]) -> set[str]:
+        """Keys of the notes that there should be."""
+        notes: set[str] = set()
+        for pseudonym, found in commits.items():
+            spaces = {stored[id]["space"] for commit in found for id in commit.template_ids if id in stored}
+            if spaces:
+                notes.add(f"~subject/{pseudonym}")
+            if entry.moving_to and entry.moving_to.id in spaces:
+                notes.add(f"~moved/{pseudonym}")
+        return notes
+
+    def _noted(self, pseudonyms: Iterable[str]) -> set[str]:
+        """Keys of the notes that there are."""
         noted: set[str] = set()
-        for some in _chunks(f"~{what}/{pseudonym}" for what in ("subject", "moved") for pseudonym in pseudonyms):
+        for some in chunks(f"~{what}/{pseudonym}" for what in ("subject", "moved") for pseudonym in pseudonyms):
             noted.update(row["id"] for row in self.tables.query(self.records, among("id", some), ["id"], "SEEN"))
+        return noted
+
+    def _write_notes(self, notes: Iterable[str]) -> None:
         kinds = {True: MOVED, False: SUBJECT}
-        new = [self.seal.record(kinds[id.startswith("~moved")], id) for id in sorted(there - noted)]
-        self.tables.upsert(self.records, new)
-        self.tables.delete(self.records, sorted(noted - there))
-        return len(noted - there)
+        rows = [self.seal.record(kinds[note.startswith("~moved")], note) for note in sorted(notes)]
+        self.tables.upsert(self.records, rows)
 
     def _tag_ahead(self, entry: Entry, planned: Sequence[tuple[Commit, Enrolment]], earlier: Commits) -> None:
         """Before attributes change, let the templates that are there be found by the new ones, too."""
@@ -295,12 +338,11 @@ class MilvusGallery:
         if not tags:
             return
         for space, table in entry.tables.items():
-            for some in _chunks(id for id in tags if stored[id]["space"] == space):
+            for some in chunks(id for id in tags if stored[id]["space"] == space):
                 fields = ["id", "subject", "encoder", "vector"]
                 rows = self.tables.query(table, among("id", some), fields, "ALL")
                 self.tables.upsert(table, [{**row, "tags": tags[row["id"]]} for row in rows])
-        commits = self.commits({stored[id]["subject"] for id in tags}, "ALL")
-        alive = {commit.id for found in commits.values() for commit in found}
+        alive = {row[PSEUDONYM:] for row in self.commit_rows({stored[id]["subject"] for id in tags}, "ALL")}
         gone = [id for id in tags if id.split(".")[0] not in alive]
         for table in entry.tables.values() if gone else ():
             self.tables.delete(table, gone)
@@ -311,7 +353,8 @@ def records_of(tables: Tables, id: str) -> str:
     return f"{tables.prefix}_{id}_records"
 
 
-def _chunks(values: Iterable[str]) -> Iterator[list[str]]:
+def chunks(values: Iterable[str]) -> Iterator[list[str]]:
+    """Each once, as many at a time as a query takes."""
     ordered = list(dict.fromkeys(values))
     for start in range(0, len(ordered), PAGE):
         yield ordered[start : start + PAGE]

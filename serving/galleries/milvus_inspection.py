@@ -19,7 +19,7 @@ from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.inspection import Inspection
 from pkd.serving.galleries.milvus_catalogue import Catalogue
 from pkd.serving.galleries.milvus_gallery import MilvusGallery
-from pkd.serving.galleries.milvus_rows import COMMIT, JOURNAL, Commit, Entry, among, current, fingerprint
+from pkd.serving.galleries.milvus_rows import COMMIT, JOURNAL, PSEUDONYM, Commit, Entry, among, current, fingerprint
 from pkd.serving.galleries.milvus_tables import NoTable, Row, Tables
 from pkd.serving.galleries.vault import MasterKey, Sealed
 from pkd.toolkit.errors import NotTrusted
@@ -28,8 +28,6 @@ SUBJECTS = 1_000
 """Looked at together."""
 AGAIN_SECONDS = 2.0
 """After which what did not fit is looked at again."""
-PSEUDONYM = 64
-"""Digits of one. A commit's key begins with its subject's."""
 COLUMNS = ["id", "subject", "key", "expires", "data"]
 FOUND = 1 - 1e-4
 """The least score of a template by its own vector."""
@@ -129,7 +127,9 @@ class _Gallery:
         for id, row in self._gallery.stored(self._entry, rows, "encoder", "tags", "vector", fresh="ALL").items():
             stored[row["subject"]][id] = row
         self.templates += sum(len(of_subject) for of_subject in stored.values())
-        notes = [f"~{what}/{pseudonym}" for what in ("subject", "moved") for pseudonym in rows]
+        # Who has moved is noted until a migration has ended to the end.
+        whats = ("subject",) if self._entry.ending else ("subject", "moved")
+        notes = [f"~{what}/{pseudonym}" for what in whats for pseudonym in rows]
         noted = {row["id"] for row in self._tables.query(self._gallery.records, among("id", notes), ["id"], "ALL")}
         wrong = {
             pseudonym: self._subject(pseudonym, commits, stored[pseudonym], noted)

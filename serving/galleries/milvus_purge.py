@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 
 from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.milvus_catalogue import Catalogue
 from pkd.serving.galleries.milvus_gallery import records_of
+from pkd.serving.galleries.milvus_rows import JOURNAL, Entry
 from pkd.serving.galleries.milvus_tables import NoTable, Tables
 from pkd.serving.problems import Problem
 
 logger = logging.getLogger(__name__)
+STOPPED_SECONDS = 60.0
+"""How old a journal is that most likely nobody will cross out but a sweep."""
 
 
 def purge(tables: Tables, catalogue: Catalogue, log: AuditFile) -> None:
@@ -27,6 +31,8 @@ def purge(tables: Tables, catalogue: Catalogue, log: AuditFile) -> None:
             entry = catalogue.find(gallery, "ALL")
             # A deleted gallery's own collections are dropped; its wrapped key was a row of the catalogue.
             names = [records_of(tables, entry.id), *entry.tables.values()] if entry else []
+            if entry and _under_way(tables, entry):
+                continue
             for name in {catalogue.table, *names} - held.keys():
                 held[name] = tables.holds_deleted(name)
         except NoTable:  # it is being deleted at this moment
@@ -41,3 +47,9 @@ def purge(tables: Tables, catalogue: Catalogue, log: AuditFile) -> None:
     for name in (name for name, holds in held.items() if holds):
         with contextlib.suppress(NoTable, Problem):
             tables.compact(name)
+
+
+def _under_way(tables: Tables, entry: Entry) -> bool:
+    """Whether a change stopped halfway: the rows that a sweep will delete are given still."""
+    where = f"kind == {JOURNAL} and created < {int((time.time() - STOPPED_SECONDS) * 1e6)}"
+    return tables.count(records_of(tables, entry.id), where, "ALL") > 0

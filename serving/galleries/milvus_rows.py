@@ -13,8 +13,9 @@ import hmac
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,29 @@ from numpy.typing import NDArray
 
 from pkd.serving.galleries.gallery import Attributes, Consent, Enrolment, Gallery, Space
 from pkd.serving.galleries.milvus_tables import NOTHING, Row
-from pkd.serving.galleries.vault import GalleryKey, SubjectKey
+from pkd.serving.galleries.vault import GalleryKey, Sealed, SubjectKey
 
 JOURNAL, COMMIT, SUBJECT, MOVED, ENCODER = range(5)
 """Kinds of records: a change under way · an enrolment that took place · a subject is there · and has a template in the
 second space · an encoder's name and space."""
 
-RECORDS = {"id": 128, "kind": 0, "subject": 64, "key": 64, "created": 0, "expires": 0, "data": 60_000}
+MOST_DATA, SPARE = 60_000, 2_000
+"""Characters of the data of a record, and how many of them an estimate leaves."""
+RECORDS = {"id": 128, "kind": 0, "subject": 64, "key": 64, "created": 0, "expires": 0, "data": MOST_DATA}
 TEMPLATES = {"id": 64, "subject": 64, "encoder": 64, "tags": -1}
 INDEXED = ("subject", "key")
 NEVER = 2**62
+PSEUDONYM = 64
+"""Digits of one. A commit's key begins with its subject's."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A migration that is being ended: the gallery takes one space alone, and both still have their collections."""
+
+    since: float
+    left: Space
+    abandon: bool
 
 
 @dataclass(frozen=True)
@@ -49,17 +63,24 @@ class Entry:
     """The gallery's key under the master key, base64."""
     tables: Mapping[str, str]
     """Space → collection of its templates."""
+    ending: Ending | None = None
 
     def row(self) -> Row:
         """As it is stored."""
-        return {"id": self.id, "name": hashed(self.name), "data": json.dumps(asdict(self)), "vector": NOTHING}
+        known = asdict(self)
+        if self.ending is None:  # so that a pkd from before there was one can read it
+            del known["ending"]
+        return {"id": self.id, "name": hashed(self.name), "data": json.dumps(known), "vector": NOTHING}
 
     @classmethod
     def of(cls, row: Row) -> Entry:
         """From what ``row`` gave."""
         known = json.loads(row["data"])
-        moving = known.pop("moving_to")
-        return cls(**{**known, "space": Space(**known["space"])}, moving_to=Space(**moving) if moving else None)
+        for name in ("space", "moving_to"):
+            known[name] = Space(**known[name]) if known[name] else None
+        if ending := known.get("ending"):
+            known["ending"] = Ending(**{**ending, "left": Space(**ending["left"])})
+        return cls(**known)
 
     def gallery(self, subjects: int = 0, templates: Mapping[str, int] | None = None, moved: int = 0) -> Gallery:
         """As an operator sees it."""
@@ -141,7 +162,8 @@ class Seal:
 
     def record(self, kind: int, id: str, data: Any = None, **columns: object) -> Row:
         """A row of the records; ``data`` is encrypted and bound to its id."""
-        text = json.dumps(data, ensure_ascii=False).encode()
+        # Compressed: a commit repeats the same encoder and space for each of its templates.
+        text = zlib.compress(json.dumps(data, ensure_ascii=False).encode())
         sealed = base64.b64encode(self._data.seal(text, id, "")).decode()
         plain = {"subject": "", "key": "", "created": int(time.time() * 1e6), "expires": NEVER}
         return {"id": id, "kind": kind, **plain, **columns, "data": sealed, "vector": NOTHING}
@@ -153,13 +175,32 @@ class Seal:
         key = "" if commit.key is None else self.key(commit.key)
         return self.record(COMMIT, subject + commit.id, asdict(commit), subject=subject, key=key, expires=expires)
 
+    def fits(self, commit: Commit) -> bool:
+        """Whether a commit whose fingerprints are not known yet will have a row that Milvus takes."""
+        likely = [os.urandom(16).hex() for _ in commit.templates]
+        return len(self.commit(replace(commit, fingerprints=likely))["data"]) <= MOST_DATA - SPARE
+
     def open(self, row: Row) -> Any:
         """The data of a record; raises Sealed."""
-        return json.loads(self._data.open(base64.b64decode(row["data"]), row["id"], ""))
+        text = self._data.open(base64.b64decode(row["data"]), row["id"], "")
+        return json.loads(text if text[:1] in b"{[" else zlib.decompress(text))  # the first ones were not compressed
+
+    def opened(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Any]]:
+        """Those that open, with their data. The others count for nothing here; pkd-gallery verify names them."""
+        for row in rows:
+            try:
+                data = self.open(row)
+            except Sealed:
+                continue
+            yield row, data
 
     def encoder_row(self, encoder: str, space: str) -> Row:
         """Says which space an encoder's templates are in."""
-        return self.record(ENCODER, f"~encoder/{self.hashed('encoder', encoder)}", [encoder, space])
+        return self.record(ENCODER, self.encoder_id(encoder), [encoder, space])
+
+    def encoder_id(self, encoder: str) -> str:
+        """The key of that row."""
+        return f"~encoder/{self.hashed('encoder', encoder)}"
 
 
 def current(commits: Iterable[Commit]) -> tuple[Attributes, Consent | None]:

@@ -33,6 +33,8 @@ MOST = 16_384
 SLOW_SECONDS = 30.0
 """How long loading or flushing a collection may take; nobody waits for an answer meanwhile."""
 RETRY_SECONDS = 1.0
+NO_COLLECTION = 100
+"""Milvus' code for that since 2.3. The code of before, 4, says since then that there are too many requests."""
 NOT_CONNECTED = 2
 """pymilvus' code for a connection that was not made, or not let in."""
 REMEDY = "Is it up, and are address, TLS and token right?"
@@ -61,6 +63,12 @@ class Tables:
     def create(self, name: str, fields: Mapping[str, int], dim: int = 0, indexed: Sequence[str] = ()) -> None:
         """Create and load a collection, unless it is there. ``fields``: name → longest text, 0 for a number and -1 for
         a dictionary; the first one is the primary key. ``dim`` 0: rows without a vector of their own."""
+        try:
+            self._create(name, fields, dim, indexed)
+        except NoTable:
+            raise Problem("store-unavailable", "A new collection was dropped by others at once. Try again.") from None
+
+    def _create(self, name: str, fields: Mapping[str, int], dim: int, indexed: Sequence[str]) -> None:
         self.names()  # says so where pymilvus is missing
         from pymilvus import DataType, MilvusClient
 
@@ -191,7 +199,7 @@ class Tables:
             method: Callable[..., Any] = getattr(self._connected(), operation)
             return method(*args, timeout=seconds or self.timeout, **kwargs)
         except MilvusException as error:
-            if error.code in (100, 4) or "collection not found" in str(error):
+            if error.code == NO_COLLECTION or "collection not found" in str(error):
                 raise NoTable(str(args[0] if args else "")) from None
             if error.code == NOT_CONNECTED:
                 raise Problem("store-unavailable", f"Milvus cannot be reached to {operation}. {REMEDY}") from error

@@ -6,16 +6,28 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gallery_conformance import ALICE, ENCODER, NEW, OLD, enrolled, one, refused, unit
 from milvus_server import MilvusServer
 from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
+from pymilvus import MilvusException
 
 from pkd.serving.galleries.audit_file import AuditFile
+from pkd.serving.galleries.milvus_purge import purge
+from pkd.serving.galleries.milvus_rows import COMMIT, RECORDS
 from pkd.serving.galleries.milvus_store import MilvusStore
-from pkd.serving.galleries.milvus_tables import Tables
+from pkd.serving.galleries.milvus_tables import NO_COLLECTION, NoTable, Row, Tables
+from pkd.serving.problems import Problem
+
+
+@pytest.fixture
+def opened(milvus_opened: Open) -> Open:  # noqa: F811
+    return milvus_opened
+
 
 TIMEOUT = 1.0
 BOUND = 4 * TIMEOUT
@@ -111,3 +123,107 @@ def test_an_address_that_is_none_is_refused(tmp_path: Path, uri: str) -> None:
     with refused("store-unavailable"):
         store.check()
     store.close()
+
+
+def test_too_many_requests_are_no_missing_collection(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened()
+    store.create("staff", OLD, None, ALICE)
+    client = store._tables._connected()
+    insert, query = client.insert, client.query
+
+    def committed(name: str, rows: list[Row], **more: Any) -> Any:
+        done = insert(name, rows, **more)
+        if rows[0].get("kind") == COMMIT:
+            monkeypatch.setattr(client, "query", busy)
+        return done
+
+    def busy(*args: Any, **more: Any) -> Any:
+        monkeypatch.setattr(client, "query", query)
+        raise MilvusException(4, "request limit exceeded[limit=1024]")
+
+    monkeypatch.setattr(client, "insert", committed)
+    with refused("store-unavailable"):
+        store.enrol("staff", [one("ann", unit(1)[0])], ALICE)
+    assert len(store.subject("staff", "ann").templates) == 1  # it may have taken place, but not twice
+    for call in (
+        lambda: client.query("pkd_nowhere", filter='id > ""', limit=1),
+        lambda: client.search("pkd_nowhere", data=[[0.0] * OLD.dim], limit=1),
+        lambda: client.insert("pkd_nowhere", [{"id": "a"}]),
+        lambda: client.upsert("pkd_nowhere", [{"id": "a"}]),
+        lambda: client.delete("pkd_nowhere", ["a"]),
+        lambda: client.flush("pkd_nowhere"),
+        lambda: client.get_collection_stats("pkd_nowhere"),
+    ):
+        with pytest.raises(MilvusException) as caught:
+            call()
+        assert caught.value.code == NO_COLLECTION or "collection not found" in str(caught.value)
+
+    def gone(name: str, *args: Any) -> Any:
+        raise NoTable(name)
+
+    monkeypatch.setattr(store._tables, "query", gone)
+    for call in (lambda: store.get("staff"), store.list, lambda: store.delete("staff", ALICE), store.check):
+        with refused("store-unavailable"):
+            call()
+
+
+def test_a_deletion_that_fails_halfway_is_on_record(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened()
+    store.create("staff", OLD, None, ALICE)
+    enrolled(store.enrol("staff", [one("ann", unit(1)[0]), one("bo", unit(2)[0])], ALICE))
+    entry = store._catalogue.entry("staff", "ALL")
+    delete = store._tables.delete
+
+    def broken(name: str, *keys: Any) -> None:
+        if name in entry.tables.values():
+            raise Problem("store-unavailable", "Milvus does not delete: code 1.")
+        delete(name, *keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._tables, "delete", broken)
+        receipt = store.delete_subject("staff", "ann", ALICE)
+    assert (receipt.templates, receipt.rows, receipt.covers) == (1, 3, ("index",))
+    assert receipt.hash == store._log.head().hash
+    with refused("unknown-subject"):
+        store.delete_subject("staff", "ann", ALICE)
+    # Its template is given still. So it is no time yet to say that Milvus' files hold nothing of it.
+    monkeypatch.setattr("pkd.serving.galleries.milvus_purge.STOPPED_SECONDS", -60.0)
+    purge(store._tables, store._catalogue, store._log)
+    assert dict(store._log.unpurged()) == {"staff": receipt.sequence}
+    monkeypatch.setattr("pkd.serving.galleries.milvus_store.SWEEP_SECONDS", -60.0)
+    store.expire(0)
+    assert dict(store._log.unpurged()) == {"staff": receipt.sequence + 1}  # the sweep's rows are looked for, too
+    assert store._tables.count(entry.tables[OLD.id], 'id > ""', "ALL") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_drop", lambda id: broken(entry.tables[OLD.id]))
+        receipt = store.delete("staff", ALICE)
+    assert (receipt.templates, receipt.covers, receipt.hash) == (1, ("index",), store._log.head().hash)
+    monkeypatch.setattr("pkd.serving.galleries.milvus_sweep.SWEEP_SECONDS", -60.0)
+    store.expire(0)
+    assert not [name for name in store._tables.names() if entry.id in name]
+
+
+def test_a_record_that_does_not_decrypt_stands_in_nobodys_way(opened: Open) -> None:
+    store, now = opened(), time.time()
+    for name in ("a", "b"):
+        store.create(name, OLD, None, ALICE)
+        people = [one(subject, unit(i)[0], expires=now + 60) for i, subject in enumerate(("ann", "bo", "cy"))]
+        enrolled(store.enrol(name, [*people, one("di", unit(9)[0])], ALICE))
+    entry = store._catalogue.entry("a", "ALL")
+    gallery, tables = store._open(entry), store._tables
+    broken = {gallery.seal.subject(subject) for subject in ("bo", "cy")}
+    for row in tables.pages(gallery.records, f"kind == {COMMIT}", [*RECORDS, "vector"], "ALL"):
+        if row["subject"] in broken:
+            tables.upsert(gallery.records, [{**row, "data": row["data"][:-8] + "AAAAAAAA"}])
+    assert [hit.subject for hit in store.search("a", ENCODER, unit(1), 5)[0].hits] != []
+    assert sorted(store.subjects("a")) == ["ann", "di"]
+    assert sorted(subject.id for subject in store.export("a")) == ["ann", "di"]
+    assert store.delete_subject("a", "bo", ALICE).templates == 1
+    assert store.expire(now + 120) == 5  # what is past its time goes in both galleries, also where it does not open
+    assert [list(store.subjects(name)) for name in ("a", "b")] == [["di"], ["di"]]
+    assert tables.count(entry.tables[OLD.id], 'id > ""', "ALL") == 1
+    store._catalogue.change(replace(entry, wrapped=store._catalogue.entry("b", "ALL").wrapped))  # nor does its key
+    store._opened.clear()
+    enrolled(store.enrol("b", [one("ed", unit(5)[0], expires=now)], ALICE))
+    assert store.expire(now + 120) == 1
+    store._catalogue.change(entry)

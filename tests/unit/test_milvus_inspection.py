@@ -97,7 +97,7 @@ def test_what_was_changed_is_named(store: MilvusStore) -> None:
     thief.change(table, of("s014"), vector=[0.0] * OLD.dim)
     # As a process that has died leaves a deletion, until it is swept: no fault.
     thief.delete(records, f"kind == {COMMIT} and {of('s015')}")
-    store._open(thief.entry)._note([thief.pseudonym("s015")], [])
+    store._open(thief.entry).note([thief.pseudonym("s015")], [])
     lines = wrong(store)
     for subject, said in (
         *((name, ("has another vector",)) for name in ("s001", "s002", "s014")),

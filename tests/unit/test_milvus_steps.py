@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from milvus_server import MilvusServer
 from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 
 from pkd.serving.galleries.audit_file import AuditFile
-from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, NewTemplate
+from pkd.serving.galleries.gallery import Consent, Enrolled, Enrolment, NewTemplate, Space
 from pkd.serving.galleries.milvus_gallery import records_of
 from pkd.serving.galleries.milvus_rows import COMMIT, JOURNAL, SUBJECT
 from pkd.serving.galleries.milvus_store import MilvusStore
+from pkd.serving.galleries.milvus_sweep import sweep as sweep_rows
 from pkd.serving.galleries.milvus_tables import STALE_SECONDS, Row, Tables
 from pkd.serving.galleries.vault import MasterKey
 from pkd.serving.problems import Problem
@@ -71,7 +73,7 @@ def dying(store: MilvusStore, change: Callable[[], object], after: int) -> bool:
 def sweep(store: MilvusStore, gallery: str = "staff") -> None:
     """As an hour later."""
     entry = store._catalogue.entry(gallery, "ALL")
-    store._open(entry).sweep(entry, time.time() + 60)
+    sweep_rows(store._open(entry), entry, time.time() + 60)
 
 
 def left(store: MilvusStore, gallery: str = "staff") -> dict[str, int]:
@@ -147,13 +149,13 @@ def test_an_enrolment_under_way_is_not_swept(opened: Open, monkeypatch: pytest.M
     enrolled(first.enrol("staff", [one("ann", unit(1)[0])], ALICE))
     entry = first._catalogue.entry("staff", "ALL")
     subject = first._open(entry).seal.subject("ann")
-    first._open(entry)._note([subject], [])  # another one's, dead before its first step
+    first._open(entry).note([subject], [])  # another one's, dead before its first step
     insert = first._tables.insert
 
     def slow(name: str, rows: list[Row]) -> None:
         if len(rows) and "encoder" not in rows[0] and rows[0]["kind"] == COMMIT:
             # Only the dead one's journal is old enough.
-            second._open(entry).sweep(entry, started)
+            sweep_rows(second._open(entry), entry, started)
         insert(name, rows)
 
     time.sleep(0.01)
@@ -251,7 +253,8 @@ def test_milvus_learns_no_name_no_attribute_and_no_vector(opened: Open) -> None:
     assert len(hidden) == 2
     for vector in hidden:
         assert np.abs(vectors - vector).max(1).min() > 0.1
-    assert abs(hidden[0] @ hidden[1] - vectors[0] @ vectors[1]) < 1e-6
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)  # templates are kept at length 1
+    assert abs(hidden[0] @ hidden[1] - vectors[0] @ vectors[1] / lengths.prod()) < 1e-6
     assert MASTER.key.hex() not in stolen
 
 
@@ -309,3 +312,59 @@ def test_templates_without_a_commit_do_not_crowd_out_others(opened: Open) -> Non
     store._tables.insert(table, stray)
     (found,) = store.search("staff", ENCODER, query, 3)
     assert {hit.subject for hit in found.hits} == {"s0", "s1", "s2"}
+
+
+def test_a_deletion_beside_an_enrolment_leaves_the_subject_counted(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = opened(), opened()
+    first.create("staff", OLD, None, ALICE)
+    enrolled(first.enrol("staff", [one("ann", unit(1)[0])], ALICE))
+    delete = second._tables.delete
+
+    def late(name: str, keys: list[str]) -> None:
+        if any(key.startswith("~subject/") for key in keys):  # it has looked, and will say that ann is not there
+            monkeypatch.undo()
+            enrolled(first.enrol("staff", [one("ann", unit(2)[0])], ALICE))
+        delete(name, keys)
+
+    monkeypatch.setattr(second._tables, "delete", late)
+    assert second.delete_subject("staff", "ann", BOB).templates == 1
+    assert left(second) == {"journals": 0, "commits": 1, "subjects": 1, "templates": 1}
+
+
+def test_a_page_is_full_though_subjects_are_deleted_meanwhile(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened()
+    store.create("staff", OLD, None, ALICE)
+    enrolled(store.enrol("staff", [one(f"s{i}", unit(i)[0]) for i in range(6)], ALICE))
+    names = list(store.subjects("staff"))
+    gallery = store._open(store._catalogue.entry("staff", "ALL"))
+    page = gallery.page
+
+    def slow(after: str, limit: int) -> list[str]:
+        found = page(after, limit)
+        monkeypatch.undo()
+        store.delete_subject("staff", names[1], ALICE)
+        return found
+
+    monkeypatch.setattr(gallery, "page", slow)
+    assert list(store.subjects("staff", limit=3)) == [names[0], *names[2:4]]
+
+
+def test_a_subject_may_have_hundreds_of_templates_in_one_enrolment(opened: Open) -> None:
+    store = opened()
+    space, encoder = Space("antelopev2-r100@sha256:" + "b" * 64, OLD.dim), "edgeface-xs@sha256:" + "a" * 64
+    store.create("staff", space, None, ALICE)
+    vectors = unit(1, 3_000)
+    some, many = (
+        Enrolment(name, [NewTemplate(encoder, space.id, vector) for vector in vectors[:count]], key=name, digest="d")
+        for name, count in (("ann", 1_000), ("bo", 3_000))
+    )
+    answer, refusal = store.enrol("staff", [some, many], ALICE)
+    assert isinstance(refusal, Problem)
+    assert (refusal.type, refusal.members["limit"]) == ("too-large", 1_000)
+    assert isinstance(answer, Enrolled)
+    assert [template.id for template in store.subject("staff", "ann").templates] == list(answer.templates)
+    assert store.enrol("staff", [some], ALICE) == [replace(answer, replayed=True)]
+    assert store.delete_subject("staff", "ann", ALICE).templates == 1_000
+    assert left(store)["templates"] == 0
