@@ -5,9 +5,7 @@ Keys and their rates, readiness, the bounded queue, the size of bodies, clocks; 
 
 from __future__ import annotations
 
-import logging
 import re
-import traceback
 from time import perf_counter
 
 import orjson
@@ -15,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pkd.serving.logs import log_request
+from pkd.serving.logs import log_request, log_unforeseen
 from pkd.serving.metrics import NO_ROUTE
 from pkd.serving.problems import Problem, from_error, internal
 from pkd.serving.security import IN_SCOPE, ApiKeys
@@ -25,7 +23,6 @@ from pkd.serving.telemetry import span
 from pkd.serving.visit import Limits, Visit, too_large
 from pkd.toolkit.errors import PkdError
 
-logger = logging.getLogger("pkd.serving")
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 """Answered without a key: nothing in them depends on a person or an encoder."""
 UNCOUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -66,9 +63,7 @@ class Door:
             except ClientDisconnect:
                 self.state.metrics.abandoned()
             except Exception as error:
-                # Where it happened, but not what the values were: vectors and keys stay out of logs.
-                frames = "".join(traceback.format_tb(error.__traceback__))
-                logger.error("%s %s: %s\n%s", scope["method"], route_of(scope), type(error).__name__, frames)
+                log_unforeseen(f"{scope['method']} {route_of(scope)}", error)
                 await self._tell(internal(), scope, receive, told)
             finally:
                 self._count(counts, works, -1)

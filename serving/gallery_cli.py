@@ -97,8 +97,9 @@ def _verify(args: argparse.Namespace, place: Place, master: MasterKey, console: 
         many = "1 thing is wrong" if len(found.wrong) == 1 else f"{len(found.wrong)} things are wrong, first"
         raise NotTrusted(f"{place.where}: {many}: {found.wrong[0]}")
     head = f"{found.head.sequence}:{found.head.hash}"
+    galleries = "1 gallery" if found.galleries == 1 else f"{found.galleries:,} galleries"
     console.print(
-        f"{found.galleries:,} galleries, {found.subjects:,} subjects, {found.templates:,} templates: all are whole, "
+        f"{galleries}, {found.subjects:,} subjects, {found.templates:,} templates: all are whole, "
         f"and searched as they are kept. The audit log is whole; note its head elsewhere:\n{head}",
         markup=False,
         soft_wrap=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from datetime import datetime, timezone
 from typing import Literal
 
@@ -42,6 +43,12 @@ def set_up(form: Form, each_request: bool) -> None:
     logger.setLevel(logging.INFO)
     requests.setLevel(logging.INFO if each_request else logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a stranger's broken form is no news
+
+
+def log_unforeseen(doing: str, error: Exception) -> None:
+    """Where an error happened that nobody foresaw, but not what the values were: vectors and keys stay out of logs."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logging.getLogger("pkd.serving").error("%s: %s\n%s", doing, type(error).__name__, frames)
 
 
 def log_request(method: str, route: str, status: int, seconds: float, key: str | None, problem: str | None) -> None:

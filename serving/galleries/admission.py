@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pkd.serving.encoders import Encoders, Loaded
 from pkd.serving.galleries.gallery import Gallery, Space
@@ -27,14 +27,7 @@ def admit(encoders: Encoders, gallery: Gallery, encoder: str, space: str | None 
     got = {"encoder": encoder, "space": space or known}
     into = known or space
     if into is not None and into not in spaces:
-        raise Problem(
-            "space-mismatch",
-            f"{short(encoder)} embeds into {short(into)}; the gallery {gallery.name!r} holds vectors of "
-            f"{' and '.join(map(short, spaces))}. Use an encoder in `works`.",
-            expected={"spaces": spaces},
-            got=got,
-            works=works,
-        )
+        raise another_space(gallery, encoder, into, got, works)
     if encoder not in works["galleries"] or known is None:
         raise Problem(
             "not-certified",
@@ -45,6 +38,21 @@ def admit(encoders: Encoders, gallery: Gallery, encoder: str, space: str | None 
             works=works,
         )
     return known
+
+
+def another_space(
+    gallery: Gallery, encoder: str, space: str, got: Mapping[str, object], works: Mapping[str, object]
+) -> Problem:
+    """The space-mismatch of an encoder whose vectors the gallery neither takes nor is searched by."""
+    spaces = [one.id for one in gallery.spaces]
+    return Problem(
+        "space-mismatch",
+        f"{short(encoder)} embeds into {short(space)}; the gallery {gallery.name!r} holds vectors of "
+        f"{' and '.join(map(short, spaces))}. Use an encoder in `works`.",
+        expected={"spaces": spaces},
+        got=got,
+        works=works,
+    )
 
 
 def encoder_to_enrol(encoders: Encoders, gallery: Gallery, spec: str | None) -> Loaded:

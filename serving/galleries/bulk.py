@@ -7,8 +7,6 @@ shares its writes to the disk. An item that is refused does not stop the others.
 from __future__ import annotations
 
 import asyncio
-import logging
-import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ from pkd.serving.galleries.enrolling import ask, explained, prepare
 from pkd.serving.galleries.gallery import Enrolled, Enrolment, Gallery
 from pkd.serving.galleries.schemas import BulkItem
 from pkd.serving.images import parse
+from pkd.serving.logs import log_unforeseen
 from pkd.serving.problems import Problem, from_error, internal
 from pkd.serving.schemas import MANY_VALUES
 from pkd.toolkit.errors import PkdError
@@ -26,7 +25,6 @@ from pkd.toolkit.errors import PkdError
 if TYPE_CHECKING:
     from pkd.serving.service import Service
 
-logger = logging.getLogger("pkd.serving")
 BATCH = 32
 """Most items that are embedded and stored together."""
 
@@ -124,9 +122,7 @@ async def _embed(service: Service, gallery: Gallery, answer: Answer, body: BulkI
     except PkdError as error:
         return answer.refused(from_error(error))
     except Exception as error:
-        # As Door tells it: where it happened, but not what the values were.
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        logger.error("line %d of a bulk enrolment: %s\n%s", answer.number, type(error).__name__, frames)
+        log_unforeseen(f"line {answer.number} of a bulk enrolment", error)
         return answer.refused(internal())
 
 

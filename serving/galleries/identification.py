@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pkd.serving.encoders import Encoders
+from pkd.serving.galleries.admission import another_space
 from pkd.serving.galleries.gallery import Found, Gallery
 from pkd.serving.galleries.schemas import IdentifyOptions
 from pkd.serving.problems import Problem
@@ -57,14 +58,7 @@ def cover(encoders: Encoders, gallery: Gallery, query: str, partial: bool) -> Co
     wanted = [encoder for encoder in present if not apart or encoders.space_of(encoder) == space]
     works = _works(encoders, gallery, wanted or present)
     if space is not None and space not in spaces:
-        raise Problem(
-            "space-mismatch",
-            f"{short(query)} embeds into {short(space)}; the gallery {gallery.name!r} holds vectors of "
-            f"{' and '.join(map(short, spaces))}. Use an encoder in `works`.",
-            expected={"spaces": spaces},
-            got={"query": query, "space": space},
-            works=works,
-        )
+        raise another_space(gallery, query, space, {"query": query, "space": space}, works)
     files = {one: file for one in present if (file := encoders.files.get((query, one)))}
     reasons: dict[str, Reason] = {
         one: "not-certified" if one in wanted else "other-space" for one in present if one not in files

@@ -67,10 +67,7 @@ class Entry:
 
     def row(self) -> Row:
         """As it is stored."""
-        known = asdict(self)
-        if self.ending is None:  # so that a pkd from before there was one can read it
-            del known["ending"]
-        return {"id": self.id, "name": hashed(self.name), "data": json.dumps(known), "vector": NOTHING}
+        return {"id": self.id, "name": hashed(self.name), "data": json.dumps(asdict(self)), "vector": NOTHING}
 
     @classmethod
     def of(cls, row: Row) -> Entry:
@@ -78,7 +75,7 @@ class Entry:
         known = json.loads(row["data"])
         for name in ("space", "moving_to"):
             known[name] = Space(**known[name]) if known[name] else None
-        if ending := known.get("ending"):
+        if ending := known["ending"]:
             known["ending"] = Ending(**{**ending, "left": Space(**ending["left"])})
         return cls(**known)
 
@@ -182,8 +179,7 @@ class Seal:
 
     def open(self, row: Row) -> Any:
         """The data of a record; raises Sealed."""
-        text = self._data.open(base64.b64decode(row["data"]), row["id"], "")
-        return json.loads(text if text[:1] in b"{[" else zlib.decompress(text))  # the first ones were not compressed
+        return json.loads(zlib.decompress(self._data.open(base64.b64decode(row["data"]), row["id"], "")))
 
     def opened(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Any]]:
         """Those that open, with their data. The others count for nothing here; pkd-gallery verify names them."""

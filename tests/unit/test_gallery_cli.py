@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gallery_conformance import ALICE, ENCODER, NEW, NEXT, OLD, STUDENT, enrolled, one, unit
+from gallery_examples import ALICE, ENCODER, NEW, NEXT, OLD, STUDENT, enrolled, one, unit
 
 from pkd.serving.answers import line
 from pkd.serving.galleries import transfer

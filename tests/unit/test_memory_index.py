@@ -6,7 +6,7 @@ import threading
 from dataclasses import replace
 
 import numpy as np
-from gallery_conformance import plain_search, unit
+from gallery_examples import plain_search, unit
 
 from pkd.serving.galleries.attribute_sets import AttributeSets
 from pkd.serving.galleries.memory_index import MemoryIndex, Rows, template_id

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gallery_conformance import ALICE, ENCODER, NEW, OLD, enrolled, one, refused, unit
+from gallery_examples import ALICE, ENCODER, NEW, OLD, enrolled, one, refused, unit
 from milvus_server import MilvusServer
 from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 from pymilvus import MilvusException

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gallery_conformance import ALICE, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
+from gallery_examples import ALICE, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
 from milvus_server import MilvusServer
 from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 

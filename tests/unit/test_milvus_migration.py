@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from gallery_conformance import ALICE, BOB, DIM, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
+from gallery_examples import ALICE, BOB, DIM, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
 from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 
 from pkd.serving.galleries.gallery import Space

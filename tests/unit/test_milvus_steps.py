@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gallery_conformance import ALICE, BOB, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
+from gallery_examples import ALICE, BOB, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
 from milvus_server import MilvusServer
 from milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from gallery_conformance import Conformance, Open
+from gallery_conformance import Conformance
+from gallery_examples import Open
 from milvus_stores import milvus_opened  # noqa: F401 - a fixture
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gallery_conformance import ALICE, ENCODER, OLD, enrolled, one, refused, soon, unit
+from gallery_examples import ALICE, ENCODER, OLD, enrolled, one, refused, soon, unit
 
 from pkd.serving.galleries import audit, sqlite_file, sqlite_store, tail
 from pkd.serving.galleries.enrolment import Enrolling

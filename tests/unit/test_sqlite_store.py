@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gallery_conformance import Conformance, Open
+from gallery_conformance import Conformance
+from gallery_examples import Open
 
 from pkd.serving.galleries.sqlite_store import SqliteStore
 from pkd.serving.galleries.vault import MasterKey
