@@ -80,7 +80,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class NewTemplate:
-    """What is to be enrolled. Stores keep its direction in float16: cosines change by up to 2e-5 at D of 512."""
+    """What is to be enrolled. Stores keep its direction in float16, and search it at unit length."""
 
     encoder: str
     space: str
