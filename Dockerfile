@@ -14,6 +14,7 @@ ARG EXTRAS=serve
 RUN python -m venv /opt/pkd
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY pkd pkd
 COPY toolkit toolkit
 COPY export export
 COPY serving serving

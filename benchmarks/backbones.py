@@ -27,10 +27,10 @@ from real_faces import EDGEFACE, ROOT, SHARED, Report, command, evaluate, markdo
 from torch import nn
 from torch.nn.functional import normalize
 
+from pkd.export.graph.build import serialise, uint8_graph
 from pkd.export.source import open_run
-from pkd.export.to_onnx import serialise, uint8_graph
-from pkd.toolkit.distill.backbones import build, parameters
-from pkd.toolkit.runtime import make_session
+from pkd.toolkit.distill.models.backbones import build, parameters
+from pkd.toolkit.encoders.base import make_session
 
 RESULTS = ROOT / "benchmarks" / "results" / "backbones.json"
 STUDENTS = ("mobilefacenet-relu:0.5", "repvit:0.67")

@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from pkd.toolkit.certificate import Interval
-from pkd.toolkit.evaluation.bootstrap import bootstrap, interval
-from pkd.toolkit.evaluation.pairs import Doubles, Pairing
-from pkd.toolkit.evaluation.rates import fmr_at, rates
-from pkd.toolkit.evaluation.scores import PairScores, score_pairs
+from pkd.toolkit.certificates.certificate import Interval
+from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, interval
+from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, rates
+from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
+from pkd.toolkit.evaluation.metrics.pairing import Doubles, Pairing
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
 FMRS = np.array([1e-1, 1e-2, 1e-3])

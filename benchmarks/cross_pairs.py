@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from pkd.toolkit.evaluation.pairs import Floats, Pairing
-from pkd.toolkit.evaluation.scores import TILE, score_pairs
+from pkd.toolkit.evaluation.metrics.pair_scores import TILE, score_pairs
+from pkd.toolkit.evaluation.metrics.pairing import Floats, Pairing
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cross_pairs.json"
 DIM, PER_PERSON = 512, 5

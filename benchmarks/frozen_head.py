@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, normalize
 
-from pkd.toolkit.distill.frozen_head import frozen_cross_entropy
-from pkd.toolkit.distill.margin import Margin, margin_cross_entropy
+from pkd.toolkit.distill.heads.frozen_softmax import frozen_cross_entropy
+from pkd.toolkit.distill.heads.margin import Margin, margin_cross_entropy
 
 RESULTS = Path(__file__).resolve().parent / "results" / "frozen_head.json"
 BATCH, DIM, SCALE = 128, 512, 64.0

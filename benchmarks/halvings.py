@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from pkd.toolkit.cli.encoders import open_encoder
-from pkd.toolkit.embed import default_cache, embed_faces
-from pkd.toolkit.evaluation.measure import measure
-from pkd.toolkit.evaluation.pairs import Floats, Ints, Pairing
-from pkd.toolkit.evaluation.rates import fmr_at, raw_fmr_at
-from pkd.toolkit.evaluation.scores import PairScores, score_pairs
-from pkd.toolkit.faces import FaceSet
-from pkd.toolkit.space import EncoderInfo
+from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.distill.models.open_encoder import open_encoder
+from pkd.toolkit.encoders.embed import default_cache, embed_faces
+from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, raw_fmr_at
+from pkd.toolkit.evaluation.metrics.operating_points import measure
+from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
+from pkd.toolkit.evaluation.metrics.pairing import Floats, Ints, Pairing
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PKD_SHARED") or ROOT.parent / "shared")

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from pkd.toolkit.faces import FaceSet
-from pkd.toolkit.keyed_rows import KeyedRows, StoredRows
-from pkd.toolkit.recordio import MAGIC
+from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.data.recordio import MAGIC
+from pkd.toolkit.data.row_store import KeyedRows, StoredRows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "image_store.json"

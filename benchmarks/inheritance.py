@@ -18,7 +18,7 @@ from pathlib import Path
 from method_table import distil_and_evaluate, points
 from real_faces import ROOT, SHARED, Report, command, markdown_table, prose
 
-from pkd.toolkit.distill.student import load_student
+from pkd.toolkit.distill.models.student import load_student
 
 RESULTS = ROOT / "benchmarks" / "results" / "inheritance.json"
 LOSS = ["--margin", "cosface:0.2", "--scale", "32"]

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from real_faces import EDGEFACE, ROOT, SHARED, Report, command, markdown_table, prose, row
 
-from pkd.toolkit.distill.methods import WeightedSum
-from pkd.toolkit.distill.student import load_student
+from pkd.toolkit.distill.losses.registry import WeightedSum
+from pkd.toolkit.distill.models.student import load_student
 
 RESULTS = ROOT / "benchmarks" / "results" / "method_table.json"
 

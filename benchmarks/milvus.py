@@ -22,15 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from milvus_server import MilvusServer, missing
-
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pkd.serving.galleries.audit_file import AuditFile
-from pkd.serving.galleries.gallery import Enrolled, Enrolment, GalleryStore, NewTemplate, Space
-from pkd.serving.galleries.milvus_store import MilvusStore
-from pkd.serving.galleries.milvus_tables import Tables
-from pkd.serving.galleries.sqlite_store import SqliteStore
-from pkd.serving.galleries.vault import MasterKey
+from pkd.serving.galleries.crypto import MasterKey
+from pkd.serving.galleries.milvus.client import Tables
+from pkd.serving.galleries.milvus.store import MilvusStore
+from pkd.serving.galleries.sqlite.store import SqliteStore
+from pkd.serving.galleries.store import Enrolled, Enrolment, GalleryStore, NewTemplate, Space
+from tests.support.milvus_server import MilvusServer, missing
 
 RESULTS = Path(__file__).resolve().parent / "results" / "milvus.json"
 DIM, ENCODER, SPACE = 512, "teacher@sha256:a", Space("teacher@sha256:a", 512)

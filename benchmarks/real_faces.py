@@ -19,7 +19,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from pkd.toolkit.distill.student import load_student
+from pkd.toolkit.distill.models.student import load_student
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PKD_SHARED") or ROOT.parent / "shared")

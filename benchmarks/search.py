@@ -28,10 +28,10 @@ from typing import Any
 import faiss
 import numpy as np
 
-from pkd.serving.galleries.gallery import Enrolment, NewTemplate, Space
-from pkd.serving.galleries.memory_index import MemoryIndex, Rows
-from pkd.serving.galleries.sqlite_store import SqliteStore
-from pkd.serving.galleries.vault import MasterKey
+from pkd.serving.galleries.crypto import MasterKey
+from pkd.serving.galleries.index.memory_index import MemoryIndex, Rows
+from pkd.serving.galleries.sqlite.store import SqliteStore
+from pkd.serving.galleries.store import Enrolment, NewTemplate, Space
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "search.json"

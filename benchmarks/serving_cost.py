@@ -154,9 +154,9 @@ def jpeg(image: Any) -> bytes:
 
 def embedder(bundle: Path) -> Callable[[bytes], bytes]:
     """The raw work on a crop: decode, encode, write as ``b64_f16``."""
-    from pkd.toolkit.bundle import Bundle
-    from pkd.toolkit.images import decode_rgb
-    from pkd.toolkit.runtime import open_bundle
+    from pkd.toolkit.bundle.bundle import Bundle
+    from pkd.toolkit.encoders.base import open_bundle
+    from pkd.toolkit.images.codec import decode_rgb
 
     encoder = open_bundle(Bundle.open(bundle))
 
@@ -169,11 +169,11 @@ def embedder(bundle: Path) -> Callable[[bytes], bytes]:
 
 def whole(bundle: Path) -> Callable[[bytes], bytes]:
     """The raw work on a photograph: decode, detect, align, encode, write."""
-    from pkd.toolkit.align import warp
-    from pkd.toolkit.bundle import Bundle
-    from pkd.toolkit.detect import choose, open_detector
-    from pkd.toolkit.images import decode_rgb
-    from pkd.toolkit.runtime import open_bundle
+    from pkd.toolkit.bundle.bundle import Bundle
+    from pkd.toolkit.encoders.base import open_bundle
+    from pkd.toolkit.encoders.detector import choose, open_detector
+    from pkd.toolkit.images.alignment import warp
+    from pkd.toolkit.images.codec import decode_rgb
 
     encoder, detector = open_bundle(Bundle.open(bundle)), open_detector(str(DETECTOR), 0.5)
 

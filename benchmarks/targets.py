@@ -18,7 +18,7 @@ from pathlib import Path
 from real_faces import EDGEFACE, ROOT, SHARED, Report, command, markdown_table, prose, teacher_options
 
 from pkd.export.cli import FORMATS, PRECISIONS
-from pkd.toolkit.bundle import Bundle
+from pkd.toolkit.bundle.bundle import Bundle
 
 RESULTS = ROOT / "benchmarks" / "results" / "targets.json"
 CPU = [name for name in FORMATS if not name.startswith("trt")]

@@ -23,10 +23,10 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import numpy as np
 
-from pkd.toolkit.evaluation.listed_pairs import BLOCK, listed, read_pair_labels, score_listed
-from pkd.toolkit.evaluation.measure import measure
-from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.space import describe
+from pkd.toolkit.core.encoder_info import describe
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.evaluation.metrics.listed_pairs import BLOCK, listed, read_pair_labels, score_listed
+from pkd.toolkit.evaluation.metrics.operating_points import measure
 
 RESULTS = Path(__file__).resolve().parent / "results" / "template_pairs.json"
 PAIRS, GENUINE, TEMPLATES, SUBJECTS, DIM = 15_658_489, 19_557, 23_124, 3_531, 512

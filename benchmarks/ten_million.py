@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from pkd.toolkit.distill.frozen_head import frozen_cross_entropy
-from pkd.toolkit.distill.head_rows import map_rows
-from pkd.toolkit.distill.margin import Margin
+from pkd.toolkit.distill.heads.frozen_softmax import frozen_cross_entropy
+from pkd.toolkit.distill.heads.margin import Margin
+from pkd.toolkit.distill.heads.rows import map_rows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "ten_million.json"
 BATCH, DIM, BLOCK = 128, 512, 100_000

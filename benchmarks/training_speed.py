@@ -27,17 +27,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pkd.toolkit.distill.budget import learning_rate
+from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.data.row_store import KeyedRows, StoredRows
 from pkd.toolkit.distill.config import DistillConfig
-from pkd.toolkit.distill.data import Loader
-from pkd.toolkit.distill.head import Head
-from pkd.toolkit.distill.log import RunLog, StepLog
-from pkd.toolkit.distill.memory import keep_freed_memory
-from pkd.toolkit.distill.prepare import Prepared
-from pkd.toolkit.distill.trainer import Trainer
-from pkd.toolkit.faces import FaceSet
-from pkd.toolkit.keyed_rows import KeyedRows, StoredRows
-from pkd.toolkit.synthetic import write_faces
+from pkd.toolkit.distill.heads.head import Head
+from pkd.toolkit.distill.training.loader import Loader
+from pkd.toolkit.distill.training.malloc import keep_freed_memory
+from pkd.toolkit.distill.training.run_log import RunLog, StepLog
+from pkd.toolkit.distill.training.schedule import learning_rate
+from pkd.toolkit.distill.training.setup import Prepared
+from pkd.toolkit.distill.training.trainer import Trainer
+from pkd.toolkit.synthetic.faces import write_faces
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PKD_SHARED") or ROOT.parent / "shared")
@@ -124,7 +124,7 @@ def bare_steps(trainer: Trainer, inputs: Tensor, steps: int) -> None:
 
 def step_cost(student: str, batch: int, precision: str) -> float:
     """CPU milliseconds of an image of the bare network while freed memory goes back to the kernel."""
-    from pkd.toolkit.distill.backbones import build
+    from pkd.toolkit.distill.models.backbones import build
 
     network = build(student, DIM, SIZE).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     inputs = torch.randn(batch, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)

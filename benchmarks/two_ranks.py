@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pkd.toolkit.distill.frozen_head import FrozenHead, frozen_cross_entropy
-from pkd.toolkit.distill.margin import Margin
-from pkd.toolkit.distill.ranks import Ranks, ShardedHead, join_ranks, shard_bounds
+from pkd.toolkit.distill.heads.frozen_softmax import FrozenHead, frozen_cross_entropy
+from pkd.toolkit.distill.heads.margin import Margin
+from pkd.toolkit.distill.training.distributed import Ranks, ShardedHead, join_ranks, shard_bounds
 
 RESULTS = Path(__file__).resolve().parent / "results" / "two_ranks.json"
 BATCH, DIM = 128, 512

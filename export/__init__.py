@@ -1,1 +1,1 @@
-"""A trained student, or a teacher, becomes a bundle."""
+"""Turn a trained student, or a teacher, into a bundle. Imports toolkit, distill included; never serving."""

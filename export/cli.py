@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.status import Status
 
-from pkd.toolkit.bundle import require_free
-from pkd.toolkit.bundle_zip import zip_path
-from pkd.toolkit.command import Result, make_parser, run
-from pkd.toolkit.errors import InputError, MissingExtra, TargetUnavailable
-from pkd.toolkit.signing import SigningKey
-from pkd.toolkit.space import short
+from pkd.toolkit.bundle.archive import zip_path
+from pkd.toolkit.bundle.bundle import require_free
+from pkd.toolkit.certificates.signing import SigningKey
+from pkd.toolkit.core.cli_support import Result, make_parser, run
+from pkd.toolkit.core.encoder_info import short
+from pkd.toolkit.core.errors import InputError, MissingExtra, TargetUnavailable
 
 if TYPE_CHECKING:
-    from pkd.export.gate import GateOrder
-    from pkd.export.produce import Order
+    from pkd.export.checks.gate import GateOrder
+    from pkd.export.pipeline import Order
     from pkd.export.qat import QatOrder
 
 FORMATS = ("onnx", "openvino", "ncnn", "executorch", "trt", "trt-rtx")
@@ -124,7 +124,7 @@ def export(args: argparse.Namespace, console: Console) -> Result:
     """Check the options, make everything in memory, write it at once. Nothing is written unless every check passes."""
     _check_outputs(args)
     try:
-        from pkd.export.produce import add_targets, produce
+        from pkd.export.pipeline import add_targets, produce
     except ImportError:
         raise MissingExtra("onnx", "export") from None
 
@@ -153,8 +153,8 @@ def _later(bundle: str, missing: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _order(args: argparse.Namespace) -> Order:
-    from pkd.export.produce import Order
-    from pkd.export.to_tensorrt import BuildOptions, parse_batches
+    from pkd.export.formats.tensorrt import BuildOptions, parse_batches
+    from pkd.export.pipeline import Order
 
     formats = [*(args.format or []), *(["trt"] if args.trt else [])] or ["onnx"]
     return Order(
@@ -182,7 +182,7 @@ def _order(args: argparse.Namespace) -> Order:
 
 
 def _gate(args: argparse.Namespace) -> GateOrder | None:
-    from pkd.export.gate import GateOrder
+    from pkd.export.checks.gate import GateOrder
 
     given = {"fmr": args.gate_fmr, "max_drop": args.max_tar_drop}
     given = {name: value for name, value in given.items() if value is not None}

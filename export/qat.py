@@ -8,19 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pkd.export.calibration import Calibration
-from pkd.export.quantize import FORMS
-from pkd.export.ranges import BATCH, Activations, Ranges, choose_ranges
-from pkd.export.to_onnx import torch_network, uint8_graph
-from pkd.export.typed import Form, Progress, Retrained
-from pkd.toolkit.errors import InputError
-from pkd.toolkit.runtime import batches
-from pkd.toolkit.space import EncoderInfo
+from pkd.export.graph.build import torch_network, uint8_graph
+from pkd.export.graph.precision_variants import Form, Progress, Retrained
+from pkd.export.quantization.calibration import Calibration
+from pkd.export.quantization.quantize import FORMS
+from pkd.export.quantization.ranges import BATCH, Activations, Ranges, choose_ranges
+from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.encoders.base import batches
 
 if TYPE_CHECKING:
     from pkd.toolkit.distill.config import DistillConfig
-    from pkd.toolkit.distill.fake_quant import Int8Student
-    from pkd.toolkit.distill.prepare import Prepared
+    from pkd.toolkit.distill.quantization.fake_quant import Int8Student
+    from pkd.toolkit.distill.training.setup import Prepared
 
 SETTINGS = ("qat_steps", "qat_images", "qat_data", "qat_seed", "qat_from", "qat_encoder")
 """What a target says of how its weights were trained on."""
@@ -52,23 +52,23 @@ class Qat:
     config: DistillConfig = field(init=False)
 
     def __post_init__(self) -> None:
-        from pkd.toolkit.distill.int8_training import read_config
+        from pkd.toolkit.distill.quantization.qat import read_config
 
         self.config = read_config(self.run, self.order.faces, self.order.steps)
 
     @cached_property
     def prepared(self) -> Prepared:
         """The run's images, the teacher's embeddings of them, the head."""
-        from pkd.toolkit.distill.int8_training import prepare_again
+        from pkd.toolkit.distill.quantization.qat import prepare_again
 
         self.progress("qat: teacher embeddings and head", 0)
         return prepare_again(self.config, self.info)
 
     def retrain(self, form: Form) -> Retrained:
         """New weights for ``form``. Raises TrainingDiverged, InputError, KeyboardInterrupt."""
-        from pkd.toolkit.distill.fake_quant import SIGNED, UNSIGNED, Int8Student, folded
-        from pkd.toolkit.distill.int8_training import train_int8
-        from pkd.toolkit.distill.student import load_student
+        from pkd.toolkit.distill.models.student import load_student
+        from pkd.toolkit.distill.quantization.fake_quant import SIGNED, UNSIGNED, Int8Student, folded
+        from pkd.toolkit.distill.quantization.qat import train_int8
 
         symmetric = FORMS[form.int8][1].get("ActivationSymmetric", False)
         plain = folded(load_student(self.run).module)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pkd.export.to_onnx import onnx_network, torch_network
-from pkd.toolkit.cli.encoders import open_encoder
-from pkd.toolkit.errors import InputError
-from pkd.toolkit.runtime import Encoder, OnnxEncoder
-from pkd.toolkit.space import EncoderInfo
+from pkd.export.graph.build import onnx_network, torch_network
+from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.distill.models.open_encoder import open_encoder
+from pkd.toolkit.encoders.base import Encoder, OnnxEncoder
 
 if TYPE_CHECKING:
     import onnx
@@ -53,7 +53,7 @@ def _source(spec: str, encoder: Encoder) -> Source:
         training: dict[str, str | int | float | bool | None] = {"source": encoder.path.name, "source_sha256": digest}
         return Source(spec, encoder, onnx_network(encoder.path), training)
 
-    from pkd.toolkit.distill.student import TorchEncoder  # torch is there: it opened the encoder
+    from pkd.toolkit.distill.models.student import TorchEncoder  # torch is there: it opened the encoder
 
     if not isinstance(encoder, TorchEncoder):
         raise InputError(f"{spec}: a {type(encoder).__name__} cannot be exported.")

@@ -1,1 +1,1 @@
-"""Bundles over HTTP. Never imports torch."""
+"""Serve bundles over HTTP. Never imports torch, onnx, export or the training code."""

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import cv2
 import pytest
-from milvus_server import MilvusServer, missing
+
+from tests.support.milvus_server import MilvusServer, missing
+from tests.support.real_data import HAS_SHARED, NO_SHARED, SHARED
 
 os.environ["PKD_PORT"] = "0"  # somebody on this machine may listen on 8000
 cv2.setNumThreads(1)  # tests run beside each other; OpenCV's own pool would only fight with them
-
-SHARED = Path(os.environ.get("PKD_SHARED") or Path(__file__).resolve().parents[2] / "shared")
-HAS_SHARED = (SHARED / "faces").is_dir() and (SHARED / "models").is_dir()
-NO_SHARED = f"no real faces and teachers in {SHARED}; set PKD_SHARED to the folder that holds faces/ and models/"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,1 +1,4 @@
-"""What training, export and serving share. Nothing here imports torch or a web framework; only ``distill`` does."""
+"""Share what training, export and serving need: images, face sets, encoders, evidence, bundles.
+
+Nothing here imports a web framework, and only ``distill`` and the ExecuTorch encoder import torch.
+"""

@@ -1,1 +1,1 @@
-"""What is enrolled: galleries, subjects, templates, and where they are kept."""
+"""Keep enrolled templates: the GalleryStore protocol, encryption, audit and the stores. Imports core, of serving."""

@@ -24,8 +24,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pkd.serving.galleries.gallery import Action
-from pkd.toolkit.errors import NotTrusted
+from pkd.serving.galleries.store import Action
+from pkd.toolkit.core.errors import NotTrusted
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS audit (

@@ -11,9 +11,9 @@ from typing import Literal
 
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.audit import Head
-from pkd.serving.galleries.gallery import Action
-from pkd.serving.galleries.sqlite_file import BUSY_SECONDS, explained
-from pkd.toolkit.errors import InputError
+from pkd.serving.galleries.database import BUSY_SECONDS, explained
+from pkd.serving.galleries.store import Action
+from pkd.toolkit.core.errors import InputError
 
 DELETIONS: tuple[Action, ...] = ("delete-subject", "delete-gallery", "expire", "end-migration", "rekey")
 """After these a store may still hold what it does not give any more, until ``purge`` is recorded."""

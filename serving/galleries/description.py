@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pkd.serving.answers import when
-from pkd.serving.galleries.gallery import Gallery, Space, Subject, Template
+from pkd.serving.core.responses import when
+from pkd.serving.galleries.store import Gallery, Space, Subject, Template
 
 FORMAT = "pkd-gallery-1"
 """Of an exported gallery; its first line says so."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pkd.serving.galleries.gallery import GalleryStore, NewTemplate, Template
-from pkd.serving.problems import Problem
+from pkd.serving.core.problems import Problem
+from pkd.serving.galleries.store import GalleryStore, NewTemplate, Template
 
 Print = tuple[str, bytes]
 """Encoder, and the vector as every store keeps it, float16."""

@@ -18,10 +18,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from spot_detector import picture, write_spot_detector
 
 from pkd.toolkit.cli.align import main
-from pkd.toolkit.images import read_rgb, write_rgb
+from pkd.toolkit.images.codec import read_rgb, write_rgb
+from tests.support.spot_detector import picture, write_spot_detector
 
 PROGRAM = str(Path(sys.executable).with_name("pkd-align"))
 

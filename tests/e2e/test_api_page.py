@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import gallery_fixtures as made
 import pytest
 
-from pkd.serving.problems import PROBLEMS
-from pkd.toolkit.images import write_rgb
+from pkd.serving.core.problems import PROBLEMS
+from pkd.toolkit.images.codec import write_rgb
+from tests.support import gallery_fixtures as made
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
 
 from pkd.toolkit.cli.compare import main as compare
 from pkd.toolkit.cli.evaluate import main
-from pkd.toolkit.evaluation.results import Evaluation
+from pkd.toolkit.evaluation.results.schema import Evaluation
+from tests.support.evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
 
 COMMAND = Path(sys.executable).with_name("pkd-compare")
 

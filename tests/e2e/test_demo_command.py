@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pkd.toolkit.images import read_rgb
+from pkd.toolkit.images.codec import read_rgb
 
 COMMAND = str(Path(sys.executable).with_name("pkd-demo"))
 

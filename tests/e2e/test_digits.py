@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from pkd.toolkit.cli.distill import main
-from pkd.toolkit.distill.student import load_student
-from pkd.toolkit.faces import FaceSet
-from pkd.toolkit.images import write_rgb
+from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.distill.models.student import load_student
+from pkd.toolkit.images.codec import write_rgb
 
 SIZE = 32
 METHODS = ("proxylesskd", "l2kd", "none")

@@ -9,8 +9,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-from recordio_writer import insightface_records, write_records
-from training_data import write_patterns, write_teacher
+from tests.support.recordio_writer import insightface_records, write_records
+from tests.support.training_data import write_patterns, write_teacher
 
 
 def distill(folder: Path, faces: Path, out: str) -> dict[str, object]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
 
-from pkd.toolkit.certificate import read_certificate
+from pkd.toolkit.certificates.certificate import read_certificate
 from pkd.toolkit.cli.evaluate import main
-from pkd.toolkit.evaluation.results import Evaluation
-from pkd.toolkit.preprocess import Preprocess
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.evaluation.results.schema import Evaluation
+from tests.support.evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
 
 COMMAND = Path(sys.executable).with_name("pkd-evaluate")
 IMAGES = [3] * 48 + [1, 2]
@@ -164,7 +164,7 @@ def _unreadable(folder: Path) -> None:
 
 
 def _large(folder: Path) -> None:
-    from pkd.toolkit.images import read_rgb, write_rgb
+    from pkd.toolkit.images.codec import read_rgb, write_rgb
 
     write_people(folder, [2, 2])
     write_rgb(folder / "p001/p001_0001.png", read_rgb(folder / "p001/p001_0001.png")[:100])

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from head_data import write_shards
-from training_data import SIZE, write_patterns, write_teacher
 
-from pkd.toolkit.cli.encoders import open_encoder
-from pkd.toolkit.distill.head import class_means
-from pkd.toolkit.embed import embed_faces
-from pkd.toolkit.faces import FaceSet
+from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.distill.heads.head import class_means
+from pkd.toolkit.distill.models.open_encoder import open_encoder
+from pkd.toolkit.encoders.embed import embed_faces
+from tests.support.head_data import write_shards
+from tests.support.training_data import SIZE, write_patterns, write_teacher
 
 STATED = f"mean=127.5,std=127.5,size={SIZE},template=none"
 

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import serving_bundles as made
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from milvus_server import MilvusServer, copy
-from milvus_stores import milvus_emptied  # noqa: F401 - a fixture
-from server_process import serving, until
 
 from pkd.serving.client import Client
-from pkd.serving.galleries.vault import MasterKey
+from pkd.serving.galleries.crypto import MasterKey
+from tests.support import serving_bundles as made
+from tests.support.milvus_server import MilvusServer, copy
+from tests.support.milvus_stores import milvus_emptied  # noqa: F401 - a fixture
+from tests.support.server_process import serving, until
 
 COMMAND = str(Path(sys.executable).with_name("pkd-gallery"))
 ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"

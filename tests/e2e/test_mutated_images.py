@@ -13,13 +13,13 @@ from itertools import islice
 import httpx
 import numpy as np
 import pytest
-import serving_bundles as made
-from conftest import HAS_SHARED, SHARED
 from PIL import Image
-from server_process import Server, serving, with_gallery
 
-from pkd.serving.problems import PROBLEMS
-from pkd.toolkit.synthetic import face
+from pkd.serving.core.problems import PROBLEMS
+from pkd.toolkit.synthetic.faces import face
+from tests.support import serving_bundles as made
+from tests.support.real_data import HAS_SHARED, SHARED
+from tests.support.server_process import Server, serving, with_gallery
 
 DETECTOR = ["--detector", str(SHARED / "models" / "yunet_n_dynamic.onnx")] if HAS_SHARED else []
 GROWTH_MB = 250

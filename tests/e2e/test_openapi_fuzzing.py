@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gallery_fixtures as made
 import pytest
-from server_process import serving, with_gallery
 
 from pkd.serving.client import Client
+from tests.support import gallery_fixtures as made
+from tests.support.server_process import serving, with_gallery
 
-HOOKS = Path(__file__).resolve().parents[1] / "schemathesis_hooks.py"
+HOOKS = Path(__file__).resolve().parents[1] / "support" / "schemathesis_hooks.py"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from training_data import SIZE, write_patterns, write_teacher
 
-from pkd.toolkit.distill.student import load_student
+from pkd.toolkit.distill.models.student import load_student
+from tests.support.training_data import SIZE, write_patterns, write_teacher
 
 COMMAND = str(Path(sys.executable).with_name("pkd-distill"))
 STATED = ["--teacher-preprocess", f"mean=127.5,std=127.5,size={SIZE},template=none"]

@@ -10,17 +10,16 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import gallery_fixtures as made
 import pytest
-from server_process import serving, with_gallery
 
-from pkd.serving import connection
-from pkd.serving.client import Client, Embedding, Refused
-from pkd.serving.enroll_cli import main
-from pkd.serving.security import new_key
+from pkd.serving.api.api_keys import new_key
+from pkd.serving.cli.enroll import main
+from pkd.serving.client import Client, Embedding, Refused, connection
+from tests.support import gallery_fixtures as made
+from tests.support.server_process import serving, with_gallery
 
 SERVE = str(Path(sys.executable).parent / "pkd-serve")
-ENROLL = [sys.executable, "-m", "pkd.serving.enroll_cli"]
+ENROLL = [sys.executable, "-m", "pkd.serving.cli.enroll"]
 
 
 @contextmanager

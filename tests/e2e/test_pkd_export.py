@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from bundle_factory import DIM, teacher_file
 
-from pkd.toolkit.bundle import Bundle, self_test
-from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.runtime import open_bundle
-from pkd.toolkit.space import EmbeddingSpace, describe
+from pkd.toolkit.bundle.bundle import Bundle, self_test
+from pkd.toolkit.core.encoder_info import EmbeddingSpace, describe
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.encoders.base import open_bundle
+from tests.support.bundle_factory import DIM, teacher_file
 
 EXPORT = str(Path(sys.executable).with_name("pkd-export"))
 STATED = ["--teacher-preprocess", "mean=127.5,std=127.5"]
@@ -48,8 +48,8 @@ def test_a_teacher_becomes_a_bundle_that_onnxruntime_alone_can_use(tmp_path: Pat
 
 def test_a_run_becomes_a_bundle_without_noise(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from pkd.toolkit.distill.backbones import build
-    from pkd.toolkit.distill.student import save_student, weights_digest
+    from pkd.toolkit.distill.models.backbones import build
+    from pkd.toolkit.distill.models.student import save_student, weights_digest
 
     torch.manual_seed(0)
     module = build("mobilefacenet:0.25", DIM)

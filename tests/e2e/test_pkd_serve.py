@@ -15,11 +15,11 @@ import time
 import httpx
 import numpy as np
 import pytest
-import serving_bundles as made
-from server_process import COMMAND, serving
 
-from pkd.serving.cli import main
-from pkd.toolkit.bundle import Golden
+from pkd.serving.cli.serve import main
+from pkd.toolkit.bundle.bundle import Golden
+from tests.support import serving_bundles as made
+from tests.support.server_process import COMMAND, serving
 
 CROP = made.png(made.crops(1, seed=3)[0])
 PNG = {"content-type": "image/png"}

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-import serving_bundles as made
-from server_process import serving, until
 
-from pkd.serving.galleries.vault import MasterKey
-from pkd.toolkit.bundle import Golden
+from pkd.serving.galleries.crypto import MasterKey
+from pkd.toolkit.bundle.bundle import Golden
+from tests.support import serving_bundles as made
+from tests.support.server_process import serving, until
 
 COMMAND = str(Path(sys.executable).parent / "pkd-serve")
 CROPS = made.crops(3, seed=3)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
-from ijb_files import write_ijb
 
 from pkd.toolkit.cli.evaluate import main
-from pkd.toolkit.evaluation.draws import read_draws
-from pkd.toolkit.evaluation.lfw import read_lfw
-from pkd.toolkit.evaluation.results import Evaluation
-from pkd.toolkit.images import read_rgb
+from pkd.toolkit.evaluation.datasets.lfw import read_lfw
+from pkd.toolkit.evaluation.metrics.resamples import read_draws
+from pkd.toolkit.evaluation.results.schema import Evaluation
+from pkd.toolkit.images.codec import read_rgb
+from tests.support.evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
+from tests.support.ijb_files import write_ijb
 
 COMMAND = Path(sys.executable).with_name("pkd-evaluate")
 PEOPLE = 40

@@ -12,18 +12,18 @@ pytest.importorskip("torch")
 
 import torch
 from rich.console import Console
-from training_data import SIZE, write_patterns, write_teacher
 
+from pkd.export.checks.golden import synthetic_crops
 from pkd.export.cli import main
-from pkd.export.golden import synthetic_crops
-from pkd.toolkit.bundle import Bundle, self_test
-from pkd.toolkit.cli.encoders import open_encoder
+from pkd.toolkit.bundle.bundle import Bundle, self_test
+from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.distill.config import DistillConfig
-from pkd.toolkit.distill.loop import distill
-from pkd.toolkit.distill.prepare import prepare
-from pkd.toolkit.distill.student import load_student, save_student, weights_digest
-from pkd.toolkit.images import write_rgb
-from pkd.toolkit.space import describe
+from pkd.toolkit.distill.models.open_encoder import open_encoder
+from pkd.toolkit.distill.models.student import load_student, save_student, weights_digest
+from pkd.toolkit.distill.training.loop import distill
+from pkd.toolkit.distill.training.setup import prepare
+from pkd.toolkit.images.codec import write_rgb
+from tests.support.training_data import SIZE, write_patterns, write_teacher
 
 STUDENT = "mobilefacenet-relu:0.125"
 STATED = f"mean=127.5,std=127.5,size={SIZE},template=none"

@@ -10,12 +10,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from serving_bundles import crops, family, running
 
-from pkd.serving.encoders import Encoders
-from pkd.serving.service import Service
-from pkd.serving.settings import Settings
-from pkd.toolkit.images import write_rgb
+from pkd.serving.core.options import Settings
+from pkd.serving.inference.registry import Encoders
+from pkd.serving.matching.service import Service
+from pkd.toolkit.images.codec import write_rgb
+from tests.support.serving_bundles import crops, family, running
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ijb_files import write_ijb
 
 from pkd.toolkit.cli.evaluate import main
-from pkd.toolkit.evaluation.lfw import read_lfw
-from pkd.toolkit.evaluation.results import Evaluation
-from pkd.toolkit.images import read_rgb
+from pkd.toolkit.evaluation.datasets.lfw import read_lfw
+from pkd.toolkit.evaluation.results.schema import Evaluation
+from pkd.toolkit.images.codec import read_rgb
+from tests.support.ijb_files import write_ijb
 
 pytestmark = pytest.mark.shared
 EDGEFACE = ("teacher_edgeface_xs_512.onnx", "mean=127.5,std=127.5")

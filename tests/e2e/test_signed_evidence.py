@@ -12,16 +12,16 @@ from pathlib import Path
 
 import httpx
 import pytest
-from evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
-from server_process import serving
 
 from pkd.export.cli import main as export
-from pkd.serving.cli import main as serve
-from pkd.toolkit.bundle import Bundle, write_bundle
+from pkd.serving.cli.serve import main as serve
+from pkd.toolkit.bundle.bundle import Bundle, write_bundle
+from pkd.toolkit.certificates.signing import PASSPHRASE, SigningKey
 from pkd.toolkit.cli.evaluate import main as evaluate
 from pkd.toolkit.cli.verify import main as verify
-from pkd.toolkit.evaluation.results import Evaluation
-from pkd.toolkit.signing import PASSPHRASE, SigningKey
+from pkd.toolkit.evaluation.results.schema import Evaluation
+from tests.support.evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
+from tests.support.server_process import serving
 
 BIN = Path(sys.executable).parent
 PEOPLE = 60

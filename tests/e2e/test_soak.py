@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import gallery_fixtures as made
 import numpy as np
 import pytest
 from scipy import stats
-from server_process import Server, serving, with_gallery
 
 from pkd.serving.client import Client, Embedding, Enrolled, Refused
+from tests.support import gallery_fixtures as made
+from tests.support.server_process import Server, serving, with_gallery
 
 MINUTES = 30
 WARM_UP = 1 / 5

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from training_data import SIZE, write_patterns, write_teacher
 
-from pkd.toolkit.distill.student import load_student
+from pkd.toolkit.distill.models.student import load_student
+from tests.support.training_data import SIZE, write_patterns, write_teacher
 
 MODULE = ["-m", "pkd.toolkit.cli.distill"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *MODULE]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from skimage.transform import SimilarityTransform
 
-from pkd.toolkit.align import TEMPLATE, similarity, warp
+from pkd.toolkit.images.alignment import TEMPLATE, similarity, warp
 
 
 @pytest.fixture(params=range(5))

@@ -10,23 +10,23 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from bundle_factory import DIM
 from onnx import TensorProto, numpy_helper
 
+from pkd.export.checks.golden import TOLERANCE, synthetic_crops
+from pkd.export.checks.parity import onnx_runner
 from pkd.export.cli import main
-from pkd.export.golden import TOLERANCE, synthetic_crops
-from pkd.export.parity import onnx_runner
+from pkd.export.graph.build import serialise, uint8_graph
 from pkd.export.source import open_teacher
-from pkd.export.to_onnx import serialise, uint8_graph
-from pkd.toolkit.bundle import Bundle, self_test
-from pkd.toolkit.cli.encoders import open_encoder
-from pkd.toolkit.images import Rgb, read_rgb
-from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.runtime import Embeddings, Encoder, open_bundle
-from pkd.toolkit.space import EmbeddingSpace, describe
+from pkd.toolkit.bundle.bundle import Bundle, self_test
+from pkd.toolkit.core.encoder_info import EmbeddingSpace, describe
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.distill.models.open_encoder import open_encoder
+from pkd.toolkit.encoders.base import Embeddings, Encoder, open_bundle
+from pkd.toolkit.images.codec import Rgb, read_rgb
+from tests.support.bundle_factory import DIM
 
 torch = pytest.importorskip("torch")
-from every_operator import every_operator  # noqa: E402  it needs torch
+from tests.support.every_operator import every_operator  # noqa: E402  it needs torch
 
 torch.set_num_threads(1)  # its threads spin where tests run beside each other
 TEACHERS = {
@@ -37,8 +37,8 @@ TEACHERS = {
 
 def student_run(folder: Path, preprocess: Preprocess, backbone: str = "mobilefacenet:0.25") -> Path:
     """A run folder as pkd-distill leaves it, its batch statistics moved away from their start."""
-    from pkd.toolkit.distill.backbones import build
-    from pkd.toolkit.distill.student import save_student, weights_digest
+    from pkd.toolkit.distill.models.backbones import build
+    from pkd.toolkit.distill.models.student import save_student, weights_digest
 
     torch.manual_seed(1)
     module = build(backbone, DIM)
@@ -132,7 +132,7 @@ def test_plain_openvino_loads_every_graph_and_the_ir(tmp_path: Path) -> None:
 
 
 def test_an_arcface_torch_checkpoint(tmp_path: Path) -> None:
-    from pkd.toolkit.distill.backbones import build
+    from pkd.toolkit.distill.models.backbones import build
 
     torch.manual_seed(0)
     torch.save(build("iresnet18", DIM).state_dict(), tmp_path / "backbone.pt")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_faces import PREPROCESS, write_teacher
-from ijb_files import write_ijb
 
-from pkd.toolkit.evaluation import template_matching
-from pkd.toolkit.evaluation.protocol import Options
-from pkd.toolkit.evaluation.templates import read_templates
-from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.runtime import open_onnx
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.encoders.base import open_onnx
+from pkd.toolkit.evaluation.datasets.ijb import read_templates
+from pkd.toolkit.evaluation.protocols import templates as template_matching
+from pkd.toolkit.evaluation.protocols.common import Options
+from tests.support.evaluation_faces import PREPROCESS, write_teacher
+from tests.support.ijb_files import write_ijb
 
 
 @contextmanager

@@ -13,14 +13,14 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from bundle_factory import DIM, network
 from onnx import version_converter
 
+from pkd.export.checks.golden import synthetic_crops
 from pkd.export.cli import main
-from pkd.export.golden import synthetic_crops
-from pkd.export.to_onnx import IR_VERSION, OPSET, WEB_IR_VERSION, WEB_OPSET, uint8_graph
-from pkd.toolkit.bundle import Bundle
-from pkd.toolkit.preprocess import Preprocess
+from pkd.export.graph.build import IR_VERSION, OPSET, WEB_IR_VERSION, WEB_OPSET, uint8_graph
+from pkd.toolkit.bundle.bundle import Bundle
+from pkd.toolkit.core.preprocess import Preprocess
+from tests.support.bundle_factory import DIM, network
 
 PACKAGE = "onnxruntime-web@1.30.0"
 SCRIPT = """
@@ -75,7 +75,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
 @pytest.mark.network
 def test_every_file_for_onnxruntime_computes_the_golden_embeddings_in_a_browser(ask: Ask, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from every_operator import every_operator
+    from tests.support.every_operator import every_operator
 
     onnx.save(every_operator(), str(tmp_path / "t.onnx"))
     teacher = ["--teacher", str(tmp_path / "t.onnx"), "--teacher-preprocess", "channels=bgr,mean=127.5,std=128"]

@@ -14,15 +14,15 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
-from training_data import SIZE, make_pyramid, write_patterns
 
+from pkd.toolkit.core.errors import BadHead, InputError
 from pkd.toolkit.distill.config import DistillConfig
-from pkd.toolkit.distill.frozen_head import FrozenHead, frozen_cross_entropy
-from pkd.toolkit.distill.margin import Margin
-from pkd.toolkit.distill.prepare import prepare
-from pkd.toolkit.distill.ranks import ALONE, Ranks, ShardedHead, join_ranks
-from pkd.toolkit.distill.trainer import Trainer
-from pkd.toolkit.errors import BadHead, InputError
+from pkd.toolkit.distill.heads.frozen_softmax import FrozenHead, frozen_cross_entropy
+from pkd.toolkit.distill.heads.margin import Margin
+from pkd.toolkit.distill.training.distributed import ALONE, Ranks, ShardedHead, join_ranks
+from pkd.toolkit.distill.training.setup import prepare
+from pkd.toolkit.distill.training.trainer import Trainer
+from tests.support.training_data import SIZE, make_pyramid, write_patterns
 
 CLASSES, DIM = 301, 24
 MARGIN = Margin.parse("arcface:0.5")

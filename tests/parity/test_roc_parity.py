@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_curve
 
-from pkd.toolkit.evaluation.pairs import Pairing
-from pkd.toolkit.evaluation.rates import equal_error_rate, fmr_at, rates, raw_fmr_at
-from pkd.toolkit.evaluation.scores import score_pairs
+from pkd.toolkit.evaluation.metrics.error_rates import equal_error_rate, fmr_at, rates, raw_fmr_at
+from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
+from pkd.toolkit.evaluation.metrics.pairing import Pairing
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from bundle_attack import OURS, THEIRS, TRUSTED, failed, refused, signed_bundle
-from bundle_factory import content, network, replace_file, rewrite
 
-from pkd.export.to_onnx import serialise, uint8_graph
-from pkd.toolkit import bundle_folder
-from pkd.toolkit.bundle import Bundle, Golden, pack_golden, write_bundle
-from pkd.toolkit.errors import BundleError, NotTrusted
-from pkd.toolkit.runtime import open_bundle
-from pkd.toolkit.verification import verify
+from pkd.export.graph.build import serialise, uint8_graph
+from pkd.toolkit.bundle import folder
+from pkd.toolkit.bundle.bundle import Bundle, Golden, pack_golden, write_bundle
+from pkd.toolkit.cli.verification import verify
+from pkd.toolkit.core.errors import BundleError, NotTrusted
+from pkd.toolkit.encoders.base import open_bundle
+from tests.support.bundle_attack import OURS, THEIRS, TRUSTED, failed, refused, signed_bundle
+from tests.support.bundle_factory import content, network, replace_file, rewrite
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_signature_is_no_part_of_older_schemas_nor_of_the_list(signed: Path) -
 
 def test_what_nobody_trusted_signed_is_not_run(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (signed / "manifest.json.sig").unlink()
-    monkeypatch.setattr("pkd.toolkit.verification.open_bundle", lambda bundle: pytest.fail("it was loaded"))
+    monkeypatch.setattr("pkd.toolkit.cli.verification.open_bundle", lambda bundle: pytest.fail("it was loaded"))
     (golden,) = (c for c in verify(signed, TRUSTED).checks if c.question == "reproduces its golden embeddings")
     assert golden.result == "not checked" and "not run" in golden.detail
 
@@ -150,17 +150,17 @@ def test_a_manifest_of_a_hundred_thousand_equal_keys_is_refused_at_once(signed: 
 
 def test_too_many_too_large_and_together_too_large(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With small limits; the files are real."""
-    monkeypatch.setattr(bundle_folder, "MAX_BUNDLE", 5000)
+    monkeypatch.setattr(folder, "MAX_BUNDLE", 5000)
     refused(signed, r"signed: its files have .* over the limit of 5,000 \(largest: golden\.npz\)")
-    monkeypatch.setattr(bundle_folder, "MAX_FILE", 5000)
+    monkeypatch.setattr(folder, "MAX_FILE", 5000)
     refused(signed, r"signed/(golden\.npz|encoder\.onnx): has .* over the limit of 5,000")
-    monkeypatch.setattr(bundle_folder, "MAX_FILES", 3)
+    monkeypatch.setattr(folder, "MAX_FILES", 3)
     refused(signed, r"signed: holds more than 3 files")
 
 
 def test_a_sparse_file_beyond_the_limit_is_refused_unread(signed: Path) -> None:
     with (signed / "encoder.onnx").open("r+b") as file:
-        file.truncate(bundle_folder.MAX_FILE + 1)
+        file.truncate(folder.MAX_FILE + 1)
     refused(signed, r"encoder\.onnx: has 2,147,483,649 bytes")
 
 

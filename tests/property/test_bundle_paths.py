@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from bundle_factory import bundle, content
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pkd.toolkit.bundle import Bundle, write_bundle
-from pkd.toolkit.bundle_folder import check_name, list_files
-from pkd.toolkit.errors import BundleError
+from pkd.toolkit.bundle.bundle import Bundle, write_bundle
+from pkd.toolkit.bundle.folder import check_name, list_files
+from pkd.toolkit.core.errors import BundleError
+from tests.support.bundle_factory import bundle, content
 
 PARTS = st.one_of(
     st.sampled_from(["..", ".", "", "a", "b.onnx", "C:", "~", "\\", "..\\x", "/", "\0", " ", "..."]),

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pkd.toolkit.certificate import Calibration, Certificate
-from pkd.toolkit.errors import BadVector, UnsupportedFmr
-from pkd.toolkit.evaluation.certify import certify
-from pkd.toolkit.evaluation.measure import measure
-from pkd.toolkit.evaluation.pairs import Pairing
-from pkd.toolkit.evaluation.results import Data, Evaluation
-from pkd.toolkit.evaluation.scores import score_pairs
-from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.space import describe
+from pkd.toolkit.certificates.certificate import Calibration, Certificate
+from pkd.toolkit.core.encoder_info import describe
+from pkd.toolkit.core.errors import BadVector, UnsupportedFmr
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.evaluation.comparison.certify import certify
+from pkd.toolkit.evaluation.metrics.operating_points import measure
+from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
+from pkd.toolkit.evaluation.metrics.pairing import Pairing
+from pkd.toolkit.evaluation.results.schema import Data, Evaluation
 
 ENCODER = describe("tiny", "teacher", "0" * 64, Preprocess(), 6)
 EVALUATION = Evaluation(

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recordio_writer import MAGIC, insightface_records, write_records
 
-from pkd.toolkit.errors import InputError
-from pkd.toolkit.recordio import read_recordio
-from pkd.toolkit.tar_shards import read_tar
+from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.data.recordio import read_recordio
+from pkd.toolkit.data.tar import read_tar
+from tests.support.recordio_writer import MAGIC, insightface_records, write_records
 
 PIECES = st.lists(st.sampled_from([MAGIC, b"\x00", b"ab", b"cdef", MAGIC[:2], b"\xff" * 5]), min_size=1, max_size=12)
 IMAGES = st.lists(st.tuples(st.integers(0, 2**24 - 1), PIECES.map(b"".join)), min_size=1, max_size=8)

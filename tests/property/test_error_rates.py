@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import evaluation_oracle as oracle
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit.evaluation import scores as scores_module
-from pkd.toolkit.evaluation.pairs import Pairing
-from pkd.toolkit.evaluation.rates import (
+from pkd.toolkit.evaluation.metrics import pair_scores as scores_module
+from pkd.toolkit.evaluation.metrics.error_rates import (
     drawn_rates,
     equal_error_rate,
     fmr_at,
@@ -20,7 +18,9 @@ from pkd.toolkit.evaluation.rates import (
     raw_fmr_at,
     raw_impostor_cumulative,
 )
-from pkd.toolkit.evaluation.scores import BINS, bin_edges, bin_of, score_pairs
+from pkd.toolkit.evaluation.metrics.pair_scores import BINS, bin_edges, bin_of, score_pairs
+from pkd.toolkit.evaluation.metrics.pairing import Pairing
+from tests.support import evaluation_oracle as oracle
 
 TARGETS = np.array([0.5, 0.25, 0.1, 0.02])
 SETTINGS = settings(max_examples=60, deadline=None)

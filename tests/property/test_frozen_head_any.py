@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from pkd.toolkit.distill.frozen_head import frozen_cross_entropy, streaming_logsumexp
-from pkd.toolkit.distill.margin import Margin, margin_cross_entropy
+from pkd.toolkit.distill.heads.frozen_softmax import frozen_cross_entropy, streaming_logsumexp
+from pkd.toolkit.distill.heads.margin import Margin, margin_cross_entropy
 
 
 @settings(max_examples=60, deadline=None)

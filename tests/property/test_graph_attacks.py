@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from bundle_attack import failed, refused
-from bundle_factory import bundle, content, replace_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from pkd.toolkit import onnx_file
-from pkd.toolkit.bundle import Bundle, write_bundle
-from pkd.toolkit.errors import BundleError
-from pkd.toolkit.onnx_file import check_onnx
-from pkd.toolkit.runtime import make_session
-from pkd.toolkit.target import Target
+from pkd.toolkit.bundle import onnx_check
+from pkd.toolkit.bundle.bundle import Bundle, write_bundle
+from pkd.toolkit.bundle.onnx_check import check_onnx
+from pkd.toolkit.bundle.target import Target
+from pkd.toolkit.core.errors import BundleError
+from pkd.toolkit.encoders.base import make_session
+from tests.support.bundle_attack import failed, refused
+from tests.support.bundle_factory import bundle, content, replace_file
 
 
 def graph(*nodes: onnx.NodeProto, tensors: tuple[TensorProto, ...] = ()) -> onnx.ModelProto:
@@ -169,17 +169,17 @@ def test_every_way_to_a_tensor_is_known() -> None:
         for name in kinds
         if name not in ("TensorProto", "SparseTensorProto")
     }
-    assert ways == onnx_file.INSIDE
+    assert ways == onnx_check.INSIDE
     numbers = {field.name: field.number for field in TensorProto.DESCRIPTOR.fields}
-    assert numbers["data_type"] == onnx_file.TENSOR_TYPE and numbers["name"] == onnx_file.TENSOR_NAME
-    assert numbers["external_data"] == onnx_file.TENSOR_EXTERNAL and numbers["dims"] == onnx_file.TENSOR_DIMS
-    assert numbers["data_location"] == onnx_file.TENSOR_LOCATION
+    assert numbers["data_type"] == onnx_check.TENSOR_TYPE and numbers["name"] == onnx_check.TENSOR_NAME
+    assert numbers["external_data"] == onnx_check.TENSOR_EXTERNAL and numbers["dims"] == onnx_check.TENSOR_DIMS
+    assert numbers["data_location"] == onnx_check.TENSOR_LOCATION
     assert {number for name, number in numbers.items() if name.endswith("_data")} == (
-        onnx_file.TENSOR_NUMBERS | {onnx_file.TENSOR_EXTERNAL}
+        onnx_check.TENSOR_NUMBERS | {onnx_check.TENSOR_EXTERNAL}
     )
     kinds_of_numbers = dict(TensorProto.DataType.items())
     for name, share in {"UINT4": 2, "INT4": 2, "FLOAT4E2M1": 2, "UINT2": 4, "INT2": 4}.items():
-        assert name not in kinds_of_numbers or onnx_file.PACKED[kinds_of_numbers[name]] == share
+        assert name not in kinds_of_numbers or onnx_check.PACKED[kinds_of_numbers[name]] == share
 
 
 def test_a_tag_of_which_parsers_drop_the_upper_bits_hides_nothing() -> None:
@@ -201,7 +201,7 @@ def test_onnxruntime_would_read_a_file_beside(tmp_path: Path, monkeypatch: pytes
 
 
 def test_more_parts_than_any_encoder_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_file, "MAX_PARTS", 1000)
+    monkeypatch.setattr(onnx_check, "MAX_PARTS", 1000)
     with pytest.raises(BundleError, match=r"x\.onnx: has more than 1,000 parts"):
         check_onnx(b"\x08\x08" * 1001, "x.onnx")
     with pytest.raises(BundleError, match=r"x\.onnx: has more than 1,000 parts"):
@@ -224,7 +224,7 @@ def test_any_bytes_are_judged_without_a_stumble(data: bytes, cut: int) -> None:
 SWELLS = """
 import resource, sys
 from pathlib import Path
-from pkd.toolkit.verification import verify
+from pkd.toolkit.cli.verification import verify
 resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
 (failure,) = verify(Path(sys.argv[1]), None).failures
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss counts the parent's

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import evaluation_oracle as oracle
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit.errors import InputError
-from pkd.toolkit.evaluation.demographics import divide, measure_groups
-from pkd.toolkit.evaluation.labels import Labels
-from pkd.toolkit.evaluation.measure import measure
-from pkd.toolkit.evaluation.pairs import Pairing
-from pkd.toolkit.evaluation.rates import EXPECTED
-from pkd.toolkit.evaluation.scores import score_pairs
-from pkd.toolkit.groups import Attribute
-from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.space import describe
+from pkd.toolkit.certificates.demographic_groups import Attribute
+from pkd.toolkit.core.encoder_info import describe
+from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.evaluation.metrics.demographics import divide, measure_groups
+from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED
+from pkd.toolkit.evaluation.metrics.labels import Labels
+from pkd.toolkit.evaluation.metrics.operating_points import measure
+from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
+from pkd.toolkit.evaluation.metrics.pairing import Pairing
+from tests.support import evaluation_oracle as oracle
 
 ENCODER = describe("tiny", "teacher", "0" * 64, Preprocess(), 5)
 FMRS = (0.3, 0.1, 0.03)

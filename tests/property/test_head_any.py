@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from head_data import unit, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit.distill.duplicates import merge, neighbours
-from pkd.toolkit.distill.head import class_means, image_centres, merge_classes, read_head
+from pkd.toolkit.distill.heads.duplicates import merge, neighbours
+from pkd.toolkit.distill.heads.head import class_means, image_centres, merge_classes, read_head
+from tests.support.head_data import unit, write_shards
 
 
 @settings(max_examples=30, deadline=None)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import identification_oracle as oracle
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
-from pkd.toolkit.evaluation import search as search_module
-from pkd.toolkit.evaluation.identification import Rates
-from pkd.toolkit.evaluation.pairs import Pairing
-from pkd.toolkit.evaluation.search import joined, one_gallery, search, two_galleries
+from pkd.toolkit.evaluation.metrics import search as search_module
+from pkd.toolkit.evaluation.metrics.identification import Rates
+from pkd.toolkit.evaluation.metrics.pairing import Pairing
+from pkd.toolkit.evaluation.metrics.search import joined, one_gallery, search, two_galleries
+from tests.support import identification_oracle as oracle
 
 FPIRS = np.array([0.9, 0.5, 0.3, 0.1, 0.01])
 RANKS = (1, 2, 5)

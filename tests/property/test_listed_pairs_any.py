@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import evaluation_oracle as oracle
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit.evaluation import listed_pairs as listed_module
-from pkd.toolkit.evaluation import scores as scores_module
-from pkd.toolkit.evaluation.bootstrap import bootstrap
-from pkd.toolkit.evaluation.listed_pairs import ListedPairs, listed, read_pair_labels, score_listed
-from pkd.toolkit.evaluation.rates import (
+from pkd.toolkit.evaluation.metrics import listed_pairs as listed_module
+from pkd.toolkit.evaluation.metrics import pair_scores as scores_module
+from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap
+from pkd.toolkit.evaluation.metrics.error_rates import (
     drawn_rates,
     equal_error_rate,
     impostor_cumulative,
     rates,
     raw_impostor_cumulative,
 )
-from pkd.toolkit.evaluation.scores import PairScores
+from pkd.toolkit.evaluation.metrics.listed_pairs import ListedPairs, listed, read_pair_labels, score_listed
+from pkd.toolkit.evaluation.metrics.pair_scores import PairScores
+from tests.support import evaluation_oracle as oracle
 
 TARGETS = np.array([0.5, 0.25, 0.1, 0.02])
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pkd.serving.galleries.matrix import FEW, TILE, Matrix, products
+from pkd.serving.galleries.index.exact_index import FEW, TILE, Matrix, products
 
 DIM = 8
 

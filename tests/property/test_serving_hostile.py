@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from urllib.parse import quote
 
-import gallery_fixtures
 import pytest
-import serving_bundles as made
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pkd.serving.problems import PROBLEMS
+from pkd.serving.core.problems import PROBLEMS
+from tests.support import gallery_fixtures
+from tests.support import serving_bundles as made
 
 GOOD = made.png(made.crops(1, seed=3)[0])
 ROUTES = st.sampled_from(

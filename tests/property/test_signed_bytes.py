@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bundle_factory import certificate
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit.errors import NotTrusted
-from pkd.toolkit.signing import Signature, SigningKey, TrustedKeys
+from pkd.toolkit.certificates.signing import Signature, SigningKey, TrustedKeys
+from pkd.toolkit.core.errors import NotTrusted
+from tests.support.bundle_factory import certificate
 
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 TRUSTED = TrustedKeys([KEY.private.public_key()])

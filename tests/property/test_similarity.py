@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkd.toolkit.align import TEMPLATE, similarity
+from pkd.toolkit.images.alignment import TEMPLATE, similarity
 
 finite = st.floats(-500, 500)
 

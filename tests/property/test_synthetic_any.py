@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit.synthetic import OCCLUSIONS, Conditions, Identity, draw
+from pkd.toolkit.synthetic.faces import OCCLUSIONS, Conditions, Identity, draw
 
 FACTOR = st.floats(-1, 1)
 IDENTITIES = st.builds(

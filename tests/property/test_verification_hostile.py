@@ -13,16 +13,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit.certificate import file_name
-from pkd.toolkit.evaluation.certify import certify
-from pkd.toolkit.evaluation.measure import measure
-from pkd.toolkit.evaluation.pairs import Pairing
-from pkd.toolkit.evaluation.results import Data, Evaluation
-from pkd.toolkit.evaluation.scores import score_pairs
-from pkd.toolkit.preprocess import Preprocess
-from pkd.toolkit.signing import SigningKey, TrustedKeys, write_signed
-from pkd.toolkit.space import describe
-from pkd.toolkit.verification import verify
+from pkd.toolkit.certificates.certificate import file_name
+from pkd.toolkit.certificates.signing import SigningKey, TrustedKeys, write_signed
+from pkd.toolkit.cli.verification import verify
+from pkd.toolkit.core.encoder_info import describe
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.evaluation.comparison.certify import certify
+from pkd.toolkit.evaluation.metrics.operating_points import measure
+from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
+from pkd.toolkit.evaluation.metrics.pairing import Pairing
+from pkd.toolkit.evaluation.results.schema import Data, Evaluation
 
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 TRUSTED = TrustedKeys([KEY.private.public_key()])

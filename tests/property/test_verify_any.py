@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import serving_bundles as made
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkd.serving import verify
-from pkd.serving.verify import FEW, Shown, Terms, decide, is_quick
-from pkd.toolkit.certificate import CertificateFile
-from pkd.toolkit.errors import BadVector
+from pkd.serving.matching import verification
+from pkd.serving.matching.verification import FEW, Shown, Terms, decide, is_quick
+from pkd.toolkit.certificates.certificate import CertificateFile
+from pkd.toolkit.core.errors import BadVector
+from tests.support import serving_bundles as made
 
 DIM = 4
 KEYLESS = SimpleNamespace(keys=None)
@@ -70,8 +70,8 @@ def subjects(draw):
 @given(subjects(), st.sampled_from([1, 7, 2**20]))
 def test_many_templates_are_decided_as_if_each_two_were_compared(two, at_once):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "FEW", 0)
-        patch.setattr(verify, "AT_ONCE", at_once)
+        patch.setattr(verification, "FEW", 0)
+        patch.setattr(verification, "AT_ONCE", at_once)
         decision = decide(KEYLESS, SETTLED, *two)
     expected = one_by_one(SETTLED, *two)
     assert tuple(decision[part] for part in ("score", "a", "b", "comparisons")) == expected

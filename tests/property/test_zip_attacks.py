@@ -11,18 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bundle_attack import OURS, TRUSTED, refused, signed_bundle
-from bundle_factory import content
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit import bundle_folder, bundle_zip
-from pkd.toolkit.bundle import Bundle, write_bundle
-from pkd.toolkit.bundle_zip import zip_path
-from pkd.toolkit.cli.encoders import open_encoder
-from pkd.toolkit.errors import BundleError, NotTrusted
-from pkd.toolkit.target import Target
-from pkd.toolkit.verification import verify
+from pkd.toolkit.bundle import archive, folder
+from pkd.toolkit.bundle.archive import zip_path
+from pkd.toolkit.bundle.bundle import Bundle, write_bundle
+from pkd.toolkit.bundle.target import Target
+from pkd.toolkit.cli.verification import verify
+from pkd.toolkit.core.errors import BundleError, NotTrusted
+from pkd.toolkit.distill.models.open_encoder import open_encoder
+from tests.support.bundle_attack import OURS, TRUSTED, refused, signed_bundle
+from tests.support.bundle_factory import content
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def signed(tmp_path: Path) -> Path:
 def zipped(path: Path, change: Callable[[zipfile.ZipFile, dict[str, bytes]], object]) -> Path:
     """The bundle at ``path`` as an attacker would pack it: ``change`` writes what it likes."""
     made = path.parent / "made.zip"
-    files = {name: (path / name).read_bytes() for name in bundle_folder.list_files(path)}
+    files = {name: (path / name).read_bytes() for name in folder.list_files(path)}
     with warnings.catch_warnings(), zipfile.ZipFile(made, "w") as archive:
         warnings.simplefilter("ignore")
         change(archive, files)
@@ -43,7 +43,7 @@ def zipped(path: Path, change: Callable[[zipfile.ZipFile, dict[str, bytes]], obj
 
 
 def entry(name: str, mode: int = 0, packing: int = zipfile.ZIP_STORED) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo("x", bundle_zip.EPOCH)
+    info = zipfile.ZipInfo("x", archive.EPOCH)
     info.filename, info.external_attr, info.compress_type = name, mode << 16, packing
     return info
 
@@ -118,7 +118,7 @@ def test_links_doubles_and_strange_packing_in_a_zip_are_refused(signed: Path) ->
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_folder, "MAX_BUNDLE", 10 << 20)
+    monkeypatch.setattr(folder, "MAX_BUNDLE", 10 << 20)
     zeros = bytes(4 << 20)
 
     def bomb(archive: zipfile.ZipFile, files: dict[str, bytes]) -> None:
@@ -128,7 +128,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(signed: Path, monkeypatch: 
     made = zipped(signed, bomb)
     assert made.stat().st_size < 200_000
     refused(made, r"made\.zip: its files have .* bytes, over the limit of 10,485,760 \(largest: zeros0\)")
-    monkeypatch.setattr(bundle_folder, "MAX_FILE", 1 << 20)
+    monkeypatch.setattr(folder, "MAX_FILE", 1 << 20)
     refused(made, r"made\.zip/zeros0: has 4,194,304 bytes")
 
 
@@ -143,7 +143,7 @@ def test_a_zip_that_lies_about_its_sizes_is_refused(signed: Path) -> None:
     data = made.read_bytes()
     made.write_bytes(data.replace((9999).to_bytes(4, "little"), (4).to_bytes(4, "little")))
     with pytest.raises(BundleError, match=r"made\.zip"):
-        bundle_zip.read_zip(made, "certificates/x.json")
+        archive.read_zip(made, "certificates/x.json")
 
 
 @pytest.mark.parametrize(

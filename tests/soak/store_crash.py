@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.serving.galleries.gallery import Enrolled, Enrolment, NewTemplate, Space
-from pkd.serving.galleries.sqlite_file import SqliteFile
-from pkd.serving.galleries.sqlite_inspection import inspect
-from pkd.serving.galleries.sqlite_store import SqliteStore
-from pkd.serving.galleries.vault import MasterKey
+from pkd.serving.galleries.crypto import MasterKey
+from pkd.serving.galleries.database import SqliteFile
+from pkd.serving.galleries.sqlite.inspection import inspect
+from pkd.serving.galleries.sqlite.store import SqliteStore
+from pkd.serving.galleries.store import Enrolled, Enrolment, NewTemplate, Space
 
 DIM, THREADS, TEMPLATES = 64, 3, 3
 SPACE = Space("space@sha256:0", DIM)

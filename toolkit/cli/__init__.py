@@ -1,1 +1,1 @@
-"""The commands: argv → config → one call. Each file is one command."""
+"""Turn command lines into calls: one file a command. Imports everything of the toolkit; nothing imports it."""

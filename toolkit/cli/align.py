@@ -14,12 +14,12 @@ from pathlib import Path
 import cv2
 from rich.console import Console
 
-from pkd.toolkit.align import SIZE, warp
-from pkd.toolkit.command import Result, make_parser, progress, run
-from pkd.toolkit.detect import Detector, choose, open_detector
-from pkd.toolkit.errors import InputError, PkdError
-from pkd.toolkit.images import SUFFIXES, read_rgb, write_rgb
-from pkd.toolkit.record import Record
+from pkd.toolkit.core.cli_support import Result, make_parser, progress, run
+from pkd.toolkit.core.errors import InputError, PkdError
+from pkd.toolkit.core.models import Record
+from pkd.toolkit.encoders.detector import Detector, choose, open_detector
+from pkd.toolkit.images.alignment import SIZE, warp
+from pkd.toolkit.images.codec import SUFFIXES, read_rgb, write_rgb
 
 EXAMPLES = """
   pkd-align photos faces --detector yunet.onnx

@@ -10,16 +10,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pkd.toolkit.command import Result, make_parser, run
-from pkd.toolkit.errors import InputError
-from pkd.toolkit.evaluation.compare import rank
-from pkd.toolkit.evaluation.compare_page import render_ranking, verdict, write_ranking_figures
-from pkd.toolkit.evaluation.compare_plots import probability, what
-from pkd.toolkit.evaluation.drawing import require_plots
-from pkd.toolkit.evaluation.page import points
-from pkd.toolkit.evaluation.ranking import Ranking
-from pkd.toolkit.evaluation.runs import read_runs
-from pkd.toolkit.evaluation.statistics import STATISTICS
+from pkd.toolkit.core.cli_support import Result, make_parser, run
+from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.evaluation.comparison.compare import rank
+from pkd.toolkit.evaluation.comparison.load import read_runs
+from pkd.toolkit.evaluation.comparison.ranking import Ranking
+from pkd.toolkit.evaluation.comparison.statistics import STATISTICS
+from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict, write_ranking_figures
+from pkd.toolkit.evaluation.report.compare_plots import probability, what
+from pkd.toolkit.evaluation.report.drawing import require_plots
+from pkd.toolkit.evaluation.report.html import points
 
 EXAMPLES = """
   pkd-compare runs/l2kd/evaluation runs/proxylesskd/evaluation --out comparison

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pkd.toolkit.command import Result, make_parser, run
-from pkd.toolkit.demo import OWN_MINUTES, STEPS, DemoConfig, Outcome, run_demo, summary
-from pkd.toolkit.errors import MissingExtra
+from pkd.toolkit.core.cli_support import Result, make_parser, run
+from pkd.toolkit.core.errors import MissingExtra
+from pkd.toolkit.demo.run import OWN_MINUTES, STEPS, DemoConfig, Outcome, run_demo, summary
 
 EXAMPLES = """
   pkd-demo                                      synthetic people, offline, under five minutes on two cores

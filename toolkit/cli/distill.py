@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from pkd.toolkit import command
-from pkd.toolkit.cli.encoders import open_encoder
-from pkd.toolkit.errors import InputError, MissingExtra
-from pkd.toolkit.space import check_name
+from pkd.toolkit.core import cli_support
+from pkd.toolkit.core.encoder_info import check_name
+from pkd.toolkit.core.errors import InputError, MissingExtra
+from pkd.toolkit.distill.models.open_encoder import open_encoder
 
 if TYPE_CHECKING:
-    from pkd.toolkit.distill.head_audit import Audit
-    from pkd.toolkit.distill.ranks import Ranks
+    from pkd.toolkit.distill.heads.audit import Audit
+    from pkd.toolkit.distill.training.distributed import Ranks
 
 EXAMPLES = """
   pkd-distill --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --faces crops/ --out runs/student
@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"pkd-distill: {MissingExtra(error.name or 'torch', 'train')}", file=sys.stderr)
         return MissingExtra.exit_code
-    return command.run(_parser(), _run, argv)
+    return cli_support.run(_parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     from pkd.toolkit.distill.config import DistillConfig
 
-    parser = command.make_parser("pkd-distill", __doc__ or "", EXAMPLES)
+    parser = cli_support.make_parser("pkd-distill", __doc__ or "", EXAMPLES)
     for name, field in DistillConfig.model_fields.items():
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         default = "" if default in {None, ""} or field.is_required() else f" [{default}]"
@@ -76,7 +76,7 @@ def _kind(annotation: Any) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace, console: Console) -> Mapping[str, Any]:
-    from pkd.toolkit.distill.ranks import join_ranks
+    from pkd.toolkit.distill.training.distributed import join_ranks
 
     with join_ranks() as ranks:
         if not ranks.first:  # one voice is enough
@@ -85,8 +85,8 @@ def _run(args: argparse.Namespace, console: Console) -> Mapping[str, Any]:
 
 
 def _distill(args: argparse.Namespace, console: Console, ranks: Ranks) -> Mapping[str, Any]:
-    from pkd.toolkit.distill.loop import distill
-    from pkd.toolkit.distill.prepare import prepare
+    from pkd.toolkit.distill.training.loop import distill
+    from pkd.toolkit.distill.training.setup import prepare
 
     config = _config(args)
     ranks.share(config.batch)
@@ -105,7 +105,7 @@ def _distill(args: argparse.Namespace, console: Console, ranks: Ranks) -> Mappin
 
 def _config(args: argparse.Namespace) -> Any:
     from pkd.toolkit.distill.config import DistillConfig
-    from pkd.toolkit.distill.loop import CHECKPOINT, CONFIG
+    from pkd.toolkit.distill.training.loop import CHECKPOINT, CONFIG
 
     given = {name: value for name, value in vars(args).items() if name in DistillConfig.model_fields}
     run = Path(args.out)
@@ -128,11 +128,11 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def _validated(values: Mapping[str, Any]) -> Any:
-    from pkd.toolkit.distill.backbones import parse
     from pkd.toolkit.distill.config import DistillConfig
-    from pkd.toolkit.distill.head_choice import HeadChoice
-    from pkd.toolkit.distill.margin import Margin
-    from pkd.toolkit.distill.methods import WeightedSum
+    from pkd.toolkit.distill.heads.margin import Margin
+    from pkd.toolkit.distill.heads.resolve import HeadChoice
+    from pkd.toolkit.distill.losses.registry import WeightedSum
+    from pkd.toolkit.distill.models.backbones import parse
 
     try:
         config = DistillConfig.model_validate({"faces": (), **values})

@@ -11,27 +11,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pkd.toolkit.certificate import Interval
-from pkd.toolkit.cli.encoders import open_encoder
+from pkd.toolkit.certificates.certificate import Interval
+from pkd.toolkit.certificates.signing import SigningKey, write_signed
 from pkd.toolkit.cli.identification_table import identification_table
-from pkd.toolkit.command import Result, make_parser, progress, run
-from pkd.toolkit.embed import default_cache
-from pkd.toolkit.errors import InputError
-from pkd.toolkit.evaluation.baselines import require_control, with_maps
-from pkd.toolkit.evaluation.cross_matrix import cross_matrix
-from pkd.toolkit.evaluation.draws import write_draws
-from pkd.toolkit.evaluation.labels import read_labels
-from pkd.toolkit.evaluation.lineup import Lineup
-from pkd.toolkit.evaluation.outcome import Outcome
-from pkd.toolkit.evaluation.pair_accuracy import pair_list_accuracy
-from pkd.toolkit.evaluation.pair_sources import read_pairs
-from pkd.toolkit.evaluation.protocol import Bar, Options
-from pkd.toolkit.evaluation.report import render, require_plots, write_figures
-from pkd.toolkit.evaluation.results import Evaluation
-from pkd.toolkit.evaluation.template_matching import template_matching
-from pkd.toolkit.evaluation.templates import read_templates
-from pkd.toolkit.faces import FaceSet
-from pkd.toolkit.signing import SigningKey, write_signed
+from pkd.toolkit.core.cli_support import Result, make_parser, progress, run
+from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.distill.models.open_encoder import open_encoder
+from pkd.toolkit.encoders.embed import default_cache
+from pkd.toolkit.evaluation.comparison.outcome import Outcome
+from pkd.toolkit.evaluation.datasets.ijb import read_templates
+from pkd.toolkit.evaluation.datasets.pair_sources import read_pairs
+from pkd.toolkit.evaluation.metrics.labels import read_labels
+from pkd.toolkit.evaluation.metrics.resamples import write_draws
+from pkd.toolkit.evaluation.protocols.all_pairs import cross_matrix
+from pkd.toolkit.evaluation.protocols.baselines import require_control, with_maps
+from pkd.toolkit.evaluation.protocols.common import Bar, Options
+from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
+from pkd.toolkit.evaluation.protocols.pair_list import pair_list_accuracy
+from pkd.toolkit.evaluation.protocols.templates import template_matching
+from pkd.toolkit.evaluation.report.evaluation_page import render, require_plots, write_figures
+from pkd.toolkit.evaluation.results.schema import Evaluation
 
 EXAMPLES = """
   pkd-evaluate --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --student run --faces test --out eval

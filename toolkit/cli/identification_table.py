@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from pkd.toolkit.certificate import Interval
-from pkd.toolkit.evaluation.results import Evaluation
+from pkd.toolkit.certificates.certificate import Interval
+from pkd.toolkit.evaluation.results.schema import Evaluation
 
 
 def identification_table(evaluation: Evaluation) -> Table:

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pkd.toolkit.command import Result, make_parser, run
-from pkd.toolkit.errors import InputError, NotTrusted
-from pkd.toolkit.signing import TrustedKeys, new_key
-from pkd.toolkit.verification import Check, Verdict, verify
+from pkd.toolkit.certificates.signing import TrustedKeys, new_key
+from pkd.toolkit.cli.verification import Check, Verdict, verify
+from pkd.toolkit.core.cli_support import Result, make_parser, run
+from pkd.toolkit.core.errors import InputError, NotTrusted
 
 EXAMPLES = """
   pkd-verify --new-key evidence.pem                              # writes evidence.pem and evidence.pub.pem

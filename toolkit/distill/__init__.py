@@ -1,1 +1,4 @@
-"""Everything that needs torch."""
+"""Train students into a teacher's embedding space.
+
+The only folder, with export, whose code needs torch; imports encoders and below, never evaluation.
+"""

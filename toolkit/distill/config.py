@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import ConfigDict, field_validator, model_validator
 
-from pkd.toolkit.errors import InputError
-from pkd.toolkit.record import Record
+from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.models import Record
 
 
 class DistillConfig(Record):

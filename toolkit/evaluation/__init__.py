@@ -1,1 +1,4 @@
-"""Evidence: error rates of ordered encoder pairs with intervals, certificates, and the report. Knows no torch."""
+"""Measure error rates of ordered encoder pairs with intervals, and report them.
+
+Knows no torch; imports encoders and below, never distill.
+"""

@@ -1,0 +1,58 @@
+"""Which measured certificates, and which report, belong into a bundle: those about its encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pkd.toolkit.bundle.bundle import require_about
+from pkd.toolkit.certificates.certificate import CertificateFile
+from pkd.toolkit.certificates.signing import SUFFIX
+from pkd.toolkit.core.encoder_info import EncoderInfo, short
+from pkd.toolkit.core.errors import InputError
+
+
+def collect(sources: Sequence[Path], *encoders: EncoderInfo) -> dict[str, bytes]:
+    """Bundle files from evaluations: certificates that name one of ``encoders``, signatures, the first report.html.
+
+    ``sources``: pkd-evaluate folders, folders of certificates, or certificate files. Raises InputError for a source
+    without a certificate about any of them, and where two differ about one ordered pair.
+    """
+    files: dict[str, bytes] = {}
+    known = {encoder.id: encoder for encoder in encoders}
+    for source in sources:
+        found = [CertificateFile.read(path) for path in _candidates(source)]
+        own = [file for file in found if known.keys() & {file.certificate.query, file.certificate.gallery}]
+        if not own:
+            ids = sorted({short(i) for f in found for i in (f.certificate.query, f.certificate.gallery)})
+            raise InputError(
+                f"{source}: no certificate there is about {' or '.join(map(short, known))}; they are about "
+                f"{', '.join(ids)}. Evaluate this very encoder with pkd-evaluate."
+            )
+        for file in own:
+            certificate = file.certificate
+            require_about(certificate, known.get(certificate.query) or known[certificate.gallery], file.path)
+            name = f"certificates/{certificate.file_name}"
+            if files.setdefault(name, file.data) != file.data:
+                raise InputError(
+                    f"{file.path}: a second certificate of {short(certificate.query)} against "
+                    f"{short(certificate.gallery)}. Pass one evaluation per ordered pair."
+                )
+            if file.signature and files.setdefault(name + SUFFIX, file.signature.text()) != file.signature.text():
+                raise InputError(f"{file.path}: is signed by two keys in what was given. Pass one of the two.")
+        report = source / "report.html"
+        if report.is_file():
+            files.setdefault("report.html", report.read_bytes())
+    return files
+
+
+def _candidates(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    folder = source / "certificates" if (source / "certificates").is_dir() else source
+    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    if not paths:
+        raise InputError(
+            f"{source}: no certificates there. Give the --out folder of a pkd-evaluate that could write one."
+        )
+    return paths

@@ -1,0 +1,247 @@
+"""Gate: does a target still accept the genuine queries that the fp32 encoder accepts, against the teacher's gallery?
+
+Both are measured on the same people, each at its own threshold for one false match rate. A target passes where even the
+upper end of the interval of what it loses is no more than was allowed: "not shown to be worse" is not enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from pkd.toolkit.certificates.certificate import Certificate, file_name
+from pkd.toolkit.core.encoder_info import require_same_space
+from pkd.toolkit.core.errors import GateFailed, InputError
+from pkd.toolkit.core.models import Record
+from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.distill.models.open_encoder import open_encoder
+from pkd.toolkit.encoders.base import Encoder
+from pkd.toolkit.encoders.embed import default_cache, embed_faces
+from pkd.toolkit.evaluation.comparison.certify import certify
+from pkd.toolkit.evaluation.metrics.error_rates import require_resolved
+from pkd.toolkit.evaluation.metrics.operating_points import measure
+from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
+from pkd.toolkit.evaluation.metrics.paired import paired_difference
+from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats
+from pkd.toolkit.evaluation.protocols.all_pairs import pair_up
+from pkd.toolkit.evaluation.protocols.common import Bar, Options, common
+from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
+from pkd.toolkit.evaluation.results.schema import Comparison, Evaluation, PairedDifference
+
+FMRS = (1e-2, 1e-3, 1e-4, 1e-5)
+"""What the certificates of the gated encoders hold where the faces resolve it."""
+LEVEL = 0.95
+"""Of the interval that a target as it was ordered is judged by."""
+
+
+@dataclass(frozen=True)
+class GateOrder:
+    """What pkd-export's gate was asked for. The only defaults."""
+
+    faces: Path
+    """Aligned crops with identities, other than those that INT8 was calibrated on."""
+    teacher: str | None
+    """Encoder of the gallery; None where the exported encoder is the teacher itself."""
+    teacher_preprocess: str | None
+    fmr: float = 1e-3
+    max_drop: float = 0.01
+    """Of the TAR, a fraction: no more may be lost, by the upper end of the interval."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_drop < 1:
+            raise InputError(f"--max-tar-drop {self.max_drop:g}: a fraction of 0 to below 1; 0.01 is one point.")
+        if not 0 < self.fmr < 1:
+            raise InputError(f"--gate-fmr {self.fmr:g}: a false match rate lies between 0 and 1.")
+
+
+class GateRow(Record):
+    """One target, as it was ordered or as it was tried, against the fp32 encoder."""
+
+    target: str
+    encoder: str
+    tried: str
+    """What was changed to make it pass; empty for the target as it was ordered."""
+    fmr: float
+    reference: float
+    """TAR of the fp32 encoder, every identity alike."""
+    tar: float
+    drop: PairedDifference
+    """What the target loses, paired over the same drawn people."""
+    level: float
+    """Of the interval that it is judged by: 0.95, and more for each of several tries."""
+    most: float
+    """The upper end of that interval."""
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row, and the certificate that was measured on the way."""
+
+    row: GateRow
+    certificate: Certificate
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Every row in the order of measuring, a sentence for the manifest, and certificates of what is left in the end."""
+
+    rows: tuple[GateRow, ...]
+    said: str
+    certificates: tuple[Certificate, ...]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    tar: float
+    draws: Doubles
+    certificate: Certificate | None
+
+
+class Gate:
+    """The people, the gallery and the fp32 encoder, measured once: targets are judged against them one by one."""
+
+    def __init__(self, order: GateOrder, reference: Encoder, bar: Bar) -> None:
+        """Raises SpaceMismatch for another teacher, UnsupportedFmr for a rate that is not resolved, InputError."""
+        self._order, self._reference, self._bar = order, reference, bar
+        self._teacher = open_encoder(order.teacher, order.teacher_preprocess) if order.teacher else reference
+        require_same_space(self._teacher.info, reference.info)
+        self._faces = FaceSet.read(order.faces)
+        fmrs = tuple(sorted({order.fmr, *FMRS}, reverse=True))
+        self._options = Options(fmrs=fmrs, cache=default_cache())
+        self._data, self._pairing = pair_up(self._faces, self._faces, order.faces.name, self._options.cache)
+        require_resolved(self._pairing, order.fmr)
+        with bar("embedding the gallery", len(self._faces)) as advance:
+            self._gallery = embed_faces(self._teacher, self._faces, cache=self._options.cache, advance=advance)
+        self._plain = self._measure("fp32", reference)
+
+    def judge(self, targets: Mapping[str, Encoder], tried: str = "", level: float = LEVEL) -> list[Judged]:
+        """A row for every target that is an encoder of its own. ``targets``: name → encoder."""
+        order, judged = self._order, []
+        for target, encoder in _own(self._reference, targets).items():
+            found = self._measure(target, encoder)
+            lost = self._plain.tar - found.tar
+            drop = paired_difference(self._plain.draws, found.draws, observed=lost)
+            most = drop.ci95[1]
+            if level != LEVEL:
+                most = max(lost, float(np.quantile(self._plain.draws - found.draws, (1 + level) / 2)))
+            row = GateRow(
+                target=target,
+                encoder=encoder.info.id,
+                tried=tried,
+                fmr=order.fmr,
+                reference=self._plain.tar,
+                tar=found.tar,
+                drop=drop,
+                level=level,
+                most=most,
+                passed=most <= order.max_drop,
+            )
+            assert found.certificate is not None
+            judged.append(Judged(row, found.certificate))
+        return judged
+
+    def conclude(self, judged: Sequence[Judged]) -> Gated:
+        """What is left: the last row of every target."""
+        final = {each.row.target: each for each in judged}
+        certificates = [each.certificate for each in final.values()]
+        if self._plain.certificate:
+            certificates.insert(0, self._plain.certificate)
+        return Gated(tuple(each.row for each in judged), self._said([e.row for e in judged]), tuple(certificates))
+
+    def _measure(self, label: str, encoder: Encoder) -> _Measured:
+        options, reference = self._options, encoder is self._reference
+        with self._bar(f"gate {label}", len(self._faces)) as advance:
+            # not from the cache: another graph may have had this name and precision
+            query = embed_faces(encoder, self._faces, jobs=None if reference else 1, advance=advance)
+        comparison, values = self._compare(query, encoder)
+        point = next(p for p in comparison.points if p.fmr == self._order.fmr)
+        lineup = Lineup(self._teacher, encoder)
+        certificate = None if encoder is self._teacher else self._certificate(comparison, lineup, options)
+        return _Measured(point.tar_balanced, values[f"S–T/tar_balanced/{self._order.fmr:g}"], certificate)
+
+    def _compare(self, query: Floats, encoder: Encoder) -> tuple[Comparison, dict[str, Doubles]]:
+        options = self._options
+        return measure(
+            score_pairs(self._pairing, query, self._gallery, seed=options.seed),
+            "S–T",
+            encoder.info,
+            self._teacher.info,
+            fmrs=options.fmrs or FMRS,
+            resamples=options.resamples,
+            seed=options.seed,
+        )
+
+    def _certificate(self, comparison: Comparison, lineup: Lineup, options: Options) -> Certificate:
+        named = comparison.model_copy(update={"certificate": file_name(comparison.query, comparison.gallery)})
+        evaluation = Evaluation(
+            protocol="all pairs of one set", data=self._data, comparisons=(named,), **common(lineup, options)
+        )
+        return certify(named, evaluation)
+
+    def _said(self, rows: Sequence[GateRow]) -> str:
+        order, data = self._order, self._data
+        people = f"on {data.name}, {data.images:,} images of {data.identities:,} people"
+        final = {row.target: row for row in rows}.values()
+        if not rows:
+            return f"nothing to gate {people}: every target is the fp32 encoder"
+        verdict = "passed" if all(row.passed for row in final) else "gate failed"
+        tries = {row.target: sum(other.target == row.target for other in rows) for row in final}
+        found = "; ".join(_sentence(row, tries[row.target]) for row in final)
+        return f"{verdict}: TAR at FMR {order.fmr:g} {people}, allowed {100 * order.max_drop:g} points: {found}"
+
+
+def require_passed(gated: Gated) -> None:
+    """Raise GateFailed with every figure where a target, as it is in the end, loses too much."""
+    final = {row.target: row for row in gated.rows}.values()
+    if not all(row.passed for row in final):
+        raise GateFailed(
+            f"{gated.said}. Nothing was written. Calibrate on more faces, train for INT8 with --qat, choose another "
+            "--precision, or allow more with --max-tar-drop."
+        )
+
+
+def gate_table(rows: Sequence[GateRow]) -> Table:
+    """For the console: every try."""
+    table = Table(title="Gate: TAR against the teacher's gallery, identities alike, %", title_justify="left")
+    for heading in ("target", "FMR", "fp32", "target's", "lost, 95 % interval", "at most", "gate"):
+        table.add_column(heading, justify="left" if heading == "target" else "right", no_wrap=heading != "target")
+    for row in rows:
+        table.add_row(
+            f"{row.target}: {row.tried}" if row.tried else row.target,
+            f"{row.fmr:g}",
+            f"{100 * row.reference:.1f}",
+            f"{100 * row.tar:.1f}",
+            _lost(row.drop),
+            _most(row),
+            "passed" if row.passed else "failed",
+        )
+    return table
+
+
+def _own(reference: Encoder, targets: Mapping[str, Encoder]) -> dict[str, Encoder]:
+    """Targets that are encoders of their own, each once. Parity judges the others, which differ by rounding."""
+    found: dict[str, Encoder] = {}
+    for name, encoder in targets.items():
+        if encoder.info.id not in {reference.info.id, *(e.info.id for e in found.values())}:
+            found[name] = encoder
+    return found
+
+
+def _lost(drop: PairedDifference) -> str:
+    return f"{100 * drop.difference:+.1f} ({100 * drop.ci95[0]:+.1f} to {100 * drop.ci95[1]:+.1f})"
+
+
+def _most(row: GateRow) -> str:
+    return f"{100 * row.most:+.1f} ({100 * row.level:.3g} %)"
+
+
+def _sentence(row: GateRow, tries: int) -> str:
+    said = f"{row.target} loses {_lost(row.drop)} points of {100 * row.reference:.1f} %"
+    if row.tried:
+        said += f", at most {_most(row)}, in try {tries} on these people: {row.tried}"
+    return said if row.passed else f"{said}, too much"

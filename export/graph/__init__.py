@@ -1,0 +1,1 @@
+"""Build, rewrite and convert ONNX graphs. Imports quantization, of export."""

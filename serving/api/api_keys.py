@@ -1,0 +1,251 @@
+"""API keys: who may do what, and how often. Hashed bearer keys from a file that is read again when it changes.
+
+One key a line: ``SHA256 NAME SCOPES [rate=N/s]``, for example ``9f86d0…  kiosk-1  embed,verify  rate=20/s``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import logging
+import math
+import mmap
+import os
+import re
+import secrets
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.requests import HTTPConnection
+
+from pkd.serving.core.problems import Problem
+from pkd.toolkit.core.errors import InputError
+
+if sys.platform != "win32":
+    import fcntl
+
+logger = logging.getLogger("pkd.serving")
+SCOPES = {
+    "embed": "embed images",
+    "verify": "compare two faces; list galleries, and search one for a face",
+    "enrol": "create galleries and add templates to them",
+    "delete": "delete subjects",
+    "admin": "read subjects; export, import, migrate and delete galleries",
+}
+"""What a key can be allowed to do. No scope contains another."""
+BEFORE_SCOPES = frozenset({"embed", "verify"})
+"""What a line without scopes allows: all that there was when lines had none."""
+ANONYMOUS = "anonymous"
+"""Who acts where the server was started without keys."""
+HASH = re.compile(r"[0-9a-f]{64}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+RATE = re.compile(r"rate=(\d{1,6}(?:\.\d{1,3})?)/s")
+LOOK_SECONDS = 1.0
+"""How often the file is looked at for changes, at most."""
+LINE = "Write SHA256 NAME SCOPES [rate=N/s], SCOPES from " + ",".join(SCOPES) + " or - for none"
+IN_SCOPE = "pkd.key"
+"""Where Door leaves the key in the ASGI scope; None for a server without keys."""
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """One line of the file."""
+
+    digest: bytes
+    name: str
+    """Who holds it: the actor in logs and in the audit log. While keys are changed, two may share it."""
+    scopes: frozenset[str]
+    rate: float | None
+    """Requests a second; None: as many as there are."""
+
+
+def require(request: HTTPConnection, *scopes: str) -> str:
+    """The name of the key that ``request`` came with, which is the actor of what follows; ``anonymous`` without keys.
+
+    Raises a 403 Problem, forbidden, where the key has none of ``scopes``, each one of ``SCOPES``.
+    """
+    if not SCOPES.keys() >= set(scopes):
+        raise ValueError(f"no scopes {scopes!r}")
+    key: ApiKey | None = request.scope[IN_SCOPE]
+    if key is None:
+        return ANONYMOUS
+    if key.scopes.isdisjoint(scopes):
+        wanted = " or ".join(scopes)
+        raise Problem(
+            "forbidden",
+            f"the key {key.name!r} lacks the scope {wanted}. Ask the operator to add it to the key's line.",
+            scope=scopes[0],
+            scopes=sorted(key.scopes),
+        )
+    return key.name
+
+
+class ApiKeys:
+    """The accepted keys. Keys are long and random, so an unsalted fast hash keeps them safe."""
+
+    def __init__(
+        self, keys: Iterable[ApiKey], path: Path | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.path, self._clock = path, clock
+        self._keys = tuple(keys)
+        self._buckets: dict[bytes, Bucket] = {}
+        self._stamp = _stamp(path) if path else None
+        self._looked = clock()
+        self.shared: Path | None = None
+        """Private folder through which several processes share one rate."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> ApiKeys:
+        """Read a file of keys. Raises InputError that names the line, and never repeats it."""
+        return cls(_read(Path(path)), Path(path))
+
+    def check(self, authorization: str | None) -> ApiKey:
+        """The key in the ``Authorization`` header; every hash is compared.
+
+        Raises a Problem: auth (401), or rate-limited (429) with the seconds after which the next request is taken.
+        """
+        if self._clock() - self._looked >= LOOK_SECONDS:
+            self.reload(changed=True)
+        scheme, _, sent = (authorization or "").partition(" ")
+        given = hashlib.sha256(sent.strip().encode("latin-1", "replace")).digest()  # the bytes that were sent
+        found = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
+        if scheme.lower() != "bearer" or not found:
+            raise Problem("auth", "Send `Authorization: Bearer KEY` with a key that this server knows.")
+        (key,) = found
+        if key.rate is not None and (wait := self._bucket(key).take(key.rate, self._clock())):
+            raise Problem(
+                "rate-limited",
+                f"the key {key.name!r} may send {key.rate:g} requests a second. Send the next one in {wait:.2g} s.",
+                retry_after=math.ceil(wait),
+            )
+        return key
+
+    def reload(self, *, changed: bool = False) -> None:
+        """Read the file again; with ``changed`` only if it has. One that cannot be read leaves the old keys valid."""
+        self._looked = self._clock()
+        if self.path is None or (changed and _stamp(self.path) == self._stamp):
+            return
+        self._stamp = _stamp(self.path)
+        try:
+            self._keys = _read(self.path)
+        except InputError as error:
+            logger.error("%s The keys read before stay valid.", error)
+            return
+        logger.info("%s: read again, %d keys.", self.path, len(self._keys))
+
+    def _bucket(self, key: ApiKey) -> Bucket:
+        if key.digest not in self._buckets:
+            self._buckets[key.digest] = Bucket(self.shared / key.digest.hex()[:32] if self.shared else None)
+        return self._buckets[key.digest]
+
+
+class Bucket:
+    """A token bucket that holds one second's worth, as one number: the time at which it will be full again.
+
+    Whoever used up a slower rate waits no longer than for one token of the new one. With ``path`` the number lies in a
+    file that processes share; monotonic clocks agree within a machine.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600) if path else -1
+        if path:
+            os.ftruncate(self._file, 8)
+        self._full = mmap.mmap(self._file, 8)
+
+    def take(self, rate: float, now: float) -> float:
+        """Take a token from a bucket that gains ``rate`` a second: 0, or the seconds until there is one."""
+        if self._file >= 0:
+            fcntl.lockf(self._file, fcntl.LOCK_EX)
+        try:
+            (full,) = struct.unpack("d", self._full[:])
+            holds = max(1.0, 1 / rate)  # seconds from empty to full
+            full = min(max(full, now), now + holds)
+            wait: float = full + 1 / rate - now - holds
+            taken = wait <= 1e-9
+            self._full[:] = struct.pack("d", full + 1 / rate if taken else full)
+            return 0.0 if taken else wait
+        finally:
+            if self._file >= 0:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+
+def new_key(name: str, scopes: str, rate: str | None = None) -> Mapping[str, str]:
+    """A new random ``key``, which is shown once and kept nowhere, and the ``line`` to append to the file of keys."""
+    key = f"pkd_{secrets.token_urlsafe(32)}"
+    line = " ".join([hashlib.sha256(key.encode()).hexdigest(), name, scopes, *([f"rate={rate}/s"] if rate else [])])
+    if not NAME.fullmatch(name):
+        raise InputError(f"--new-api-key {name}: give a name of letters, digits, dots, - and _, 64 at most.")
+    if (fault := _fault(line.split())) or not RATE.fullmatch(f"rate={rate or 1}/s"):
+        raise InputError(f"--new-api-key {name}: {fault or f'{rate} is no rate'}. {LINE}.")
+    return {"key": key, "line": line}
+
+
+def is_loopback(host: str) -> bool:
+    """True where only this machine can connect to ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # another name may resolve to anything
+
+
+def _read(path: Path) -> tuple[ApiKey, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"{path}: {reason}. Give a file of keys, one a line: pkd-serve --new-api-key NAME.") from None
+    keys: dict[bytes, ApiKey] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        key = _parse(words, f"{path}, line {number}")
+        if key.digest in keys:
+            raise InputError(f"{path}, line {number}: this hash stands in an earlier line already. Keep one of them.")
+        keys[key.digest] = key
+    if not keys:
+        raise InputError(f"{path}: holds no key. Make one: pkd-serve --new-api-key NAME.")
+    return tuple(keys.values())
+
+
+def _parse(words: list[str], where: str) -> ApiKey:
+    """One line. The line is never repeated in an error: it may hold a key that was pasted in by mistake."""
+    if fault := _fault(words):
+        raise InputError(f"{where}: {fault}. {LINE}; a new key: pkd-serve --new-api-key NAME.")
+    digest = words[0].lower()
+    # `sha256sum` writes "-" for its standard input, and a hash alone was a line before keys had names.
+    name = words[1] if words[1:] and words[1] != "-" else f"key-{digest[:8]}"
+    scopes = BEFORE_SCOPES
+    if len(words) > 2:
+        scopes = frozenset() if words[2] == "-" else frozenset(words[2].split(","))
+    rate = float(RATE.fullmatch(words[3])[1]) if len(words) > 3 else None  # type: ignore[index]
+    return ApiKey(bytes.fromhex(digest), name, scopes, rate)
+
+
+def _fault(words: list[str]) -> str | None:
+    if not HASH.fullmatch(words[0].lower()):
+        return "no SHA-256 hash at its start"
+    if words[1:] and words[1] != "-" and not NAME.fullmatch(words[1]):
+        return "its second word is no name of letters, digits, dots, - and _"
+    if words[2:] and words[2] != "-" and not set(words[2].split(",")) <= set(SCOPES):
+        return "its third word is no list of scopes; a comment takes a line of its own that begins with #"
+    if words[3:] and (not (rate := RATE.fullmatch(words[3])) or not float(rate[1])):
+        return "its fourth word is no rate such as rate=20/s"
+    if words[4:]:
+        return "it has more than four words"
+    return None
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    with suppress(OSError):
+        seen = path.stat()
+        return seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino, seen.st_size  # ctime: who may read it has changed
+    return None

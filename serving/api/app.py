@@ -1,0 +1,160 @@
+"""App: the routes of serving/routes around one Service. Everything they refuse is a Problem."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pkd.serving.api import openapi
+from pkd.serving.api.api_keys import ApiKeys
+from pkd.serving.api.middleware import Door
+from pkd.serving.api.routes import catalogue, galleries, health, identify, matching, migrations, subjects, transfer
+from pkd.serving.api.routes.parameters import known_query, queries_of
+from pkd.serving.core.problems import Problem, from_error, internal
+from pkd.serving.inference.request_images import invalid
+from pkd.serving.matching.service import Service
+from pkd.toolkit.core.errors import PkdError
+
+METHODS = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")
+
+
+def create_app(service: Service, keys: ApiKeys | None = None) -> Door:
+    """The ASGI application around one Service. ``keys``: None leaves every route open."""
+    straight = _Straight(create_api(service), matching.routes(service))
+    return Door(straight, service.settings, service.state, keys)
+
+
+def create_api(service: Service) -> FastAPI:
+    """All routes and their OpenAPI document, without what stands before them."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        proving = service.start()
+        yield
+        service.state.draining = True
+        await proving
+        service.close()
+
+    app = FastAPI(
+        title="pkd",
+        version=version("pkd"),
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
+    app.add_exception_handler(Problem, _problem)
+    app.add_exception_handler(PkdError, _known)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unforeseen)
+
+    for one in (matching, identify, galleries, subjects, transfer, migrations, catalogue):
+        app.include_router(one.routes(service), dependencies=[Depends(known_query)])
+    app.include_router(health.routes(service))  # what asks there may add parameters of its own
+    return app
+
+
+class _Straight:
+    """Calls ``routes``, which take the request and nothing else, without FastAPI around them; it has all the others.
+
+    They are what most requests are for, and its dozen layers are dear where an inference has just swept the caches.
+    """
+
+    def __init__(self, api: ASGIApp, routes: APIRouter) -> None:
+        self._api = api
+        self._routes = {route.path: route for route in routes.routes if isinstance(route, APIRoute)}
+        self._without_query = {path for path, route in self._routes.items() if not queries_of(route)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope.get("method")
+        route = self._routes.get(scope["path"]) if method == "POST" else None
+        if route is None:
+            await (_head(self._api, scope, receive, send) if method == "HEAD" else self._api(scope, receive, send))
+            return
+        scope["route"] = route
+        if scope["query_string"] and scope["path"] in self._without_query:
+            await known_query(Request(scope))
+        response = await route.endpoint(Request(scope, receive))
+        await response(scope, receive, send)
+
+
+class _Enough(Exception):
+    """What a HEAD asks for is sent."""
+
+
+async def _head(api: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """As GET would be answered up to the first piece of the body, which the server drops; no other one is made."""
+    # Of a part of a file nothing is said: RFC 9110 has Range for GET alone.
+    headers = [one for one in scope["headers"] if one[0] != b"range"]
+    asked = {**scope, "method": "GET", "headers": headers}
+
+    async def send_once(message: Message) -> None:
+        if not message.get("more_body", False):
+            await send(message)
+            return
+        await send({**message, "more_body": False})
+        raise _Enough
+
+    try:
+        await api(asked, receive, send_once)
+    except _Enough:
+        pass
+    finally:
+        scope["route"] = asked.get("route")
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return error.response()
+
+
+async def _known(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PkdError)
+    return from_error(error).response()
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """A path, a query string or a header that a route does not take."""
+    assert isinstance(error, RequestValidationError)
+    return invalid([{**one, "loc": one["loc"][1:]} for one in error.errors()]).response()
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    """What the router itself refuses."""
+    assert isinstance(error, HTTPException)
+    kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "invalid-request")
+    detail, headers = f"{request.method} {request.url.path}: {error.detail}.", dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_methods_of(request))
+        detail += f" Send {headers['Allow']}."
+    response = Problem(kind, detail).response()
+    response.headers.update(headers)
+    return response
+
+
+def _methods_of(request: Request) -> list[str]:
+    """All that the routes of a path take together; the router knows those of the first alone."""
+    path = {"type": "http", "path": request.scope["path"], "root_path": request.scope.get("root_path", "")}
+    found = {
+        method
+        for method in METHODS
+        for route in request.app.routes
+        if route.matches({**path, "method": method})[0] is Match.FULL
+    }
+    return sorted(found | ({"HEAD"} if "GET" in found else set()))
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    """What a client is told; the error itself goes on to Door, which logs it."""
+    return internal().response()

@@ -1,0 +1,136 @@
+"""Door: what every request passes before a route sees it, and what it leaves behind.
+
+Keys and their rates, readiness, the bounded queue, the size of bodies, clocks; then counts, a line in the log, a span.
+"""
+
+from __future__ import annotations
+
+import re
+from time import perf_counter
+
+import orjson
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pkd.serving.api.api_keys import IN_SCOPE, ApiKeys
+from pkd.serving.api.request_limits import Limits, Visit, too_large
+from pkd.serving.core.options import Settings
+from pkd.serving.core.problems import Problem, from_error, internal
+from pkd.serving.observability.logs import log_request, log_unforeseen
+from pkd.serving.observability.metrics import NO_ROUTE
+from pkd.serving.observability.state import State
+from pkd.serving.observability.telemetry import span
+from pkd.toolkit.core.errors import PkdError
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
+"""Answered without a key: nothing in them depends on a person or an encoder."""
+UNCOUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Asked for by machines all the time: no part of what a drain waits for."""
+SENDS_BODY = frozenset({"POST", "PUT", "PATCH"})
+UNCODED = frozenset({b"", b"identity"})
+STREAMED = re.compile(r"/v1/galleries/[^/]+/(templates:bulk|import|export)")
+"""Paths whose bodies or answers are streams: ``max_stream`` is their limit, and a clock runs for each piece alone."""
+
+
+class Door:
+    """ASGI application around another. Refusals are problems; an unforeseen error becomes a 500 without a traceback."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, state: State, keys: ApiKeys | None) -> None:
+        self.app, self.settings, self.state, self.keys = app, settings, state, keys
+        self.working = 0
+        self._timed = Limits(settings.max_body, settings.body_seconds, settings.request_seconds)
+        self._untimed = Limits(settings.max_body, settings.body_seconds, None)
+        self._streamed = Limits(settings.max_stream, settings.body_seconds, None, streams=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = perf_counter()
+        counts = scope["path"] not in UNCOUNTED
+        works = scope["method"] not in ("GET", "HEAD")
+        scope[IN_SCOPE] = None
+        self._count(counts, works)
+        told = _Told(send)
+        with span(scope) as end_span:
+            try:
+                await self._pass(scope, receive, told, works)
+            except PkdError as error:
+                await self._tell(from_error(error), scope, receive, told)
+            except Problem as problem:
+                await self._tell(problem, scope, receive, told)
+            except ClientDisconnect:
+                self.state.metrics.abandoned()
+            except Exception as error:
+                log_unforeseen(f"{scope['method']} {route_of(scope)}", error)
+                await self._tell(internal(), scope, receive, told)
+            finally:
+                self._count(counts, works, -1)
+                route = route_of(scope)
+                if told.problem:
+                    self.state.metrics.refusal(told.problem)
+                if counts:
+                    seconds = perf_counter() - begun
+                    if told.status:
+                        self.state.metrics.request(scope["method"], route, told.status, seconds)
+                    key = scope[IN_SCOPE]
+                    log_request(scope["method"], route, told.status, seconds, key and key.name, told.problem)
+                end_span(route, told.status, told.problem)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send, works: bool) -> None:
+        if self.keys and scope["path"] not in OPEN_PATHS:
+            scope[IN_SCOPE] = self.keys.check(Headers(scope=scope).get("authorization"))
+        limits = self._streamed if STREAMED.fullmatch(scope["path"]) else self._timed if works else self._untimed
+        if works:
+            self.state.require_ready()
+            if self.working > self.settings.threads + self.settings.queue:
+                detail = f"{self.working - 1} requests are in progress already. Try again in a moment."
+                raise Problem("overloaded", detail)
+            for name, value in scope["headers"]:
+                if name == b"content-length" and not (value.isdigit() and int(value) <= limits.bytes):
+                    raise too_large(limits.bytes)
+                if name == b"content-encoding" and scope["method"] in SENDS_BODY:
+                    _require_uncoded(value)
+        # What is cancelled while it waits for a worker thread is never executed.
+        with Visit(receive, limits, scope["method"] in SENDS_BODY) as visit:
+            await self.app(scope, visit.receive, send)
+
+    def _count(self, counts: bool, works: bool, by: int = 1) -> None:
+        self.working += by * works
+        self.state.metrics.inside += by * counts
+
+    async def _tell(self, problem: Problem, scope: Scope, receive: Receive, told: _Told) -> None:
+        if not told.status:
+            await problem.response()(scope, receive, told)
+
+
+class _Told:
+    """``send``, and what went through it: the status, and the problem's type as the client is told it."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = 0
+        self.problem: str | None = None
+        self._is_problem = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self.status >= 400:
+                self._is_problem = Headers(raw=message["headers"]).get("content-type") == "application/problem+json"
+        elif self._is_problem and self.problem is None:
+            self.problem = orjson.loads(message["body"])["type"]
+        await self._send(message)
+
+
+def _require_uncoded(coding: bytes) -> None:
+    """Raise an unsupported-media Problem for a compressed body: read as it is, it would be called broken."""
+    if coding.strip().lower() not in UNCODED:
+        said = coding.decode("latin-1")[:80]
+        raise Problem("unsupported-media", f"content encoding {said!r}. Send the body as it is, without one.")
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the route that took the request, ``/v1/galleries/{gallery}``: a path would name subjects."""
+    return getattr(scope.get("route"), "path", NO_ROUTE)

@@ -1,0 +1,188 @@
+"""/v1/encoders, /v1/spaces, /v1/certificates: what may be compared, and the download of a device's encoder."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path, Query, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.responses import FileResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from pkd.serving.api import openapi
+from pkd.serving.core.problems import Problem
+from pkd.serving.core.responses import answer
+from pkd.serving.core.schemas import CertificatesAnswer, EncoderDetail, EncodersAnswer, SpacesAnswer
+from pkd.serving.inference.artifacts import Offer, needed
+from pkd.serving.matching.service import Service
+from pkd.toolkit.core.encoder_info import short
+
+Spec = Annotated[str, Path(max_length=300, description="Id, short id, or a name that only one encoder has")]
+RANGE = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)")
+MAX_RANGES = 100
+"""Most ranges that one request is given."""
+
+
+def routes(service: Service) -> APIRouter:
+    """Any key may read these: they say nothing about a person."""
+    router = APIRouter(tags=["catalogue"])
+    encoders, artifacts = service.encoders, service.artifacts
+
+    @router.get("/v1/encoders", responses=openapi.responses(EncodersAnswer, openapi.READ))
+    async def list_encoders() -> Response:
+        """The encoders that images can be sent to."""
+        listed = [
+            {
+                **item.encoder.info.model_dump(),
+                "licence": item.bundle.manifest.licence,
+                "default": item is encoders.default,
+            }
+            for item in encoders.loaded.values()
+        ]
+        return answer({"encoders": listed})
+
+    @router.get(
+        "/v1/encoders/{encoder}",
+        responses=openapi.responses(EncoderDetail, openapi.ENCODER, openapi.READ),
+    )
+    async def get_encoder(encoder: Spec) -> Response:
+        """One encoder, loaded or as a target in a bundle: its certificates, and the files a device needs."""
+        return answer(await run_in_threadpool(detail, artifacts.find(encoder)))
+
+    @router.get(
+        "/v1/encoders/{encoder}/artifact",
+        response_class=FileResponse,
+        responses=openapi.file(openapi.ENCODER, openapi.ARTIFACT, openapi.READ),
+    )
+    async def get_artifact(
+        request: Request,
+        encoder: Spec,
+        target: Annotated[str | None, Query(max_length=100, description="For example `openvino-int8`")] = None,
+        file: Annotated[str | None, Query(max_length=400, description="A file of the bundle, or of the target")] = None,
+        as_: Annotated[Literal["bundle"] | None, Query(alias="as", description="The whole bundle as a zip")] = None,
+    ) -> Response:
+        """Download what a device runs: `encoder.onnx`, a file of a target, or the whole bundle.
+
+        The `ETag` is the file's SHA-256. `If-None-Match` answers 304 to a device that is up to date; `Range` and
+        `If-Range` let a download that broke off go on.
+        """
+        offer = artifacts.find(encoder)
+        stem = short(offer.info.id).replace("@", "-")
+        if as_ == "bundle":
+            if target is not None or file is not None:
+                raise Problem("invalid-request", "as=bundle is the whole bundle: leave out target and file.")
+            chosen = await run_in_threadpool(artifacts.packed, offer.bundle)
+            name, kind = f"{stem}.zip", "application/zip"
+        else:
+            chosen = await run_in_threadpool(artifacts.choose, offer, target, file)
+            name, kind = f"{stem}-{chosen.name.replace('/', '-')}", "application/octet-stream"
+        headers = {"ETag": f'"{chosen.sha256}"', "Cache-Control": "private, no-cache"}
+        if _known(request, headers["ETag"]):
+            return Response(status_code=304, headers=headers)
+        return _Download(chosen.path, headers=headers, media_type=kind, filename=name, stat_result=chosen.checked)
+
+    @router.get("/v1/spaces", responses=openapi.responses(SpacesAnswer, openapi.READ))
+    async def list_spaces() -> Response:
+        """The embedding spaces of the loaded encoders."""
+        found: dict[str, dict[str, Any]] = {}
+        for id, item in encoders.loaded.items():
+            space = item.encoder.info.space
+            found.setdefault(space.id, {**space.model_dump(), "encoders": []})["encoders"].append(id)
+        return answer({"spaces": list(found.values())})
+
+    @router.get("/v1/certificates", responses=openapi.responses(CertificatesAnswer, openapi.READ))
+    async def list_certificates(
+        query: Annotated[str | None, Query(max_length=300, description="Encoder of the query side")] = None,
+        gallery: Annotated[str | None, Query(max_length=300, description="Encoder of the gallery side")] = None,
+    ) -> Response:
+        """The ordered encoder pairs that may be compared, with their thresholds and calibration."""
+        wanted = [None if spec is None else encoders.resolve(spec) for spec in (query, gallery)]
+        found = [
+            one.model_dump(mode="json")
+            for one in encoders.certificates
+            if wanted[0] in (None, one.query) and wanted[1] in (None, one.gallery)
+        ]
+        return answer({"certificates": found})
+
+    def detail(offer: Offer) -> dict[str, Any]:
+        bundle, id = offer.bundle, offer.info.id
+        return {
+            **offer.info.model_dump(),
+            "licence": bundle.manifest.licence,
+            "default": id == encoders.default.encoder.info.id,
+            "loaded": id in encoders.loaded,
+            "certificates": {
+                "as_query_against": sorted(g for q, g in encoders.files if q == id),
+                "as_gallery_for": sorted(q for q, g in encoders.files if g == id),
+            },
+            "artifact": artifacts.describe(bundle, [offer.default_file])[0],
+            "targets": [
+                {
+                    "name": one.name,
+                    "runtime": one.runtime,
+                    "precision": one.precision,
+                    "golden_tolerance": one.golden_tolerance,
+                    "settings": one.settings,
+                    "files": artifacts.describe(bundle, needed(bundle, one)),
+                }
+                for one in offer.targets
+            ],
+        }
+
+    return router
+
+
+def _known(request: Request, etag: str) -> bool:
+    sent = [one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")]
+    return etag in sent or "*" in sent
+
+
+class _Download(FileResponse):
+    """A file, or the parts of it that ``Range`` asks for.
+
+    FileResponse would refuse as text, or fail at, what RFC 9110 has ignored or answered in part.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent, size = Headers(scope=scope), int(self.headers["content-length"])
+        asked = sent.get("range")
+        current = sent.get("if-range", self.headers["etag"]) in (self.headers["etag"], self.headers["last-modified"])
+        found = parts(asked, size) if asked and current else None
+        if asked and found == []:
+            detail = f"Range {asked[:80]!r}: the file has {size:,} bytes. Send bytes=FROM-TO."
+            refusal = Problem("range", detail, bytes=size).response()
+            refusal.headers["Content-Range"] = f"bytes */{size}"
+            await refusal(scope, receive, send)
+            return
+        headers = [one for one in scope["headers"] if one[0] not in (b"range", b"if-range")]
+        if found:
+            headers.append((b"range", f"bytes={','.join(found)}".encode()))
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
+
+def parts(asked: str, size: int) -> list[str] | None:
+    """The parts, each as FROM-TO, that a Range header has of a file of ``size`` bytes: perhaps none of them is there.
+
+    None where it is to be ignored (RFC 9110, 14.2): in another unit, badly formed, or of too many parts.
+    """
+    unit, _, listed = asked.partition("=")
+    specs = [one.strip() for one in listed.split(",") if one.strip()]
+    if unit.strip().lower() != "bytes" or not 0 < len(specs) <= MAX_RANGES:
+        return None
+    found = []
+    for spec in specs:
+        match = RANGE.fullmatch(spec)
+        if match is None:
+            return None
+        # Decimal: int refuses to read thousands of digits.
+        first, last, suffix = (Decimal(digits) if digits else None for digits in match.groups())
+        if suffix is not None:
+            first = size - min(suffix, Decimal(size))
+        if first is None or (last is not None and last < first):
+            return None
+        if first < size:
+            found.append(f"{first}-{size - 1 if last is None else min(last, Decimal(size - 1))}")
+    return found

@@ -1,0 +1,110 @@
+"""/v1/galleries and /v1/galleries/{gallery}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from pkd.serving.api import openapi
+from pkd.serving.api.api_keys import require
+from pkd.serving.api.routes.parameters import GalleryName
+from pkd.serving.core.gallery_schemas import GalleriesAnswer, GalleryAnswer, GalleryBody, ReceiptAnswer
+from pkd.serving.core.problems import Problem
+from pkd.serving.core.responses import answer, when
+from pkd.serving.galleries.store import Gallery, Receipt, Space
+from pkd.serving.inference.request_images import parse, require_json
+from pkd.serving.matching.admission import space_called
+from pkd.serving.matching.service import Service
+
+
+def routes(service: Service) -> APIRouter:
+    """Create, list, read and delete galleries."""
+    router = APIRouter(tags=["galleries"])
+
+    @router.put(
+        "/v1/galleries/{gallery}",
+        responses={
+            **openapi.responses(GalleryAnswer, openapi.CREATION, openapi.NAMED, openapi.TAKEN),
+            201: {"model": GalleryAnswer, "description": "Created"},
+        },
+        openapi_extra=openapi.json_body(GalleryBody, openapi.GALLERY_EXAMPLE, required=False),
+    )
+    async def create_gallery(request: Request, gallery: GalleryName) -> Response:
+        """Create a gallery and pin its space. The same again is no error; another space or retention is."""
+        actor = require(request, "enrol")
+        sent = await request.body()
+        if sent:
+            require_json(request)
+        body = parse(GalleryBody, sent or b"{}")
+        there = {one.name for one in await service.stored(service.store.list)}
+        space = space_called(service.encoders, body.space)
+        try:
+            made = await service.stored(service.store.create, gallery, space, body.retention_seconds, actor)
+        except Problem as problem:
+            if problem.type == "gallery-conflict":
+                pinned = (await service.stored(service.store.get, gallery)).space.id
+                conflict = {"expected": {"space": pinned}, "got": {"space": space.id}, "works": {"spaces": [pinned]}}
+                problem.members.update(conflict)
+            raise
+        if body.retention_seconds not in (None, made.retention):
+            raise Problem(
+                "gallery-conflict",
+                f"the gallery {gallery!r} has another retention. Leave it out, or delete the gallery first.",
+                expected={"retention_seconds": made.retention},
+                got={"retention_seconds": body.retention_seconds},
+                works={"retention_seconds": [made.retention]},
+            )
+        return answer(shown(made), 200 if gallery in there else 201)
+
+    @router.get("/v1/galleries", responses=openapi.responses(GalleriesAnswer, openapi.NO_STORE, openapi.READ))
+    async def list_galleries(request: Request) -> Response:
+        """All galleries, by name."""
+        require(request, "verify")
+        return answer({"galleries": [shown(one) for one in await service.stored(service.store.list)]})
+
+    @router.get("/v1/galleries/{gallery}", responses=openapi.responses(GalleryAnswer, openapi.NAMED, openapi.READ))
+    async def get_gallery(request: Request, gallery: GalleryName) -> Response:
+        """One gallery: its space, and how many templates each encoder made."""
+        require(request, "verify", "enrol")
+        return answer(shown(await service.stored(service.store.get, gallery)))
+
+    @router.delete("/v1/galleries/{gallery}", responses=openapi.responses(ReceiptAnswer, openapi.NAMED, openapi.TAKEN))
+    async def delete_gallery(request: Request, gallery: GalleryName) -> Response:
+        """Delete a gallery with everyone in it, and its key. The answer is the receipt."""
+        actor = require(request, "admin")
+        return answer(receipt(await service.stored(service.store.delete, gallery, actor)))
+
+    return router
+
+
+def shown(gallery: Gallery) -> dict[str, Any]:
+    """As the schema GalleryAnswer."""
+    return {
+        "name": gallery.name,
+        "space": space(gallery.space),
+        "moving_to": gallery.moving_to and space(gallery.moving_to),
+        "created": when(gallery.created),
+        "retention_seconds": gallery.retention,
+        "subjects": gallery.subjects,
+        "templates": dict(gallery.templates),
+    }
+
+
+def space(one: Space) -> dict[str, Any]:
+    """As the schema SpaceAnswer."""
+    return {"id": one.id, "dim": one.dim, "metric": "cosine"}
+
+
+def receipt(one: Receipt) -> dict[str, Any]:
+    """As the schema ReceiptAnswer."""
+    return {
+        "gallery": one.gallery,
+        "subject": one.subject,
+        "templates": one.templates,
+        "rows": one.rows,
+        "covers": list(one.covers),
+        "sequence": one.sequence,
+        "hash": one.hash,
+    }

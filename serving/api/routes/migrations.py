@@ -1,0 +1,113 @@
+"""/v1/galleries/{gallery}/migrations: move a gallery to another space, subject by subject, while it answers.
+
+No image is kept, so clients enrol everyone once more, with an encoder of the second space.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from pkd.serving.api import openapi
+from pkd.serving.api.api_keys import require
+from pkd.serving.api.routes.galleries import receipt, space
+from pkd.serving.api.routes.parameters import After, GalleryName, Limit
+from pkd.serving.api.routes.subjects import page
+from pkd.serving.core.gallery_schemas import MigrationAnswer, MigrationBody, MovedAnswer
+from pkd.serving.core.problems import Problem
+from pkd.serving.core.responses import answer
+from pkd.serving.galleries.store import Gallery
+from pkd.serving.inference.request_images import parse, require_json
+from pkd.serving.matching.admission import space_called, spaces_of
+from pkd.serving.matching.service import Service
+
+
+def routes(service: Service) -> APIRouter:
+    """Begin, watch, finish, abandon."""
+    router = APIRouter(tags=["migrations"])
+
+    @router.post(
+        "/v1/galleries/{gallery}/migrations",
+        responses=openapi.responses(MigrationAnswer, openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
+        openapi_extra=openapi.json_body(MigrationBody, openapi.MIGRATION_EXAMPLE),
+    )
+    async def begin_migration(request: Request, gallery: GalleryName) -> Response:
+        """Take templates of a second space, too. The same again is no error: a migration is resumable."""
+        actor = require(request, "admin")
+        require_json(request)
+        wanted = space_called(service.encoders, parse(MigrationBody, await request.body()).space)
+        try:
+            begun = await service.stored(service.store.begin_migration, gallery, wanted, actor)
+        except Problem as problem:
+            raise await explained(problem, gallery, {"space": wanted.id}) from None
+        return answer(await shown(begun, "", 100))
+
+    @router.get(
+        "/v1/galleries/{gallery}/migrations", responses=openapi.responses(MigrationAnswer, openapi.NAMED, openapi.READ)
+    )
+    async def get_migration(request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100) -> Response:
+        """How many subjects are moved, and a page of those that are not."""
+        require(request, "admin")
+        return answer(await shown(await service.stored(service.store.get, gallery), after, limit))
+
+    @router.post(
+        "/v1/galleries/{gallery}/migrations/finish",
+        responses=openapi.responses(MovedAnswer, openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
+    )
+    async def finish_migration(request: Request, gallery: GalleryName) -> Response:
+        """Keep the second space alone. Refused while somebody would be left without a template."""
+        return answer(await end(gallery, require(request, "admin"), abandon=False))
+
+    @router.post(
+        "/v1/galleries/{gallery}/migrations/abandon",
+        responses=openapi.responses(MovedAnswer, openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
+    )
+    async def abandon_migration(request: Request, gallery: GalleryName) -> Response:
+        """Keep the first space alone. Refused while somebody is enrolled in the second one only."""
+        return answer(await end(gallery, require(request, "admin"), abandon=True))
+
+    async def shown(one: Gallery, after: str, limit: int) -> dict[str, Any]:
+        moving = one.moving_to is not None
+        found = await service.stored(service.store.unmoved, one.name, after=after, limit=limit + 1) if moving else []
+        return {
+            "gallery": one.name,
+            "space": space(one.space),
+            "moving_to": one.moving_to and space(one.moving_to),
+            "moved": one.moved,
+            "total": one.subjects,
+            **page("unmoved", found, limit),
+        }
+
+    async def end(gallery: str, actor: str, *, abandon: bool) -> dict[str, Any]:
+        try:
+            moved = await service.stored(service.store.end_migration, gallery, actor, abandon=abandon)
+        except Problem as problem:
+            raise await explained(problem, gallery, {}, back=abandon) from None
+        left = await service.stored(service.store.get, gallery)
+        return {
+            "gallery": gallery,
+            "space": space(left.space),
+            "templates": moved.templates,
+            "receipt": receipt(moved.receipt),
+        }
+
+    async def explained(problem: Problem, gallery: str, asked: dict[str, Any], *, back: bool = False) -> Problem:
+        """A conflict, with the state that the gallery is in and what could be done in it."""
+        if problem.type != "gallery-conflict":
+            return problem
+        now = await service.stored(service.store.get, gallery)
+        state = await shown(now, "", 100)
+        others = [id for id in spaces_of(service.encoders) if id != now.space.id]
+        moving = now.moving_to is not None
+        behind = state["unmoved"]
+        if moving and back:  # an abandoned migration leaves those with nothing who are in the second space alone
+            behind = list(await service.stored(service.store.unmoved, gallery, limit=100, back=True))
+        return problem.explain(
+            expected={"moving_to": now.moving_to.id} if now.moving_to else {"spaces": others},
+            got={**asked, "moving_to": state["moving_to"], "unmoved": state["unmoved"]},
+            works={"enrol_or_delete": behind} if moving else {"spaces": others},
+        )
+
+    return router

@@ -1,0 +1,95 @@
+"""/v1/galleries/{gallery}/subjects: enrol, list, read and delete who is in a gallery."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from pkd.serving.api import openapi
+from pkd.serving.api.api_keys import require
+from pkd.serving.api.routes.galleries import receipt
+from pkd.serving.api.routes.parameters import After, GalleryName, IdempotencyKey, Limit, SubjectId
+from pkd.serving.core.gallery_schemas import (
+    EnrolAnswer,
+    EnrolBody,
+    EnrolOptions,
+    ReceiptAnswer,
+    SubjectAnswer,
+    SubjectsAnswer,
+)
+from pkd.serving.core.responses import answer
+from pkd.serving.core.schemas import MANY_VALUES
+from pkd.serving.galleries.description import of_subject
+from pkd.serving.inference.request_images import JSON, media_type, parse, read_files, with_query
+from pkd.serving.matching.enrolment import Taken, enrol
+from pkd.serving.matching.service import Service
+
+
+def routes(service: Service) -> APIRouter:
+    """Enrol, list, read, delete."""
+    router = APIRouter(tags=["galleries"])
+
+    @router.post(
+        "/v1/galleries/{gallery}/subjects/{subject}/templates",
+        responses={
+            **openapi.responses(
+                EnrolAnswer, openapi.IMAGE, openapi.ENROLMENT, openapi.NAMED, openapi.TAKEN, description="Replayed"
+            ),
+            201: {"model": EnrolAnswer, "description": "Enrolled, and durable"},
+        },
+        openapi_extra=openapi.images_body(EnrolBody, EnrolOptions, openapi.ENROL_EXAMPLE),
+    )
+    async def enrol_templates(
+        request: Request, gallery: GalleryName, subject: SubjectId, idempotency_key: IdempotencyKey = None
+    ) -> Response:
+        """Enrol a subject by images, embeddings made elsewhere, or both: all of them or none. No image is kept."""
+        actor = require(request, "enrol")
+        inputs, options = await _read(request)
+        made = await enrol(service, gallery, subject, inputs, options, idempotency_key, actor)
+        return answer(made, 200 if made["replayed"] else 201)
+
+    @router.get(
+        "/v1/galleries/{gallery}/subjects", responses=openapi.responses(SubjectsAnswer, openapi.NAMED, openapi.READ)
+    )
+    async def list_subjects(request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100) -> Response:
+        """A page of the subjects' ids, in ascending order."""
+        require(request, "admin")
+        found = await service.stored(service.store.subjects, gallery, after=after, limit=limit + 1)
+        return answer(page("subjects", found, limit))
+
+    @router.get(
+        "/v1/galleries/{gallery}/subjects/{subject}",
+        responses=openapi.responses(SubjectAnswer, openapi.SUBJECT, openapi.READ),
+    )
+    async def get_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
+        """What is kept of a subject; vectors are given out by the export alone."""
+        require(request, "admin")
+        found = await service.stored(service.store.subject, gallery, subject)
+        return answer({"gallery": gallery, **of_subject(found)})
+
+    @router.delete(
+        "/v1/galleries/{gallery}/subjects/{subject}",
+        responses=openapi.responses(ReceiptAnswer, openapi.SUBJECT, openapi.TAKEN),
+    )
+    async def delete_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
+        """Delete a subject's templates and key. The answer is the receipt."""
+        actor = require(request, "delete")
+        return answer(receipt(await service.stored(service.store.delete_subject, gallery, subject, actor)))
+
+    async def _read(request: Request) -> tuple[list[Taken], EnrolOptions]:
+        kind = media_type(request)
+        if kind == JSON:
+            body = parse(EnrolBody, await request.body(), MANY_VALUES)
+            fields = body.model_dump(exclude={"inputs"}, exclude_unset=True)
+            return list(body.inputs), with_query(request, EnrolOptions, fields)
+        images, fields = await read_files(request, kind)
+        return list(images), with_query(request, EnrolOptions, fields)
+
+    return router
+
+
+def page(name: str, found: Any, limit: int) -> dict[str, Any]:
+    """Of ids, ``limit`` + 1 of which were asked for."""
+    return {name: list(found[:limit]), "next": found[limit - 1] if len(found) > limit else None}

@@ -1,0 +1,271 @@
+"""pkd-enroll: a folder per subject → a gallery. Run as: pkd-enroll people --server URL --gallery staff
+
+No state is kept here: every photograph is sent under an idempotency key made of the gallery, its space, path, content
+and the options, so that running it again enrols what is missing and neither embeds nor enrols the rest twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from pkd.toolkit.core.cli_support import Result, make_parser, progress, run
+from pkd.toolkit.core.errors import InputError, PkdError
+from pkd.toolkit.images.codec import SUFFIXES
+
+if TYPE_CHECKING:
+    from pkd.serving.client import Client
+
+EXAMPLES = """
+  pkd-enroll people --server http://127.0.0.1:8000 --gallery staff --create
+  PKD_API_KEY=… pkd-enroll crops --server https://faces.example --gallery staff --aligned --jobs 8
+  pkd-enroll people --server http://127.0.0.1:8000 --gallery staff --options '{"attributes": {"site": "north"}}'
+"""
+GROUP = 16
+"""Photographs that one thread sends at a time."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One file: ``<subject>/…``, relative, with forward slashes."""
+
+    name: str
+
+    @property
+    def subject(self) -> str:
+        """The folder it lies in, directly below DIR."""
+        return self.name.partition("/")[0]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What everything is enrolled into, and how."""
+
+    gallery: str
+    space: str
+    options: Mapping[str, Any]
+
+    def key(self, photo: Photo, data: bytes) -> str:
+        """The idempotency key of a photograph. Of another space it is another one: a migration takes all again."""
+        parts = [self.gallery, self.space, photo.name, hashlib.sha256(data).hexdigest(), self.options]
+        return "enroll-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one photograph; ``reason`` None: it is enrolled."""
+
+    photo: Photo
+    reason: str | None = None
+    type: str = ""
+    replayed: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``pkd-enroll``."""
+    parser = make_parser(
+        "pkd-enroll",
+        "Enrol photographs into a gallery of a running server: one folder per subject, named as the subject. What was "
+        "refused is listed with the reason in the file of --failed. Run again to continue: nobody is enrolled twice. "
+        "Exits with 1 where a subject got no template at all.",
+        EXAMPLES,
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="folder with one folder of photographs per subject")
+    parser.add_argument("--server", required=True, metavar="URL", help="of pkd-serve")
+    parser.add_argument("--gallery", required=True, metavar="NAME", help="gallery to enrol into")
+    parser.add_argument("--create", action="store_true", help="create the gallery if it is not there")
+    parser.add_argument("--space", metavar="ID", help="space of a created gallery (default: of the server's default)")
+    parser.add_argument(
+        "--retention-days", type=float, metavar="N", help="of a created gallery: templates are deleted after that time"
+    )
+    parser.add_argument("--encoder", metavar="ID", help="loaded encoder (default: one of the gallery's space)")
+    parser.add_argument("--aligned", action="store_true", help="the photographs are aligned crops of pkd-align")
+    parser.add_argument(
+        "--faces", choices=("exactly_one", "largest"), default="exactly_one", help="where several are found"
+    )
+    parser.add_argument(
+        "--options", metavar="JSON", default="{}", help="further fields of each enrolment: attributes, consent, quality"
+    )
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="file with the API key (default: the variable PKD_API_KEY)"
+    )
+    parser.add_argument("--jobs", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
+    parser.add_argument(
+        "--failed", type=Path, default=Path("failed.csv"), metavar="CSV", help="what was refused (default: failed.csv)"
+    )
+    return run(parser, enroll, argv)
+
+
+def enroll(args: argparse.Namespace, console: Console) -> Result:
+    """Enrol everything below ``args.dir``; the counts that the command prints."""
+    from pkd.serving.client import Client
+
+    if args.jobs < 1:
+        raise InputError(f"--jobs {args.jobs}: give 1 or more.")
+    for option, value in (("--space", args.space), ("--retention-days", args.retention_days)):
+        if value is not None and not args.create:
+            raise InputError(f"{option} {value}: it is for a gallery that is made. Pass --create, too.")
+    options = _options(args)
+    photos, failed = _list(args.dir)
+    outcomes = [*failed]
+    with Client(args.server, _key(args.api_key_file)) as client:
+        if args.create:
+            days = args.retention_days
+            client.create_gallery(args.gallery, args.space, None if days is None else days * 86_400)
+        target = Target(args.gallery, _space(client, args), options)
+        try:
+            with progress(console, "enrolling", len(photos)) as advance:
+                for some in _all(client, args.dir, target, photos, args.jobs):
+                    outcomes += some
+                    advance(len(some))
+        finally:
+            _write(args.failed, [one for one in outcomes if one.reason is not None])
+    return _report(console, args, outcomes)
+
+
+def _space(client: Client, args: argparse.Namespace) -> str:
+    """That templates go into now: of a gallery that is being migrated, the second one."""
+    from pkd.serving.client import Refused
+
+    try:
+        now = client.gallery(args.gallery)
+    except Refused as refused:
+        if refused.type == "unknown-gallery":
+            raise InputError(f"{args.server} has no gallery {args.gallery}. Pass --create to make it.") from None
+        raise
+    return (now.moving_to or now.space).id
+
+
+def _all(client: Client, root: Path, target: Target, photos: Sequence[Photo], jobs: int) -> Iterator[list[Outcome]]:
+    """Outcomes of a group at a time, in any order. The first request that is refused as a whole ends it."""
+    groups = [photos[start : start + GROUP] for start in range(0, len(photos), GROUP)]
+    with ThreadPoolExecutor(jobs) as pool:
+        sent = [pool.submit(_send, client, root, target, group) for group in groups]
+        try:
+            for one in as_completed(sent):
+                yield one.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _send(client: Client, root: Path, target: Target, photos: Sequence[Photo]) -> list[Outcome]:
+    from pkd.serving.client import Item
+
+    outcomes: list[Outcome] = []
+    sending: dict[str, Photo] = {}
+
+    def items() -> Iterator[Item]:
+        for photo in photos:
+            try:
+                data = (root / photo.name).read_bytes()
+            except OSError as error:
+                outcomes.append(Outcome(photo, error.strerror or str(error), "unreadable"))
+                continue
+            key = target.key(photo, data)
+            sending[key] = photo
+            yield Item(photo.subject, (data,), key, target.options)
+
+    for item, answer in client.enrol_bulk(target.gallery, items()):
+        problem = answer.problem or {}
+        photo = sending[item.key]
+        outcomes.append(Outcome(photo, problem.get("detail"), problem.get("type", ""), bool(answer.replayed)))
+    return outcomes
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        given = json.loads(args.options)
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise InputError(
+            f'--options {args.options}: give a JSON object, for example {{"attributes": {{"site": "a"}}}}.'
+        )
+    return {
+        "faces": args.faces,
+        "aligned": args.aligned,
+        **({"encoder": args.encoder} if args.encoder else {}),
+        **given,
+    }
+
+
+def _list(root: Path) -> tuple[list[Photo], list[Outcome]]:
+    """Photographs below ``root``, and what is none. Hidden files are ignored."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder. Give the folder that holds a folder per subject.")
+    photos, failed = [], []
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        photo = Photo(relative.as_posix())
+        if len(relative.parts) == 1:
+            failed.append(Outcome(photo, "lies in no subject's folder", "no-subject"))
+        elif path.suffix.lower() not in SUFFIXES:
+            failed.append(Outcome(photo, "is no image file", "no-image"))
+        else:
+            photos.append(photo)
+    if not photos:
+        raise InputError(f"{root}: holds no folder with images ({', '.join(sorted(SUFFIXES))}).")
+    return photos, failed
+
+
+def _key(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get("PKD_API_KEY") or None
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"--api-key-file {file}: cannot be read. Give a file that holds the key alone.") from None
+
+
+def _write(path: Path, failed: Sequence[Outcome]) -> None:
+    """The header alone says that nothing failed: an old list must not be taken for this run's."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "subject", "type", "reason"])
+        for one in sorted(failed, key=lambda one: one.photo.name):
+            writer.writerow([one.photo.name, one.photo.subject, one.type, one.reason])
+
+
+def _report(console: Console, args: argparse.Namespace, outcomes: Sequence[Outcome]) -> Result:
+    failed = [one for one in outcomes if one.reason is not None]
+    enrolled = [one for one in outcomes if one.reason is None]
+    subjects = {one.photo.subject for one in outcomes if one.type != "no-subject"}
+    without = sorted(subjects - {one.photo.subject for one in enrolled})
+    before = sum(one.replayed for one in enrolled)
+    said = f"{len(enrolled) - before:,} photographs enrolled, {before:,} were already, {len(failed):,} refused"
+    if failed:
+        types = ", ".join(f"{count:,} {type}" for type, count in Counter(one.type for one in failed).most_common())
+        said += f" ({types}; see {args.failed})"
+    console.print(f"{said}.", markup=False, soft_wrap=True)
+    if without:
+        raise PkdError(
+            f"{len(without):,} of {len(subjects):,} subjects have no template (first: {without[0]}). "
+            f"The reasons are in {args.failed}; run again once they are mended."
+        )
+    return {
+        "gallery": args.gallery,
+        "subjects": len(subjects),
+        "enrolled": len(enrolled) - before,
+        "already_enrolled": before,
+        "refused": len(failed),
+        "failed": str(args.failed),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

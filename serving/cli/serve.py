@@ -1,0 +1,123 @@
+"""pkd-serve: bundles → HTTP. Run as: pkd-serve bundles/teacher bundles/student --detector yunet.onnx"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from pkd.toolkit.core.cli_support import Result, make_parser, run
+from pkd.toolkit.core.errors import MissingExtra, PkdError
+
+EXAMPLES = """
+  pkd-serve bundles/teacher bundles/student --detector yunet.onnx
+  pkd-serve bundles/teacher bundles/student/targets/openvino-int8 bundles/student/targets/openvino-bf16
+  curl -F image=@photo.jpg 'localhost:8000/embed?encoding=b64_f16'
+  pkd-serve --new-api-key kiosk-1 --scopes embed,verify --rate 20    # prints the key and its line for keys.txt
+  pkd-serve bundles/teacher --host 0.0.0.0 --api-keys keys.txt --trust-key evidence.pub.pem --workers 4
+  pkd-serve bundles/teacher --api-keys keys.txt --check-config
+
+  PKD_BUNDLES=bundles/teacher:bundles/student PKD_PORT=9000 pkd-serve    # each option has a variable; a flag wins
+"""
+EXTRAS = ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client", "multipart", "python_multipart")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    # Pillow reads the header that the limit is checked on, OpenCV decodes; where a hostile file makes them disagree,
+    # OpenCV's own limit holds. It reads this once, when it is imported.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")
+    return run(make(), _serve, argv)
+
+
+def make() -> argparse.ArgumentParser:
+    """The parser of the command."""
+    from pkd.serving.server.config import add_options
+
+    parser = make_parser(
+        "pkd-serve", "Serve encoders over HTTP: embed faces, and verify pairs under measured error rates.", EXAMPLES
+    )
+    parser.add_argument(
+        "bundles",
+        nargs="*",
+        metavar="BUNDLE",
+        help="folder, zip or BUNDLE/targets/NAME; first teacher: the default ($PKD_BUNDLES)",
+    )
+    add_options(parser)
+    parser.add_argument(
+        "--check-config",
+        action="store_true",
+        help="open everything, say what would be served or what is wrong, and exit",
+    )
+    keys = parser.add_argument_group("make a key, and serve nothing")
+    keys.add_argument("--new-api-key", metavar="NAME", help="print a new key, once, and the line that makes it valid")
+    keys.add_argument("--scopes", default="embed,verify", help="of the new key (default: embed,verify)")
+    keys.add_argument("--rate", metavar="N", help="requests a second that the new key may send (default: any number)")
+    return parser
+
+
+def _serve(args: argparse.Namespace, console: Console) -> Result:
+    try:
+        if args.new_api_key:
+            return _new_key(args, console)
+        return _run(args, console)
+    except ModuleNotFoundError as missing:
+        if missing.name in EXTRAS:
+            raise MissingExtra(missing.name, "serve") from None
+        raise
+
+
+def _new_key(args: argparse.Namespace, console: Console) -> Result:
+    from pkd.serving.api.api_keys import new_key
+
+    made = new_key(args.new_api_key, args.scopes, args.rate)
+    if not args.json:
+        console.print("the key, shown this once; give it to whoever is to use it:")
+        print(made["key"])
+        console.print("the line to append to the file of --api-keys; a running server reads it within a second:")
+        print(made["line"])
+    return made
+
+
+def _run(args: argparse.Namespace, console: Console) -> Result:
+    from pkd.serving.server.config import configure
+    from pkd.serving.server.server import listen, url_of
+
+    configuration = configure(args, os.environ)
+    if args.check_config:
+        from pkd.serving.core.problems import Problem
+        from pkd.serving.server.process import introduce, opened
+
+        with opened(configuration) as it:
+            introduce(console, it, configuration)
+            try:
+                if it.store:
+                    it.store.check()
+            except Problem as problem:
+                raise PkdError(problem.detail) from None
+            console.print("the configuration is good")
+            certified = [list(pair) for pair in it.service.encoders.files]
+            return {"encoders": list(it.service.encoders.loaded), "certified": certified, "keys": it.keys is not None}
+    with listen(configuration.host, configuration.port) as listener:
+        url = url_of(listener)
+
+        def ready() -> None:
+            print(f"listening on {url}", file=sys.stderr, flush=True)
+
+        if configuration.workers == 1:
+            from pkd.serving.server.process import run_alone
+
+            ids = run_alone(configuration, listener, console, ready)
+        else:
+            from pkd.serving.server.supervisor import supervise
+
+            ids = supervise(configuration, listener, ready, quiet=args.json)
+    console.print("drained and stopped")
+    return {"url": url, "encoders": ids}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

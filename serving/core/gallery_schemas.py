@@ -1,0 +1,319 @@
+"""Schemas of galleries: what clients send and get. The client reads answers with these very classes."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+from pkd.serving.core.embedding_codec import Encoding
+from pkd.serving.core.schemas import MAX_IMAGES, Input, Name, Query, Sent, SpaceAnswer
+
+Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
+"""An idempotency key: printable ASCII without spaces."""
+EncoderId = Annotated[str, StringConstraints(max_length=300)]
+
+
+def _structured(sent: Any) -> Any:
+    """Form fields and query parameters are text: what has parts comes as JSON in it."""
+    if isinstance(sent, str):
+        try:
+            return json.loads(sent)
+        except (ValueError, RecursionError):
+            raise ValueError("must be JSON") from None
+    return sent
+
+
+def _in_calendar(moment: datetime) -> datetime:
+    if moment.year > 9000:
+        raise ValueError("lies too far ahead; leave it out for no end")
+    return moment
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_in_calendar)]
+AttributeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+AttributeValue = Annotated[str, StringConstraints(max_length=256)]
+Attributes = Annotated[dict[AttributeName, AttributeValue], Field(max_length=16), BeforeValidator(_structured)]
+"""What may be filtered on. Stored as it is, so no place for a name."""
+
+
+class ConsentBody(Sent):
+    """On what ground a subject is enrolled. Recorded and given back, not judged."""
+
+    basis: str = Field(min_length=1, max_length=64, description="For example `consent` or `contract`")
+    reference: str = Field("", max_length=256, description="Where the paper lies")
+    given: str = Field("", max_length=40, description="When, ISO 8601")
+
+
+class FloorBody(Sent):
+    """What a face must have to be enrolled. It can only be stricter than the server's own."""
+
+    detection_score: float = Field(default=0, ge=0, le=1, description="Of the detector")
+    face_pixels: float = Field(
+        default=0, ge=0, le=10_000, description="Shorter side of the face's box in the photograph"
+    )
+    sharpness: float = Field(default=0, ge=0, le=1e6, description="As `quality.sharpness` of /v1/embed")
+
+
+class GalleryBody(Sent):
+    """JSON body of PUT /v1/galleries/{gallery}; may be left out."""
+
+    space: str | None = Field(None, max_length=300, description="Id of its space; the default encoder's if left out")
+    retention_seconds: float | None = Field(None, ge=1, le=1e10, description="Templates are deleted after; null: kept")
+
+
+class EnrolOptions(Sent):
+    """How to enrol: JSON fields, form fields or query parameters; in the latter two what has parts is JSON."""
+
+    encoder: str | None = Field(None, max_length=300, description="For images; the teacher by default")
+    aligned: bool = Field(False, description="The images are aligned crops already")
+    faces: Literal["exactly_one", "largest"] = Field(
+        "exactly_one", description="`largest` enrols whoever is in front where a photograph shows several"
+    )
+    attributes: Attributes = Field(default={}, description="Replaces the subject's attributes, unless empty")
+    consent: Annotated[ConsentBody | None, BeforeValidator(_structured)] = None
+    expires: Moment | None = Field(None, description="When these templates are deleted; else by retention")
+    quality: Annotated[FloorBody, BeforeValidator(_structured)] = Field(
+        default=FloorBody(), description="Smallest values"
+    )
+
+
+class EnrolBody(EnrolOptions):
+    """JSON body of an enrolment: images, embeddings, or both. All of them are enrolled, or none."""
+
+    inputs: list[Input] = Field(min_length=1, max_length=MAX_IMAGES)
+
+
+class BulkItem(EnrolBody):
+    """One line of a bulk enrolment."""
+
+    subject: Name
+    key: Key | None = Field(None, description="Idempotency key of this item; sent again, it is answered as before")
+
+
+class IdentifyOptions(Sent):
+    """How to search: JSON fields, form fields or query parameters."""
+
+    top_k: int = Field(5, ge=1, le=100, description="Most candidates")
+    target_fpir: float | None = Field(
+        None, ge=1e-12, lt=1, description="Share of searches for strangers that may find somebody; default 0.01"
+    )
+    threshold: float | None = Field(None, ge=-1, le=1, description="Cosine similarity, instead of target_fpir")
+    where: Annotated[Attributes | None, BeforeValidator(_structured)] = Field(
+        None, description="Search only subjects with all these attributes"
+    )
+    partial: bool = Field(False, description="Search what is certified, and list what is not, instead of a 409")
+
+    @model_validator(mode="after")
+    def _one(self) -> IdentifyOptions:
+        if self.target_fpir is not None and self.threshold is not None:
+            raise ValueError("give either target_fpir or threshold")
+        return self
+
+
+class IdentifyBody(IdentifyOptions):
+    """JSON body of /v1/galleries/{gallery}/identify."""
+
+    query: Query
+
+
+class IdentifyImage(IdentifyOptions):
+    """The options of an identify whose image is the body or a form's file."""
+
+    encoder: str | None = Field(None, max_length=300, description="Loaded encoder; the teacher by default")
+    aligned: bool = False
+    faces: Literal["largest", "exactly_one"] = "largest"
+
+
+class MigrationBody(Sent):
+    """JSON body of POST …/migrations."""
+
+    space: str = Field(max_length=300, description="Id of the space to move to")
+
+
+class GalleryAnswer(BaseModel):
+    name: str
+    space: SpaceAnswer
+    moving_to: SpaceAnswer | None = Field(description="The second space while a migration is under way")
+    created: datetime
+    retention_seconds: float | None
+    subjects: int
+    templates: dict[str, int] = Field(description="Encoder id → how many templates it made")
+
+
+class GalleriesAnswer(BaseModel):
+    galleries: list[GalleryAnswer]
+
+
+class MeasuredQuality(BaseModel):
+    """What was measured of an enrolled image; null for an embedding, and where there was no detection."""
+
+    detection_score: float | None
+    face_pixels: float | None
+    sharpness: float
+
+
+class EnrolledTemplate(BaseModel):
+    id: str
+    encoder: str
+    space: str
+    quality: MeasuredQuality | None
+
+
+class EnrolAnswer(BaseModel):
+    gallery: str
+    subject: str
+    templates: list[EnrolledTemplate]
+    sequence: int = Field(description="Of the change; a later one is larger")
+    replayed: bool = Field(description="True: the idempotency key had been used, nothing was enrolled")
+
+
+class TemplateAnswer(BaseModel):
+    id: str
+    encoder: str
+    space: str
+    created: datetime
+    expires: datetime | None
+
+
+class SubjectAnswer(BaseModel):
+    gallery: str
+    subject: str
+    attributes: dict[str, str]
+    consent: ConsentBody | None
+    templates: list[TemplateAnswer]
+
+
+class SubjectsAnswer(BaseModel):
+    subjects: list[str]
+    next: str | None = Field(description="Pass it as `after` for the next page; null: this is the last one")
+
+
+class ReceiptAnswer(BaseModel):
+    """Proof of a deletion: what was removed, and the place of its record in the audit log."""
+
+    gallery: str
+    subject: str | None
+    templates: int
+    rows: int = Field(description="Rows removed from the durable store, keys included")
+    covers: list[str] = Field(description="Where nothing is left")
+    sequence: int = Field(description="Of the audit record")
+    hash: str = Field(description="SHA-256 of the audit record")
+
+
+class Candidate(BaseModel):
+    subject: str
+    template: str
+    encoder: str = Field(description="That made the template")
+    score: float = Field(description="Cosine similarity")
+    fmr_at_score: float
+    fmr_is_upper_bound: bool
+    threshold: float = Field(description="For this template's encoder")
+    match: bool
+
+
+class Searched(BaseModel):
+    """The templates of one encoder, under its own certificate."""
+
+    encoder: str
+    templates: int
+    threshold: float | None = Field(description="null where nothing was searched")
+    calibrated: bool = Field(description="False: the threshold is extrapolated beyond what was measured")
+    certificate: dict[str, Any]
+
+
+class NotSearched(BaseModel):
+    encoder: str
+    templates: int
+    reason: Literal["not-certified", "other-space", "unsupported-fmr"]
+
+
+class IdentifyAnswer(BaseModel):
+    gallery: str
+    decision: Literal["match", "no_match", "ambiguous"] = Field(
+        description="ambiguous: two or more subjects reach their threshold"
+    )
+    candidates: list[Candidate] = Field(description="Least likely to be chance first; every subject once")
+    query_encoder: str
+    target_fpir: float | None
+    target_fmr: float | None = Field(description="Per comparison: 1 − (1 − target_fpir)^(1 / templates)")
+    templates: int = Field(description="Templates searched, over all encoders")
+    calibrated: bool = Field(description="False where any threshold is extrapolated")
+    searched: list[Searched]
+    not_searched: list[NotSearched]
+
+
+class MigrationAnswer(BaseModel):
+    gallery: str
+    space: SpaceAnswer
+    moving_to: SpaceAnswer | None = Field(description="null: no migration is under way")
+    moved: int = Field(description="Subjects that have a template in the second space")
+    total: int
+    unmoved: list[str] = Field(description="A page of the subjects that have none yet")
+    next: str | None
+
+
+class MovedAnswer(BaseModel):
+    gallery: str
+    space: SpaceAnswer
+    templates: int = Field(description="Templates of the other space that were deleted")
+    receipt: ReceiptAnswer
+
+
+class BulkAnswer(BaseModel):
+    """One line of the answer to a bulk enrolment: durable by the time it is sent, or refused."""
+
+    line: int | None = Field(description="Which line of the request, from 1; null: about the body as a whole")
+    subject: str | None = None
+    key: str | None = None
+    templates: list[str] | None = Field(None, description="Ids")
+    sequence: int | None = None
+    replayed: bool | None = None
+    problem: dict[str, Any] | None = Field(None, description="Why this item was refused; the others go on")
+
+
+class ExportHeader(Sent):
+    """First line of an export."""
+
+    format: Literal["pkd-gallery-1"]
+    gallery: str
+    space: SpaceAnswer
+    moving_to: SpaceAnswer | None = None
+    retention_seconds: float | None = Field(None, description="Of the gallery it was; absent where it keeps templates")
+    subjects: int
+
+
+class ExportedTemplate(Sent):
+    id: str = ""
+    encoder: EncoderId
+    space: EncoderId
+    created: datetime | None = None
+    expires: Moment | None = None
+    embedding: str
+    encoding: Encoding
+
+
+class ExportedSubject(Sent):
+    """One subject of an export, a line."""
+
+    subject: Name
+    attributes: Attributes = Field(default={})
+    consent: ConsentBody | None = None
+    templates: list[ExportedTemplate] = Field(min_length=1, max_length=10_000)
+
+
+class ExportEnd(Sent):
+    """Last line of an export: without it the file was cut off."""
+
+    end: Literal[True]
+    subjects: int

@@ -1,0 +1,273 @@
+"""Schemas: the JSON that clients send and get. Requests are validated with these; answers are documented by them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+
+from pkd.serving.core.embedding_codec import Encoding
+from pkd.toolkit.certificates.certificate import Certificate
+from pkd.toolkit.core.preprocess import Preprocess
+
+Faces = Literal["largest", "all", "exactly_one"]
+MAX_DIM = 4096
+"""Longest embedding that is read, numbers; each space then states its own."""
+MAX_IMAGES = 32
+"""Most images in one request."""
+MAX_VALUES = 2 * MAX_DIM + 1000
+"""Most values in one JSON body: two embeddings and everything around them."""
+MANY_VALUES = MAX_IMAGES * MAX_DIM
+"""Most values where a body may hold as many embeddings as images."""
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}$")]
+"""A gallery or a subject: 1 to 128 characters that mean nothing to a file system, a URL or a shell."""
+
+
+class Sent(BaseModel):
+    """A request body: unknown fields are refused, so that a misspelt option cannot be ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EmbedOptions(Sent):
+    """How to embed: query parameters, form fields or JSON fields."""
+
+    encoder: str | None = Field(None, max_length=300, description="Id, short id or name; the teacher by default")
+    faces: Faces = Field("largest", description="Which faces of each photograph; `all` may give none")
+    aligned: bool = Field(False, description="The images are aligned crops already; nothing is detected")
+    encoding: Encoding = Field("float", description="How embeddings are written; base64 is little-endian")
+
+
+class ImageInput(Sent):
+    """An image inside JSON."""
+
+    image_b64: str = Field(description="JPEG, PNG, WebP or BMP file as base64")
+
+
+class EmbedBody(EmbedOptions):
+    """JSON body of /v1/embed."""
+
+    inputs: list[ImageInput] = Field(min_length=1, max_length=MAX_IMAGES)
+
+
+class ImageSide(ImageInput):
+    """One side of a comparison: an image, embedded here."""
+
+    encoder: str | None = Field(None, max_length=300, description="Loaded encoder; the teacher by default")
+    aligned: bool = False
+    faces: Literal["largest", "exactly_one"] = "largest"
+
+
+class EmbeddingSide(Sent):
+    """One side of a comparison: an embedding made elsewhere, for example on a device."""
+
+    embedding: Annotated[list[float], Field(max_length=MAX_DIM)] | str
+    encoding: Encoding = "float"
+    encoder: str = Field(max_length=300, description="Id of the encoder that made it")
+    space: str | None = Field(None, max_length=300, description="Id of its space, checked where given")
+
+
+class SubjectSide(Sent):
+    """One side of a comparison: whoever is enrolled, by the best of their templates."""
+
+    gallery: Name
+    subject: Name
+
+
+class Policy(Sent):
+    """When two faces match; exactly one of the two."""
+
+    target_fmr: float | None = Field(None, gt=0, lt=1, description="False match rate, a fraction")
+    threshold: float | None = Field(None, ge=-1, le=1, description="Cosine similarity")
+
+    @model_validator(mode="after")
+    def _one(self) -> Policy:
+        if (self.target_fmr is None) == (self.threshold is None):
+            raise ValueError("give either target_fmr or threshold")
+        return self
+
+
+def _side(sent: object) -> str:
+    for tag, kind, field in (("image", ImageInput, "image_b64"), ("subject", SubjectSide, "subject")):
+        if isinstance(sent, kind) or (isinstance(sent, dict) and field in sent):
+            return tag
+    return "embedding"
+
+
+Input = Annotated[
+    Annotated[ImageInput, Tag("image")] | Annotated[EmbeddingSide, Tag("embedding")], Discriminator(_side)
+]
+"""Told apart by their fields, so that an error is about the one that was meant."""
+Query = Annotated[Annotated[ImageSide, Tag("image")] | Annotated[EmbeddingSide, Tag("embedding")], Discriminator(_side)]
+Side = Annotated[
+    Annotated[ImageSide, Tag("image")]
+    | Annotated[EmbeddingSide, Tag("embedding")]
+    | Annotated[SubjectSide, Tag("subject")],
+    Discriminator(_side),
+]
+
+
+class VerifyBody(Sent):
+    """JSON body of /v1/verify."""
+
+    a: Side = Field(description="The query (probe)")
+    b: Side = Field(description="The gallery side")
+    policy: Policy | None = Field(None, description="The server's default target FMR where left out")
+
+
+class SpaceAnswer(BaseModel):
+    id: str
+    dim: int
+    metric: str
+
+
+class EncoderAnswer(BaseModel):
+    id: str
+    role: str
+    preprocess: str
+
+
+class Quality(BaseModel):
+    sharpness: float = Field(description="Variance of the Laplacian of the grey crop, squared grey levels (0–255)")
+
+
+class FaceAnswer(BaseModel):
+    index: int = Field(description="Which image of the request")
+    face: int = Field(description="Which face of that image, largest first")
+    box: list[float] | None = Field(description="x1 y1 x2 y2, pixels of the upright photograph; null for aligned crops")
+    landmarks: list[list[float]] | None = Field(description="Five points x y: eyes, nose, mouth corners")
+    detection_score: float | None
+    quality: Quality
+    embedding: list[float] | str
+    encoding: Encoding
+
+
+class Timing(BaseModel):
+    """Milliseconds, summed over the images of the request."""
+
+    decode: float
+    detect: float
+    queue: float
+    infer: float
+
+
+class EmbedAnswer(BaseModel):
+    space: SpaceAnswer
+    encoder: EncoderAnswer
+    data: list[FaceAnswer]
+    timing_ms: Timing
+
+
+class SignatureAnswer(BaseModel):
+    key: str = Field(description="Fingerprint of the ed25519 key that is said to have signed")
+    verified: bool = Field(description="True: checked at start. False: the server was started without trusted keys")
+    covers: Literal["certificate", "bundle"] = Field(
+        description="What was signed: the certificate itself, or only the bundle that holds it"
+    )
+
+
+class CertificateAnswer(BaseModel):
+    query: str
+    gallery: str
+    space: str
+    identities: int
+    impostor_pairs: int
+    data_name: str
+    synthetic: bool = Field(description="True: measured on procedural faces; the rates say nothing about people")
+    created: str
+    signature: SignatureAnswer | None = Field(description="null where neither the certificate nor its bundle is signed")
+
+
+class ComparedTemplate(BaseModel):
+    """Which template of a subject decided."""
+
+    gallery: str
+    subject: str
+    template: str
+    encoder: str
+
+
+class NotCompared(BaseModel):
+    """Templates that no comparison was permitted with."""
+
+    encoder: str
+    templates: int
+    reason: Literal["not-certified", "space-mismatch", "unsupported-fmr"]
+
+
+class VerifyAnswer(BaseModel):
+    match: bool
+    score: float = Field(description="Cosine similarity")
+    threshold: float
+    target_fmr: float | None = Field(description="What the threshold was chosen for; null where the request stated one")
+    fmr_at_score: float = Field(description="Share of impostor pairs that score at least this high")
+    fmr_ci95: tuple[float, float] = Field(description="95 % interval of it over people")
+    fmr_is_upper_bound: bool = Field(
+        description="True where the score lies above the last one whose rate the evaluation resolved: the share is at "
+        "most fmr_at_score"
+    )
+    certificate: CertificateAnswer
+    a: ComparedTemplate | None = Field(None, description="Where `a` is a subject: the template that decided")
+    b: ComparedTemplate | None = Field(None, description="Where `b` is a subject: the template that decided")
+    comparisons: int = Field(
+        1, description="Pairs compared; rates are per comparison, the best of n errs up to n times"
+    )
+    not_compared: list[NotCompared] = Field([], description="Templates of the subjects that were left out, and why")
+
+
+class EncoderListed(BaseModel):
+    id: str
+    name: str
+    role: Literal["teacher", "student"]
+    numeric_mode: str
+    space: SpaceAnswer
+    preprocess: Preprocess
+    licence: str
+    default: bool = Field(description="True: images go to this one where a request names none")
+
+
+class EncodersAnswer(BaseModel):
+    encoders: list[EncoderListed]
+
+
+class FileAnswer(BaseModel):
+    name: str = Field(description="Pass it as `file`")
+    sha256: str
+    bytes: int
+
+
+class TargetAnswer(BaseModel):
+    """The encoder for one runtime in one precision."""
+
+    name: str = Field(description="Pass it as `target`")
+    runtime: str
+    precision: str
+    golden_tolerance: float = Field(description="Largest allowed 1 − cosine over the bundle's golden crops")
+    settings: dict[str, str | int | float | bool]
+    files: list[FileAnswer] = Field(description="What the device needs, the file to load first; empty: not built yet")
+
+
+class Comparable(BaseModel):
+    """Encoder ids that some certificate joins with this one."""
+
+    as_query_against: list[str]
+    as_gallery_for: list[str]
+
+
+class EncoderDetail(EncoderListed):
+    loaded: bool = Field(description="False: a target in a bundle, for devices; no image can be sent to it here")
+    certificates: Comparable
+    artifact: FileAnswer = Field(description="What …/artifact gives without options")
+    targets: list[TargetAnswer]
+
+
+class SpaceListed(SpaceAnswer):
+    encoders: list[str]
+
+
+class SpacesAnswer(BaseModel):
+    spaces: list[SpaceListed]
+
+
+class CertificatesAnswer(BaseModel):
+    certificates: list[Certificate]

@@ -1,0 +1,266 @@
+"""The database file of a SqliteStore: schema, connections, transactions, and what SQLite's errors mean to a client.
+
+One log of changes, ``changes``, tells every process what else than new templates happened: triggers write it, so that
+no way of deleting can forget to. A template's number is never used again (AUTOINCREMENT): "newer than the newest I
+know" finds all that were added since.
+"""
+
+from __future__ import annotations
+
+import queue
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pkd.serving.core.problems import Problem
+from pkd.serving.galleries import audit
+from pkd.serving.galleries.crypto import MasterKey, Sealed
+from pkd.toolkit.core.errors import InputError
+
+NAME = "galleries.db"
+VERSION = 1
+BUSY_SECONDS = 5.0
+"""How long a write waits for those of other processes."""
+
+SCHEMA = f"""
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE galleries (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, key BLOB NOT NULL,
+    space TEXT NOT NULL, dim INTEGER NOT NULL, next_space TEXT, next_dim INTEGER,
+    created REAL NOT NULL, retention REAL, subjects INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE encoders (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, gallery INTEGER NOT NULL REFERENCES galleries ON DELETE CASCADE,
+    name TEXT NOT NULL, space TEXT NOT NULL, templates INTEGER NOT NULL DEFAULT 0, UNIQUE (gallery, name)
+) STRICT;
+CREATE TABLE subjects (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, gallery INTEGER NOT NULL REFERENCES galleries ON DELETE CASCADE,
+    name TEXT NOT NULL, key BLOB NOT NULL, attributes TEXT NOT NULL, consent TEXT, UNIQUE (gallery, name)
+) STRICT;
+CREATE TABLE templates (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, subject INTEGER NOT NULL REFERENCES subjects ON DELETE CASCADE,
+    encoder INTEGER NOT NULL REFERENCES encoders ON DELETE CASCADE,
+    created REAL NOT NULL, expires REAL, sealed BLOB NOT NULL
+) STRICT;
+CREATE INDEX templates_of_subject ON templates (subject);
+CREATE INDEX templates_of_encoder ON templates (encoder, subject);
+CREATE INDEX templates_by_expiry ON templates (expires) WHERE expires IS NOT NULL;
+CREATE TABLE answers (
+    gallery INTEGER NOT NULL REFERENCES galleries ON DELETE CASCADE, key TEXT NOT NULL,
+    subject INTEGER NOT NULL REFERENCES subjects ON DELETE CASCADE, digest TEXT NOT NULL, templates TEXT NOT NULL,
+    sequence INTEGER NOT NULL, created REAL NOT NULL, PRIMARY KEY (gallery, key)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX answers_of_subject ON answers (subject);
+CREATE TABLE changes (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, what TEXT NOT NULL, gallery INTEGER, which INTEGER NOT NULL,
+    time INTEGER NOT NULL DEFAULT (unixepoch())
+) STRICT;
+CREATE TRIGGER template_added AFTER INSERT ON templates BEGIN
+    UPDATE encoders SET templates = templates + 1 WHERE id = NEW.encoder;
+END;
+CREATE TRIGGER template_gone AFTER DELETE ON templates BEGIN
+    UPDATE encoders SET templates = templates - 1 WHERE id = OLD.encoder;
+    INSERT INTO changes (what, gallery, which)
+        VALUES ('template', (SELECT gallery FROM encoders WHERE id = OLD.encoder), OLD.id);
+END;
+CREATE TRIGGER subject_added AFTER INSERT ON subjects BEGIN
+    UPDATE galleries SET subjects = subjects + 1 WHERE id = NEW.gallery;
+END;
+CREATE TRIGGER subject_gone AFTER DELETE ON subjects BEGIN
+    UPDATE galleries SET subjects = subjects - 1 WHERE id = OLD.gallery;
+END;
+CREATE TRIGGER subject_described AFTER UPDATE OF attributes ON subjects BEGIN
+    INSERT INTO changes (what, gallery, which) VALUES ('subject', NEW.gallery, NEW.id);
+END;
+CREATE TRIGGER gallery_added AFTER INSERT ON galleries BEGIN
+    INSERT INTO changes (what, gallery, which) VALUES ('gallery', NEW.id, NEW.id);
+END;
+CREATE TRIGGER gallery_gone AFTER DELETE ON galleries BEGIN
+    INSERT INTO changes (what, gallery, which) VALUES ('gallery', OLD.id, OLD.id);
+END;
+{audit.SCHEMA};
+"""
+
+MEANING = {
+    "disk is full": "the disk is full. Free some space; nothing of this request was kept",
+    "readonly": "the database cannot be written to: file or file system is read-only",
+    "locked": f"another process has been writing for more than {BUSY_SECONDS:g} s. Try again",
+    "disk I/O error": "the disk reports an error",
+    "malformed": "the database is damaged. Stop the server and restore a backup (pkd-gallery verify says what is lost)",
+    "not a database": "the database is damaged or not pkd's. Restore a backup",
+    "unable to open": "the database cannot be opened: is its folder there, and writable?",
+    "no such table": "the database was replaced or emptied while in use. Restart the server",
+}
+"""Part of what SQLite says → what it means to whoever runs the server."""
+
+
+class SqliteFile:
+    """Connections to one database. Safe to use from several threads; opened once a process."""
+
+    def __init__(self, folder: Path, master: MasterKey, *, create: bool = True) -> None:
+        """Open or create ``folder``/galleries.db.
+
+        Raises InputError: no database there and not to be created, made by another version of pkd, or another master
+        key's; Problem store-unavailable where the file cannot be used.
+        """
+        self.path = folder / NAME
+        self.master = master
+        if not create and not self.path.is_file():
+            raise InputError(f"{self.path}: no such database. Give the folder that pkd-serve --gallery was given.")
+        if create:
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{folder}: {error.strerror}. Choose a folder you can write to.") from None
+        self._writing = threading.Lock()
+        self._spare: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        self._all: list[sqlite3.Connection] = []
+        self._closed = False
+        with explained():
+            self._writer = self.connect()
+            try:
+                self._prepare(create)
+            except BaseException:
+                self.close()
+                raise
+
+    def connect(self) -> sqlite3.Connection:
+        """A further connection; the caller uses it in one thread at a time."""
+        db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        self._all.append(db)
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("PRAGMA secure_delete = ON")  # freed pages are overwritten with zeros
+        db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it is acknowledged
+        db.execute("PRAGMA cache_size = -1024")  # KiB of each connection; the system caches the file once for all
+        return db
+
+    def disconnect(self, db: sqlite3.Connection) -> None:
+        """Close a connection."""
+        if db in self._all:
+            self._all.remove(db)
+        db.close()
+
+    def close(self) -> None:
+        """Close every connection. Idempotent."""
+        self._closed = True
+        while self._all:
+            self._all.pop().close()
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that may write: committed at the end, undone by any exception. Raises store-unavailable."""
+        with self._writing, explained():
+            db = self._writer
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:  # SQLite has undone it by itself where the disk was full
+                    db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection within one read transaction: all that is read is of one moment. Raises store-unavailable."""
+        with explained():
+            try:
+                db = self._spare.get_nowait()
+            except queue.Empty:
+                db = self.connect()
+            try:
+                db.execute("BEGIN")
+                yield db
+            finally:
+                if not self._closed:
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                    self._spare.put(db)
+
+    def truncate(self, patience: float = 1.0) -> bool:
+        """Move the write-ahead log into the database and cut it to nothing; False: readers or writers are in the way.
+
+        Deleted pages are then neither in the log nor, thanks to secure_delete, in the database.
+        """
+        with self._writing, explained():
+            self._writer.execute(f"PRAGMA busy_timeout = {int(patience * 1000)}")
+            try:
+                busy, _, _ = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            except sqlite3.OperationalError:  # locked, or no space to checkpoint into: the deletion itself is durable
+                return False
+            finally:
+                self._writer.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
+            return not busy
+
+    def require_master(self, db: sqlite3.Connection) -> None:
+        """Raise store-unavailable if the master key was changed by another process: ours would wrap in vain."""
+        if dict(db.execute("SELECT name, value FROM about"))["master"] != self.master.id:
+            raise Problem("store-unavailable", "The master key was changed. Restart this server with the new one.")
+
+    def _prepare(self, create: bool) -> None:
+        db = self._writer
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("BEGIN IMMEDIATE")
+        if not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            for statement in _statements(SCHEMA):
+                db.execute(statement)
+            about = {"schema": str(VERSION), "master": self.master.id, "heartbeat": "0"}
+            db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+        db.execute("COMMIT")
+        try:
+            about = dict(db.execute("SELECT name, value FROM about"))
+        except sqlite3.OperationalError:
+            raise InputError(f"{self.path}: not a database of pkd's galleries. Choose another folder.") from None
+        if about.get("schema") != str(VERSION):
+            raise InputError(
+                f"{self.path}: has schema {about.get('schema')}, this pkd knows {VERSION}. Use the pkd that made it."
+            )
+        if about.get("master") != self.master.id:
+            raise InputError(
+                f"{self.path}: was written with master key {about.get('master')}, given is {self.master.id}. "
+                "Give the key file it was made with."
+            )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turns what SQLite raises, and rows that do not decrypt, into a store-unavailable Problem with a plain reason."""
+    try:
+        yield
+    except Sealed as error:
+        raise Problem("store-unavailable", f"Galleries: {error} Run pkd-gallery verify.") from error
+    except sqlite3.Error as error:
+        said = str(error)
+        reason = next((meaning for part, meaning in MEANING.items() if part in said), f"SQLite says: {said}")
+        raise Problem("store-unavailable", f"Galleries: {reason}.") from error
+
+
+def rewrap(file: SqliteFile, master: MasterKey) -> int:
+    """Wrap every gallery's key with another master key, in one step; returns how many. Nothing else is written anew.
+
+    Copies of the database from before still open with the old key: destroy them, or it, as the reason demands.
+    """
+    with file.writing() as db:
+        file.require_master(db)
+        galleries = db.execute("SELECT id, name, key FROM galleries").fetchall()
+        for id, name, wrapped in galleries:
+            db.execute(
+                "UPDATE galleries SET key = ? WHERE id = ?", (master.wrap(file.master.gallery(name, wrapped)), id)
+            )
+        db.execute("UPDATE about SET value = ? WHERE name = 'master'", (master.id,))
+        audit.append(db, "pkd-gallery", "rekey", "", rows=len(galleries))
+    file.master = master
+    file.truncate()
+    return len(galleries)
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Single statements of a script: ``executescript`` would commit the transaction they belong into."""
+    statement = ""
+    for line in script.splitlines():
+        statement += line + "\n"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""

@@ -1,0 +1,1 @@
+"""Search templates exactly, in memory. Imports the gallery protocol and core."""

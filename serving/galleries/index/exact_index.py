@@ -1,0 +1,289 @@
+"""Matrix: the templates of one encoder as rows in memory, searched exactly.
+
+A search is exact in the sense of real numbers: which subjects are nearest, and in which order, is decided by scores in
+float64, summed in one fixed order, so that equal templates score equally wherever they lie and however many queries
+were answered at once. The product in float32 that goes before only discards what cannot be among the nearest: its error
+is at most D·2⁻²⁴·|x||q| (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pkd.serving.galleries.index.attribute_sets import NOBODY
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 1024, 65536
+"""Rows. A matrix grows by about what it has, so that no row is ever copied."""
+SPARSE = 8
+"""A filter that leaves less than one row in so many gathers them first."""
+AT_ONCE = 4096
+"""Rows scored in float64 at a time."""
+QUERIES_AT_ONCE = 32
+FEW = 4
+"""Queries from which a matrix product is faster than dot products (measured)."""
+TILE = 128
+"""Rows of one matrix product."""
+GATHERED = 256
+"""Rows that a filter leaves, copied together at a time."""
+LOWEST = np.finfo(np.float32).min
+LONGEST = 1.001
+"""Length of a template at most: float16 rounds a unit vector."""
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Allowed = NDArray[np.bool_]
+Scored = tuple[float, int, int]
+"""Score, subject, template."""
+
+
+class Spread(Protocol):
+    """``map``, or an executor's."""
+
+    def __call__(self, work: Callable[[Block], None], blocks: Iterable[Block], /) -> Iterator[None]: ...
+
+
+class Block:
+    """Rows of one allocation; a row without a template has template 0 and is filled again."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        self.vectors = np.zeros((rows, dim), np.float32)  # memory is taken from the system when first written
+        self.templates = np.zeros(rows, np.int64)
+        self.subjects = np.zeros(rows, np.int64)
+        self.sets = np.full(rows, NOBODY, np.int32)
+        self.used = 0
+        """Rows from here on were never written."""
+        self.live = 0
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The answer to one query: subjects with the best of their templates, best first."""
+
+    best: Sequence[Scored]
+    searched: int
+
+
+class Matrix:
+    """Not thread-safe: whoever holds it takes care that nothing changes while it is searched."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self._blocks: list[Block] = []
+
+    def __len__(self) -> int:
+        """Templates."""
+        return sum(block.live for block in self._blocks)
+
+    def add(self, templates: Ints, subjects: Ints, sets: NDArray[np.int32], vectors: Floats) -> None:
+        """Add N rows (``vectors`` N×D) to rows that are free."""
+        done, total = 0, len(templates)
+        while done < total:
+            block = next((block for block in self._blocks if block.live < len(block.templates)), None) or self._grow()
+            free = np.flatnonzero(block.templates == 0)[: total - done]
+            part = slice(done, done + len(free))
+            rows: slice | NDArray[np.intp] = free
+            if free[-1] - free[0] == len(free) - 1:
+                rows = slice(int(free[0]), int(free[-1]) + 1)
+            block.vectors[rows] = vectors[part]
+            block.templates[rows] = templates[part]
+            block.subjects[rows] = subjects[part]
+            block.sets[rows] = sets[part]
+            block.live += len(free)
+            block.used = max(block.used, int(free[-1]) + 1)
+            done += len(free)
+
+    def remove(self, templates: Ints) -> tuple[Ints, NDArray[np.int32]]:
+        """Remove those that are there, overwriting their vectors; returns subjects and attribute sets of each."""
+        subjects, sets = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+        for block in self._blocks:
+            known = block.templates[: block.used]
+            rows = np.flatnonzero(known == templates[0] if len(templates) == 1 else np.isin(known, templates))
+            if not len(rows):
+                continue
+            subjects.append(block.subjects[rows])
+            sets.append(block.sets[rows])
+            block.vectors[rows] = 0
+            block.templates[rows], block.subjects[rows], block.sets[rows] = 0, 0, NOBODY
+            block.live -= len(rows)
+        self._blocks = [block for block in self._blocks if block.live]
+        return np.concatenate(subjects), np.concatenate(sets)
+
+    def describe(self, subject: int, number: int) -> NDArray[np.int32]:
+        """Give all rows of a subject another attribute set; returns those they had."""
+        before = [np.zeros(0, np.int32)]
+        for block in self._blocks:
+            rows = np.flatnonzero(block.subjects[: block.used] == subject)
+            before.append(block.sets[rows])
+            block.sets[rows] = number
+        return np.concatenate(before)
+
+    def holding(self, subjects: Ints) -> Ints:
+        """Those of ``subjects`` that have a row."""
+        found = [np.intersect1d(block.subjects[: block.used], subjects) for block in self._blocks]
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+
+    def checksum(self) -> int:
+        """Of all templates with their vectors, in any order: ``checksum`` of the same rows gives the same."""
+        parts = [block.templates > 0 for block in self._blocks]
+        sums = (
+            checksum(block.templates[rows], block.vectors[rows])
+            for block, rows in zip(self._blocks, parts, strict=True)
+        )
+        return sum(sums) % 2**64
+
+    def search(
+        self,
+        queries: Floats,
+        top_k: Sequence[int],
+        allowed: Sequence[Allowed | None],
+        name: Callable[[int], str],
+        spread: Spread = map,
+    ) -> list[Nearest]:
+        """For each of the rows Q×D its ``top_k`` nearest subjects; equal scores in the order of their names.
+
+        ``allowed``: attribute set → whether its subjects take part; None: everyone. ``spread``: as ``map``, which may
+        work on several blocks at once.
+        """
+        found: list[Nearest] = []
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            part = slice(start, start + QUERIES_AT_ONCE)
+            races = [_Race(self.dim, query, k) for query, k in zip(queries[part], top_k[part], strict=True)]
+            asked, sets, taking_in = queries[part], allowed[part], Lock()
+            deque(spread(lambda block: _race(block, asked, sets, races, taking_in), self._blocks), maxlen=0)  # noqa: B023
+            found += [Nearest(race.finish(name), race.searched) for race in races]
+        return found
+
+    def _grow(self) -> Block:
+        rows = min(max(sum(len(block.templates) for block in self._blocks), SMALLEST_BLOCK), LARGEST_BLOCK)
+        self._blocks.append(Block(rows, self.dim))
+        return self._blocks[-1]
+
+
+def checksum(templates: Ints, vectors: Floats) -> int:
+    """A number that depends on which template has which bits, not on their order; sums of it are of all."""
+    bits = np.ascontiguousarray(vectors, np.float32).view(np.uint32).astype(np.uint64)
+    places = np.arange(1, bits.shape[1] + 1, dtype=np.uint64)
+    total: int = ((bits * places).sum(axis=1) * templates.astype(np.uint64)).sum(dtype=np.uint64).item()
+    return total
+
+
+def _race(
+    block: Block, queries: Floats, allowed: Sequence[Allowed | None], races: Sequence[_Race], taking_in: Lock
+) -> None:
+    """Send every query through one block."""
+    masks = [_mask(block, sets) for sets in allowed]
+    counts = [block.live if mask is None else int(np.count_nonzero(mask)) for mask in masks]
+    sparse = [mask is not None and count * SPARSE < block.used for mask, count in zip(masks, counts, strict=True)]
+    dense = [place for place, count in enumerate(counts) if count and not sparse[place]]
+    scores = dict(zip(dense, products(block.vectors, block.used, queries[dense]), strict=True))
+    for place, (race, mask) in enumerate(zip(races, masks, strict=True)):
+        rows = None
+        if mask is not None and sparse[place]:
+            rows = np.flatnonzero(mask)
+            scores[place] = _gathered(block.vectors, rows, queries[place])
+        elif mask is not None and place in scores:
+            scores[place][~mask] = -np.inf
+        with taking_in:
+            race.searched += counts[place]
+            if counts[place]:
+                race.run(block, scores[place], rows)
+
+
+def products(vectors: Floats, used: int, queries: Floats) -> Floats:
+    """Scalar products Q×``used`` of each query with the first rows; ``vectors`` has a multiple of TILE rows.
+
+    How the product is cut decides its speed, not its result: one call a query is a dot product a row, at the speed
+    of memory; for several, a tile of rows stays in the cache while every query passes over it.
+    """
+    if len(queries) < FEW:
+        made = [np.matmul(vectors[:used, None, :], query)[:, 0] for query in queries]
+        return np.stack(made) if made else np.zeros((0, used), np.float32)
+    tiles = vectors[: -(-used // TILE) * TILE].reshape(-1, TILE, vectors.shape[1])
+    scores: Floats = np.matmul(tiles, queries.T).reshape(-1, len(queries))[:used]
+    return np.ascontiguousarray(scores.T)
+
+
+def _gathered(vectors: Floats, rows: NDArray[np.intp], query: Floats) -> Floats:
+    """Scalar products with some rows, gathered a cacheful at a time."""
+    scores = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), GATHERED):
+        part = vectors[rows[start : start + GATHERED]]
+        scores[start : start + GATHERED] = np.matmul(part[:, None, :], query)[:, 0]
+    return scores
+
+
+class _Race:
+    """One query's way through the blocks. ``floor``: no row that scores lower can still be among the nearest."""
+
+    def __init__(self, dim: int, query: Floats, top_k: int) -> None:
+        self.query = query.astype(np.float64)
+        self.margin = 2 * dim * 2.0**-24 * LONGEST * float(np.linalg.norm(self.query))
+        self.top_k = top_k
+        self.floor = float(LOWEST)
+        self.searched = 0
+        self.ahead: list[tuple[Block, NDArray[np.intp], Floats]] = []
+        """Block, rows, scores in float32."""
+
+    def run(self, block: Block, scores: Floats, rows: NDArray[np.intp] | None) -> None:
+        """Take in a block's scores; ``rows``: which they belong to, None for the first ones in order."""
+        if self.floor == LOWEST:
+            subjects = block.subjects[: block.used] if rows is None else block.subjects[rows]
+            self._raise(scores, subjects)
+        hits = np.flatnonzero(scores >= np.float32(self.floor))
+        if not len(hits):
+            return
+        self.ahead.append((block, hits if rows is None else rows[hits], scores[hits]))
+        kept = np.concatenate([part for _, _, part in self.ahead])
+        self._raise(kept, np.concatenate([block.subjects[rows] for block, rows, _ in self.ahead]))
+
+    def finish(self, name: Callable[[int], str]) -> list[Scored]:
+        """Score what is left exactly."""
+        scores, subjects, templates = [np.zeros(0)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for block, rows, rough in self.ahead:
+            rows = rows[rough >= np.float32(self.floor)]
+            for start in range(0, len(rows), AT_ONCE):
+                part = rows[start : start + AT_ONCE]
+                scores.append((block.vectors[part] * self.query).sum(axis=1))
+                subjects.append(block.subjects[part])
+                templates.append(block.templates[part])
+        score, subject, template = (np.concatenate(parts) for parts in (scores, subjects, templates))
+        order = np.lexsort((template, -score))
+        _, first = np.unique(subject[order], return_index=True)
+        best = order[np.sort(first)]
+        if len(best) > self.top_k:
+            best = best[score[best] >= score[best[self.top_k - 1]]]
+        found = [(float(score[i]), int(subject[i]), int(template[i])) for i in best]
+        return sorted(found, key=lambda one: (-one[0], name(one[1])))[: self.top_k]
+
+    def _raise(self, scores: Floats, subjects: Ints) -> None:
+        """Raise the floor to below the ``top_k``-th best subject among these, by what float32 may be wrong."""
+        rows = min(len(scores), 4 * self.top_k)
+        while rows >= self.top_k:
+            top = np.argpartition(scores, len(scores) - rows)[len(scores) - rows :]
+            order = top[np.argsort(-scores[top])]
+            _, first = np.unique(subjects[order], return_index=True)
+            if len(first) >= self.top_k:
+                last = float(scores[order[np.sort(first)[self.top_k - 1]]])
+                self.floor = max(self.floor, last - self.margin - 2.0**-23)
+                return
+            if rows == len(scores):
+                return
+            rows = min(len(scores), 4 * rows)
+
+
+def _mask(block: Block, allowed: Allowed | None) -> NDArray[np.bool_] | None:
+    """Which rows take part; None: all."""
+    if allowed is not None:
+        mask: NDArray[np.bool_] = allowed[block.sets[: block.used]]
+        return mask
+    if block.live == block.used:
+        return None
+    alive: NDArray[np.bool_] = block.templates[: block.used] > 0
+    return alive

@@ -1,0 +1,1 @@
+"""Keep galleries in Milvus. Imports galleries, never sqlite."""

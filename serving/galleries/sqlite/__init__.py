@@ -1,0 +1,1 @@
+"""Keep galleries in one SQLite file. Imports galleries and index, never milvus."""

@@ -1,0 +1,255 @@
+"""Gallery: templates of one space, each stamped with the encoder that made it. And what a store of galleries promises.
+
+A template is searched only beside others of its own encoder: thresholds belong to an ordered pair of encoders, so the
+scores of two encoders have no common scale. That is why ``search`` is asked for one encoder at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pkd.serving.core.problems import Problem
+
+Vectors = NDArray[np.float32]
+"""Unit rows N×D."""
+Attributes = Mapping[str, str]
+"""What an operator may filter on: a site, a role. Not a place for names: attributes are stored as they are."""
+Action = Literal[
+    "create",
+    "enrol",
+    "delete-subject",
+    "delete-gallery",
+    "expire",
+    "begin-migration",
+    "end-migration",
+    "purge",
+    "rekey",
+]
+"""What the audit log records. ``purge``: what was deleted of the gallery before has left the files of a store that only
+marks it at first. ``rekey``: all gallery keys were wrapped by another master key."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The part of an EmbeddingSpace that a store needs."""
+
+    id: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Consent:
+    """On what ground a subject is enrolled. Recorded and given back, not judged."""
+
+    basis: str
+    """For example ``consent`` or ``contract``."""
+    reference: str = ""
+    """Where the paper lies."""
+    given: str = ""
+    """ISO 8601."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """One gallery as it is now."""
+
+    name: str
+    space: Space
+    moving_to: Space | None
+    """The second space while a migration is under way: both answer."""
+    created: float
+    """Seconds since 1970, as every time here."""
+    retention: float | None
+    """Seconds after which a template that states nothing else is deleted; None: kept."""
+    subjects: int
+    templates: Mapping[str, int]
+    """Encoder id → how many templates it made."""
+    moved: int = 0
+    """Subjects that have a template in ``moving_to``."""
+
+    @property
+    def spaces(self) -> tuple[Space, ...]:
+        """Whose vectors it takes."""
+        return (self.space, self.moving_to) if self.moving_to else (self.space,)
+
+
+@dataclass(frozen=True)
+class NewTemplate:
+    """What is to be enrolled. Stores keep its direction in float16, and search it at unit length."""
+
+    encoder: str
+    space: str
+    vector: NDArray[np.float32]
+    """Unit, D."""
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """Templates for one subject, all or none of them."""
+
+    subject: str
+    templates: Sequence[NewTemplate]
+    attributes: Attributes = field(default_factory=dict)
+    """Replaces those of a subject that is there already, unless empty."""
+    consent: Consent | None = None
+    expires: float | None = None
+    """When these templates are deleted; None: as the gallery's retention says."""
+    key: str | None = None
+    """Idempotency key: the same key with the same ``digest`` is answered as before and enrols nothing."""
+    digest: str = ""
+    """SHA-256 (hex) of what was asked; another one under the same key is a conflict."""
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """An enrolment that is durable: a process that dies after this was returned has not lost it."""
+
+    subject: str
+    templates: tuple[str, ...]
+    """Ids, in the order they were given."""
+    sequence: int
+    """Of the change; a later one is larger."""
+    replayed: bool
+    """True: the idempotency key had been used, nothing was done."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template as an operator sees it; its vector only where it was asked for."""
+
+    id: str
+    encoder: str
+    space: str
+    created: float
+    expires: float | None
+    vector: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject and their templates."""
+
+    id: str
+    templates: tuple[Template, ...]
+    attributes: Attributes
+    consent: Consent | None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a deletion removed, and the place of its record in the audit log."""
+
+    gallery: str
+    subject: str | None
+    templates: int
+    rows: int
+    """Rows removed from the durable store, keys included."""
+    covers: tuple[str, ...]
+    """Where nothing is left, for example ``rows``, ``index``, ``wal``, ``key``, ``milvus``."""
+    sequence: int
+    """Of the audit record."""
+    hash: str
+    """Of the audit record, SHA-256 (hex)."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One subject near a query: the best of their templates."""
+
+    subject: str
+    template: str
+    score: float
+    """Cosine similarity."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answer to one query."""
+
+    hits: tuple[Hit, ...]
+    """Best first, every subject once; equal scores in the order of the subjects' ids."""
+    searched: int
+    """Templates that the query was compared with, after the filter."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The outcome of ending a migration."""
+
+    templates: int
+    """Templates of the old space that were deleted."""
+    receipt: Receipt
+
+
+class GalleryStore(Protocol):
+    """Where galleries are kept. Blocking and safe to call from several threads; every process has one.
+
+    Problems are raised as such: ``unknown-gallery``, ``unknown-subject``, ``gallery-conflict``, ``space-mismatch``,
+    ``idempotency-conflict``, ``store-unavailable`` (disk full or read-only, database gone: 503). ``actor``: who is
+    answerable, the name of the API key, for the audit log. What one process has acknowledged, every other answers by
+    within a second.
+    """
+
+    def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
+        """Create, or return what is there if it has this very space; else a gallery-conflict."""
+
+    def get(self, name: str) -> Gallery:
+        """One gallery."""
+
+    def list(self) -> Sequence[Gallery]:
+        """All, by name."""
+
+    def delete(self, name: str, actor: str) -> Receipt:
+        """Delete a gallery with all that is in it, and its key."""
+
+    def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | Problem]:
+        """Enrol many subjects in one durable step; a Problem in the place of each that was refused."""
+
+    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | Problem | None]:
+        """What ``enrol`` would say to idempotency keys used before, None for others. Looks at no template."""
+
+    def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
+        """One subject, with their vectors where asked for."""
+
+    def subjects(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
+        """Ids after ``after``: a page, always in one order. Ascending, but not in Milvus, which must not learn them."""
+
+    def delete_subject(self, gallery: str, subject: str, actor: str) -> Receipt:
+        """Delete a subject's templates and key."""
+
+    def search(
+        self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None
+    ) -> Sequence[Found]:
+        """For each of the unit rows Q×D the nearest subjects among templates of ``encoder``, exactly.
+
+        ``where``: only subjects that have all these attributes. An encoder without templates gives empty answers.
+        """
+
+    def begin_migration(self, gallery: str, space: Space, actor: str) -> Gallery:
+        """Take templates of a second space, too. The same space again is no error: a migration is resumable."""
+
+    def unmoved(self, gallery: str, *, after: str = "", limit: int = 100, back: bool = False) -> Sequence[str]:
+        """Subjects without a template in the second space, or with ``back`` in the first: a page, as ``subjects``."""
+
+    def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> Moved:
+        """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round.
+
+        A gallery-conflict while a subject would be left without a template.
+        """
+
+    def expire(self, now: float) -> int:
+        """Delete what is past its time; returns how many templates. Called again and again by the server."""
+
+    def export(self, gallery: str) -> Iterator[Subject]:
+        """Every subject with vectors, in the order of ``subjects``; in SQLite as of one moment."""
+
+    def check(self) -> None:
+        """Raise a store-unavailable Problem unless the store can read and write right now."""
+
+    def close(self) -> None:
+        """Let go of files and connections."""

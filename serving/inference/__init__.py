@@ -1,0 +1,1 @@
+"""Turn request images into embeddings. Imports observability and below, of serving."""

@@ -1,0 +1,225 @@
+"""Artifacts: the files of bundles that devices download, each under the SHA-256 that the manifest states.
+
+The file of a folder is given out from where it lies, hashed anew whenever it changed on the disk. What lies in a zip,
+or is packed into one, is copied to the folder for temporary files when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import mkdtemp
+from typing import Any
+from weakref import finalize
+
+from pkd.serving.core.problems import Problem
+from pkd.serving.inference.registry import Encoders, Loaded, called
+from pkd.toolkit.bundle.bundle import MANIFEST, SIGNATURE, Bundle
+from pkd.toolkit.bundle.target import Target
+from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.toolkit.core.errors import BundleError
+
+logger = logging.getLogger("pkd.serving")
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One encoder that a bundle holds: its own, or one in another numeric mode among its targets."""
+
+    loaded: Loaded
+    info: EncoderInfo
+
+    @property
+    def bundle(self) -> Bundle:
+        """Where it lies."""
+        return self.loaded.bundle
+
+    @property
+    def targets(self) -> list[Target]:
+        """Forms of this very encoder."""
+        return [one for one in self.bundle.manifest.targets if one.encoder.id == self.info.id]
+
+    @property
+    def default_file(self) -> str:
+        """``encoder.onnx``, or for another numeric mode the first target's file that is there."""
+        if self.info.id == self.bundle.manifest.encoder.id:
+            return "encoder.onnx"
+        return next(one.file or one.graph for one in sorted(self.targets, key=lambda one: one.file is None))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file to download, checked."""
+
+    path: Path
+    name: str
+    sha256: str
+    checked: os.stat_result
+    """The file as it was when it was checked."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.checked.st_size
+
+
+class Artifacts:
+    """Every encoder of every loaded bundle, and the files that were asked for. Safe to use from threads."""
+
+    def __init__(self, encoders: Encoders) -> None:
+        self._encoders = encoders
+        self._copies: dict[tuple[Path, str], Artifact] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
+        self._folder: Path | None = None
+        self._owner = -1
+        self._cleanup: finalize[..., Artifacts] | None = None
+        self._lock = threading.Lock()
+        self.offers: dict[str, Offer] = {}
+        for loaded in encoders.loaded.values():
+            for id, info in loaded.bundle.manifest.encoders.items():
+                self.offers.setdefault(id, Offer(loaded, info))
+
+    def close(self) -> None:
+        """Delete the copies."""
+        if self._cleanup:
+            self._cleanup()
+
+    def find(self, spec: str) -> Offer:
+        """By id, short id, or a name that only one has; what is loaded first. Raises an unknown-encoder Problem."""
+        id = called(spec, self._encoders.loaded) or called(spec, self.offers)
+        if id in self.offers:
+            return self.offers[id]
+        raise Problem(
+            "unknown-encoder",
+            f"no loaded bundle holds the encoder {spec!r}. Use one of those in `encoders`.",
+            got=spec,
+            encoders=list(self.offers),
+        )
+
+    def choose(self, offer: Offer, target: str | None, file: str | None) -> Artifact:
+        """The file that was asked for: by name, or a target's own, or what this encoder is run from by default.
+
+        Raises a Problem: not-found, listing what there is; internal where the file is not what the manifest says.
+        """
+        manifest = offer.bundle.manifest
+        if target is not None:
+            found = manifest.target(target)
+            if found is None or found.file is None:
+                names = [one.name for one in manifest.targets if one.file]
+                raise Problem("not-found", f"the bundle holds no target {target!r}.", got=target, targets=names)
+            allowed, default = needed(offer.bundle, found), found.file
+        else:
+            signature = [SIGNATURE] if offer.bundle.signature else []
+            allowed, default = [MANIFEST, *signature, *manifest.files], offer.default_file
+        name = default if file is None else file
+        if name not in allowed:
+            raise Problem("not-found", f"there is no file {name!r} here.", got=name, files=allowed)
+        return self.get(offer.bundle, name)
+
+    def get(self, bundle: Bundle, name: str) -> Artifact:
+        """A file of ``bundle``. Raises an internal Problem where it is not what the manifest says."""
+        with self._lock:
+            try:
+                if bundle.path.is_dir() and name in bundle.manifest.files:
+                    return self._in_place(bundle, name)
+                return self._kept(bundle, name) or self._keep(bundle, name, _read(bundle, name))
+            except (BundleError, FileNotFoundError) as error:
+                raise _changed(error) from None
+
+    def packed(self, bundle: Bundle) -> Artifact:
+        """The whole bundle as one zip, as ``pkd-export --zip`` writes it. Raises as ``get``."""
+        with self._lock:
+            try:
+                return self._kept(bundle, "") or self._keep(bundle, "", self._pack(bundle))
+            except BundleError as error:
+                raise _changed(error) from None
+
+    def describe(self, bundle: Bundle, names: list[str]) -> list[dict[str, Any]]:
+        """As the schema FileAnswer."""
+        found = [self.get(bundle, name) for name in names]
+        return [{"name": one.name, "sha256": one.sha256, "bytes": one.size} for one in found]
+
+    def _in_place(self, bundle: Bundle, name: str) -> Artifact:
+        path = bundle.path / name
+        found = path.stat()
+        if self._stamps.get(path) != _stamp(found):
+            bundle.read(name)
+            self._stamps[path] = _stamp(found)
+        return Artifact(path, name, bundle.manifest.files[name], found)
+
+    def _kept(self, bundle: Bundle, name: str) -> Artifact | None:
+        """The copy that was made before; None where a cleaner of temporary files has taken it since."""
+        kept = self._copies.get((bundle.path, name))
+        with suppress(OSError):
+            if kept and _stamp(kept.path.stat()) == _stamp(kept.checked):
+                return kept
+        return None
+
+    def _keep(self, bundle: Bundle, name: str, data: bytes) -> Artifact:
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = self._place() / sha256
+        path.write_bytes(data)
+        self._copies[bundle.path, name] = made = Artifact(path, name, sha256, path.stat())
+        return made
+
+    def _pack(self, bundle: Bundle) -> bytes:
+        path = self._place() / "bundle.zip"
+        try:
+            return bundle.pack(path).read_bytes()
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _place(self) -> Path:
+        """The folder of the copies. Where it was deleted, somebody else may have made one of its name since."""
+        if self._folder is None or not _is_folder_of(self._owner, self._folder):
+            if self._cleanup:
+                self._cleanup.detach()
+            self._folder = Path(mkdtemp(prefix="pkd-artifacts-"))
+            self._owner = self._folder.stat().st_uid
+            self._cleanup = finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder
+
+
+def needed(bundle: Bundle, target: Target) -> list[str]:
+    """Files that a device needs to run ``target``: the one its runtime loads first. Empty where it is not built yet."""
+    if target.file is None:
+        return []
+    main = PurePosixPath(target.file)
+    beside = [
+        name
+        for name in bundle.manifest.files
+        if PurePosixPath(name).parent == main.parent and PurePosixPath(name).stem == main.stem and name != target.file
+    ]
+    # In the bundle's own folder nothing lies beside encoder.onnx that belongs to it.
+    return [target.file, *(beside if len(main.parts) > 1 else [])]
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int]:
+    return found.st_mtime_ns, found.st_size
+
+
+def _is_folder_of(owner: int, path: Path) -> bool:
+    with suppress(OSError):
+        found = path.lstat()
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == owner
+    return False
+
+
+def _read(bundle: Bundle, name: str) -> bytes:
+    if name == MANIFEST:
+        return bundle.data
+    if name == SIGNATURE and bundle.signature:
+        return bundle.signature.text()
+    return bundle.read(name)
+
+
+def _changed(error: Exception) -> Problem:
+    logger.error("%s", error)
+    return Problem("internal", "The file is not what its manifest says; the server's log names it.")

@@ -1,0 +1,134 @@
+"""Pipeline: one image of a request through decode → detect → align → encode, in a worker thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import cv2
+import numpy as np
+
+from pkd.serving.core.problems import Problem
+from pkd.serving.core.schemas import Faces
+from pkd.serving.inference.embedding import Inference
+from pkd.serving.inference.registry import Loaded
+from pkd.serving.inference.request_images import Undecoded, decode
+from pkd.toolkit.encoders.base import Embeddings
+from pkd.toolkit.encoders.detector import Detector, Face, choose
+from pkd.toolkit.images.alignment import warp
+from pkd.toolkit.images.codec import Rgb
+
+
+@dataclass
+class Timing:
+    """Milliseconds spent on one image."""
+
+    decode: float = 0.0
+    detect: float = 0.0
+    queue: float = 0.0
+    infer: float = 0.0
+
+    @staticmethod
+    def total(timings: Sequence[Timing]) -> dict[str, float]:
+        """Each stage, summed over the images and rounded to a microsecond."""
+        return {
+            "decode": round(sum([one.decode for one in timings]), 3),
+            "detect": round(sum([one.detect for one in timings]), 3),
+            "queue": round(sum([one.queue for one in timings]), 3),
+            "infer": round(sum([one.infer for one in timings]), 3),
+        }
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The faces of one image: ``vectors`` float32 N×D, ``sharpness`` N; ``faces`` N, or None for an aligned crop."""
+
+    vectors: Embeddings
+    sharpness: Sequence[float]
+    faces: Sequence[Face] | None
+    timing: Timing = field(default_factory=Timing)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What workers share. Everything in it is safe to use from several threads."""
+
+    detector: Detector | None
+    inference: Inference
+
+    def check(self, aligned: bool) -> None:
+        """Raise a no-detector Problem for a photograph where only aligned crops can be taken."""
+        if not aligned and self.detector is None:
+            raise Problem(
+                "no-detector",
+                "this server was started without a face detector. Send aligned crops (pkd-align) with aligned=true, "
+                "or start pkd-serve with --detector.",
+            )
+
+    def run(self, image: Undecoded, loaded: Loaded, faces: Faces, aligned: bool, submitted: float) -> Embedded:
+        """Embed the faces of one image. ``submitted``: when it was queued (``perf_counter``).
+
+        Raises BadImage, NoFace, or a Problem: unsupported-media, no-face, multiple-faces, not-aligned.
+        """
+        start = perf_counter()
+        rgb = decode(image)
+        decoded = perf_counter()
+        size = loaded.encoder.info.preprocess.size
+        if aligned:
+            found = None
+            crops = _as_crop(rgb, size)
+        else:
+            found = self._detect(rgb, faces)
+            crops = np.stack([warp(rgb, face.landmarks, size) for face in found]) if found else _none(size)
+        quality = [sharpness(crop) for crop in crops]  # before the encoder sweeps them out of the caches
+        detected = perf_counter()
+        vectors = self.inference.embed(loaded.encoder, crops)
+        timing = Timing(
+            queue=1e3 * (start - submitted),
+            decode=1e3 * (decoded - start),
+            detect=1e3 * (detected - decoded),
+            infer=1e3 * (perf_counter() - detected),
+        )
+        return Embedded(vectors, quality, found, timing)
+
+    def _detect(self, rgb: Rgb, faces: Faces) -> list[Face]:
+        self.check(aligned=False)
+        assert self.detector is not None
+        found = self.detector.detect(rgb)
+        if faces == "all":
+            return sorted(found, key=_area, reverse=True)
+        if not found:
+            raise Problem("no-face", "no face was found. Send a photograph that shows one, upright and not too small.")
+        if faces == "exactly_one" and len(found) > 1:
+            raise Problem(
+                "multiple-faces", f"{len(found)} faces were found, exactly one was asked for.", found=len(found)
+            )
+        return [choose(found, rgb)]
+
+
+def sharpness(crop: Rgb) -> float:
+    """Variance of the Laplacian of the grey crop (uint8 H×W×3 RGB), squared grey levels: higher is sharper."""
+    laplacian = cv2.Laplacian(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.CV_16S)
+    mean = cv2.sumElems(laplacian)[0] / laplacian.size
+    return cv2.norm(laplacian) ** 2 / laplacian.size - mean**2  # sums of whole numbers: little cancels
+
+
+def _as_crop(rgb: Rgb, size: int) -> Rgb:
+    if rgb.shape != (size, size, 3):
+        raise Problem(
+            "not-aligned",
+            f"the image has {rgb.shape[1]}×{rgb.shape[0]} pixels; with aligned=true this encoder takes {size}×{size} "
+            "crops. Align it with pkd-align, or leave aligned out.",
+            expected=[size, size],
+            got=[rgb.shape[1], rgb.shape[0]],
+        )
+    return rgb[None]
+
+
+def _none(size: int) -> Rgb:
+    return np.empty((0, size, size, 3), np.uint8)
+
+
+def _area(face: Face) -> float:
+    return float((face.box[2] - face.box[0]) * (face.box[3] - face.box[1]))

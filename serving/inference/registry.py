@@ -1,0 +1,218 @@
+"""Encoders: the loaded bundles, and every certificate in them. Says who may be compared with whom, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pkd.serving.core.problems import Problem
+from pkd.toolkit.bundle.bundle import Bundle, self_test
+from pkd.toolkit.bundle.target import Target
+from pkd.toolkit.certificates.certificate import Certificate, CertificateFile
+from pkd.toolkit.certificates.signing import TrustedKeys
+from pkd.toolkit.core.encoder_info import short
+from pkd.toolkit.core.errors import BundleError, TargetUnavailable
+from pkd.toolkit.core.gpu import Device
+from pkd.toolkit.encoders.base import Encoder, open_bundle
+from pkd.toolkit.encoders.registry import open_target, target_of
+
+GPU_RUNTIMES = frozenset({"tensorrt", "tensorrt_rtx"})
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One bundle and its encoder, shared by all worker threads (every runtime's may be)."""
+
+    bundle: Bundle
+    encoder: Encoder
+    target: Target | None = None
+    """Which form of the bundle's encoder this is, where one was asked for."""
+    device: Device = "cpu"
+    """Where it runs."""
+
+    @classmethod
+    def open(cls, path: Path, keys: TrustedKeys | None = None, device: Device = "cpu") -> Loaded:
+        """A bundle, or BUNDLE/targets/NAME; who signed it is checked before any of it reaches a runtime.
+
+        ``device``: where a bundle runs; a target runs where it was made for.
+        Raises BundleError, NotTrusted, MissingExtra, or TargetUnavailable.
+        """
+        named = target_of(path)
+        if named is None:
+            bundle = Bundle.open(path, keys)
+            return cls(bundle, open_bundle(bundle, device=device), device=device)
+        bundle = Bundle.open(named[0], keys)
+        target = bundle.manifest.target(named[1])
+        if target is not None and target.runtime == "executorch":
+            raise TargetUnavailable(
+                f"{path}: an ExecuTorch target is for devices; in Python it needs torch, which no server loads. "
+                f"Serve {named[0]} itself, or an onnxruntime or OpenVINO target of it."
+            )
+        on_gpu = target is not None and target.runtime in GPU_RUNTIMES
+        return cls(bundle, open_target(bundle, named[1]), target, "cuda" if on_gpu else "cpu")
+
+    @cached_property
+    def shown(self) -> Mapping[str, Any]:
+        """``space`` and ``encoder`` of an answer."""
+        info = self.encoder.info
+        named = {"id": info.id, "role": info.role, "preprocess": info.preprocess.name}
+        return {"space": info.space.model_dump(), "encoder": named}
+
+    def self_test(self) -> float:
+        """Largest 1 − cosine over the golden crops. Raises BundleError above the tolerance of bundle or target."""
+        return self_test(self.bundle, self.encoder.embed, self.target)
+
+
+class Encoders:
+    """What this server can embed with (loaded bundles) and decide about (certificates)."""
+
+    def __init__(self, loaded: Sequence[Loaded], keys: TrustedKeys | None = None) -> None:
+        self.loaded = {item.encoder.info.id: item for item in loaded}
+        teachers = [item for item in loaded if item.encoder.info.role == "teacher"]
+        self.default = (teachers or list(loaded))[0]
+        """The first teacher on the command line; without one, the first bundle."""
+        self.files = _strongest(file for item in loaded for file in item.bundle.certificate_files())
+        """Ordered pair of encoder ids → its certificate, with the signature beside it."""
+        self.keys = keys
+        """Whose signatures are believed; None: nobody was asked to check any."""
+        self._spaces = {id: item.encoder.info.space.id for id, item in self.loaded.items()}
+        self._dims = {item.encoder.info.space.id: item.encoder.info.space.dim for item in loaded}
+        for certificate in self.certificates:
+            for id in (certificate.query, certificate.gallery):
+                self._spaces.setdefault(id, certificate.space)
+
+    @classmethod
+    def open(cls, paths: Sequence[str | Path], keys: TrustedKeys | None = None, device: Device = "cpu") -> Encoders:
+        """Open bundles or targets of them, each on one intra-op thread. Two of one encoder are refused: BundleError.
+
+        With ``keys`` every manifest must be signed by one of them, and so must every certificate that has a signature
+        of its own. Raises NotTrusted naming the file.
+        """
+        owners: dict[str, Path] = {}
+        spaces: dict[str, int] = {}
+        loaded = []
+        for path in paths:
+            item = Loaded.open(Path(path), keys, device)
+            bundle, info = item.bundle, item.encoder.info
+            if info.id in owners:
+                raise BundleError(f"{path}: holds {short(info.id)}, as does {owners[info.id]}. Pass one of them.")
+            if spaces.setdefault(info.space.id, info.space.dim) != info.space.dim:
+                raise BundleError(f"{path}: gives {info.space.dim} numbers, other bundles of its space do not.")
+            if keys:
+                for file in bundle.certificate_files():
+                    bundle.require_evidence(keys, file)
+            owners[info.id] = Path(path)
+            loaded.append(item)
+        if not loaded:
+            raise BundleError("no bundle to serve. Make one with pkd-export.")
+        return cls(loaded, keys)
+
+    @property
+    def certificates(self) -> list[Certificate]:
+        """One per ordered pair of encoders."""
+        return [file.certificate for file in self.files.values()]
+
+    def get(self, spec: str | None) -> Loaded:
+        """The loaded encoder with this id, short id or name; the default one for None.
+
+        Raises unknown-encoder, a 404, where it is none's, or that of several.
+        """
+        if spec is None:
+            return self.default
+        id = called(spec, self.loaded)
+        if id is None:
+            raise Problem(
+                "unknown-encoder",
+                f"encoder {spec!r} is not loaded. Use one of those in `encoders`.",
+                got=spec,
+                encoders=list(self.loaded),
+            )
+        return self.loaded[id]
+
+    def resolve(self, spec: str) -> str:
+        """A full id from a short id or a name; as it is where nobody here is called so.
+
+        Raises unknown-encoder where several are: it says what made an embedding, and must not be guessed.
+        """
+        return called(spec, self._spaces) or spec
+
+    def space_of(self, id: str) -> str | None:
+        """Id of an encoder's space, from its bundle or from a certificate that names it."""
+        return self._spaces.get(id)
+
+    def require_space(self, id: str, stated: str | None) -> None:
+        """Raise space-mismatch where the client says that an encoder embeds into another space than it does."""
+        known = self.space_of(id)
+        if stated is not None and known is not None and stated != known:
+            raise Problem(
+                "space-mismatch",
+                f"{short(id)} embeds into {short(known)}, not into {short(stated)} as `space` states. "
+                "Name the encoder that made the embedding; `space` may be left out.",
+                expected={"space": known},
+                got={"encoder": id, "space": stated},
+                works={"space": known, "encoders": [one for one in self.loaded if self.space_of(one) == stated]},
+            )
+
+    def dim_of(self, space: str | None) -> int | None:
+        """Dimension of a space, known where a bundle of it is loaded."""
+        return self._dims.get(space) if space else None
+
+    def certificate_file(self, query: str, gallery: str) -> CertificateFile:
+        """The certificate of this ordered pair. 409 space-mismatch or not-certified, naming what would work."""
+        found = self.files.get((query, gallery))
+        if found:
+            return found
+        spaces = self.space_of(query), self.space_of(gallery)
+        works = {
+            "queries": sorted(q for q, g in self.files if g == gallery),
+            "galleries": sorted(g for q, g in self.files if q == query),
+        }
+        got = {"query": query, "gallery": gallery}
+        if None not in spaces and spaces[0] != spaces[1]:
+            raise Problem(
+                "space-mismatch",
+                f"{short(query)} embeds into another space than {short(gallery)}; their vectors cannot be compared.",
+                expected={"space": spaces[1]},
+                got={**got, "space": spaces[0]},
+                works=works,
+            )
+        raise Problem(
+            "not-certified",
+            f"no certificate covers queries of {short(query)} against a gallery of {short(gallery)}; the order counts. "
+            "Measure the pair with pkd-evaluate and export it into a bundle, or use an encoder in `works`.",
+            expected=[{"query": q, "gallery": g} for q, g in self.files],
+            got=got,
+            works=works,
+        )
+
+
+def called(spec: str, ids: Collection[str]) -> str | None:
+    """The one of these ids that is meant by a full id, a short id or a name. Raises unknown-encoder: several are."""
+    if spec in ids:
+        return spec
+    bearers = [id for id in ids if spec in (short(id), id.partition("@")[0])]
+    if len(bearers) > 1:
+        raise Problem(
+            "unknown-encoder",
+            f"{len(bearers)} encoders are called {spec!r}. Use a short id: {', '.join(map(short, bearers))}.",
+            got=spec,
+            encoders=bearers,
+        )
+    return bearers[0] if bearers else None
+
+
+def _strongest(files: Iterable[CertificateFile]) -> dict[tuple[str, str], CertificateFile]:
+    """One certificate per ordered pair: measured on people before synthetic, then most impostor pairs, then newest."""
+
+    def rank(c: Certificate) -> tuple[bool, int, str]:
+        return not c.synthetic, c.impostor_pairs, c.created
+
+    kept: dict[tuple[str, str], CertificateFile] = {}
+    for file in files:
+        pair = (file.certificate.query, file.certificate.gallery)
+        if pair not in kept or rank(file.certificate) > rank(kept[pair].certificate):
+            kept[pair] = file
+    return kept

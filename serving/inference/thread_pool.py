@@ -1,0 +1,153 @@
+"""Pool: the worker threads. Knows what waits and for how long, and which job its client has given up on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from time import perf_counter
+from typing import Any, TypeVar
+
+from pkd.serving.observability.metrics import Metrics
+
+Made = TypeVar("Made")
+_Taken = tuple["Job[Any]", float, Callable[[], Any]]
+"""A job, when it was submitted, and what is to be done."""
+_thread = threading.local()
+
+
+class Job(asyncio.Future[Made]):
+    """What the event loop awaits. Remembers that it was cancelled, before or after it had begun."""
+
+    abandoned = False
+
+    def __init__(self, forget: Callable[[Job[Any]], None]) -> None:
+        """``forget``: called when it is cancelled."""
+        super().__init__(loop=asyncio.get_running_loop())
+        self._forget = forget
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Keep it from beginning; once it has begun, ask it to stop where it waits for something."""
+        self.abandoned = True
+        if not self.done():
+            self._forget(self)
+        elif not self.cancelled():
+            self.exception()  # or asyncio would complain that nobody has asked for it
+        return super().cancel(msg)
+
+
+class Pool:
+    """Threads that do what an event loop submits. A job that was cancelled while it waited is never executed.
+
+    Of the idle threads the one that was busy last gets the next job: its processor still holds what it worked with.
+    The threads of a ThreadPoolExecutor take turns.
+    """
+
+    def __init__(self, threads: int, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+        self._waiting: deque[_Taken] = deque()
+        self._closing = False
+        self._workers = [_Worker(f"pkd-worker {number}", self._take, metrics) for number in range(threads)]
+
+    def submit(self, work: Callable[[], Made]) -> Job[Made]:
+        """Call ``work`` in a worker thread; await the job for what it returns or raises."""
+        job: Job[Made] = Job(self._forget)
+        taken = job, perf_counter(), work
+        with self._lock:
+            if self._closing:
+                raise RuntimeError("the pool is closed")
+            worker = self._idle.pop() if self._idle else None
+            if worker is None:
+                self._waiting.append(taken)
+                self._metrics.waiting = len(self._waiting)
+        if worker:
+            worker.give(taken)
+        return job
+
+    def close(self) -> None:
+        """Cancel what waits, let what has begun finish, end the threads."""
+        with self._lock:
+            self._closing = True
+            waiting, idle = list(self._waiting), list(self._idle)
+            self._idle.clear()
+        for job, _, _ in waiting:
+            job.cancel()
+        for worker in idle:
+            worker.give(None)
+        for worker in self._workers:
+            worker.thread.join()
+
+    def _forget(self, job: Job[Any]) -> None:
+        """Let go of a job that waits, and of the image that it holds."""
+        with self._lock:
+            self._waiting = deque(taken for taken in self._waiting if taken[0] is not job)
+            self._metrics.waiting = len(self._waiting)
+
+    def _take(self, worker: _Worker) -> _Taken | None:
+        """The next job for ``worker``, which may wait for it; None: there will be none."""
+        with self._lock:
+            if self._waiting:
+                taken = self._waiting.popleft()
+                self._metrics.waiting = len(self._waiting)
+                return taken
+            if self._closing:
+                return None
+            self._idle.append(worker)
+        return worker.wait()
+
+
+class _Worker:
+    """One thread, and the place where a job is put while it is idle."""
+
+    def __init__(self, name: str, take: Callable[[_Worker], _Taken | None], metrics: Metrics) -> None:
+        self._take, self._metrics = take, metrics
+        self._given: _Taken | None = None
+        self._wake = threading.Lock()
+        self._wake.acquire()
+        self.thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self.thread.start()
+
+    def give(self, taken: _Taken | None) -> None:
+        """End ``wait`` with this."""
+        self._given = taken
+        self._wake.release()
+
+    def wait(self) -> _Taken | None:
+        """What is given next."""
+        self._wake.acquire()
+        taken, self._given = self._given, None
+        return taken
+
+    def _work(self) -> None:
+        while taken := self._take(self):
+            job, since, work = taken
+            if job.abandoned:
+                continue
+            self._metrics.waited(perf_counter() - since)
+            _thread.job = job
+            try:
+                made, error = work(), None
+            except BaseException as raised:
+                made, error = None, raised
+            _thread.job = None
+            with suppress(RuntimeError):  # the loop was closed: nobody is left to tell
+                job.get_loop().call_soon_threadsafe(_end, job, made, error)
+            del taken, job, work, made, error  # an image is not kept until the next one comes
+
+
+def current_job() -> Job[Any] | None:
+    """The job that the calling thread executes."""
+    return getattr(_thread, "job", None)
+
+
+def _end(job: Job[Any], made: Any, error: BaseException | None) -> None:
+    if job.done():  # cancelled meanwhile
+        return
+    if error is None:
+        job.set_result(made)
+    else:
+        job.set_exception(error)

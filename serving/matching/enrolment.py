@@ -1,0 +1,192 @@
+"""Enrolling: images and embeddings of a request → templates that the store keeps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+
+from pkd.serving.core.embedding_codec import decode
+from pkd.serving.core.gallery_schemas import ConsentBody, EnrolOptions
+from pkd.serving.core.problems import Problem, from_error
+from pkd.serving.core.schemas import EmbeddingSide, ImageInput
+from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, NewTemplate
+from pkd.serving.matching.admission import admit, encoder_to_enrol, searchable
+from pkd.serving.matching.quality import Floor, Quality, measure, require
+from pkd.toolkit.core.errors import BadVector, PkdError
+
+if TYPE_CHECKING:
+    from pkd.serving.matching.service import Service
+
+Taken = bytes | ImageInput | EmbeddingSide
+"""One input of an enrolment: a file's bytes, the same as base64, or an embedding made elsewhere."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What can be stored, and what was measured of each of its templates."""
+
+    enrolment: Enrolment
+    qualities: Sequence[Quality | None]
+
+
+def ask(subject: str, inputs: Sequence[Taken], options: EnrolOptions, key: str | None) -> Enrolment:
+    """What one subject is to be enrolled with, its templates yet to be made. Raises an invalid-request Problem."""
+    expires = options.expires.timestamp() if options.expires else None
+    if expires is not None and expires <= datetime.now(timezone.utc).timestamp():
+        raise Problem("invalid-request", f"expires: {options.expires} is past.", got=str(options.expires))
+    return Enrolment(
+        subject=subject,
+        templates=(),
+        attributes=options.attributes,
+        consent=consent_of(options.consent),
+        expires=expires,
+        key=key,
+        digest=_digest(subject, inputs, options) if key else "",
+    )
+
+
+async def prepare(
+    service: Service, gallery: Gallery, asked: Enrolment, inputs: Sequence[Taken], options: EnrolOptions
+) -> Ready:
+    """Embed, measure and check everything that one subject is enrolled with.
+
+    Cheap refusals come before any image is decoded. Raises a Problem; ``index`` says which input it is about.
+    """
+    made: dict[int, tuple[NewTemplate, Quality | None]] = {}
+    images: dict[int, bytes | str] = {}
+    for index, item in enumerate(inputs):
+        if isinstance(item, EmbeddingSide):
+            made[index] = _received(service, gallery, item, index), None
+        else:
+            images[index] = item if isinstance(item, bytes) else item.image_b64
+    if images:
+        made |= await _embedded(service, gallery, images, options)
+    templates, qualities = zip(*(made[index] for index in range(len(inputs))), strict=True)
+    return Ready(replace(asked, templates=templates), qualities)
+
+
+async def enrol(
+    service: Service,
+    name: str,
+    subject: str,
+    inputs: Sequence[Taken],
+    options: EnrolOptions,
+    key: str | None,
+    actor: str,
+) -> dict[str, Any]:
+    """The answer of POST …/templates. Raises Problem; all inputs are enrolled, or none."""
+    gallery = await service.stored(service.store.get, name)
+    ready = await prepare(service, gallery, ask(subject, inputs, options, key), inputs, options)
+    (outcome,) = await service.stored(service.store.enrol, name, [ready.enrolment], actor)
+    if isinstance(outcome, Problem):
+        raise explained(outcome, service, gallery, ready.enrolment)
+    if outcome.replayed:  # what is there may be of another encoder than one would take today
+        ready = await _as_stored(service, name, ready, outcome)
+    return answer(name, ready, outcome)
+
+
+def answer(gallery: str, ready: Ready, enrolled: Enrolled) -> dict[str, Any]:
+    """As the schema EnrolAnswer."""
+    parts = zip(enrolled.templates, ready.enrolment.templates, ready.qualities, strict=True)
+    return {
+        "gallery": gallery,
+        "subject": enrolled.subject,
+        "templates": [
+            {"id": id, "encoder": one.encoder, "space": one.space, "quality": quality and asdict(quality)}
+            for id, one, quality in parts
+        ],
+        "sequence": enrolled.sequence,
+        "replayed": enrolled.replayed,
+    }
+
+
+def explained(problem: Problem, service: Service, gallery: Gallery, enrolment: Enrolment) -> Problem:
+    """What the store refused, with what would have worked."""
+    if problem.type == "idempotency-conflict":
+        return problem.explain(
+            expected={"key": enrolment.key, "request": "the one first sent under this key, for the same subject"},
+            got={"key": enrolment.key, "digest": enrolment.digest},
+            works={"key": "a new one for a new request"},
+        )
+    if problem.status == 409:
+        spaces = [one.id for one in gallery.spaces]
+        encoders = sorted({one.encoder for one in enrolment.templates})
+        works = {"galleries": searchable(service.encoders, spaces)}
+        return problem.explain(expected={"spaces": spaces}, got={"encoders": encoders}, works=works)
+    return problem
+
+
+def consent_of(body: ConsentBody | None) -> Consent | None:
+    """As the store keeps it."""
+    return Consent(**body.model_dump()) if body else None
+
+
+def _received(service: Service, gallery: Gallery, side: EmbeddingSide, index: int) -> NewTemplate:
+    encoders = service.encoders
+    encoder = encoders.resolve(side.encoder)
+    try:
+        space = admit(encoders, gallery, encoder, side.space)
+        dim = next(one.dim for one in gallery.spaces if one.id == space)
+        return NewTemplate(encoder, space, decode(side.embedding, side.encoding, dim).astype(np.float32))
+    except BadVector as error:
+        problem = from_error(error)
+        problem.members["index"] = index
+        raise problem from None
+    except Problem as problem:
+        problem.members["index"] = index
+        raise
+
+
+async def _embedded(
+    service: Service, gallery: Gallery, images: dict[int, bytes | str], options: EnrolOptions
+) -> dict[int, tuple[NewTemplate, Quality | None]]:
+    loaded = encoder_to_enrol(service.encoders, gallery, options.encoder)
+    encoder = loaded.encoder.info.id
+    space = admit(service.encoders, gallery, encoder)
+    floor = Floor.of(service.settings, Floor(**options.quality.model_dump()))
+    places = list(images)
+    try:
+        done = await service.embed_all(list(images.values()), loaded, options.faces, options.aligned)
+    except Problem as problem:
+        problem.members["index"] = places[int(str(problem.members.get("index", 0)))]
+        raise
+    except PkdError as error:
+        raise from_error(error) from None
+    made: dict[int, tuple[NewTemplate, Quality | None]] = {}
+    for index, embedded in zip(places, done, strict=True):
+        quality = measure(embedded, 0)
+        try:
+            require(quality, floor)
+        except Problem as problem:
+            problem.members["index"] = index
+            raise
+        made[index] = NewTemplate(encoder, space, embedded.vectors[0]), quality
+    return made
+
+
+async def _as_stored(service: Service, gallery: str, ready: Ready, enrolled: Enrolled) -> Ready:
+    try:
+        there = await service.stored(service.store.subject, gallery, enrolled.subject)
+    except Problem:  # deleted in this very moment
+        return ready
+    stored = {one.id: one for one in there.templates}
+    templates = [
+        replace(made, encoder=stored[id].encoder, space=stored[id].space) if id in stored else made
+        for id, made in zip(enrolled.templates, ready.enrolment.templates, strict=True)
+    ]
+    return replace(ready, enrolment=replace(ready.enrolment, templates=templates))
+
+
+def _digest(subject: str, inputs: Sequence[Taken], options: EnrolOptions) -> str:
+    """SHA-256 of what was asked, however its bytes were framed: a multipart boundary differs every time."""
+    parts = [
+        hashlib.sha256(item).hexdigest() if isinstance(item, bytes) else item.model_dump(mode="json") for item in inputs
+    ]
+    asked = [subject, parts, options.model_dump(mode="json", include=set(EnrolOptions.model_fields))]
+    return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()

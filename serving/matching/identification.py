@@ -1,0 +1,196 @@
+"""Identification: one query against the templates of every encoder in a gallery, each under its own certificate.
+
+Scores of different encoders have no common scale; false match rates do. So every encoder's templates are searched
+apart, and candidates are ranked by the false match rate at their score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pkd.serving.core.gallery_schemas import IdentifyOptions
+from pkd.serving.core.problems import Problem
+from pkd.serving.galleries.store import Found, Gallery
+from pkd.serving.inference.registry import Encoders
+from pkd.serving.matching.admission import another_space
+from pkd.serving.matching.verification import Rank, about, rank
+from pkd.toolkit.certificates.certificate import Certificate, CertificateFile
+from pkd.toolkit.certificates.extrapolation import Threshold, threshold_for
+from pkd.toolkit.core.encoder_info import short
+from pkd.toolkit.core.errors import UnsupportedFmr
+
+Reason = Literal["not-certified", "other-space", "unsupported-fmr"]
+
+
+@dataclass(frozen=True)
+class Cover:
+    """Which templates of a gallery a query may be compared with, and why not the others."""
+
+    files: Mapping[str, CertificateFile]
+    """Template encoder → the certificate of the query's encoder against it."""
+    not_searched: Mapping[str, Reason]
+    """Template encoder → why its templates are left out."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How far an encoder's scores must reach, and how that is known. ``threshold`` None: nothing to search."""
+
+    file: CertificateFile
+    templates: int
+    threshold: Threshold | None
+
+
+def cover(encoders: Encoders, gallery: Gallery, query: str, partial: bool) -> Cover:
+    """Sort the encoders that have templates in ``gallery`` by whether ``query`` (a full id) may be compared with them.
+
+    While a migration is under way templates of the other space are left out: whoever is not moved is found in the
+    first one. Raises a Problem: space-mismatch; not-certified where something is missing and not ``partial``, and where
+    nothing is left to search.
+    """
+    spaces = [one.id for one in gallery.spaces]
+    space = encoders.space_of(query)
+    present = sorted(encoder for encoder, count in gallery.templates.items() if count)
+    apart = gallery.moving_to is not None and space is not None
+    wanted = [encoder for encoder in present if not apart or encoders.space_of(encoder) == space]
+    works = _works(encoders, gallery, wanted or present)
+    if space is not None and space not in spaces:
+        raise another_space(gallery, query, space, {"query": query, "space": space}, works)
+    files = {one: file for one in present if (file := encoders.files.get((query, one)))}
+    reasons: dict[str, Reason] = {
+        one: "not-certified" if one in wanted else "other-space" for one in present if one not in files
+    }
+    missing = [one for one, reason in reasons.items() if reason == "not-certified"]
+    if (missing and not partial) or (wanted and not files) or space is None:
+        raise Problem(
+            "not-certified",
+            f"no certificate covers queries of {short(query)} against the templates of "
+            f"{', '.join(map(short, missing or present)) or 'any encoder'} in the gallery {gallery.name!r}. "
+            "Measure the pair with pkd-evaluate, use an encoder in `works`, or send partial=true to search the rest.",
+            expected=[{"query": query, "gallery": one} for one in missing or present],
+            got={"query": query, "galleries": present},
+            works=works,
+        )
+    return Cover(files, reasons)
+
+
+def per_comparison(fpir: float, templates: int) -> float:
+    """The false match rate at which a search for a stranger among ``templates`` finds somebody with rate ``fpir``.
+
+    FPIR = 1 − (1 − FMR)^N, solved for FMR, as if comparisons erred independently of one another.
+    """
+    return -math.expm1(math.log1p(-fpir) / templates)
+
+
+def settle(
+    cover: Cover, found: Mapping[str, Found], fmr: float | None, threshold: float | None
+) -> tuple[dict[str, Terms], dict[str, Reason]]:
+    """The threshold of every encoder that was searched, and the encoders that no threshold can be given for."""
+    settled: dict[str, Terms] = {}
+    refused: dict[str, Reason] = {}
+    for encoder, file in cover.files.items():
+        certificate, searched = file.certificate, found[encoder].searched
+        if not searched:
+            settled[encoder] = Terms(file, 0, None)
+        elif threshold is not None:
+            settled[encoder] = Terms(file, searched, Threshold(threshold, _resolved(certificate, threshold)))
+        else:
+            assert fmr is not None
+            try:
+                settled[encoder] = Terms(file, searched, threshold_for(certificate, fmr))
+            except UnsupportedFmr:
+                refused[encoder] = "unsupported-fmr"
+    return settled, refused
+
+
+def candidates(terms: Mapping[str, Terms], found: Mapping[str, Found]) -> list[dict[str, Any]]:
+    """Every subject once, by the template that speaks most for them; matches first, then the smallest rates.
+
+    Equal rates, as past the last resolved score, are ranked by the margin over the threshold. Matches come before
+    rates because one certificate resolves smaller rates than another: 1e-4 past its end may match where 5e-5 does not.
+    """
+    best: dict[str, tuple[Rank, dict[str, Any]]] = {}
+    for encoder, term in terms.items():
+        if term.threshold is None:
+            continue
+        for hit in found[encoder].hits:
+            rate = term.file.certificate.fmr_at(hit.score)
+            order = rank(hit.score, term.threshold.score, rate.fmr)
+            if hit.subject not in best or order < best[hit.subject][0]:
+                best[hit.subject] = (
+                    order,
+                    {
+                        "subject": hit.subject,
+                        "template": hit.template,
+                        "encoder": encoder,
+                        "score": hit.score,
+                        "fmr_at_score": rate.fmr,
+                        "fmr_is_upper_bound": rate.is_upper_bound,
+                        "threshold": term.threshold.score,
+                        "match": hit.score >= term.threshold.score,
+                    },
+                )
+    return [one for _, one in sorted(best.values(), key=lambda entry: (entry[0], entry[1]["subject"]))]
+
+
+def conclude(
+    encoders: Encoders,
+    gallery: Gallery,
+    query: str,
+    cover: Cover,
+    found: Mapping[str, Found],
+    options: IdentifyOptions,
+    default_fpir: float,
+) -> dict[str, Any]:
+    """The answer, as the schema IdentifyAnswer. ``found``: template encoder → what its search found."""
+    searched = sum(found[encoder].searched for encoder in cover.files)
+    fpir = None if options.threshold is not None else options.target_fpir or default_fpir
+    fmr = per_comparison(fpir, searched) if fpir is not None and searched else None
+    terms, refused = settle(cover, found, fmr, options.threshold)
+    ranked = candidates(terms, found)
+    matching = sum(bool(one["match"]) for one in ranked)
+    described = [_describe(encoders, encoder, term) for encoder, term in terms.items()]
+    not_searched = {**cover.not_searched, **refused}
+    return {
+        "gallery": gallery.name,
+        "decision": "no_match" if not matching else "match" if matching == 1 else "ambiguous",
+        "candidates": ranked[: options.top_k],
+        "query_encoder": query,
+        "target_fpir": fpir,
+        "target_fmr": fmr,
+        "templates": searched,
+        "calibrated": all(one["calibrated"] for one in described),
+        "searched": described,
+        "not_searched": [
+            {"encoder": encoder, "templates": gallery.templates[encoder], "reason": reason}
+            for encoder, reason in not_searched.items()
+        ],
+    }
+
+
+def _describe(encoders: Encoders, encoder: str, term: Terms) -> dict[str, Any]:
+    threshold = term.threshold
+    return {
+        "encoder": encoder,
+        "templates": term.templates,
+        "threshold": threshold.score if threshold else None,
+        "calibrated": threshold is None or threshold.calibrated,
+        "certificate": about(encoders, term.file),
+    }
+
+
+def _resolved(certificate: Certificate, score: float) -> bool:
+    low, high = certificate.resolved_scores
+    return low <= score <= high
+
+
+def _works(encoders: Encoders, gallery: Gallery, present: Sequence[str]) -> dict[str, Any]:
+    """Query encoders that would reach every template, and for each encoder of the gallery those that reach its own."""
+    each = {one: sorted(q for q, g in encoders.files if g == one) for one in present}
+    if not present:
+        spaces = {one.id for one in gallery.spaces}
+        return {"queries": sorted({q for q, _ in encoders.files if encoders.space_of(q) in spaces}), "templates": {}}
+    return {"queries": sorted(set.intersection(*(set(one) for one in each.values()))), "templates": each}

@@ -1,0 +1,270 @@
+"""Service: what the routes call. Worker threads, the self-test at start, and the jobs: embed, verify, identify."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pkd.serving.core.embedding_codec import decode, encode
+from pkd.serving.core.gallery_schemas import IdentifyOptions
+from pkd.serving.core.options import Settings
+from pkd.serving.core.problems import Problem, from_error
+from pkd.serving.core.schemas import EmbeddingSide, Faces, ImageSide, SubjectSide, VerifyBody
+from pkd.serving.galleries.store import Found, GalleryStore
+from pkd.serving.inference.artifacts import Artifacts
+from pkd.serving.inference.embedding import Inference
+from pkd.serving.inference.pipeline import Embedded, Pipeline, Timing
+from pkd.serving.inference.registry import Encoders, Loaded
+from pkd.serving.inference.request_images import EmbedRequest, Undecoded
+from pkd.serving.inference.thread_pool import Pool
+from pkd.serving.matching import identification
+from pkd.serving.matching.admission import encoder_to_search
+from pkd.serving.matching.verification import Shown, decide, encoder_of, is_quick, left_out, received, settle
+from pkd.serving.observability.metrics import Metrics
+from pkd.serving.observability.state import State
+from pkd.toolkit.core.encoder_info import short
+from pkd.toolkit.core.errors import BundleError, PkdError
+from pkd.toolkit.encoders.detector import Detector
+
+Given = TypeVar("Given")
+STORE_THREADS = 4
+"""Calls of the store that run beside one another: reads need not wait for a write to reach the disk."""
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One image to embed, and how."""
+
+    image: Undecoded
+    encoder: str | None = None
+    aligned: bool = False
+    faces: Faces = "largest"
+
+    @classmethod
+    def of(cls, side: ImageSide) -> Photograph:
+        """From JSON."""
+        return cls(side.image_b64, side.encoder, side.aligned, side.faces)
+
+
+class Service:
+    """One per process. Its methods run on the event loop; images and the store are left to worker threads."""
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        settings: Settings,
+        detector: Detector | None = None,
+        store: GalleryStore | None = None,
+    ) -> None:
+        self.encoders, self.settings, self._store = encoders, settings, store
+        self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
+        self.inference = Inference(encoders.loaded.values(), self.state.metrics)
+        self.pipeline = Pipeline(detector, self.inference)
+        self.artifacts = Artifacts(encoders)
+        self._proving: asyncio.Task[None] | None = None
+        self._workers = Pool(settings.threads, self.state.metrics)
+        self._clerks = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="pkd-store")
+
+    @property
+    def store(self) -> GalleryStore:
+        """Where galleries are kept. Raises a no-galleries Problem on a server without."""
+        if self._store is None:
+            raise Problem(
+                "no-galleries", "this server was started without a store of galleries. Start pkd-serve with --gallery."
+            )
+        return self._store
+
+    async def stored(self, call: Callable[..., Given], *args: Any, **named: Any) -> Given:
+        """Call a method of the store in a thread of its own: it may wait for the disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._clerks, partial(call, *args, **named))
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin the self-test, once. Await the task to know that it is over; its outcome is in ``state``."""
+        if self._proving is None:
+            self._proving = asyncio.create_task(self._prove())
+        return self._proving
+
+    async def _prove(self) -> None:
+        proved = {}
+        for id, loaded in self.encoders.loaded.items():
+            try:
+                proved[id] = await self._workers.submit(loaded.self_test)
+            except BundleError as error:
+                self.state.failure = str(error)
+                return
+            except Exception as error:  # onnxruntime's own errors share no public base class
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self.state.failure = f"{loaded.bundle.path}: does not run on its golden crops: {reason}"
+                return
+        self.state.proved = proved
+
+    def close(self) -> None:
+        """Drop what still waits; running images and writes finish. Whoever opened the store closes it."""
+        self._workers.close()
+        self._clerks.shutdown(wait=True, cancel_futures=True)
+        self.artifacts.close()
+        self.inference.close()
+        self.state.metrics.fold()
+
+    async def embed(self, request: EmbedRequest) -> dict[str, Any]:
+        """The answer of /v1/embed, vectors as numpy arrays or base64. All images succeed, or none is answered."""
+        options = request.options
+        loaded = self.encoders.get(options.encoder)
+        done = await self.embed_all(request.images, loaded, options.faces, options.aligned)
+        return {
+            **loaded.shown,
+            "data": [
+                {
+                    "index": index,
+                    "face": face,
+                    **_where(embedded, face),
+                    "quality": {"sharpness": round(embedded.sharpness[face], 2)},
+                    "embedding": encode(vector, options.encoding),
+                    "encoding": options.encoding,
+                }
+                for index, embedded in enumerate(done)
+                for face, vector in enumerate(embedded.vectors)
+            ],
+            "timing_ms": Timing.total([one.timing for one in done]),
+        }
+
+    async def verify(self, body: VerifyBody) -> dict[str, Any]:
+        """The answer of /v1/verify. Cheap refusals come first: pair, policy and vectors before any image is decoded."""
+        sides = {"a": body.a, "b": body.b}
+        enrolled = {
+            name: await self.stored(self._enrolled, side)
+            for name, side in sides.items()
+            if isinstance(side, SubjectSide)
+        }
+        queries, galleries = (
+            [one.encoder for one in enrolled[name]]
+            if isinstance(side, SubjectSide)
+            else [encoder_of(self.encoders, side)]
+            for name, side in sides.items()
+        )
+        settled, refused = settle(self.encoders, queries, galleries, body.policy, self.settings.target_fmr)
+        shown = {
+            **enrolled,
+            **{
+                name: [Shown(encoder_of(self.encoders, side), received(self.encoders, side, name))]
+                for name, side in sides.items()
+                if isinstance(side, EmbeddingSide)
+            },
+        }
+        waiting = {name: side for name, side in sides.items() if isinstance(side, ImageSide)}
+        made = await asyncio.gather(*(self._embed_side(side, name) for name, side in waiting.items()))
+        a, b = ({**shown, **dict(zip(waiting, made, strict=True))}[name] for name in "ab")
+        deciding = partial(decide, self.encoders, settled, a, b)
+        decision = deciding() if is_quick(a, b) else await asyncio.to_thread(deciding)
+        decision["not_compared"] = [
+            *left_out(a, {query for query, _ in settled}, {query: problem for (query, _), problem in refused.items()}),
+            *left_out(b, {one for _, one in settled}, {one: problem for (_, one), problem in refused.items()}),
+        ]
+        self.state.metrics.decision("verify", "match" if decision["match"] else "no_match")
+        return decision
+
+    async def identify(self, name: str, query: EmbeddingSide | Photograph, options: IdentifyOptions) -> dict[str, Any]:
+        """The answer of POST …/identify. Whether the query may be compared is settled before it is embedded."""
+        gallery = await self.stored(self.store.get, name)
+        if isinstance(query, Photograph):
+            loaded = encoder_to_search(self.encoders, gallery, query.encoder)
+            encoder = loaded.encoder.info.id
+        else:
+            encoder = encoder_of(self.encoders, query)
+        cover = identification.cover(self.encoders, gallery, encoder, options.partial)
+        if isinstance(query, Photograph):
+            vector = await self.embed_one(query, loaded)
+        else:
+            space = self.encoders.space_of(encoder)
+            dim = next(one.dim for one in gallery.spaces if one.id == space)
+            vector = decode(query.embedding, query.encoding, dim)
+        row = vector.astype(np.float32)[None]
+        # Two at least, or a second subject above the threshold would go unseen.
+        most = max(options.top_k, 2)
+
+        async def search(one: str) -> Found:
+            (found,) = await self.stored(self.store.search, name, one, row, most, options.where)
+            return found
+
+        found = dict(zip(cover.files, await asyncio.gather(*map(search, cover.files)), strict=True))
+        concluded = identification.conclude(
+            self.encoders, gallery, encoder, cover, found, options, self.settings.target_fpir
+        )
+        self.state.metrics.decision("identify", concluded["decision"])
+        return concluded
+
+    def _enrolled(self, side: SubjectSide) -> list[Shown]:
+        subject = self.store.subject(side.gallery, side.subject, vectors=True)
+        if not subject.templates:  # expired in this very moment
+            raise Problem("unknown-subject", f"{side.subject} has no template in the gallery {side.gallery}.")
+        shown = []
+        for one in subject.templates:
+            assert one.vector is not None
+            vector = one.vector.astype(np.float64)
+            of = {"gallery": side.gallery, "subject": side.subject, "template": one.id, "encoder": one.encoder}
+            shown.append(Shown(one.encoder, vector / np.linalg.norm(vector), of))
+        return shown
+
+    async def _embed_side(self, side: ImageSide, name: str) -> list[Shown]:
+        try:
+            loaded = self.encoders.get(side.encoder)
+            return [Shown(loaded.encoder.info.id, await self.embed_one(Photograph.of(side), loaded))]
+        except Problem as problem:
+            problem.members["side"] = name
+            raise
+
+    async def embed_one(self, photograph: Photograph, loaded: Loaded) -> NDArray[np.float64]:
+        """The face of one photograph as a unit vector, float64 D. Raises Problem."""
+        try:
+            (done,) = await self.embed_all([photograph.image], loaded, photograph.faces, photograph.aligned)
+        except Problem as problem:
+            problem.members.pop("index", None)
+            raise
+        vector = done.vectors[0].astype(np.float64)
+        unit: NDArray[np.float64] = vector / np.linalg.norm(vector)
+        return unit
+
+    async def embed_all(
+        self, images: Sequence[Undecoded], loaded: Loaded, faces: Faces, aligned: bool
+    ) -> list[Embedded]:
+        """Embed the faces of each image. Raises Problem.
+
+        Every image is a job of its own. The first that fails is named by its index; jobs not begun are dropped.
+        """
+        self.pipeline.check(aligned)
+        jobs = [
+            self._workers.submit(partial(self.pipeline.run, image, loaded, faces, aligned, perf_counter()))
+            for image in images
+        ]
+        done = []
+        try:
+            for job in jobs:
+                done.append(await job)
+        except PkdError as error:
+            raise from_error(error).explain(index=len(done)) from None
+        except Problem as problem:
+            problem.explain(index=len(done))
+            raise
+        finally:
+            for job in jobs[len(done) :]:
+                job.cancel()
+        return done
+
+
+def _where(embedded: Embedded, face: int) -> dict[str, Any]:
+    if embedded.faces is None:
+        return {"box": None, "landmarks": None, "detection_score": None}
+    found = embedded.faces[face]
+    return {
+        "box": np.round(found.box.astype(np.float64), 2),
+        "landmarks": np.round(found.landmarks.astype(np.float64), 2),
+        "detection_score": round(found.score, 4),
+    }

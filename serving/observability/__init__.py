@@ -1,0 +1,1 @@
+"""Write logs, metrics and traces. Imports core and galleries, of serving."""

@@ -1,0 +1,155 @@
+"""Metrics: what /metrics tells Prometheus. Labels come from fixed sets: no path, key, gallery or subject in them."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from pkd.serving.core.problems import PROBLEMS
+from pkd.toolkit.core.encoder_info import short
+
+if TYPE_CHECKING:
+    from pkd.serving.galleries.store import Gallery
+
+SHARED = "PROMETHEUS_MULTIPROC_DIR"
+"""Where processes of one server share their numbers; read by prometheus_client when it is imported."""
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+DECISIONS = frozenset({"match", "no_match", "ambiguous"})
+NO_ROUTE = "none"
+"""The route of a request that was refused before or by the router."""
+OTHER = "other"
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+MICRO = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024)
+SIZES = (1, 2, 4, 8, 16, 32)
+NOTES = 1000
+"""Most numbers that are yet to be counted."""
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """One per Service. With ``PROMETHEUS_MULTIPROC_DIR`` set, ``page`` shows the sum over all worker processes."""
+
+    def __init__(self, encoders: Sequence[str] = ()) -> None:
+        """``encoders``: short ids of the loaded ones; every other one is counted as ``other``."""
+        self.inside = 0
+        """Requests that have come in and are not answered yet; Door counts them."""
+        self.waiting = 0
+        """Images that wait for a worker thread; Pool counts them."""
+        self._encoders = frozenset(encoders)
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
+        self._noted: deque[tuple[Callable[[float], None], float]] = deque()
+        self._folding = Lock()
+        self._registry = registry = CollectorRegistry()
+
+        def counter(name: str, says: str, *labels: str) -> Counter:
+            return Counter(f"pkd_{name}", says, labels, registry=registry)
+
+        def histogram(name: str, says: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(f"pkd_{name}", says, labels, buckets=buckets, registry=registry)
+
+        def gauge(name: str, says: str, mode: str, *labels: str) -> Gauge:
+            return Gauge(f"pkd_{name}", says, labels, registry=registry, multiprocess_mode=mode)  # type: ignore[arg-type]
+
+        self._requests = counter("requests", "Requests answered", "method", "route", "status")
+        self._latency = histogram("request_seconds", "From the first byte of a request to the end", SECONDS, "route")
+        self._refusals = counter("refusals", "Refusals by problem type", "type")
+        self._decisions = counter("decisions", "Outcomes of verify and identify", "kind", "outcome")
+        self._abandoned = counter("abandoned", "Requests whose client left before the answer")
+        self._inside = gauge("requests_in_progress", "Requests being received, waiting or worked on", "livesum")
+        self._waiting = gauge("queue_depth", "Images that wait for a worker thread", "livesum")
+        self._waited = histogram("queue_seconds", "Time an image waits for a worker thread", SECONDS)
+        self._inference = histogram("inference_seconds", "Time in the encoder, per batch", MICRO, "encoder")
+        self._batch = histogram("batch_size", "Crops given to the encoder at once", SIZES, "encoder")
+        self._galleries = gauge("galleries", "Galleries", "livemostrecent")
+        self._subjects = gauge("gallery_subjects", "Subjects in all galleries", "livemostrecent")
+        self._templates = gauge("gallery_templates", "Templates in all galleries", "livemostrecent", "encoder")
+        self.store_up = gauge("store_up", "1 where the galleries can be read and written", "livemostrecent")
+        self._expired = counter("templates_expired", "Templates deleted because their time was over")
+        self.ready = gauge("ready_workers", "Worker processes that answer", "livesum")
+        for type in PROBLEMS:  # there from the start, so that a rate over the first refusal is right
+            self._refusals.labels(type)
+
+    def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
+        """A request was answered. ``route``: its template, ``/v1/galleries/{gallery}``, never its path."""
+        route = route or NO_ROUTE
+        self._note(self._of(self._requests, method if method in METHODS else OTHER, route, str(status)).inc, 1)
+        self._note(self._of(self._latency, route).observe, seconds)
+
+    def refusal(self, type: str) -> None:
+        """A problem was sent; inside a bulk answer, too."""
+        self._refusals.labels(type if type in PROBLEMS else OTHER).inc()
+
+    def abandoned(self) -> None:
+        """A client went away before it had its answer."""
+        self._abandoned.inc()
+
+    def decision(self, kind: str, outcome: str) -> None:
+        """``kind``: verify or identify. ``outcome``: match, no_match or ambiguous."""
+        if kind not in ("verify", "identify") or outcome not in DECISIONS:
+            raise ValueError(f"no decision {kind} {outcome}")
+        self._decisions.labels(kind, outcome).inc()
+
+    def inference(self, encoder: str, crops: int, seconds: float) -> None:
+        """One call of an encoder, by its short id."""
+        label = self._label(encoder)
+        self._note(self._of(self._inference, label).observe, seconds)
+        self._note(self._of(self._batch, label).observe, crops)
+
+    def waited(self, seconds: float) -> None:
+        """An image has waited so long for a worker thread."""
+        self._note(self._waited.observe, seconds)
+
+    def galleries(self, galleries: Sequence[Gallery], expired: int = 0) -> None:
+        """What the store holds now, and how many templates it has just deleted because their time was over."""
+        self._galleries.set(len(galleries))
+        self._subjects.set(sum(gallery.subjects for gallery in galleries))
+        for label, count in self._by_encoder([gallery.templates for gallery in galleries]).items():
+            self._templates.labels(label).set(count)
+        self._expired.inc(expired)
+
+    def fold(self) -> None:
+        """Bring the numbers up to date, for pages that other processes of this server answer."""
+        with self._folding:
+            while self._noted:
+                record, amount = self._noted.popleft()
+                record(amount)
+            self._inside.set(self.inside)
+            self._waiting.set(self.waiting)
+
+    def page(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        self.fold()
+        registry = self._registry
+        if os.environ.get(SHARED):
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+    def _note(self, record: Callable[[float], None], amount: float) -> None:
+        """Count later, with many others: five numbers a request, counted between two inferences that sweep the caches,
+        cost several times what they cost one after another."""
+        self._noted.append((record, amount))
+        if len(self._noted) >= NOTES:
+            self.fold()
+
+    def _of(self, metric: Any, *labels: str) -> Any:
+        """``metric.labels(*labels)``, remembered: that takes a lock and writes every label as text again."""
+        if (found := self._children.get((metric, labels))) is None:
+            found = self._children[metric, labels] = metric.labels(*labels)
+        return found
+
+    def _by_encoder(self, templates: Sequence[Mapping[str, int]]) -> Mapping[str, int]:
+        counts = dict.fromkeys([*sorted(self._encoders), OTHER], 0)
+        for each in templates:
+            for id, count in each.items():
+                counts[self._label(short(id))] += count
+        return counts
+
+    def _label(self, encoder: str) -> str:
+        return encoder if encoder in self._encoders else OTHER

@@ -1,0 +1,1 @@
+"""Run the application in one process or several. Imports api and below, of serving."""

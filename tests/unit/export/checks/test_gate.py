@@ -1,0 +1,155 @@
+"""The gate: what a target loses against the fp32 encoder, paired over people, and what decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pkd.export.checks.gate import Gate, Gated, GateOrder, gate_table, require_passed
+from pkd.export.cli import main
+from pkd.toolkit.bundle.bundle import Bundle
+from pkd.toolkit.core.encoder_info import EncoderInfo, describe, in_mode
+from pkd.toolkit.core.errors import GateFailed, InputError, SpaceMismatch, UnsupportedFmr
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
+from pkd.toolkit.images.codec import Rgb
+from tests.support.evaluation_faces import PREPROCESS, write_people, write_teacher
+
+DIM = 24
+TEACHER = describe("teacher", "teacher", "0" * 64, Preprocess(), DIM)
+STUDENT = describe("student", "student", "1" * 64, Preprocess(), DIM, space=TEACHER.space)
+
+
+class Projection:
+    """Embeds by a random projection of the pixels, plus noise that depends on the pixels alone."""
+
+    def __init__(self, info: EncoderInfo, noise: float = 0.0, seed: int = 0) -> None:
+        self.info = info
+        self._weight = np.random.default_rng(0).normal(size=(14 * 14 * 3, DIM))
+        self._other = np.random.default_rng(1 + seed).normal(size=(14 * 14 * 3, DIM))
+        self._noise = noise
+
+    def embed(self, crops: Rgb) -> Embeddings:
+        pixels = crops[:, ::8, ::8].reshape(len(crops), -1).astype(np.float64) - 127.5
+        disturbed = np.sin(pixels @ self._other)  # no smooth function of the image
+        plain = pixels @ self._weight
+        return unit_rows((plain + self._noise * plain.std() * disturbed).astype(np.float32))
+
+
+@contextmanager
+def silent(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda done: None
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PKD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_people(tmp_path_factory.mktemp("gate") / "faces", [4] * 40, noise=70.0)
+
+
+def order(faces: Path, **more: float) -> GateOrder:
+    return GateOrder(faces, None, None, **{"fmr": 0.05, **more})
+
+
+def gate(order: GateOrder, reference: Encoder, targets: Mapping[str, Encoder]) -> Gated:
+    opened = Gate(order, reference, silent)
+    return opened.conclude(opened.judge(targets))
+
+
+def test_a_target_that_loses_little_passes_and_one_that_loses_much_fails(faces: Path) -> None:
+    reference = Projection(TEACHER)
+    targets = {
+        "onnxruntime-fp32": reference,
+        "near": Projection(in_mode(TEACHER, "fp16"), 0.01),
+        "far": Projection(in_mode(TEACHER, "int8"), 2.0),
+    }
+    gated = gate(order(faces, max_drop=0.05), reference, targets)
+    near, far = gated.rows  # fp32 is not gated against itself
+    assert (near.target, far.target) == ("near", "far")
+    assert near.passed and near.drop.ci95[1] <= 0.05
+    assert not far.passed and far.drop.difference == pytest.approx(far.reference - far.tar) and far.drop.p < 0.05
+    assert {c.query for c in gated.certificates} == {near.encoder, far.encoder}
+    assert {c.gallery for c in gated.certificates} == {TEACHER.id}
+    assert gate_table(gated.rows).row_count == 2
+    with pytest.raises(GateFailed, match=r"^gate failed: TAR at FMR 0\.05 .* far loses .* too much\. Nothing was"):
+        require_passed(gated)
+
+
+def test_the_end_of_the_interval_decides_and_not_the_point(faces: Path) -> None:
+    reference, target = Projection(TEACHER), Projection(in_mode(TEACHER, "int8"), 0.35)
+    (row,) = gate(order(faces, max_drop=0.5), reference, {"int8": target}).rows
+    low, high = row.drop.ci95
+    assert low < row.drop.difference < high
+    between = (row.drop.difference + high) / 2
+    assert not gate(order(faces, max_drop=max(0.0, between)), reference, {"int8": target}).rows[0].passed
+    assert gate(order(faces, max_drop=high + 1e-6), reference, {"int8": target}).rows[0].passed
+
+
+def test_only_fp32_leaves_nothing_to_gate(faces: Path) -> None:
+    gated = gate(order(faces), Projection(TEACHER), {"onnxruntime-fp32": Projection(TEACHER)})
+    require_passed(gated)
+    assert gated.rows == () and gated.said.startswith("nothing to gate")
+
+
+def test_another_teacher_and_an_unresolved_rate_are_refused(faces: Path, tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path)
+    with pytest.raises(SpaceMismatch):
+        gate(GateOrder(faces, str(teacher), PREPROCESS, fmr=0.05), Projection(STUDENT), {})
+    with pytest.raises(UnsupportedFmr):
+        gate(order(faces, fmr=1e-4), Projection(TEACHER), {})
+
+
+@pytest.mark.parametrize(("given", "said"), [({"max_drop": 1.0}, "--max-tar-drop 1"), ({"fmr": 0.0}, "--gate-fmr 0")])
+def test_impossible_limits_are_refused(faces: Path, given: dict[str, float], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        order(faces, **given)
+
+
+def test_the_command_gates_and_certifies_every_target(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["--teacher", str(write_teacher(tmp_path)), "--teacher-preprocess", PREPROCESS, "-o", "made"]
+    command += ["--precision", "fp32", "fp16", "--gate-fmr", "0.05"]
+    assert main([*command, "--max-tar-drop", "0"]) == 2
+    assert "--gate DIR|LIST is missing" in capsys.readouterr().err
+    assert main([*command, "--gate", str(faces), "--max-tar-drop", "0.03"]) == 0
+    manifest = Bundle.open("made").manifest
+    assert manifest.gate.startswith("passed: TAR at FMR 0.05 on faces, 160 images of 40 people, allowed 3 points")
+    (certificate,) = Bundle.open("made").certificates()
+    assert certificate.query == manifest.targets[1].encoder.id and certificate.gallery == manifest.encoder.id
+
+
+def test_a_student_needs_its_teacher(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["run", "-o", str(tmp_path / "made"), "--gate", "faces"]) == 2
+    assert "Pass --gate-teacher SPEC, too." in capsys.readouterr().err
+
+
+def test_a_second_try_measures_the_target_alone_and_is_judged_more_strictly(faces: Path) -> None:
+    class Counted(Projection):
+        asked = 0
+
+        def embed(self, crops: Rgb) -> Embeddings:
+            self.asked += len(crops)
+            return super().embed(crops)
+
+    reference, target = Counted(TEACHER), Projection(in_mode(TEACHER, "int8"), 0.35)
+    opened = Gate(order(faces, max_drop=0.5), reference, silent)
+    (first,) = opened.judge({"int8": target})
+    asked = reference.asked
+    (second,) = opened.judge({"int8": target}, "another way", level=0.99)
+    assert reference.asked == asked > 0
+    assert first.row.drop == second.row.drop and first.row.most == first.row.drop.ci95[1] < second.row.most
+    between = Gate(order(faces, max_drop=(first.row.most + second.row.most) / 2), reference, silent)
+    assert between.judge({"int8": target})[0].row.passed
+    assert not between.judge({"int8": target}, "another way", level=0.99)[0].row.passed
+    said = opened.conclude([first, second]).said
+    assert "in try 2 on these people: another way" in said and said.count("int8 loses") == 1

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from shutil import rmtree
+
+import pytest
+from onnx import helper
+
+from pkd.export.cli import main
+from pkd.toolkit.bundle.bundle import Bundle
+from pkd.toolkit.certificates.signing import TrustedKeys, new_key
+from pkd.toolkit.core.errors import BadVector
+from tests.support.bundle_factory import bundle, certificate, network, teacher_file
+
+STATED = "channels=rgb,mean=127.5,std=127.5"
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    teacher_file(tmp_path / "t.onnx")
+    return ["--teacher", "t.onnx", "--teacher-preprocess", STATED, "--json"]
+
+
+def made_by(capsys: pytest.CaptureFixture[str], command: list[str]) -> dict[str, object]:
+    assert main(command) == 0, capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    result: dict[str, object] = json.loads(printed.out)
+    return result
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: list[str], code: int = 2) -> str:
+    before = sorted(Path().rglob("*"))
+    assert main(command) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    assert sorted(Path().rglob("*")) == before, "a refused command must leave nothing behind"
+    return printed.err
+
+
+def test_a_teacher_keeps_its_identity_and_says_where_it_came_from(
+    teacher: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = made_by(capsys, [*teacher, "-o", "made", "--licence", "CC BY 4.0"])
+    manifest = Bundle.open("made").manifest
+    assert result["encoder"] == manifest.encoder.id
+    assert manifest.encoder.role == "teacher"
+    assert (manifest.licence, manifest.gate) == ("CC BY 4.0", "not gated")
+    assert manifest.training["source"] == "t.onnx"
+    checked = [(row["graph"], row["batch"]) for row in result["parity"]]  # type: ignore[index, attr-defined]
+    assert checked == [(graph, b) for graph in ("uint8 NHWC", "onnxruntime-fp32") for b in (1, 2, 7, 32)]
+
+
+def test_certificates_and_report_go_into_the_bundle(teacher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    info = made_by(capsys, [*teacher, "-o", "first"])
+    measured = certificate(str(info["encoder"]), str(info["encoder"]), str(info["space"]))
+    Path("eval/certificates").mkdir(parents=True)
+    Path("eval/certificates", measured.file_name).write_text(measured.model_dump_json())
+    Path("eval/report.html").write_text("<p>")
+    result = made_by(capsys, [*teacher, "-o", "made", "--certificates", "eval"])
+    written = Bundle.open("made")
+    assert written.certificates() == [measured]
+    assert written.read("report.html") == b"<p>"
+    assert result["certificates"] == [f"{measured.query} against {measured.gallery}"]
+
+
+def test_force_replaces_the_bundle_and_the_float_graph(teacher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*teacher, "-o", "made", "--float-nchw", "sub/float.onnx"]
+    made_by(capsys, command)
+    Path("sub/float.onnx").write_bytes(b"old")
+    assert "made exists already" in refusal(capsys, command)
+    assert "sub/float.onnx exists already" in refusal(capsys, [*command[:-3], "other", *command[-2:]])
+    made_by(capsys, [*command, "--force", "--licence", "new"])
+    assert Bundle.open("made").manifest.licence == "new"
+    assert Path("sub/float.onnx").stat().st_size > 1000
+    assert sorted(p.name for p in Path().iterdir()) == ["made", "sub", "t.onnx"]
+
+
+def test_bad_options_are_refused_in_one_line(
+    teacher: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bundle(tmp_path, "is-bundle")
+    Path("project").mkdir()
+    Path("project/manifest.json").write_text("{}")
+    Path("empty").mkdir()
+    out = ["-o", "made"]
+    for command, said in [
+        (["--teacher", "t.onnx", *out], "--teacher-preprocess"),
+        (["--teacher", "t.onnx", "--teacher-preprocess", "mean=x", *out], "mean"),
+        (["--teacher", "none.onnx", "--teacher-preprocess", STATED, *out], "none.onnx"),
+        (["--teacher", "is-bundle", *out], "is a bundle already"),
+        (["is-bundle", *out], "is a bundle already"),
+        (["t.onnx", *out], "--teacher t.onnx"),
+        (["insightface:buffalo_l", *out], "--teacher insightface:buffalo_l"),
+        (["empty", *out], "student.pt"),
+        (["nowhere", *out], "nowhere"),
+        (["nowhere"], "-o BUNDLE is missing"),
+        (["empty", "--teacher-preprocess", STATED, *out], "goes with --teacher"),
+        ([*teacher, "-o", "project", "--force"], "not a bundle"),
+        ([*teacher, "-o", "t.onnx", "--force"], "not a bundle"),
+        ([*teacher, *out, "--float-nchw", "float.pb"], r".onnx"),
+        ([*teacher, *out, "--float-nchw", "made/float.onnx"], "inside the bundle"),
+        ([*teacher, *out, "--float-nchw", "empty"], ".onnx"),
+        ([*teacher, *out, "--float-nchw", "t.onnx"], "exists already"),
+        ([*teacher, *out, "--float-nchw", "t.onnx", "--force"], "the teacher itself"),
+        ([*teacher, *out, "--certificates", "empty"], "no certificates there"),
+    ]:
+        assert said in refusal(capsys, command)
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["-o", "x"], ["run", "--format", "x"], ["run", "--teacher", "t.onnx", "-o", "x"]]
+)
+def test_usage_is_checked(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert caught.value.code == 2
+
+
+def test_a_network_that_mixes_the_batch_fails_the_gate(teacher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    model = network()
+    model.graph.node[-1].output[0] = "own"
+    model.graph.node.append(helper.make_node("ReduceMean", ["own"], ["mean"], keepdims=1))
+    model.graph.node.append(helper.make_node("Add", ["own", "mean"], ["embedding"]))
+    Path("t.onnx").write_bytes(model.SerializeToString())
+    said = refusal(capsys, [*teacher, "-o", "made", "--float-nchw", "float.onnx"], code=4)
+    assert "batch invariance" in said
+
+
+def test_a_network_of_nan_is_refused(teacher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    model = network()
+    model.graph.node[-1].output[0] = "own"
+    model.graph.node.append(helper.make_node("Sqrt", ["own"], ["embedding"]))
+    Path("t.onnx").write_bytes(model.SerializeToString())
+    assert "NaN" in refusal(capsys, [*teacher, "-o", "made"], code=BadVector.exit_code)
+
+
+def test_a_float_graph_of_a_size_insightface_takes_for_something_else_is_refused(
+    teacher: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher_file(Path("t.onnx"), size=192)
+    sized = [*teacher[:3], STATED + ",size=192", "--json", "-o", "made"]
+    assert "192" in refusal(capsys, [*sized, "--float-nchw", "float.onnx"])
+    made_by(capsys, sized)
+
+
+def test_signing_and_packing(teacher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, fingerprint = new_key(Path("key.pem"))
+    sign = ["--sign", "key.pem", "--zip"]
+    result = made_by(capsys, [*teacher, "-o", "made", *sign])
+    assert (result["signed_by"], result["zip"]) == (fingerprint, "made.zip")
+    keys = TrustedKeys.read([Path("key.pub.pem")])
+    assert Bundle.open("made", keys).data == Bundle.open("made.zip", keys).data
+    refused = {
+        "made.zip exists already": [*teacher, "-o", "made", *sign],
+        "names the folder": [*teacher, "-o", "new.zip"],
+        "is a public key": [*teacher, "-o", "new", "--sign", "key.pub.pem"],
+        "none.pem: No such file": [*teacher, "-o", "new", "--sign", "none.pem"],
+        "Unpack it": ["--from-bundle", "made.zip"],
+    }
+    rmtree("made")
+    for said, command in refused.items():
+        assert said in refusal(capsys, command)
+    plain = made_by(capsys, [*teacher, "-o", "made", "--force"])
+    assert (plain["signed_by"], plain["zip"]) == (None, None)
+    assert Bundle.open("made").signature is None
+    again = made_by(capsys, [*teacher, "-o", "made", "--force", *sign])
+    assert Bundle.open("made.zip", keys).data == Bundle.open("made", keys).data
+    assert again["encoder"] == result["encoder"]

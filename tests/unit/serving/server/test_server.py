@@ -1,0 +1,111 @@
+"""The server around the routes: clients that do not read what they are sent. Signals and drains: tests/e2e."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from pkd.serving.api.middleware import Door
+from pkd.serving.core.options import Settings
+from pkd.serving.inference.registry import Encoders
+from pkd.serving.matching.service import Service
+from pkd.serving.server import server
+from tests.support import serving_bundles as made
+from tests.support.server_process import until
+
+PIECE = bytes(64 * 1024)
+EXPORT = b"GET /v1/galleries/g/export HTTP/1.1\r\nHost: x\r\n\r\n"
+BULK = b"POST /v1/galleries/g/templates:bulk HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return made.family(tmp_path_factory.mktemp("bundles")).folders[0]
+
+
+class Endless:
+    """Answers every request with pieces and no end, as far as they are taken."""
+
+    def __init__(self, service):
+        self.service = service
+        self.inside = 0
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        self.inside += 1
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while True:
+                for _ in range(500):  # more than sockets hold
+                    await send({"type": "http.response.body", "body": PIECE, "more_body": True})
+                    await asyncio.sleep(0)
+                if scope["method"] == "POST":
+                    await receive()
+        finally:
+            self.inside -= 1
+
+
+@contextmanager
+def endless(folder, monkeypatch, **settings):
+    """The real server around such an application: its address, the application, and the thread that serves."""
+    service = Service(Encoders.open([folder]), Settings(threads=1, **settings))
+    app = Endless(service)
+    monkeypatch.setattr(server, "create_app", lambda service, keys: Door(app, service.settings, service.state, keys))
+    listener = server.listen("127.0.0.1", 0)
+    ready = threading.Event()
+    thread = threading.Thread(target=server.serve, args=(service, listener, None, ready.set))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield listener.getsockname(), app, thread
+    finally:
+        service.state.draining = True
+        thread.join(20)
+        service.close()
+    assert not thread.is_alive()
+
+
+def begin(address, request=EXPORT):
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+    client.settimeout(10)
+    client.connect(address)
+    client.sendall(request)
+    assert client.recv(12) == b"HTTP/1.1 200"
+    return client
+
+
+@pytest.mark.parametrize("request_", [EXPORT, BULK + b"1\r\nx\r\n"])
+def test_a_client_that_does_not_read_is_dropped(folder, monkeypatch, request_):
+    with endless(folder, monkeypatch, body_seconds=0.3) as (address, app, _), begin(address, request_) as client:
+        assert app.inside == 1
+        until(lambda: app.inside == 0, 5)
+        while client.recv(2**20):
+            pass
+
+
+def test_a_client_that_reads_slowly_is_not(folder, monkeypatch):
+    with endless(folder, monkeypatch, body_seconds=0.6) as (address, app, _), begin(address) as client:
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            assert client.recv(len(PIECE))
+            time.sleep(0.05)
+        assert app.inside == 1
+
+
+def test_a_drain_ends_with_its_time_whoever_does_not_read(folder, monkeypatch):
+    with endless(folder, monkeypatch) as (address, app, thread), begin(address):
+        app.service.state.draining = True  # as after SIGTERM, when the time of requests in progress is over
+        thread.join(5)
+        assert not thread.is_alive()
+        assert app.inside == 0

@@ -1,0 +1,272 @@
+"""Certificate: the measured permission to match queries of one encoder against a gallery of another.
+
+It holds all a server needs of an evaluation: thresholds for target false match rates, and the calibration from a
+score to the false match rate at that score. The pair of encoders is ordered, and one pair's threshold is never used
+for another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import Field, ValidationError, model_validator
+
+from pkd.toolkit.certificates.demographic_groups import Attribute
+from pkd.toolkit.certificates.demographic_groups import Interval as Interval
+from pkd.toolkit.certificates.signing import Signature, signature_beside
+from pkd.toolkit.core.encoder_info import Role, short
+from pkd.toolkit.core.errors import BadVector, BundleError, UnsupportedFmr
+from pkd.toolkit.core.models import Record
+
+SCHEMA = 2
+SLACK = 1 + 1e-9
+"""How far the calibration's rate at an operating point may lie above the point's: rounding."""
+
+
+class OperatingPoint(Record):
+    """Error rates at one threshold; intervals are 95 % identity-level bootstrap intervals."""
+
+    fmr: float
+    """Target false match rate, a fraction: of two different people drawn at random, however many images there are."""
+    threshold: float
+    """Cosine similarity at and above which a pair matches."""
+    fmr_ci95: Interval
+    """The threshold's false match rate over all people like these: how well it is known."""
+    prediction95: Interval
+    """What a fresh, equally large set of such people would measure as false match rate at this threshold, in 95 of 100
+    cases: wider, for the fresh set has a chance of its own, and the threshold's is in it, too."""
+    raw_threshold: float
+    """Threshold for the same rate where every pair of images weighs the same, as published figures count. Not used."""
+    tar: float
+    """True accept rate at ``raw_threshold``, every genuine pair weighing the same."""
+    tar_ci95: Interval
+    tar_balanced: float
+    """True accept rate at ``threshold``, every identity weighing the same."""
+    tar_balanced_ci95: Interval
+
+
+class Calibration(Record):
+    """Score → false match rate, at ascending scores; rates fall from left to right."""
+
+    score: tuple[float, ...]
+    fmr: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Calibration:
+        columns = (self.score, self.fmr, self.low, self.high)
+        if not self.score or len({len(c) for c in columns}) != 1:
+            raise ValueError("calibration columns must be non-empty and equally long")
+        if any(a > b for a, b in zip(self.score, self.score[1:], strict=False)):
+            raise ValueError("calibration scores must ascend")
+        if any(a < b for a, b in zip(self.fmr, self.fmr[1:], strict=False)):
+            raise ValueError("calibration false match rates must not rise with the score")
+        return self
+
+    def score_at(self, fmr: float) -> float:
+        """Smallest score whose interpolated rate is at most ``fmr``; the last one where none is."""
+        right = next((i for i, rate in enumerate(self.fmr) if rate <= fmr), len(self.fmr) - 1)
+        if right == 0 or self.fmr[right] >= fmr:
+            return self.score[right]
+        before, after = self.fmr[right - 1], self.fmr[right]
+        share = math.log(before / fmr) / math.log(before / after) if after > 0 else (before - fmr) / before
+        return self.score[right - 1] + share * (self.score[right] - self.score[right - 1])
+
+
+class ScoreRate(NamedTuple):
+    """What a certificate says of one score."""
+
+    fmr: float
+    """False match rate of a threshold at this score."""
+    ci95: Interval
+    """95 % interval of it."""
+    is_upper_bound: bool
+    """True past the last resolved score: the rate there is at most ``fmr``, and nobody measured how much less."""
+
+
+class Certificate(Record):
+    """Queries from ``query`` may be matched against a gallery of ``gallery``, with these error rates.
+
+    Format and rules: docs/certificate.md. Raises ValidationError where its parts contradict one another.
+    """
+
+    schema_version: int = SCHEMA
+    query: str
+    """Encoder id of the query (probe) side."""
+    query_role: Role
+    gallery: str
+    """Encoder id of the gallery side."""
+    gallery_role: Role
+    space: str
+    """Id of the embedding space that both share."""
+    protocol: str
+    """Which images were compared with which."""
+    points: tuple[OperatingPoint, ...]
+    """Operating points, from the largest false match rate to the smallest."""
+    calibration: Calibration
+    resolved_scores: Interval
+    """Scores between which the calibration is resolved: its first and its last."""
+    min_fmr: float = Field(gt=0)
+    """Smallest false match rate that the pairs of different identities resolve."""
+    identities: int = Field(ge=2)
+    genuine_identities: int = Field(ge=1)
+    """Identities with genuine pairs: what the balanced rates average over."""
+    identity_pairs: int = Field(ge=1)
+    """Pairs of different identities that were compared."""
+    images: int = Field(ge=2)
+    genuine_pairs: int = Field(ge=1)
+    impostor_pairs: int = Field(ge=1)
+    demographics: tuple[Attribute, ...] = ()
+    """Error rates per group, where labels were given."""
+    labels_digest: str | None = None
+    """SHA-256 of the file of labels."""
+    data_name: str
+    data_digest: str
+    """SHA-256 over contents and identities of the images."""
+    synthetic: bool = False
+    """True where the faces were procedural: the rates say nothing about people."""
+    intervals: str
+    """How the 95 % intervals were made."""
+    resamples: int = Field(ge=1)
+    seed: int
+    tool: str
+    created: str
+    """ISO 8601, UTC."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Certificate:
+        for point, following in zip(self.points, self.points[1:], strict=False):
+            if not (point.fmr > following.fmr and point.threshold <= following.threshold):
+                raise ValueError("operating points must go from the largest FMR to the smallest, thresholds rising")
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Certificate:
+        """A threshold that was changed no longer lies on the calibration, with or without a signature."""
+        c = self.calibration
+        if self.resolved_scores != (c.score[0], c.score[-1]):
+            raise ValueError("resolved_scores must be the calibration's first and last score")
+        rate = dict(zip(c.score, c.fmr, strict=True))
+        for point in self.points:
+            if point.threshold not in rate:
+                raise ValueError(f"the threshold {point.threshold:g} of FMR {point.fmr:g} is not on the calibration")
+            if not self.min_fmr * (1 - 1e-9) <= point.fmr <= 1:
+                raise ValueError(f"an operating point at FMR {point.fmr:g}, below min_fmr {self.min_fmr:g} or above 1")
+            if rate[point.threshold] > SLACK * point.fmr:
+                raise ValueError(
+                    f"at the threshold of FMR {point.fmr:g} the calibration says {rate[point.threshold]:g}"
+                )
+        return self
+
+    @property
+    def file_name(self) -> str:
+        """``query__gallery.json`` with shortened ids, so that one folder holds every ordered pair."""
+        return file_name(self.query, self.gallery)
+
+    def threshold(self, fmr: float) -> float:
+        """Smallest score whose false match rate is at most ``fmr``.
+
+        A measured operating point's own threshold, and between two of them the calibration curve (straight in log
+        FMR). Never falls as ``fmr`` falls. Raises UnsupportedFmr outside the points.
+        """
+        largest, smallest = self.points[0].fmr, self.points[-1].fmr
+        if not smallest * (1 - 1e-9) <= fmr <= largest * (1 + 1e-9):
+            raise UnsupportedFmr(
+                f"target FMR {fmr:g} is not covered by the certificate of {short(self.query)} against "
+                f"{short(self.gallery)}, which supports {smallest:g} to {largest:g} ({self.impostor_pairs:,} impostor "
+                f"pairs of {self.identities:,} identities). Ask for {smallest:g} or more, or evaluate on more people."
+            )
+        for point in self.points:
+            if math.isclose(point.fmr, fmr, rel_tol=1e-9):
+                return point.threshold
+        lower = max(point.threshold for point in self.points if point.fmr > fmr)
+        upper = min(point.threshold for point in self.points if point.fmr < fmr)
+        return min(max(self.calibration.score_at(fmr), lower), upper)
+
+    def fmr_at(self, score: float) -> ScoreRate:
+        """False match rate at ``score``: straight in log FMR between measured scores.
+
+        Past the last resolved score its rate is an upper bound, for no rate is claimed that the pairs do not resolve.
+        Below the first one every impostor pair matches. Raises BadVector for NaN.
+        """
+        if math.isnan(score):
+            raise BadVector("score is NaN: an embedding holds NaN. Embed the image again.")
+        c = self.calibration
+        right = bisect_right(c.score, score)
+        if right == 0:
+            return ScoreRate(c.fmr[0], (c.low[0], c.high[0]), False)
+        if right == len(c.score):
+            beyond = score > c.score[-1]
+            return ScoreRate(c.fmr[-1], (0.0 if beyond else c.low[-1], c.high[-1]), beyond)
+        share = (score - c.score[right - 1]) / (c.score[right] - c.score[right - 1])
+        fmr, low, high = (_between(column[right - 1], column[right], share) for column in (c.fmr, c.low, c.high))
+        return ScoreRate(fmr, (low, high), False)
+
+
+@dataclass(frozen=True)
+class CertificateFile:
+    """A certificate as it lies on disk: its exact bytes, and the signature beside it, unchecked."""
+
+    path: Path
+    data: bytes
+    certificate: Certificate
+    signature: Signature | None
+    bundle: Signature | None = None
+    """Of the manifest of the bundle that holds it, and so of these bytes, too."""
+
+    @classmethod
+    def read(cls, path: Path) -> CertificateFile:
+        """Raises BundleError for what is no certificate, NotTrusted for what is no signature."""
+        data = _read(path)
+        return cls(path, data, parse_certificate(data, path), signature_beside(path))
+
+
+def file_name(query: str, gallery: str) -> str:
+    """The file name of the certificate of this ordered pair of encoder ids."""
+    return f"{short(query)}__{short(gallery)}.json"
+
+
+def read_certificate(path: str | Path) -> Certificate:
+    """Read and validate one certificate file. Raises BundleError naming the file."""
+    return parse_certificate(_read(path), path)
+
+
+def parse_certificate(data: bytes, path: str | Path) -> Certificate:
+    """Validate the bytes of a certificate file; ``path`` is what errors name. Raises BundleError."""
+    try:
+        version = json.loads(data)["schema_version"]  # first of all: another version has other fields
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BundleError(f"{path}: not a certificate: it states no schema_version.") from None
+    if version != SCHEMA:
+        remedy = "Evaluate again with this pkd." if version == 1 else "Upgrade pkd."
+        raise BundleError(f"{path}: certificate schema {version!r}; this pkd reads {SCHEMA}. {remedy}")
+    try:
+        certificate = Certificate.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        what = f"{field}: {first['msg']}" if field else first["msg"].removeprefix("Value error, ")
+        raise BundleError(f"{path}: not a certificate: {what}.") from None
+    if not certificate.points:
+        raise BundleError(f"{path}: a certificate without operating points certifies nothing. Evaluate on more people.")
+    return certificate
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: not a certificate: {error.strerror}.") from None
+
+
+def _between(a: float, b: float, share: float) -> float:
+    """Interpolate geometrically, so that rates over many decades stay straight lines; linearly down to zero."""
+    if a > 0 and b > 0:
+        return float(a ** (1 - share) * b**share)
+    return a + share * (b - a)

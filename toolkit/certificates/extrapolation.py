@@ -1,0 +1,73 @@
+"""Tail: the threshold for a false match rate that a certificate does not resolve, said to be extrapolated.
+
+A search among N templates errs about N times as often as one comparison, so its threshold is asked for at rates far
+below what an evaluation's people resolve. A verification refuses such a rate; a search answers and marks it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from pkd.toolkit.certificates.certificate import Calibration, Certificate
+from pkd.toolkit.core.encoder_info import short
+from pkd.toolkit.core.errors import UnsupportedFmr
+
+DECADE = 10.0
+"""How far up the calibration the slope of its tail is taken: to ten times the last resolved rate."""
+
+
+class Threshold(NamedTuple):
+    """A threshold for a target false match rate, and whether it was measured."""
+
+    score: float
+    """Cosine similarity at and above which a pair matches; above 1, no pair can."""
+    calibrated: bool
+    """False: extrapolated beyond what the impostor pairs resolve."""
+
+
+def threshold_for(certificate: Certificate, fmr: float) -> Threshold:
+    """The threshold for a per-comparison rate ``fmr`` (a fraction above 0), whatever the certificate resolves.
+
+    Within its points: ``Certificate.threshold``. Above the largest: that one's threshold, which errs less often than
+    asked. Below the smallest: ``extrapolated``. Never falls as ``fmr`` falls. Raises UnsupportedFmr where the tail has
+    no slope to follow.
+    """
+    points = certificate.points
+    if fmr >= points[0].fmr:
+        return Threshold(points[0].threshold, True)
+    try:
+        return Threshold(certificate.threshold(fmr), True)
+    except UnsupportedFmr:
+        score = extrapolated(certificate.calibration, fmr)
+    if score is None:
+        raise UnsupportedFmr(
+            f"the certificate of {short(certificate.query)} against {short(certificate.gallery)} has no tail that "
+            f"could be followed to FMR {fmr:g}. Evaluate on more people."
+        )
+    return Threshold(max(score, points[-1].threshold), False)
+
+
+def extrapolated(calibration: Calibration, fmr: float) -> float | None:
+    """The score at which a straight tail of log FMR would fall to ``fmr``; None where the curve does not fall.
+
+    Down to the last resolved rate r the curve itself is followed. Beyond it the line through the scores at 10·r and
+    at r goes on:  s(fmr) = s(r) + (s(r) − s(10 r)) / ln 10 · ln(r / fmr).
+
+    Assumes that impostor scores keep an exponential tail with the slope of its last decade. Where the tail falls ever
+    faster, as a normal distribution's does, the threshold is too strict and costs matches; where it is heavier (twins,
+    siblings, one person under two names), too lax. And r itself rests on about ten pairs of people, so the slope is
+    known to a fifth at best: the further ``fmr`` lies below r, the less the answer is worth. Hence never a
+    verification's threshold, and never without the mark.
+    """
+    resolved = [(score, rate) for score, rate in zip(calibration.score, calibration.fmr, strict=True) if rate > 0]
+    if not resolved:
+        return None
+    last = resolved[-1][1]
+    if fmr >= last:
+        return calibration.score_at(fmr)
+    end = next(score for score, rate in resolved if rate == last)
+    start, upper = calibration.score_at(DECADE * last), min(DECADE * last, calibration.fmr[0])
+    if not (end > start and upper > last):
+        return None
+    return end + (end - start) / math.log(upper / last) * math.log(last / fmr)

@@ -1,0 +1,123 @@
+"""What every command shares: errors as one line, exit codes, ``--json``, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pkd.toolkit.core.errors import PkdError, TargetUnavailable
+
+Result = Mapping[str, Any]
+Run = Callable[[argparse.Namespace, Console], Result]
+
+
+def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose ``--help`` ends with examples and that knows ``--json`` and ``--version``."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=textwrap.fill(description, 80),
+        epilog=f"examples:\n{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}\n\nexit codes: 0 done, "
+        "1 failed while running, 2 bad usage or input, 3 target unavailable, 4 a gate failed or not trusted",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on stdout, and nothing else there"
+    )
+    parser.add_argument("--version", action="version", version=tool_version())
+    return parser
+
+
+def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None = None) -> int:
+    """Parse, run ``body`` and return the exit code. Known errors become one line on stderr.
+
+    People read the console on stderr; stdout carries only the JSON result when ``--json`` is given.
+    """
+    import cv2  # not before the command's own start: OpenCV reads its limits from the environment once
+
+    args = parser.parse_args(argv)
+    console = Console(stderr=True, quiet=args.json, highlight=False)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it has to say, our errors say better
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = body(args, console)
+        if args.json:
+            print(json.dumps(result, indent=2, allow_nan=False, default=str), flush=True)
+    except PkdError as error:
+        if args.json and isinstance(error, TargetUnavailable) and error.done is not None:
+            print(json.dumps(error.done, indent=2, allow_nan=False, default=str), flush=True)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt as stop:
+        print(f"{parser.prog}: stopped. {stop}".rstrip(), file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # disk full, no permission: the operator's to mend, a traceback would not help
+        print(f"{parser.prog}: {error.filename or 'input/output'}: {error.strerror or error}.", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+class StopRequest:
+    """Within it, Ctrl-C and SIGTERM only set ``requested``, so that a step ends and a checkpoint is written first.
+
+    A second signal interrupts at once; within half a second it is the same wish, told twice by the terminal and by
+    torchrun. Outside the main thread, where Python sets no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._since = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested and time.monotonic() - self._since > 0.5:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+
+
+@contextmanager
+def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; call the yielded function with the number of items done since the last call."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def tool_version() -> str:
+    """``pkd 0.1.0``: stamped into bundles, certificates and reports."""
+    return f"pkd {version('pkd')}"
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,173 @@
+"""What the demo shows: demo.png, one person on two devices, and the section that opens its report."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from pkd.toolkit.core.encoder_info import short
+from pkd.toolkit.core.errors import PkdError
+from pkd.toolkit.evaluation.report.drawing import FAINT, GENUINE, IMPOSTOR, INK, STYLE, require_plots
+from pkd.toolkit.images.codec import read_rgb
+
+if TYPE_CHECKING:
+    from pkd.toolkit.demo.run import Attempt, Outcome
+
+PAPER, SOFT, AMBER = "#ffffff", "#64748b", "#b45309"
+WIDTH, HEIGHT = 12.0, 8.1
+
+
+def draw_picture(outcome: Outcome, path: Path) -> None:
+    """Write a PNG, 1800×1215: the genuine and the impostor query of middle score, and a histogram of all scores."""
+    require_plots()
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({**STYLE, "font.family": "DejaVu Sans"}):
+        figure = Figure(figsize=(WIDTH, HEIGHT), facecolor=PAPER)
+        FigureCanvasAgg(figure)
+        _heading(figure, outcome)
+        genuine, impostor = outcome.of(True), outcome.of(False)
+        _row(figure, outcome, genuine[len(genuine) // 2], 0.595, "same person")
+        _row(figure, outcome, impostor[len(impostor) // 2], 0.315, "two different people")
+        _scores(figure, outcome)
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def page(report: str, told: Mapping[str, Any], picture: Path) -> str:
+    """The evaluation's page with the demo's own section after its header; one file, the picture inside."""
+    head, mark, rest = report.partition("</header>")
+    if not mark:
+        raise PkdError("the evaluation's report.html has no header to follow. Reinstall pkd: its parts do not match.")
+    data = base64.b64encode(picture.read_bytes()).decode()
+    rows = "".join(_counted(told[kind], label) for kind, label in (("genuine", "same"), ("impostor", "another")))
+    who = "Synthetic visitors" if told["synthetic"] else "Visitors"
+    sizes = ", ".join(
+        f"{role} {told['bytes'][role] / 1e6:.2f} MB"
+        + (f" ({told['parameters'][role]:,} parameters)" if role in told["parameters"] else "")
+        for role in ("teacher", "student")
+    )
+    return (
+        f"{head}{mark}\n<section><h2>At the door</h2><p>{who} who took part in neither training nor evaluation were "
+        "enrolled with the teacher over HTTP. Their other images were embedded with the student&#8217;s bundle alone, "
+        "as on a phone, and only the embedding was sent to <code>/verify</code>. "
+        f"The certificate of this ordered pair gave the threshold {told['threshold']:.3f} for a false match rate of "
+        f"{100 * told['target_fmr']:g} %. {escape(sizes)}.</p>"
+        '<div class="scroll"><table><thead><tr><th scope="col">Query and gallery show</th><th scope="col">Queries</th>'
+        '<th scope="col">Matched</th><th scope="col">Rate</th><th scope="col">The certificate says</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+        '<figure><img style="max-width:100%" alt="The middle genuine and the middle impostor query with their scores, '
+        f'and a histogram of all scores" src="data:image/png;base64,{data}"></figure></section>{rest}'
+    )
+
+
+def _counted(counted: Mapping[str, Any], label: str) -> str:
+    low, high = counted["expected_ci95"]
+    return (
+        f'<tr><th scope="row">{label} person</th><td>{counted["queries"]:,}</td><td>{counted["matched"]:,}</td>'
+        f"<td>{100 * counted['rate']:.1f} %</td>"
+        f"<td>{100 * counted['expected']:.1f} % <small>{100 * low:.1f}–{100 * high:.1f}</small></td></tr>"
+    )
+
+
+def _heading(figure: Any, outcome: Outcome) -> None:
+    figure.text(0.045, 0.945, "One person, two devices", size=23, weight="bold", color="#0f172a", va="center")
+    figure.text(
+        0.045, 0.902, "The phone runs the student, the server's gallery was made by the teacher, and one certificate "
+        "says how far a score between them can be trusted.", size=10.5, color=SOFT, va="center",
+    )  # fmt: skip
+    if outcome.synthetic:
+        figure.text(
+            0.957, 0.945, "SYNTHETIC FACES · nobody here exists", size=10.5, weight="bold", color=AMBER, ha="right",
+            va="center", bbox={"boxstyle": "round,pad=0.55", "fc": "#fffbeb", "ec": AMBER, "lw": 1.2},
+        )  # fmt: skip
+
+
+def _row(figure: Any, outcome: Outcome, attempt: Attempt, bottom: float, truth: str) -> None:
+    """Query crop, score on its scale with the threshold, gallery crop."""
+    height = 0.235
+    side = height * HEIGHT / WIDTH
+    left, right = 0.045, 0.957 - side
+    _crop(figure, attempt.query, (left, bottom, side, height), "phone · student")
+    _crop(figure, attempt.gallery, (right, bottom, side, height), "server · teacher")
+    correct = attempt.match is attempt.genuine
+    colour = IMPOSTOR if not correct else GENUINE if attempt.match else INK
+    middle, threshold = 0.5, outcome.point.threshold
+    verdict = "match" if attempt.match else "no match"
+    figure.text(
+        middle, bottom + height - 0.012, verdict, size=21, weight="bold", color=colour, ha="center", va="center"
+    )
+    figure.text(
+        middle, bottom + height - 0.051, f"{truth}: {'right' if correct else 'WRONG'}", size=10.5, color=SOFT,
+        ha="center", va="center",
+    )  # fmt: skip
+    start, end = left + side + 0.045, right - 0.045
+    axes = figure.add_axes((start, bottom + 0.085, end - start, 0.05))
+    low, high = _span(outcome)
+    axes.axis("off")
+    axes.set(xlim=(low, high), ylim=(0, 1))
+    axes.plot([low, threshold], [0.5, 0.5], color="#e2e8f0", lw=7, solid_capstyle="round")
+    axes.plot([threshold, high], [0.5, 0.5], color="#99f6e4", lw=7, solid_capstyle="round")
+    axes.plot([threshold, threshold], [0.05, 0.95], color=INK, lw=1.6)
+    axes.plot([attempt.score], [0.5], "o", color=colour, ms=15, mec=PAPER, mew=2.2, clip_on=False, zorder=3)
+    axes.annotate(
+        f"threshold {threshold:.3f}", (threshold, 0.0), xytext=(0, -3), textcoords="offset points", size=9.5,
+        color=SOFT, ha="center", va="top",
+    )  # fmt: skip
+    axes.annotate(
+        f"{attempt.score:.3f}", (attempt.score, 0.95), xytext=(0, 3), textcoords="offset points", size=12.5,
+        weight="bold", color=colour, ha="center", va="bottom",
+    )  # fmt: skip
+    interval = f"95 % interval {_rate(attempt.fmr_ci95[0])} to {_rate(attempt.fmr_ci95[1])}"
+    said = f"false match rate at this score {_rate(attempt.fmr_at_score)}  ({interval})"
+    figure.text(middle, bottom + 0.034, said, size=10, color=INK, ha="center", va="center")
+    certificate = outcome.certificate
+    figure.text(
+        middle, bottom + 0.008, f"certificate {short(certificate.query)} against {short(certificate.gallery)}: "
+        f"{certificate.impostor_pairs:,} impostor pairs", size=8.2, color=SOFT, ha="center", va="center",
+    )  # fmt: skip
+
+
+def _crop(figure: Any, path: Path, place: tuple[float, float, float, float], device: str) -> None:
+    axes = figure.add_axes(place)
+    axes.imshow(cv2.resize(read_rgb(path), (448, 448), interpolation=cv2.INTER_CUBIC))
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=FAINT)
+    x, y = place[0], place[1] - 0.019
+    figure.text(x, y, device, size=10.5, weight="bold", color=INK, va="center")
+
+
+def _scores(figure: Any, outcome: Outcome) -> None:
+    """Histogram of all scores of the demo's own queries."""
+    axes = figure.add_axes((0.045, 0.075, 0.912, 0.125))
+    genuine, impostor = outcome.of(True), outcome.of(False)
+    low, high = _span(outcome)
+    bins = np.linspace(low, high, 61)
+    for tried, colour, who in ((genuine, GENUINE, "same person"), (impostor, IMPOSTOR, "different people")):
+        scores = np.array([a.score for a in tried])
+        label = f"{who}: {sum(a.match for a in tried):,} of {len(tried):,} matched"
+        axes.hist(scores, bins, weights=np.full(len(scores), 1 / len(scores)), color=colour, alpha=0.55, label=label)
+    axes.axvline(outcome.point.threshold, color=INK, lw=1.6)
+    axes.set(xlim=(low, high), yticks=[])
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(labelsize=9)
+    axes.set_xlabel("cosine similarity of the student's query to the teacher's gallery", size=9.5, color=SOFT)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=2, fontsize=10, borderaxespad=0, borderpad=0)
+
+
+def _span(outcome: Outcome) -> tuple[float, float]:
+    """Ends of the score scale, rounded outwards to tenths, that hold every score and the threshold."""
+    scores = [a.score for a in outcome.attempts] + [outcome.point.threshold]
+    return float(np.floor(min(scores) * 10 - 0.3) / 10), float(np.ceil(max(scores) * 10 + 0.3) / 10)
+
+
+def _rate(rate: float) -> str:
+    return f"{100 * rate:.3g} %"

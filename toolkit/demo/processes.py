@@ -1,0 +1,197 @@
+"""The demo's steps as processes: commands found beside this Python, their logs, and a server that is always stopped."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlencode, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from pkd.toolkit.core.errors import InputError, PkdError
+
+QUIET = {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
+"""Set for each command unless the user set it: idle threads sleep. On cores that are shared with others, threads that
+wait actively made a training ten times slower."""
+START_SECONDS = 60.0
+"""Longest time in which the server must answer."""
+STOP_SECONDS = 15.0
+"""Time that a step gets to end after SIGTERM, before it is killed."""
+
+
+class StepFailed(PkdError):
+    """A command of the demo ended with an error; carries its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Steps:
+    """Runs the other commands as a user would: prints each command line, logs to ``folder/logs``, times it."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self.folder = folder
+        self.console = console
+        self.seconds: dict[str, float] = {}
+        self._logs = folder / "logs"
+        self._logs.mkdir(parents=True, exist_ok=True)
+
+    def run(self, title: str, *words: str | Path) -> str:
+        """Run one command to its end → what it wrote to stdout. Raises StepFailed with its last line and exit code."""
+        log = self._log(title)
+        line = self._announce(title, words)
+        with log.open("w", encoding="utf-8") as errors, (self._logs / f"{log.stem}.out").open("w+") as output:
+            with self._timed(title), _process(line, output, errors) as process:
+                code = process.wait()
+            output.seek(0)
+            said = output.read()
+        if not said:
+            (self._logs / f"{log.stem}.out").unlink()
+        if code:
+            raise StepFailed(f"{title}: {_last_line(log)} (log: {log})", code if code > 0 else 1)
+        return said
+
+    @contextmanager
+    def serve(self, *words: str | Path) -> Iterator[Client]:
+        """Start ``pkd-serve`` on a free port, wait until it is ready, and stop it whatever happens inside."""
+        log = self._log("serve")
+        line = self._announce("serve", words)
+        with log.open("w", encoding="utf-8") as errors, _process(line, errors, errors) as process:
+            client = Client(self._address(process, log))
+            with closing(client):
+                yield client
+
+    def _address(self, process: subprocess.Popen[bytes], log: Path) -> str:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise StepFailed(f"serve: {_last_line(log)} (log: {log})", process.returncode or 1)
+            found = re.search(r"listening on (http\S+)", log.read_text(encoding="utf-8"))
+            if found and _ready(found[1]):
+                return found[1]
+            time.sleep(0.1)
+        raise StepFailed(f"serve: not ready after {START_SECONDS:.0f} s (log: {log})", 1)
+
+    def _announce(self, title: str, words: Sequence[str | Path]) -> list[str]:
+        shown = [str(word) for word in words]
+        self.console.print(f"\n[bold]{title}[/bold]")
+        self.console.print(f"  $ {shlex.join(shown)}", style="cyan", markup=False, soft_wrap=True)
+        return [str(command(shown[0])), *shown[1:]]
+
+    @contextmanager
+    def _timed(self, title: str) -> Iterator[None]:
+        start = time.monotonic()
+        with self.console.status(f"{title} …"):
+            yield
+        self.seconds[title] = time.monotonic() - start
+        self.console.print(f"  {self.seconds[title]:.0f} s", style="dim")
+
+    def _log(self, title: str) -> Path:
+        return self._logs / f"{title.replace(' ', '-')}.log"
+
+
+class Client:
+    """The three calls of the REST API that the demo makes; every refusal becomes StepFailed with the server's words."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        parts = urlsplit(url)
+        self._connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=60)
+
+    def ready(self) -> bool:
+        """Whether ``/readyz`` says yes: the golden crops of every bundle reproduced their embeddings."""
+        try:
+            self._connection.request("GET", "/readyz")
+            answer = self._connection.getresponse()
+            answer.read()
+        except OSError:
+            return False
+        return answer.status == 200
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def embed(self, crop: Path, encoder: str) -> Mapping[str, Any]:
+        """``POST /embed`` with one aligned crop file → its embedding object for ``verify``."""
+        query = urlencode({"encoder": encoder, "aligned": "true", "encoding": "b64_f32"})
+        kind = "jpeg" if crop.suffix.lower() in (".jpg", ".jpeg") else crop.suffix.lower()[1:]
+        answer = self._post(f"/embed?{query}", crop.read_bytes(), f"image/{kind}")
+        found = answer["data"][0]
+        return embedding_object(found["embedding"], answer["encoder"]["id"], answer["space"]["id"])
+
+    def verify(self, query: Mapping[str, Any], gallery: Mapping[str, Any], fmr: float) -> Mapping[str, Any]:
+        """``POST /verify`` of two embedding objects at a target false match rate."""
+        body = {"a": query, "b": gallery, "policy": {"target_fmr": fmr}}
+        return self._post("/verify", json.dumps(body).encode(), "application/json")
+
+    def _post(self, path: str, body: bytes, kind: str) -> Mapping[str, Any]:
+        try:
+            self._connection.request("POST", path, body, {"Content-Type": kind})
+            answer = self._connection.getresponse()
+            content = json.loads(answer.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise StepFailed(f"serve: {self.url}{path.partition('?')[0]}: {error or type(error).__name__}", 1) from None
+        if answer.status != 200:
+            raise StepFailed(f"serve: POST {path}: {answer.status} {content.get('detail', content)}", 1)
+        found: Mapping[str, Any] = content
+        return found
+
+
+def embedding_object(embedding: str | NDArray[np.float32], encoder: str, space: str) -> dict[str, Any]:
+    """What ``/verify`` takes for an embedding that was made elsewhere; float32 D or base64 of it, little-endian."""
+    text = embedding if isinstance(embedding, str) else base64.b64encode(embedding.astype("<f4").tobytes()).decode()
+    return {"embedding": text, "encoding": "b64_f32", "encoder": encoder, "space": space}
+
+
+def command(name: str) -> Path:
+    """A pkd command of the environment that runs this. Raises InputError where it is not installed."""
+    found = Path(sys.executable).with_name(name)
+    if not found.is_file():
+        raise InputError(
+            f"{name}: not found beside {sys.executable}. Install with: pip install 'pkd[train,export,serve]'"
+        )
+    return found
+
+
+@contextmanager
+def _process(line: list[str], output: IO[str], errors: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in a session of its own, so that Ctrl-C reaches only the demo, which then stops the child."""
+    environment = QUIET | os.environ
+    process = subprocess.Popen(
+        line, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _ready(url: str) -> bool:
+    with closing(Client(url)) as client:
+        return client.ready()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "ended without a message"

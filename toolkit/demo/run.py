@@ -1,0 +1,327 @@
+"""The demo: photographs on two devices matched across encoders, from training to HTTP, by the commands a user runs.
+
+Every training, evaluation, export and server is a process of its own; this file imports none of their code. Without
+``--faces`` the people are synthetic drawings and all that is measured on them says nothing about real people.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from pkd.toolkit.bundle.bundle import Bundle, is_bundle
+from pkd.toolkit.certificates.certificate import Certificate, OperatingPoint
+from pkd.toolkit.core.cli_support import progress
+from pkd.toolkit.core.errors import InputError, PkdError
+from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.demo.faces import VISITOR_IMAGES, Groups, draw_groups, images_drawn, split_groups
+from pkd.toolkit.demo.processes import Client, StepFailed, Steps, embedding_object
+from pkd.toolkit.encoders.base import open_bundle
+
+MARK = "demo.lock"
+PARTS = ("faces", "cache", "runs", "evaluation", "bundles", "logs")
+FILES = ("report.html", "demo.png", "demo.json")
+SMALLER = 4.0
+"""The synthetic student must have this many times fewer parameters than its teacher."""
+TARGET_FMR = 1e-2
+STUDENT = "mobilefacenet:0.15"
+DIM = 128
+STEPS = {"teacher": 400, "student": 500, "control": 250}
+"""Steps and not minutes: on a busy machine the demo takes longer and tells the same."""
+OWN_MINUTES = 3.0
+RECIPE = ["--batch", "16", "--margin", "softmax", "--scale", "20", "--lr", "4e-3", "--augment", "0.1"]
+"""For a minute of training: small batches make many steps, and without a margin the first ones count already."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo runs on and for how long."""
+
+    out: Path = Path("demo")
+    faces: Path | None = None
+    """Real aligned crops; synthetic ones where left out."""
+    teacher: str | None = None
+    """Spec of the teacher for ``faces``; the demo trains one where left out."""
+    teacher_preprocess: str | None = None
+    minutes: float | None = None
+    """Minutes of training a student of your own teacher; ``OWN_MINUTES`` where left out."""
+    steps: int | None = None
+    """Optimiser steps of each training, instead of the demo's own or of ``minutes``."""
+    identities: int = 240
+    """Synthetic people to train on."""
+    images: int = 12
+    """Images of each of them."""
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One query at the door: who asked, against whose gallery image, and what the server decided."""
+
+    query: Path
+    gallery: Path
+    genuine: bool
+    match: bool
+    score: float
+    fmr_at_score: float
+    fmr_ci95: tuple[float, float]
+
+
+@dataclass
+class Outcome:
+    """All that the picture, the page and the table tell."""
+
+    synthetic: bool
+    teacher: Bundle
+    student: Bundle
+    certificate: Certificate
+    point: OperatingPoint
+    attempts: list[Attempt]
+    seconds: Mapping[str, float]
+    parameters: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, genuine: bool) -> list[Attempt]:
+        """The genuine attempts, or the impostors', by ascending score."""
+        return sorted((a for a in self.attempts if a.genuine is genuine), key=lambda a: a.score)
+
+    def rate(self, genuine: bool) -> float:
+        """Share of them that matched."""
+        tried = self.of(genuine)
+        return sum(a.match for a in tried) / len(tried)
+
+
+def run_demo(config: DemoConfig, console: Console) -> Outcome:
+    """The whole demo into ``config.out``. Raises StepFailed with the exit code of the command that failed."""
+    _check(config)
+    start = time.monotonic()
+    with demo_folder(config.out):
+        steps = Steps(config.out, console)
+        groups = _faces(config, steps, console)
+        parameters = _train(config, groups, steps)
+        out = config.out
+        synthetic: list[str | Path] = []
+        if config.faces is None:
+            _train_control(config, groups, steps)
+            synthetic = ["--synthetic", "--control", out / "runs/control", "--fit-faces", groups.train]
+        steps.run(
+            "evaluate", "pkd-evaluate", *_named(config), "--student", out / "runs/student", "--faces", groups.test,
+            *synthetic, "--cache", out / "cache", "--out", out / "evaluation",
+        )  # fmt: skip
+        bundles = {role: _export(config, steps, role) for role in ("teacher", "student")}
+        certificate = _certificate(bundles["student"], bundles["teacher"])
+        point = min(certificate.points, key=lambda p: abs(np.log(p.fmr / TARGET_FMR)))
+        with steps.serve(
+            "pkd-serve", bundles["teacher"].path, bundles["student"].path, "--port", str(config.port)
+        ) as server:
+            console.print(f"  {server.url}", style="dim")
+            with progress(console, "at the door", 1) as advance:
+                attempts = at_the_door(server, bundles["student"], bundles["teacher"], groups.visitors, point.fmr)
+                advance(1)
+        steps.seconds["total"] = time.monotonic() - start
+        outcome = Outcome(
+            config.faces is None, bundles["teacher"], bundles["student"], certificate, point, attempts,
+            steps.seconds, parameters,
+        )  # fmt: skip
+        _write(out, outcome)
+        return outcome
+
+
+def _faces(config: DemoConfig, steps: Steps, console: Console) -> Groups:
+    start = time.monotonic()
+    if config.faces is not None:
+        groups = split_groups(config.out / "faces", config.faces)
+    else:
+        console.print("\n[bold]faces[/bold]\n  drawing synthetic people: nobody here exists")
+        with progress(console, "faces", images_drawn(config.identities, config.images)) as advance:
+            jobs = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+            groups = draw_groups(config.out / "faces", config.identities, config.images, jobs, advance)
+    steps.seconds["faces"] = time.monotonic() - start
+    console.print(f"  {steps.seconds['faces']:.0f} s", style="dim")
+    return groups
+
+
+def _train(config: DemoConfig, groups: Groups, steps: Steps) -> dict[str, int]:
+    """Train what is to be trained → the number of parameters by role."""
+    out = config.out
+    common: list[str | Path] = ["--faces", groups.train, "--cache", config.out / "cache", "--json"]
+    parameters = {}
+    if config.teacher is None:
+        said = steps.run(
+            "teacher", "pkd-distill", "--method", "none", "--student", "mobilefacenet:0.35", "--dim", str(DIM),
+            "--name", "demo-teacher", *RECIPE, *_steps(config, "teacher"),
+            *common, "--out", out / "runs/teacher",
+        )  # fmt: skip
+        parameters["teacher"] = int(json.loads(said)["parameters"])
+        method = ["--student", STUDENT, "--name", "demo-student", *RECIPE]
+        method += _steps(config, "student")
+    else:
+        method = ["--head", "means", "--student", "mobilefacenet:0.5", *_own_budget(config)]
+    said = steps.run("student", "pkd-distill", *_named(config), *method, *common, "--out", out / "runs/student")
+    parameters["student"] = int(json.loads(said)["parameters"])
+    if "teacher" in parameters and parameters["teacher"] < SMALLER * parameters["student"]:
+        raise PkdError(f"the student has {parameters['student']:,} parameters, not {SMALLER:g} times fewer.")
+    return parameters
+
+
+def _train_control(config: DemoConfig, groups: Groups, steps: Steps) -> None:
+    """The student's network, trained without the teacher: the report says what distillation bought. Synthetic only,
+    where it takes half a minute; on your own faces it would take as long as the student."""
+    steps.run(
+        "control", "pkd-distill", "--method", "none", "--student", STUDENT, "--dim", str(DIM), "--name", "demo-control",
+        *RECIPE, *_steps(config, "control"), "--faces", groups.train, "--cache", config.out / "cache", "--json",
+        "--out", config.out / "runs/control",
+    )  # fmt: skip
+
+
+def _export(config: DemoConfig, steps: Steps, role: str) -> Bundle:
+    """Export one encoder with its certificates. A teacher that is a bundle already is served as it is."""
+    bundle = config.out / "bundles" / role
+    source: list[str | Path] = [config.out / "runs" / role]
+    if role == "teacher" and config.teacher is not None:
+        if is_bundle(Path(config.teacher)):
+            return Bundle.open(config.teacher)
+        if Path(config.teacher).is_dir():
+            source = [config.teacher]  # a run
+        else:
+            source = _named(config)
+    steps.run(
+        f"export {role}", "pkd-export", *source, "-o", bundle, "--certificates", config.out / "evaluation"
+    )  # fmt: skip
+    return Bundle.open(bundle)
+
+
+def _named(config: DemoConfig) -> list[str | Path]:
+    """How the teacher is named to the other commands."""
+    named: list[str | Path] = ["--teacher", config.teacher or config.out / "runs/teacher"]
+    if config.teacher_preprocess:
+        named += ["--teacher-preprocess", config.teacher_preprocess]
+    return named
+
+
+def _steps(config: DemoConfig, role: str) -> list[str]:
+    return ["--steps", str(config.steps or STEPS[role])]
+
+
+def _own_budget(config: DemoConfig) -> list[str]:
+    if config.steps is not None:
+        return ["--steps", str(config.steps)]
+    return ["--max-minutes", f"{config.minutes or OWN_MINUTES:g}"]
+
+
+def _certificate(student: Bundle, teacher: Bundle) -> Certificate:
+    query, gallery = student.manifest.encoder.id, teacher.manifest.encoder.id
+    for certificate in (*student.certificates(), *teacher.certificates()):
+        if (certificate.query, certificate.gallery) == (query, gallery):
+            return certificate
+    raise StepFailed("export: the bundles hold no certificate for student queries against the teacher's gallery.", 1)
+
+
+def at_the_door(server: Client, student: Bundle, teacher: Bundle, visitors: Path, fmr: float) -> list[Attempt]:
+    """Each visitor's first image is enrolled with the teacher on the server; the others are queries.
+
+    A query is embedded here, on the "phone", with nothing but onnxruntime and the student's bundle: its image never
+    reaches the server. Each is tried against its own gallery image and those of the next twelve people.
+    """
+    faces, phone = FaceSet.read(visitors), open_bundle(student)
+    info = phone.info
+    by_person = [np.flatnonzero(faces.labels == person) for person in range(len(faces.identities))]
+    gallery = [server.embed(faces.path(own[0]), teacher.manifest.encoder.id) for own in by_person]
+    attempts = []
+    for person, own in enumerate(by_person):
+        for index in own[1:VISITOR_IMAGES]:
+            vector = phone.embed(faces.load([index], info.preprocess.size))[0]
+            query = embedding_object(vector, info.id, info.space.id)
+            for offset in range(min(13, len(by_person))):
+                other = (person + offset) % len(by_person)
+                answer = server.verify(query, gallery[other], fmr)
+                attempts.append(
+                    Attempt(
+                        faces.path(index), faces.path(by_person[other][0]), offset == 0, bool(answer["match"]),
+                        float(answer["score"]), float(answer["fmr_at_score"]), tuple(answer["fmr_ci95"]),
+                    )
+                )  # fmt: skip
+    return attempts
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """The outcome as plain data: what ``--json`` prints and ``demo.json`` holds."""
+    point = outcome.point
+    return {
+        "synthetic": outcome.synthetic,
+        "teacher": outcome.teacher.manifest.encoder.id,
+        "student": outcome.student.manifest.encoder.id,
+        "parameters": dict(outcome.parameters),
+        "bytes": {r: (b.path / "encoder.onnx").stat().st_size for r, b in _roles(outcome)},
+        "target_fmr": point.fmr,
+        "threshold": point.threshold,
+        "genuine": _counted(outcome, True) | {"expected": point.tar, "expected_ci95": point.tar_ci95},
+        "impostor": _counted(outcome, False) | {"expected": point.fmr, "expected_ci95": point.fmr_ci95},
+        "seconds": {name: round(value, 1) for name, value in outcome.seconds.items()},
+    }
+
+
+def _roles(outcome: Outcome) -> tuple[tuple[str, Bundle], tuple[str, Bundle]]:
+    return ("teacher", outcome.teacher), ("student", outcome.student)
+
+
+def _counted(outcome: Outcome, genuine: bool) -> dict[str, Any]:
+    tried = outcome.of(genuine)
+    return {"queries": len(tried), "matched": sum(a.match for a in tried), "rate": outcome.rate(genuine)}
+
+
+def _write(out: Path, outcome: Outcome) -> None:
+    from pkd.toolkit.demo.figure import draw_picture, page  # matplotlib takes a second
+
+    draw_picture(outcome, out / "demo.png")
+    told = summary(outcome)
+    report = (out / "evaluation/report.html").read_text(encoding="utf-8")
+    (out / "report.html").write_text(page(report, told, out / "demo.png"), encoding="utf-8")
+    (out / "demo.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _check(config: DemoConfig) -> None:
+    if (config.faces is None) != (config.teacher is None):
+        raise InputError("--faces and --teacher go together: your own crops and the teacher that embeds them.")
+    if config.teacher_preprocess and not config.teacher:
+        raise InputError("--teacher-preprocess states how --teacher scales pixels. Give --teacher, too.")
+    if config.faces is not None and not config.faces.exists():
+        raise InputError(f"{config.faces}: no such folder or list file. Give aligned crops; pkd-align makes them.")
+    if config.minutes is not None and config.faces is None:
+        raise InputError("--minutes goes with --faces and --teacher. The synthetic demo trains by --steps.")
+    if config.minutes is not None and config.steps is not None:
+        raise InputError("--minutes and --steps: give one of them.")
+    if any(given is not None and given <= 0 for given in (config.minutes, config.steps)):
+        raise InputError("--minutes and --steps must be above 0.")
+    if config.identities < 2 or config.images < 2:
+        raise InputError("--identities and --images: give at least 2 people with 2 images each.")
+
+
+@contextmanager
+def demo_folder(out: Path) -> Iterator[None]:
+    """Make ``out``, or clear what an earlier demo left in it; one demo at a time in a folder."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file. Give a folder with --out.")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise InputError(f"{out}: not empty and not the folder of an earlier demo. Give another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / MARK).open("w") as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another demo is running in it. Wait, or give another --out.") from None
+        for part in PARTS:
+            shutil.rmtree(out / part, ignore_errors=True)
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+        yield

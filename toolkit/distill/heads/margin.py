@@ -1,0 +1,84 @@
+"""Margins of the softmax loss: pure functions of the cosine between an embedding and its own class centre.
+
+Sources: CosFace, Wang et al. 2018 (arXiv 1801.09414, eq. 4); ArcFace, Deng et al. 2019 (arXiv 1801.07698, eq. 3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pkd.toolkit.core.errors import InputError
+
+Gradient = Literal["exact", "straight-through"]
+_CLAMP = 1e-6  # sqrt(1 − c²) has an infinite slope at ±1
+
+
+@dataclass(frozen=True)
+class Margin:
+    """ψ(c), what replaces the target's cosine c. ``size``: radians for arcface, cosine units for cosface.
+
+    ``gradient``: exact is dψ/dc, which ArcFace makes large near its centre (sin(θ + m) / sin θ); straight-through takes
+    it as 1, as code does that computes the margin without autograd. The values are the same.
+    """
+
+    kind: Literal["softmax", "cosface", "arcface"]
+    size: float = 0.0
+    gradient: Gradient = "exact"
+
+    @classmethod
+    def parse(cls, spec: str, gradient: Gradient = "exact") -> Margin:
+        """``softmax``, ``cosface:0.35`` or ``arcface:0.5``. Raises InputError."""
+        kind, _, size = spec.partition(":")
+        example = "Use softmax, cosface:0.35 or arcface:0.5."
+        try:
+            value = float(size) if size else {"softmax": 0.0, "cosface": 0.35, "arcface": 0.5}[kind]
+        except (KeyError, ValueError):
+            raise InputError(f"--margin {spec!r}: unknown. {example}") from None
+        if kind == "softmax":
+            if value != 0:
+                raise InputError(f"--margin {spec!r}: softmax has no margin. {example}")
+            return cls("softmax", 0.0, gradient)
+        if kind == "cosface" and 0 <= value <= 1:
+            return cls("cosface", value, gradient)
+        if kind == "arcface" and 0 <= value < math.pi / 2:
+            return cls("arcface", value, gradient)
+        raise InputError(f"--margin {spec!r}: cosface takes 0 to 1 (cosine), arcface 0 to {math.pi / 2:.2f} (radians).")
+
+    def __call__(self, cosine: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """ψ of each cosine, same shape. Computed in float32 or better. ``sizes``: a margin per cosine in place of one.
+
+        ArcFace is cos(θ + m) while θ + m ≤ π and continues as c − m·sin(π − m), so that it never rises again.
+        """
+        c = cosine.double() if cosine.dtype == torch.float64 else cosine.float()
+        m = torch.full_like(c, self.size) if sizes is None else sizes.to(c.dtype)
+        if self.gradient == "straight-through":
+            return c + (self._psi(c.detach(), m) - c.detach())
+        return self._psi(c, m)
+
+    def _psi(self, c: Tensor, m: Tensor) -> Tensor:
+        if self.kind == "softmax":
+            return c
+        if self.kind == "cosface":
+            return c - m
+        inside = c.clamp(-1 + _CLAMP, 1 - _CLAMP)
+        sine = torch.sqrt(1 - inside * inside)
+        turned = inside * m.cos() - sine * m.sin()
+        return torch.where(c > -m.cos(), turned, c - m * m.sin())
+
+
+def margin_cross_entropy(embeddings: Tensor, centres: Tensor, labels: Tensor, margin: Margin, scale: float) -> Tensor:
+    """Mean margin softmax loss.
+
+    ``embeddings``: B×D, any length. ``centres``: C×D unit rows; gradients reach them only if they require them.
+    ``labels``: int64 B in 0…C−1. ``scale``: factor on the cosines.
+    """
+    unit = torch.nn.functional.normalize(embeddings.float() if embeddings.dtype != torch.float64 else embeddings)
+    cosines = (unit @ centres.T).clamp(-1, 1)
+    rows = torch.arange(len(labels), device=labels.device)
+    logits = cosines.index_put((rows, labels), margin(cosines[rows, labels]).to(cosines.dtype))
+    return torch.nn.functional.cross_entropy(scale * logits, labels)

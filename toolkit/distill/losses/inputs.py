@@ -1,0 +1,48 @@
+"""Step: what a loss sees of one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from pkd.toolkit.distill.heads.ema import MovingHead
+from pkd.toolkit.distill.heads.frozen_softmax import FrozenHead
+from pkd.toolkit.distill.heads.margin import Margin
+
+
+@dataclass(frozen=True)
+class StagePair:
+    """Features of one stage at the same resolution: student N×C×H×W, teacher N×C′×H×W, both float32."""
+
+    student: Tensor
+    teacher: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch. Every method reads from it what it needs; what the chosen methods do not need is not there."""
+
+    embeddings: Tensor
+    """Student output B×D, float32, not normalised."""
+    labels: Tensor
+    """int64 B, rows of the head; −1 where unknown."""
+    margin: Margin
+    scale: float
+    """Factor on the cosines."""
+    teacher: Tensor | None = None
+    """Unit rows of the teacher for the same (mirrored) images, B×D."""
+    head: FrozenHead | None = None
+    """The teacher's classifier, frozen."""
+    moving: MovingHead | None = None
+    """Centres on their way from the teacher's classifier towards its embeddings (adadistill)."""
+    trained: Tensor | None = None
+    """The student's own centres, C×D unit rows with gradient (none)."""
+    exclude: Tensor | None = None
+    """int64 B×2 or None: range of head rows left out of each sample's denominator, its own row included."""
+    temperature: float = 4.0
+    """Softens kd's logits."""
+    stages: tuple[StagePair, ...] = ()
+    """Stage features, fine resolution first."""
+    adapters: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    """Trained layers between student and teacher stages, by method; dropped after training."""

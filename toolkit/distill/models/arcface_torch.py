@@ -1,0 +1,59 @@
+"""Backbones trained by arcface_torch: which IResNet a file holds, and its tensors, whose names are ours as well."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.distill.models.student import load_weights
+
+_BLOCKS_OF_LAYER3 = {2: "iresnet18", 6: "iresnet34", 14: "iresnet50", 30: "iresnet100", 60: "iresnet200"}
+_WRAPPERS = ("state_dict_backbone", "state_dict")
+
+
+@dataclass(frozen=True)
+class ArcFaceTorch:
+    """``backbone``: name in BACKBONES. ``dim``: of the embedding. ``side``: of its last features, 7 for 112 pixels."""
+
+    path: Path
+    backbone: str
+    dim: int
+    side: int
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, path: str | Path) -> ArcFaceTorch:
+        """Read ``backbone.pth``, ``model.pt`` or ``checkpoint_gpu_0.pt``, in fp32 or fp16, with or without ``module.``.
+
+        The layout is that of insightface, recognition/arcface_torch/backbones/iresnet.py. Its dropout has no weights.
+        Raises InputError for anything else.
+        """
+        content = load_weights(path)
+        nested = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+        tensors = {key.removeprefix("module."): value for key, value in nested.items() if torch.is_tensor(value)}
+        blocks = {int(found[1]) for key in tensors if (found := re.match(r"layer3\.(\d+)\.", key))}
+        backbone, fc = _BLOCKS_OF_LAYER3.get(len(blocks)), tensors.get("fc.weight")
+        if backbone is None or fc is None or fc.ndim != 2:
+            raise InputError(
+                f"{path}: not an arcface_torch IResNet: layer3 has {len(blocks)} blocks, "
+                f"{'no fc.weight' if fc is None else f'fc.weight is {tuple(fc.shape)}'}. Export it to ONNX instead."
+            )
+        dim, features = fc.shape
+        return cls(Path(path), backbone, dim, math.isqrt(features // 512), tensors)
+
+    def load_into(self, network: nn.Module) -> None:
+        """Copy the weights, as float32. Raises InputError naming the tensors that are missing, foreign or misshapen.
+
+        Files of before batch normalisation counted its batches (``num_batches_tracked``) load as well.
+        """
+        try:
+            network.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            raise InputError(f"{self.path}: not {self.backbone}: {' '.join(str(error).split())[:300]}") from None

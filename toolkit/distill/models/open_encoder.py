@@ -1,0 +1,68 @@
+"""One spelling of encoders for every command: a path or ``insightface:PACK`` → Encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pkd.toolkit.bundle.bundle import Bundle, is_bundle
+from pkd.toolkit.core.errors import InputError, MissingExtra
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.encoders.base import Encoder, open_bundle, open_onnx
+from pkd.toolkit.encoders.registry import open_target, target_of
+
+
+def open_encoder(
+    spec: str, preprocess: str | None = None, *, threads: int = 1, option: str = "--teacher-preprocess"
+) -> Encoder:
+    """Open a bundle (a folder or its zip), BUNDLE/targets/NAME, a pkd-distill run, FILE.onnx, FILE.pt (arcface_torch)
+    or ``insightface:PACK``.
+
+    ``preprocess``: as Preprocess.parse; needed for FILE.onnx and FILE.pt unless FILE.preprocess.json lies beside them.
+    ``threads``: of onnxruntime, per call. ``option``: which states the preprocessing, for errors. Raises InputError,
+    BundleError or MissingExtra.
+    """
+    path = Path(spec)
+    named = target_of(path)
+    if named:
+        return open_target(Bundle.open(named[0]), named[1], threads=threads)
+    if spec.startswith("insightface:"):
+        from pkd.toolkit.encoders.insightface import recogniser
+
+        file, stated = recogniser(spec)
+        return open_onnx(file, Preprocess.parse(preprocess) if preprocess else stated, threads=threads)
+    if is_bundle(path):
+        return open_bundle(Bundle.open(path), threads=threads)
+    if path.is_dir() or path.name == "student.pt":
+        _need_torch()
+        from pkd.toolkit.distill.models.student import load_student
+
+        return load_student(path)
+    if not path.exists():
+        raise InputError(f"{spec}: no such file. Give a bundle, a run folder, FILE.onnx, FILE.pt or insightface:PACK.")
+    if path.suffix == ".onnx":
+        return open_onnx(path, _stated(path, preprocess, option), threads=threads)
+    if path.suffix in {".pt", ".pth"}:
+        _need_torch()
+        from pkd.toolkit.distill.models.teacher import open_checkpoint
+
+        return open_checkpoint(path, _stated(path, preprocess, option))
+    raise InputError(f"{spec}: not an encoder. Give a bundle, a run folder, FILE.onnx, FILE.pt or insightface:PACK.")
+
+
+def _stated(path: Path, preprocess: str | None, option: str) -> Preprocess:
+    if preprocess:
+        return Preprocess.parse(preprocess)
+    beside = path.with_suffix(".preprocess.json")
+    if beside.is_file():
+        return Preprocess.parse(str(beside))
+    raise InputError(
+        f"{path}: its preprocessing is not stated, and a guess would ruin accuracy silently. Pass {option} "
+        f"channels=rgb,mean=127.5,std=127.5 (or what it was trained with), or write {beside.name} beside it."
+    )
+
+
+def _need_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise MissingExtra("torch", "train") from None

@@ -1,0 +1,100 @@
+"""A torch network as an Encoder, and the student file that a run leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.distill.models.backbones import build
+from pkd.toolkit.encoders.base import Embeddings, unit_rows
+from pkd.toolkit.images.codec import Rgb
+
+Provenance = Mapping[str, str | int | float | bool | None]
+FILE = "student.pt"
+SCHEMA = 1
+
+
+class TorchEncoder:
+    """An encoder in torch, frozen: stays in eval mode and gives no gradients, whatever its surroundings do."""
+
+    def __init__(self, info: EncoderInfo, module: nn.Module, training: Provenance) -> None:
+        self.info = info
+        self.module = module.eval().requires_grad_(False)
+        self.training = training
+
+    def embed(self, crops: Rgb) -> Embeddings:
+        """uint8 N×H×W×3 RGB → float32 N×D with unit rows."""
+        if self.module.training:
+            self.module.eval()
+        pixels = torch.from_numpy(self.info.preprocess(crops))
+        with torch.inference_mode():
+            raw = self.module(pixels).float().numpy() if len(crops) else np.empty((0, self.info.space.dim), np.float32)
+        return unit_rows(raw, self.info.name)
+
+
+def save_student(run: Path, module: nn.Module, backbone: str, info: EncoderInfo, training: Provenance) -> Path:
+    """Write ``run/student.pt`` atomically."""
+    content = {
+        "schema": SCHEMA,
+        "backbone": backbone,
+        "info": info.model_dump_json(),
+        "training": dict(training),
+        "state": module.state_dict(),
+    }
+    return save_atomically(content, run / FILE)
+
+
+def load_student(run: str | Path) -> TorchEncoder:
+    """Open the student (or the teacher trained by ``--method none``) of a run folder, or the ``student.pt`` itself."""
+    path = Path(run) / FILE if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise InputError(f"{run}: holds no {FILE}. Give the --out folder of a finished pkd-distill run.")
+    content = load_weights(path)
+    try:
+        if content["schema"] != SCHEMA:
+            raise InputError(f"{path}: schema {content['schema']}; this pkd reads {SCHEMA}. Upgrade pkd.")
+        info = EncoderInfo.model_validate_json(content["info"])
+        module = build(content["backbone"], info.space.dim, info.preprocess.size)
+        module.load_state_dict(content["state"])
+    except (KeyError, TypeError, RuntimeError, ValidationError) as error:
+        raise InputError(f"{path}: not a student of pkd-distill: {str(error).splitlines()[0]}.") from None
+    return TorchEncoder(info, module, content["training"])
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and bytes of all tensors, in name order."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def load_weights(path: str | Path) -> dict[str, Any]:
+    """``torch.load`` of tensors and plain values only; nothing in the file is executed. Raises InputError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file.") from None
+    except Exception as error:  # torch raises many kinds for files that are no checkpoint
+        raise InputError(f"{path}: not a checkpoint of plain tensors: {str(error).splitlines()[0][:200]}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors.")
+    return content
+
+
+def save_atomically(content: Mapping[str, Any], path: Path) -> Path:
+    """``torch.save`` beside ``path``, then rename: a killed run leaves the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    torch.save(dict(content), part)
+    return part.replace(path)

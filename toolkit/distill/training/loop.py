@@ -1,0 +1,208 @@
+"""The training loop: steps, checkpoints, resume, and what is left on disk at the end."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn.functional import normalize
+
+from pkd.toolkit.core.cli_support import StopRequest, tool_version
+from pkd.toolkit.core.encoder_info import EncoderInfo, describe
+from pkd.toolkit.core.errors import InputError, TrainingDiverged
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.distill.config import DistillConfig
+from pkd.toolkit.distill.heads.head import FILE as HEAD_FILE
+from pkd.toolkit.distill.heads.head import Head, save_head
+from pkd.toolkit.distill.models.backbones import parameters
+from pkd.toolkit.distill.models.student import load_weights, save_atomically, save_student, weights_digest
+from pkd.toolkit.distill.training.distributed import ALONE, Ranks
+from pkd.toolkit.distill.training.malloc import keep_freed_memory
+from pkd.toolkit.distill.training.run_log import RunLog, StepLog
+from pkd.toolkit.distill.training.schedule import learning_rate, resolve
+from pkd.toolkit.distill.training.setup import Prepared
+from pkd.toolkit.distill.training.trainer import Trainer
+from pkd.toolkit.encoders.base import Encoder
+
+CHECKPOINT = "checkpoint.pt"
+CONFIG = "config.json"
+
+
+def distill(
+    config: DistillConfig, prepared: Prepared, teacher: Encoder | None, console: Console, ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """Train and write the run folder. Continues from its checkpoint if there is one. Returns the run's summary.
+
+    Raises TrainingDiverged, RankLost (the last good checkpoint stays) and KeyboardInterrupt (one is written first).
+    """
+    with ranks.watch(lambda: _go_on(config.run, ranks)):
+        return _distill(config, prepared, teacher, console, ranks)
+
+
+def _distill(
+    config: DistillConfig, prepared: Prepared, teacher: Encoder | None, console: Console, ranks: Ranks
+) -> dict[str, Any]:
+    run = config.run
+    size = teacher.info.preprocess.size if teacher else prepared.faces.crop_size()
+    dim = teacher.info.space.dim if teacher else config.dim or 512
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    keep_freed_memory()
+    ranks.require_same("images", prepared.data_digest)
+    config = resolve(config, prepared, dim, size, console, ranks)
+    with ExitStack() as stack:
+        if ranks.first:
+            stack.enter_context(_exclusive(run))
+        trainer = Trainer(config, prepared, dim, size, ranks)
+        start = _restore(trainer, run, prepared.data_digest)
+        ranks.require_same("checkpoints", str(start))
+        stop = stack.enter_context(StopRequest())
+        if not ranks.first:
+            train(trainer, start, run, None, stop)
+            return ranks.agree({})
+        _write_json(run / CONFIG, json.loads(config.model_dump_json()))
+        if prepared.audit:
+            _write_json(run / "audit.json", json.loads(prepared.audit.model_dump_json()))
+        log = stack.enter_context(RunLog(run, start, config.steps or 0, config.batch, console))
+        train(trainer, start, run, log.write, stop)
+        return ranks.agree(_finish(trainer, run, teacher, log.last))
+
+
+def train(
+    trainer: Trainer, start: int, run: Path | None, tell: Callable[[StepLog], None] | None, stop: StopRequest
+) -> None:
+    """All steps from ``start`` on. ``run``: where the first rank keeps checkpoints; None: nothing is kept.
+
+    Raises TrainingDiverged, and KeyboardInterrupt once ``stop`` is requested.
+    """
+    config, steps, ranks = trainer.config, trainer.config.steps or 0, trainer.ranks
+    saved = -math.inf if ranks.world > 1 else time.monotonic()  # a lost rank always leaves something to resume
+    trainer.student.train()
+    for step, batch in enumerate(trainer.loader.run(start, steps), start=start):
+        lr = learning_rate(step, steps, config)
+        try:
+            loss, cosine = trainer.step(batch, lr)
+        except TrainingDiverged as error:
+            raise _diverged(f"{error} at step {step + 1:,} of {steps:,}", run) from None
+        last, stopping = step + 1 == steps, ranks.any(stop.requested)
+        if tell:
+            tell(StepLog(step + 1, loss, cosine, lr))
+        if ranks.first and (last or stopping or time.monotonic() - saved > config.checkpoint_seconds):
+            if not trainer.finite():
+                raise _diverged(f"a weight is not finite after step {step + 1:,} of {steps:,}", run)
+            if run:
+                content = {"step": step + 1, "data": trainer.prepared.data_digest, "state": trainer.state()}
+                save_atomically(content, run / CHECKPOINT)
+            saved = time.monotonic()
+        if stopping and not last:
+            kept = f"Step {step + 1:,} of {steps:,} is saved: {_command(ranks)} --resume --out {run}"
+            raise KeyboardInterrupt(kept if run else "Nothing was written.")
+
+
+def _restore(trainer: Trainer, run: Path, data_digest: str) -> int:
+    path = run / CHECKPOINT
+    if not path.is_file():
+        return 0
+    content = load_weights(path)
+    if content["data"] != data_digest:
+        raise InputError(f"{run}: the images have changed since its checkpoint. Use another --out for the new images.")
+    trainer.restore(content["state"])
+    return int(content["step"])
+
+
+def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog | None) -> dict[str, Any]:
+    config, prepared = trainer.config, trainer.prepared
+    student = copy.deepcopy(trainer.student).cpu().to(memory_format=torch.contiguous_format)
+    info = _identify(trainer, student, teacher)
+    training: dict[str, str | int | float | bool | None] = {
+        "tool": tool_version(),
+        "teacher": teacher.info.id if teacher else None,
+        "method": str(trainer.method),
+        "margin": config.margin if trainer.method.head != "none" else None,
+        "scale": config.scale if trainer.method.head != "none" else None,
+        "head": Path(prepared.head.source).name if prepared.head else trainer.method.head,
+        "backbone": config.student,
+        "parameters": parameters(student),
+        "images": len(prepared.faces),
+        "identities": len(prepared.identities),
+        "merged_identities": sum(len(group.others) for group in prepared.audit.merged) if prepared.audit else 0,
+        "data_digest": prepared.data_digest,
+        "init": trainer.started_from,
+        "steps": config.steps,
+        "batch": config.batch,
+        "precision": config.precision,
+        "seed": config.seed,
+    }
+    if trainer.own is not None:
+        centres = normalize(trainer.own.detach().float()).cpu()
+        save_head(Head(centres, prepared.identities, "trained"), run / HEAD_FILE)
+    save_student(run, student, config.student, info, training)
+    cosine = last.cosine if last and math.isfinite(last.cosine) else None
+    return {"run": str(run), "encoder": info.id, **training, "loss": last.loss if last else None, "cosine": cosine}
+
+
+def _identify(trainer: Trainer, student: nn.Module, teacher: Encoder | None) -> EncoderInfo:
+    config = trainer.config
+    name = config.name or f"{config.student}-{config.method}".replace(":", "-").replace("+", "-")
+    digest = weights_digest(student.state_dict())
+    dim = teacher.info.space.dim if teacher else config.dim or 512
+    template = teacher.info.preprocess.template if teacher else config.template or Preprocess().template
+    preprocess = trainer.preprocess.model_copy(update={"template": template})
+    if trainer.method.ties and teacher:
+        return describe(name, "student", digest, preprocess, dim, space=teacher.info.space)
+    own = describe(name, "teacher", digest, preprocess, dim)  # nothing tied it to a teacher: a space of its own
+    return own if teacher is None else own.model_copy(update={"role": "student"})
+
+
+def _go_on(run: Path, ranks: Ranks) -> str:
+    if (run / CHECKPOINT).is_file():
+        return f"The last checkpoint is kept: {_command(ranks)} --resume --out {run}"
+    return "No checkpoint was written yet."
+
+
+def _command(ranks: Ranks) -> str:
+    one = "pkd-distill"
+    return one if ranks.world == 1 else f"torchrun --nproc_per_node {ranks.world} -m pkd.toolkit.cli.distill"
+
+
+def _diverged(what: str, run: Path | None) -> TrainingDiverged:
+    if run is None:
+        return TrainingDiverged(f"training diverged: {what}.")
+    kept = (
+        f"The last good checkpoint is kept in {run}."
+        if (run / CHECKPOINT).is_file()
+        else "No checkpoint was written yet."
+    )
+    return TrainingDiverged(
+        f"training diverged: {what}. {kept} Start again in another --out with a lower --lr, a smaller --margin or "
+        "--scale, or --precision fp32."
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+@contextmanager
+def _exclusive(run: Path) -> Iterator[None]:
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"{run}: another pkd-distill is writing this run. Wait for it or choose another --out."
+            ) from None
+        yield

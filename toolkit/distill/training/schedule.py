@@ -1,0 +1,68 @@
+"""How long a training lasts and in which arithmetic: ``auto`` and time budgets become facts before the first step."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+
+import torch
+from rich.console import Console
+
+from pkd.toolkit.distill.config import DistillConfig
+from pkd.toolkit.distill.training.distributed import ALONE, Ranks
+from pkd.toolkit.distill.training.setup import Prepared
+from pkd.toolkit.distill.training.trainer import Trainer
+
+
+def learning_rate(step: int, steps: int, config: DistillConfig) -> float:
+    """Linear warm-up to ``config.lr``, then half a cosine down to zero."""
+    warm = max(1, round(config.warmup * steps))
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def resolve(
+    config: DistillConfig, prepared: Prepared, dim: int, size: int, console: Console, ranks: Ranks = ALONE
+) -> DistillConfig:
+    """Turn ``auto`` precision and the time or epoch budget into facts, so that a resumed run repeats them."""
+    if config.precision == "auto":
+        faster = ranks.agree(_faster_precision(config, prepared, dim, size, ranks))
+        config = config.model_copy(update={"precision": faster})
+    if config.steps is None:
+        if config.max_minutes is not None:
+            seconds = ranks.agree(_seconds_per_step(config, prepared, dim, size, ranks))
+            steps = max(1, int(config.max_minutes * 60 / seconds))
+            console.print(f"measured {seconds:.2f} s a step: {steps:,} steps fit {config.max_minutes:g} minutes")
+        else:
+            steps = max(1, math.ceil(config.epochs * len(prepared.faces) / config.batch))
+        config = config.model_copy(update={"steps": steps, "max_minutes": None})
+    return config
+
+
+def _faster_precision(config: DistillConfig, prepared: Prepared, dim: int, size: int, ranks: Ranks) -> str:
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "fp32"
+    timed = {
+        p: _seconds_per_step(config.model_copy(update={"precision": p}), prepared, dim, size, ranks)
+        for p in ("bf16", "fp32")
+    }
+    return min(timed, key=lambda p: timed[p])
+
+
+def _seconds_per_step(
+    config: DistillConfig, prepared: Prepared, dim: int, size: int, ranks: Ranks, count: int = 5
+) -> float:
+    """Median over ``count`` steps of a throwaway trainer, decoding included, after two to warm up."""
+    trainer = Trainer(config, prepared, dim, size, ranks)
+    trainer.student.train()
+    times: list[float] = []
+    before = time.monotonic()
+    for batch in trainer.loader.run(0, count + 2):
+        trainer.step(batch, config.lr * 1e-3)
+        times.append(time.monotonic() - before)
+        before = time.monotonic()
+    return statistics.median(times[2:])

@@ -1,0 +1,230 @@
+"""Run an encoder: aligned uint8 crops in, unit-norm float32 embeddings out. onnxruntime on CPU."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from pkd.toolkit.bundle.bundle import Bundle
+from pkd.toolkit.core.encoder_info import EncoderInfo, describe, name_of
+from pkd.toolkit.core.errors import BadVector, BundleError, InputError, TargetUnavailable
+from pkd.toolkit.core.gpu import Device
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.images.codec import Rgb
+
+Embeddings = NDArray[np.float32]
+PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+FASTEST = "onnxruntime-fp32"
+"""The target that computes a bundle's own encoder as onnxruntime likes it best."""
+MAX_MEMORY = 4 << 30
+"""Bytes for the weights and results of all bundles that one process has opened."""
+
+
+class Encoder(Protocol):
+    """Anything that embeds: an ONNX file, a bundle, a torch student."""
+
+    @property
+    def info(self) -> EncoderInfo:
+        """Who this is; certificates and galleries are keyed by ``info.id``."""
+
+    def embed(self, crops: Rgb) -> Embeddings:
+        """uint8 N×H×W×3 RGB → float32 N×D with unit rows."""
+
+
+class NetEncoder:
+    """An encoder around a network that takes uint8 crops as they are. Safe to share between threads where that is."""
+
+    def __init__(self, info: EncoderInfo, net: Callable[[Rgb], NDArray[np.float32]]) -> None:
+        """``net``: uint8 N×H×W×3 RGB, N ≥ 1 → float32 N×D of any length."""
+        self.info = info
+        self._net = net
+
+    def embed(self, crops: Rgb) -> Embeddings:
+        """uint8 N×H×W×3 RGB → float32 N×D with unit rows. Raises InputError or BadVector."""
+        self.info.preprocess.check(crops)
+        if not len(crops):
+            return np.empty((0, self.info.space.dim), np.float32)
+        return unit_rows(self._net(crops), self.info.name)
+
+
+class OnnxEncoder:
+    """An encoder in onnxruntime. Safe to share between threads."""
+
+    path: Path | None = None
+    """The ONNX file it was opened from; None for the graph of a bundle."""
+    training: Mapping[str, str | int | float | bool | None] = MappingProxyType({})
+    """What a bundle's manifest says of how it was trained."""
+
+    def __init__(self, info: EncoderInfo, session: ort.InferenceSession, feed: Callable[[Rgb], NDArray[np.generic]]):
+        self.info = info
+        self._session = session
+        self._feed = feed
+        self._input = session.get_inputs()[0].name
+        self._output = session.get_outputs()[0].name
+
+    def embed(self, crops: Rgb) -> Embeddings:
+        """uint8 N×H×W×3 RGB → float32 N×D with unit rows. Raises InputError or BadVector."""
+        self.info.preprocess.check(crops)
+        if not len(crops):
+            return np.empty((0, self.info.space.dim), np.float32)
+        return unit_rows(self._raw(self._feed(crops)), self.info.name)
+
+    def _raw(self, fed: NDArray[np.generic]) -> NDArray[np.float32]:
+        (raw,) = self._session.run([self._output], {self._input: fed})
+        return np.asarray(raw, np.float32)
+
+
+class _FixedBatch(OnnxEncoder):
+    """A graph that was exported for one batch size: the last batch is filled up with zeros."""
+
+    def _raw(self, fed: NDArray[np.generic]) -> NDArray[np.float32]:
+        size: int = self._session.get_inputs()[0].shape[0]
+        filled = np.concatenate([fed, np.zeros((-len(fed) % size, *fed.shape[1:]), fed.dtype)])
+        rows = [super(_FixedBatch, self)._raw(filled[i : i + size]) for i in range(0, len(filled), size)]
+        return np.concatenate(rows)[: len(fed)]
+
+
+def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = None, threads: int = 1) -> OnnxEncoder:
+    """Open a float N×3×H×W ONNX network as a teacher, with its preprocessing stated by the caller.
+
+    The file's SHA-256 is the weights' digest. Raises InputError if the file or its input is not what was stated.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}. Give the path of an ONNX file.") from None
+    try:
+        session = make_session(data, threads)
+    except Exception as error:  # onnxruntime's own errors share no public base class
+        raise InputError(f"{path}: onnxruntime cannot load it: {ort_reason(error)}") from None
+    size = preprocess.size
+    taken = session.get_inputs()[0] if len(session.get_inputs()) == 1 else None
+    if taken is None:
+        raise InputError(f"{path}: it has {len(session.get_inputs())} inputs, expected one. Give an encoder of faces.")
+    if taken.type != "tensor(float)" or len(taken.shape) != 4 or not _fits(taken.shape[1:], (3, size, size)):
+        raise InputError(
+            f"{path}: its input is {taken.type} {taken.shape}, expected float N×3×{size}×{size}. "
+            "Give an encoder of aligned faces, or state its crop size with the preprocessing (size=…)."
+        )
+    count = taken.shape[0] if isinstance(taken.shape[0], int) else 1
+    probe = np.zeros((count, size, size, 3), np.uint8)
+    try:
+        out = np.asarray(session.run(None, {taken.name: preprocess(probe)})[0])
+    except Exception as error:
+        raise InputError(f"{path}: does not run on a {size}×{size} crop: {ort_reason(error)}") from None
+    if out.dtype != np.float32 or out.ndim != 2 or len(out) != count:
+        raise InputError(
+            f"{path}: its first output is {out.dtype} {out.shape} for {count} crops, expected float32 {count}×D."
+        )
+    name = name or name_of(path)
+    info = describe(name, "teacher", hashlib.sha256(data).hexdigest(), preprocess, out.shape[1])
+    encoder = (_FixedBatch if isinstance(taken.shape[0], int) else OnnxEncoder)(info, session, preprocess)
+    encoder.path = path
+    return encoder
+
+
+def open_bundle(bundle: Bundle, *, threads: int = 1, device: Device = "cpu") -> OnnxEncoder:
+    """Open a bundle's encoder: uint8 N×H×W×3 in, preprocessing and normalisation inside the graph.
+
+    That is ``encoder.onnx``, or the same encoder as it was rewritten for onnxruntime, where the bundle has that.
+    Raises BundleError if the graph does not take and give what the manifest says, TargetUnavailable without a GPU.
+    """
+    rewritten = bundle.manifest.target(FASTEST)
+    name = rewritten.file if rewritten and rewritten.file else "encoder.onnx"
+    return open_graph(bundle, bundle.manifest.encoder, name, threads=threads, device=device)
+
+
+def open_graph(
+    bundle: Bundle, info: EncoderInfo, name: str, *, threads: int = 1, device: Device = "cpu"
+) -> OnnxEncoder:
+    """Open the ONNX file ``name`` of a bundle as ``info``. Raises BundleError as ``open_bundle``."""
+    where, spec = bundle.path / name, bundle.manifest.graph
+    try:
+        session = make_session(bundle.read(name), threads, device, bounded=device == "cpu")
+    except (BundleError, TargetUnavailable):
+        raise
+    except Exception as error:
+        raise BundleError(f"{where}: onnxruntime cannot load it: {ort_reason(error)}") from None
+    size = info.preprocess.size
+    for ports, port_name, kind, shape in (
+        (session.get_inputs(), spec.input_name, "tensor(uint8)", (size, size, 3)),
+        (session.get_outputs(), spec.output_name, "tensor(float)", (info.space.dim,)),
+    ):
+        found = [(port.name, port.type, list(port.shape)) for port in ports]
+        if len(ports) != 1 or found[0][:2] != (port_name, kind) or found[0][2][1:] != list(shape):
+            raise BundleError(
+                f"{where}: has {found}, expected one {kind} {port_name!r} of shape N×{'×'.join(map(str, shape))}. "
+                "Export the bundle again."
+            )
+    encoder = OnnxEncoder(info, session, lambda crops: crops)
+    encoder.training = bundle.manifest.training
+    return encoder
+
+
+def make_session(model: bytes, threads: int, device: Device = "cpu", *, bounded: bool = False) -> ort.InferenceSession:
+    """A session that does not spin: spinning doubles the cost where cores are shared.
+
+    ``bounded``: it fails instead of taking more than its share of MAX_MEMORY, whatever its graph asks for. Raises
+    TargetUnavailable for ``cuda`` where onnxruntime would silently run on the CPU instead.
+    """
+    provider = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise TargetUnavailable(
+            f"{device}: this onnxruntime has no {provider}. Install onnxruntime-gpu in place of onnxruntime."
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # errors are raised; printing them as well would only frighten
+    if bounded:
+        _bound_memory()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    session = ort.InferenceSession(model, options, providers=[provider])
+    if provider not in session.get_providers():
+        raise TargetUnavailable(f"{device}: {provider} does not start. Check the driver, CUDA and cuDNN (nvidia-smi).")
+    return session
+
+
+@cache
+def _bound_memory() -> None:
+    """Once in a process: onnxruntime has one allocator that sessions may share, and only that takes a limit."""
+    arena = {"max_mem": MAX_MEMORY, "arena_extend_strategy": -1, "initial_chunk_size_bytes": -1}
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg({**arena, "max_dead_bytes_per_chunk": -1}))
+
+
+def unit_rows(vectors: NDArray[np.float32], source: str = "encoder") -> Embeddings:
+    """Divide N×D rows by their length. Raises BadVector for NaN, infinity or a zero row."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    bad = ~np.isfinite(norms[:, 0]) | (norms[:, 0] < 1e-12)
+    if bad.any():
+        raise BadVector(f"{source}: {int(bad.sum())} of {len(vectors)} embeddings are zero, NaN or infinite.")
+    unit: Embeddings = (vectors / norms).astype(np.float32, copy=False)
+    return unit
+
+
+def batches(count: int, size: int) -> Iterator[range]:
+    """Consecutive index ranges of at most ``size``."""
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
+def _fits(shape: list[object], expected: tuple[int, ...]) -> bool:
+    return all(not isinstance(d, int) or d == e for d, e in zip(shape, expected, strict=True))
+
+
+def ort_reason(error: Exception) -> str:
+    """What onnxruntime says, as one short sentence: no codes, no paths of its source files."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    first = first.split(" Status Message:")[0]
+    return first.rsplit(" : ", 1)[-1][:300].rstrip(".") + "."

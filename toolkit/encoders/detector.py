@@ -1,0 +1,187 @@
+"""Find faces in photographs: a YuNet ONNX file or an insightface pack behind one interface."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pkd.toolkit.core.errors import InputError, NoFace
+from pkd.toolkit.encoders.base import make_session
+from pkd.toolkit.images.codec import Rgb
+
+WORK_SIDES = (640, 1920)
+"""Longest side, pixels, of the copy that is searched: quick first, larger only where the quick one shows no face."""
+MIN_SIDE = 16
+"""Images smaller than this on either side, pixels, are not searched."""
+NMS_OVERLAP = 0.3
+FINE = 100
+"""Faces smaller than this in the searched copy, pixels, are searched again in a finer one."""
+YUNET_OUTPUTS = frozenset(f"{part}_{stride}" for part in ("cls", "obj", "bbox", "kps") for stride in (8, 16, 32))
+
+
+@dataclass(frozen=True)
+class Face:
+    """One detected face, in pixels of the image that was given.
+
+    ``box``: float32 4, x1 y1 x2 y2; may reach beyond the image. ``landmarks``: float32 5×2, x y of the image-left
+    eye, the other eye, nose tip, image-left mouth corner, the other. ``score``: detector confidence, 0–1.
+    """
+
+    box: NDArray[np.float32]
+    landmarks: NDArray[np.float32]
+    score: float
+
+
+class Detector(Protocol):
+    """Anything that finds faces. Safe to share between threads."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the detector's weights."""
+
+    def detect(self, image: Rgb) -> list[Face]:
+        """uint8 H×W×3 RGB → the faces found, in no particular order; empty where there is none."""
+
+
+def open_detector(spec: str, min_score: float = 0.5) -> Detector:
+    """Open ``PATH.onnx`` (YuNet), ``insightface:PACK`` or ``insightface:FOLDER``. Raises InputError or MissingExtra.
+
+    ``min_score``: faces below this confidence, 0–1, are not reported.
+    """
+    if not 0 < min_score < 1:
+        raise InputError(f"--min-score {min_score:g}: give a confidence between 0 and 1, for example 0.5.")
+    if spec.startswith("insightface:"):
+        from pkd.toolkit.encoders.insightface import detector
+
+        return detector(spec, min_score)
+    return YuNet(Path(spec), min_score)
+
+
+def choose(faces: Sequence[Face], image: Rgb) -> Face:
+    """The face the photograph is of: the largest, where a face on the rim counts a fifth of its area. Raises NoFace."""
+    if not faces:
+        raise NoFace("no face found. Give a photograph that shows a face, or lower --min-score.")
+    extent = np.array([image.shape[1], image.shape[0]], np.float64)
+
+    def weight(face: Face) -> float:
+        corner, opposite = face.box.astype(np.float64).reshape(2, 2)
+        offset = ((corner + opposite) / 2 - extent / 2) / (extent / 2)  # 0 in the middle, ±1 on the rim
+        return float(np.prod(opposite - corner) / (1 + 4 * np.square(offset).sum()))
+
+    return max(faces, key=weight)
+
+
+class YuNet:
+    """YuNet through OpenCV, which keeps state between calls: every thread gets a network of its own."""
+
+    def __init__(self, path: Path, min_score: float) -> None:
+        self._model = _yunet_bytes(path)
+        self._min_score = min_score
+        self._local = threading.local()
+        self.digest = hashlib.sha256(self._model).hexdigest()
+
+    def detect(self, image: Rgb) -> list[Face]:
+        """uint8 H×W×3 RGB → faces."""
+        if min(image.shape[:2]) < MIN_SIDE:
+            return []
+        longest = max(image.shape[:2])
+        for side in WORK_SIDES:
+            scale = min(1.0, side / longest)
+            found = self._search(image, scale)
+            if found:
+                return [
+                    self._refine(image, face) if scale < 1 and _side(face) * scale < FINE else face for face in found
+                ]
+            if scale == 1:
+                break
+        return []
+
+    def _refine(self, image: Rgb, face: Face) -> Face:
+        """The same face found again in a finer copy of its surroundings; the landmarks of tiny faces are coarse."""
+        reach = 1.5 * _side(face)
+        centre = (face.box[:2] + face.box[2:]) / 2
+        x1, y1 = np.maximum(0, np.floor(centre - reach)).astype(int)
+        x2, y2 = np.ceil(centre + reach).astype(int)
+        surroundings = image[y1:y2, x1:x2]
+        if min(surroundings.shape[:2]) < MIN_SIDE:
+            return face
+        finer = self._search(surroundings, min(1.0, 3 * FINE / max(surroundings.shape[:2])))
+        corner = np.array([x1, y1], np.float32)
+        moved = [Face(f.box + np.tile(corner, 2), f.landmarks + corner, f.score) for f in finer]
+        same = [f for f in moved if np.linalg.norm((f.box[:2] + f.box[2:]) / 2 - centre) < 0.5 * _side(face)]
+        return max(same, key=lambda f: f.score, default=face)
+
+    def _search(self, image: Rgb, scale: float) -> list[Face]:
+        height, width = (max(MIN_SIDE, round(side * scale)) for side in image.shape[:2])
+        copy = image if scale == 1 else cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        network = self._network()
+        network.setInputSize((width, height))
+        _, rows = network.detect(np.ascontiguousarray(copy[:, :, ::-1]))
+        if rows is None:
+            return []
+        stretch = np.array([image.shape[1] / width, image.shape[0] / height], np.float32)
+        return [_face(row, stretch) for row in rows if np.isfinite(row).all()]
+
+    def _network(self) -> cv2.FaceDetectorYN:
+        network: cv2.FaceDetectorYN | None = getattr(self._local, "network", None)
+        if network is None:
+            network = _open_network(self._model, self._min_score)
+            self._local.network = network
+        return network
+
+
+_quiet = threading.Lock()
+
+
+def _open_network(model: bytes, min_score: float) -> cv2.FaceDetectorYN:
+    """OpenCV 5 warns on stderr that it ignores the default target; that is not the user's concern."""
+    with _quiet:
+        level = cv2.utils.logging.getLogLevel()
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+        try:
+            buffer = np.frombuffer(model, np.uint8)
+            empty = np.empty(0, np.uint8)
+            return cv2.FaceDetectorYN.create("onnx", buffer, empty, (320, 320), min_score, NMS_OVERLAP, 5000)
+        finally:
+            cv2.utils.logging.setLogLevel(level)
+
+
+def _yunet_bytes(path: Path) -> bytes:
+    """OpenCV takes any ONNX file without complaint and fails later, so look at its outputs first."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"detector {path}: {error.strerror}. Give the path of a YuNet .onnx file, or insightface:PACK."
+        ) from None
+    try:
+        outputs = {output.name for output in make_session(data, 1).get_outputs()}
+    except Exception as error:  # onnxruntime's own errors share no public base class
+        raise InputError(f"detector {path}: not an ONNX file: {str(error).splitlines()[0]}") from None
+    if not outputs >= YUNET_OUTPUTS:
+        raise InputError(
+            f"detector {path}: not a YuNet network, its outputs are {', '.join(sorted(outputs)[:4])}. Give a YuNet "
+            ".onnx file whose outputs are cls, obj, bbox and kps at strides 8, 16 and 32."
+        )
+    return data
+
+
+def _side(face: Face) -> float:
+    """Longer side of the box, pixels."""
+    return float(np.max(face.box[2:] - face.box[:2]))
+
+
+def _face(row: NDArray[np.float32], stretch: NDArray[np.float32]) -> Face:
+    """OpenCV's row: x, y, width, height, five points, score. Pixel centres lie at whole coordinates: hence the ½."""
+    corner, extent = row[:2], row[2:4]
+    box = np.concatenate([corner * stretch, (corner + extent) * stretch])
+    landmarks = (row[4:14].reshape(5, 2) + 0.5) * stretch - 0.5
+    return Face(box.astype(np.float32), landmarks.astype(np.float32), min(1.0, float(row[14])))

@@ -1,0 +1,42 @@
+"""PairList: pairs of images that a published list names, each said to be of one person or of two."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pkd.toolkit.data.face_set import FaceSet
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PairList:
+    """P pairs of images of ``faces``. All arrays have one entry per pair."""
+
+    faces: FaceSet
+    """Each image that occurs, once."""
+    first: Ints
+    """Index of the first image in ``faces``: the query."""
+    second: Ints
+    """Index of the second image: the gallery's."""
+    same: NDArray[np.bool_]
+    """True where the list says that both show one person."""
+    fold: Ints
+    """From 0."""
+    sides_differ: bool = False
+    """First and second images may be of different kinds, so that T–S is not S–T with other pairs."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the list."""
+
+    @property
+    def folds(self) -> int:
+        """Number of folds."""
+        return int(self.fold.max()) + 1
+
+    def digest(self) -> str:
+        """SHA-256 over which pairs there are, in which order: two lists may have their images in common."""
+        return hashlib.sha256(np.stack([self.first, self.second, self.same, self.fold]).tobytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Compute scores, error rates, searches and their bootstrap intervals from embeddings and labels. Imports results."""

@@ -1,0 +1,173 @@
+"""Error rates, from arrays alone.
+
+A pair matches when its score is at or above the threshold. FMR: how often two different people match. TAR: how often
+a person matches himself. Either is balanced, every two people (every person) weighing the same however many images
+there are of them, or raw, every pair of images weighing the same. Where few people have most images, raw rates are
+about those few, and a threshold that meets a raw FMR on one set of people misses it on another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkd.toolkit.core.errors import UnsupportedFmr
+from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, bin_edges, bin_of
+from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Pairing
+
+EXPECTED = 10
+"""An FMR is resolved where at least this many pairs of different identities are expected above its threshold."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a set of target false match rates leads to: one entry per target."""
+
+    last_rejected: Floats
+    """Highest score that must not match for the balanced FMR; −inf where all may."""
+    tar_balanced: Doubles
+    """Balanced TAR at the threshold of the balanced FMR."""
+    raw_last_rejected: Floats
+    """Highest score that must not match for the raw FMR."""
+    tar: Doubles
+    """Raw TAR at the threshold of the raw FMR."""
+
+    @property
+    def threshold(self) -> Doubles:
+        """Smallest float32 threshold whose balanced false match rate is at most the target."""
+        return _next(self.last_rejected)
+
+    @property
+    def raw_threshold(self) -> Doubles:
+        """Smallest float32 threshold whose raw false match rate is at most the target."""
+        return _next(self.raw_last_rejected)
+
+
+def smallest_fmr(pairing: Pairing) -> float:
+    """Smallest FMR that the set resolves: ``EXPECTED`` / pairs of different identities.
+
+    Pairs of images are more, but those of the same two people repeat one another.
+    """
+    return EXPECTED / max(1, min(pairing.identity_pairs, pairing.impostor_pairs))
+
+
+def require_resolved(pairing: Pairing, fmr: float) -> None:
+    """Raise UnsupportedFmr, with the reason, where ``fmr`` is below what the set resolves."""
+    smallest = smallest_fmr(pairing)
+    if not smallest * (1 - 1e-9) <= fmr <= 1:
+        raise UnsupportedFmr(
+            f"FMR {fmr:g} is not resolved: {pairing.impostor_pairs:,} impostor pairs come from "
+            f"{pairing.identity_pairs:,} pairs of different identities: fewer than {EXPECTED} of those would match. "
+            + (
+                f"Ask for {smallest:.2g} or more, or evaluate on more people."
+                if smallest < 1
+                else "Evaluate on more people."
+            )
+        )
+
+
+def rates(scores: PairScores, fmrs: Doubles) -> Rates:
+    """TAR at each target FMR.
+
+    The threshold is the smallest with FMR ≤ target, so that of several impostors with one score all match or none.
+    Exact where all impostors are kept; below that the balanced one comes from their sample, the raw one is the next
+    edge of the histogram.
+    """
+    weight = np.ones(scores.pairing.identities)
+    balanced = _last_rejected(scores, fmrs, impostor_cumulative(scores, weight))
+    allowed = np.floor(fmrs * (1 + 1e-9) * scores.pairing.impostor_pairs).astype(np.int64)
+    exact = np.searchsorted(-scores.impostor, np.float32(-scores.cut), "right")
+    raw = np.append(scores.impostor, np.float32(-np.inf))[np.minimum(allowed, exact)]
+    if exact < len(scores.impostor):
+        below = allowed >= exact
+        above = np.append(np.cumsum(scores.histogram[::-1])[::-1], 0)
+        edge = len(above) - np.searchsorted(above[::-1], allowed[below], "right")
+        raw[below] = np.nextafter(np.append(bin_edges(), 1.0)[edge].astype(np.float32), np.float32(-np.inf))
+    return _accepted(scores, balanced, raw, weight)
+
+
+def drawn_rates(scores: PairScores, fmrs: Doubles, weight: Doubles, balanced: Doubles, raw: Doubles) -> Rates:
+    """As ``rates`` with every identity as often as it was drawn, from the kept impostors.
+
+    ``balanced``, ``raw``: of ``impostor_cumulative`` and ``raw_impostor_cumulative`` with the same ``weight``.
+    """
+    return _accepted(scores, _last_rejected(scores, fmrs, balanced), _last_rejected(scores, fmrs, raw), weight)
+
+
+def fmr_at(scores: PairScores, thresholds: Doubles) -> Doubles:
+    """Balanced FMR at each threshold: exact where all impostors are kept, from their sample below."""
+    cumulative = impostor_cumulative(scores, np.ones(scores.pairing.identities))
+    rate: Doubles = np.minimum(np.append(0.0, cumulative), 1.0)
+    return rate[matching(scores.impostor, thresholds)]
+
+
+def raw_fmr_at(scores: PairScores, thresholds: Doubles) -> Doubles:
+    """Raw FMR at each threshold: exact where all impostors are kept, else on the histogram's grid (1.5e-5)."""
+    kept = matching(scores.impostor, thresholds).astype(np.float64)
+    below = thresholds < scores.cut
+    if below.any():
+        above = np.append(np.cumsum(scores.histogram[::-1])[::-1], 0)
+        kept[below] = above[bin_of(thresholds[below].astype(np.float32))]
+    return kept / scores.pairing.impostor_pairs
+
+
+def equal_error_rate(scores: PairScores) -> float:
+    """Smallest over all thresholds of the larger of FMR and FNMR (raw)."""
+    edges = bin_edges()
+    grid = np.concatenate([scores.impostor, scores.genuine]).astype(np.float64)
+    grid = np.concatenate([grid[grid >= scores.cut], edges[edges < scores.cut], [np.inf]])
+    fnmr = 1 - matching(scores.genuine, grid) / len(scores.genuine)
+    return float(np.maximum(raw_fmr_at(scores, grid), fnmr).min())
+
+
+def lowest_impostor(scores: PairScores) -> float:
+    """A score that no impostor pair is below."""
+    if np.isneginf(scores.cut):
+        return float(scores.impostor[-1])
+    return float(bin_edges()[np.flatnonzero(scores.histogram)[0]])
+
+
+def impostor_cumulative(scores: PairScores, weight: Doubles) -> Doubles:
+    """Balanced FMR at each kept impostor score (descending). ``weight``: how often each identity was drawn."""
+    return _cumulative(scores, weight, scores.share, scores.pairing.people_weight(weight))
+
+
+def raw_impostor_cumulative(scores: PairScores, weight: Doubles) -> Doubles:
+    """Raw FMR at each kept impostor score (descending). ``weight``: how often each identity was drawn."""
+    return _cumulative(scores, weight, scores.mass, scores.pairing.impostor_weight(weight))
+
+
+def matching(descending: Floats, thresholds: Doubles) -> Ints:
+    """How many scores are at or above each threshold."""
+    return np.searchsorted(-descending.astype(np.float64), -thresholds, "right")
+
+
+def _cumulative(scores: PairScores, weight: Doubles, part: Doubles, total: float) -> Doubles:
+    query, gallery = scores.impostor_identities
+    mass = np.take(weight, query)
+    mass *= np.take(weight, gallery)
+    mass *= part
+    cumulative: Doubles = np.cumsum(mass, out=mass)
+    cumulative /= total
+    return cumulative
+
+
+def _last_rejected(scores: PairScores, fmrs: Doubles, cumulative: Doubles) -> Floats:
+    place = np.searchsorted(cumulative, fmrs * (1 + 1e-9), "right")  # the first impostor that is one too many
+    return np.append(scores.impostor, np.float32(-np.inf))[place]
+
+
+def _accepted(scores: PairScores, balanced: Floats, raw: Floats, weight: Doubles) -> Rates:
+    """Rates where the scores above the last rejected ones match."""
+    drawn = np.take(weight, scores.genuine_identity)
+    every_pair = np.append(0.0, np.cumsum(drawn))
+    drawn /= np.take(scores.pairing.genuine_per_identity, scores.genuine_identity)
+    every_person = np.append(0.0, np.cumsum(drawn))
+    above, raw_above = (np.searchsorted(-scores.genuine, -last, "left") for last in (balanced, raw))
+    return Rates(balanced, every_person[above] / every_person[-1], raw, every_pair[raw_above] / every_pair[-1])
+
+
+def _next(last: Floats) -> Doubles:
+    above: Doubles = np.nextafter(last, np.float32(np.inf)).astype(np.float64)
+    return above

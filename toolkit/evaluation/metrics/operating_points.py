@@ -1,0 +1,177 @@
+"""From the scores of one ordered pair of encoders to what is reported of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pkd.toolkit.certificates.certificate import Calibration, OperatingPoint
+from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.toolkit.core.errors import UnsupportedFmr
+from pkd.toolkit.evaluation.metrics.bootstrap import Bootstrap, bootstrap
+from pkd.toolkit.evaluation.metrics.error_rates import (
+    Rates,
+    equal_error_rate,
+    lowest_impostor,
+    rates,
+    require_resolved,
+    smallest_fmr,
+)
+from pkd.toolkit.evaluation.metrics.pair_scores import BINS, Ids, PairScores, bin_edges, bin_of
+from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Pairing
+from pkd.toolkit.evaluation.results.schema import Comparison, Det, Distances, Histogram, PairOfFiles, Refusal, Worst
+
+PLOT_BINS = 128
+WORST = 10
+"""Pairs of each kind that are named."""
+
+
+def measure(
+    scores: PairScores,
+    name: str,
+    query: EncoderInfo,
+    gallery: EncoderInfo,
+    *,
+    fmrs: Sequence[float],
+    resamples: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> tuple[Comparison, dict[str, Doubles]]:
+    """Operating points at those of ``fmrs`` that are resolved, calibration and DET curve, with intervals.
+
+    Also the values of every resample, by name, for ``Draws``.
+    """
+    pairing = scores.pairing
+    refused = [r for fmr in sorted(fmrs, reverse=True) if (r := _refusal(pairing, fmr))]
+    targets = np.array(sorted(set(fmrs) - {r.fmr for r in refused}, reverse=True))
+    grid = _grid(smallest_fmr(pairing), targets)
+    full = rates(scores, grid)
+    knots = np.concatenate([[lowest_impostor(scores)], full.threshold])
+    drawn = bootstrap(scores, grid, knots, resamples=resamples, seed=seed, advance=advance)
+    places = [int(np.flatnonzero(grid == fmr)[0]) for fmr in targets]
+    comparison = Comparison(
+        name=name,
+        query=query.id,
+        gallery=gallery.id,
+        genuine_pairs=pairing.genuine_pairs,
+        genuine_identities=int((pairing.genuine_per_identity > 0).sum()),
+        impostor_pairs=pairing.impostor_pairs,
+        identity_pairs=pairing.identity_pairs,
+        min_fmr=smallest_fmr(pairing),
+        points=tuple(_point(grid, full, drawn, k) for k in places),
+        refused=tuple(refused),
+        eer=equal_error_rate(scores),
+        det=_det(grid, full, drawn),
+        genuine=histogram(scores.genuine),
+        impostor=Histogram(fractions=_coarser(scores.histogram)),
+        distances=_distances(scores),
+        calibration=_calibrate(grid, knots, drawn),
+    )
+    values = {
+        f"{name}/{statistic}/{grid[k]:g}": samples[:, k]
+        for statistic, samples in (("tar_balanced", drawn.tar_balanced), ("tar", drawn.tar))
+        for k in places
+    }
+    return comparison, values
+
+
+def worst(scores: PairScores, query_name: Callable[[int], str], gallery_name: Callable[[int], str]) -> Worst:
+    """The ``WORST`` highest impostor and lowest genuine scores, by the names of their images."""
+
+    def named(rows: Ids, columns: Ids, values: Floats) -> tuple[PairOfFiles, ...]:
+        triples = zip(rows, columns, values, strict=True)
+        return tuple(PairOfFiles(query=query_name(i), gallery=gallery_name(j), score=float(s)) for i, j, s in triples)
+
+    genuine = slice(None, -WORST - 1, -1)
+    return Worst(
+        false_matches=named(scores.impostor_query[:WORST], scores.impostor_gallery[:WORST], scores.impostor[:WORST]),
+        false_non_matches=named(
+            scores.genuine_query[genuine], scores.genuine_gallery[genuine], scores.genuine[genuine]
+        ),
+    )
+
+
+def histogram(scores: Floats) -> Histogram:
+    """Fractions of ``scores`` in ``PLOT_BINS`` bins over −1 to 1."""
+    return Histogram(fractions=_coarser(np.bincount(bin_of(scores), minlength=BINS)))
+
+
+def _grid(smallest: float, targets: Doubles) -> Doubles:
+    """Falling false match rates of the calibration and DET curves, down to the smallest that is resolved."""
+    coarse = np.arange(5, 100, 5) / 100
+    fine = np.geomspace(0.05, min(0.05, smallest), 141)
+    grid = np.unique(np.concatenate([coarse, fine, targets, [min(smallest, 1.0)]]))[::-1]
+    kept: Doubles = grid[(grid < 1) & (grid >= smallest * (1 - 1e-9))]
+    return kept
+
+
+def _point(grid: Doubles, full: Rates, drawn: Bootstrap, k: int) -> OperatingPoint:
+    return OperatingPoint(
+        fmr=float(grid[k]),
+        threshold=float(full.threshold[k]),
+        fmr_ci95=drawn.fmr_interval(k + 1),
+        prediction95=drawn.prediction(k + 1),
+        raw_threshold=float(full.raw_threshold[k]),
+        tar=float(full.tar[k]),
+        tar_ci95=drawn.tar_interval(k),
+        tar_balanced=float(full.tar_balanced[k]),
+        tar_balanced_ci95=drawn.tar_balanced_interval(k),
+    )
+
+
+def _det(grid: Doubles, full: Rates, drawn: Bootstrap) -> Det:
+    fnmr = 1 - full.tar_balanced
+    high, low = 1 - np.array([drawn.tar_balanced_interval(k) for k in range(len(grid))]).reshape(-1, 2).T
+    return Det(
+        fmr=tuple(grid.tolist()),
+        fnmr=tuple(fnmr.tolist()),
+        low=tuple(np.minimum(low, fnmr).tolist()),
+        high=tuple(np.maximum(high, fnmr).tolist()),
+    )
+
+
+def _calibrate(grid: Doubles, knots: Doubles, drawn: Bootstrap) -> Calibration:
+    """The curve score → FMR. A knot's rate is its target, so that threshold and rate are inverses."""
+    fmr = np.append(1.0, grid)
+    low, high = np.array([drawn.fmr_interval(k) for k in range(len(knots))]).T
+    return Calibration(
+        score=tuple(knots.tolist()),
+        fmr=tuple(fmr.tolist()),
+        low=tuple(np.minimum(low, fmr).tolist()),
+        high=tuple(np.maximum(high, fmr).tolist()),
+    )
+
+
+def _refusal(pairing: Pairing, fmr: float) -> Refusal | None:
+    try:
+        require_resolved(pairing, fmr)
+    except UnsupportedFmr as error:
+        return Refusal(fmr=fmr, reason=str(error))
+    return None
+
+
+def _distances(scores: PairScores) -> Distances:
+    """Impostors from the histogram: exact to a bin."""
+    within = _euclidean(scores.genuine.astype(np.float64))
+    between, count = _euclidean(bin_edges() + 1 / BINS), scores.histogram / scores.histogram.sum()
+    mean = float(between @ count)
+    variance = float((between - mean) ** 2 @ count)
+    spread = np.sqrt((within.var() + variance) / 2)
+    return Distances(
+        genuine_mean=float(within.mean()),
+        genuine_std=float(within.std()),
+        impostor_mean=mean,
+        impostor_std=float(np.sqrt(variance)),
+        d_prime=float(abs(within.mean() - mean) / spread) if spread > 0 else 0.0,
+    )
+
+
+def _euclidean(cosine: Doubles) -> Doubles:
+    distance: Doubles = np.sqrt(np.maximum(2 - 2 * cosine, 0))
+    return distance
+
+
+def _coarser(bins: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> tuple[float, ...]:
+    counts = bins.reshape(PLOT_BINS, -1).sum(axis=1)
+    return tuple((counts / counts.sum()).tolist())

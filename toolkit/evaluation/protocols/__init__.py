@@ -1,0 +1,1 @@
+"""Run an evaluation protocol on a set of encoders. Imports everything of evaluation but report."""

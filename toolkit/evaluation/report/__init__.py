@@ -1,0 +1,1 @@
+"""Render results as one-file HTML pages and plots. Imports everything of evaluation."""

@@ -1,0 +1,106 @@
+"""Picture: one figure, drawn as inline SVG for the page or as a PNG file. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pkd.toolkit.core.errors import MissingExtra
+
+GENUINE, IMPOSTOR = "#0f766e", "#b91c1c"
+INK, SOFT, FAINT = "#334155", "#64748b", "#cbd5e1"
+STYLE: Any = {
+    "font.size": 11,
+    "font.family": "sans-serif",
+    "svg.fonttype": "none",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelcolor": INK,
+    "grid.color": "#e2e8f0",
+    "legend.frameon": False,
+}
+PNG_DPI = 200
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What to draw, in which size and under which name. Drawing touches no global state of matplotlib."""
+
+    name: str
+    """Stem of the PNG's name, and part of every id in the SVG: unique within a page."""
+    words: str
+    """What it shows, for those who cannot see it."""
+    size: tuple[float, float]
+    """Inches."""
+    draw: Callable[[Any], None]
+    """Draws into a matplotlib Figure."""
+
+
+def on_axes(draw: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A ``Picture.draw`` of one pair of axes."""
+
+    def draw_figure(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.set_axisbelow(True)
+        draw(axes)
+
+    return draw_figure
+
+
+def require_plots() -> None:
+    """Raise MissingExtra without matplotlib, before minutes are spent on what cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingExtra("matplotlib", "evaluate") from None
+
+
+def as_svg(picture: Picture) -> str:
+    """An ``<svg>`` element that scales with its surroundings and whose text stays text."""
+    buffer = io.StringIO()
+    _save(picture, buffer, {"svg.hashsalt": f"pkd {picture.name}"}, format="svg", transparent=True)
+    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bd="[^"]*"', _coarser, svg)
+    # Two figures of one page must not share an id: a clip path of one would cut the other.
+    svg = re.sub(r'\bid="', f'id="{picture.name}-', svg)
+    svg = svg.replace("url(#", f"url(#{picture.name}-").replace('href="#', f'href="#{picture.name}-')
+    opening = f'<svg role="img" aria-label="{html.escape(picture.words)}" '
+    return re.sub(r'^<svg width="[^"]*" height="[^"]*"|^<svg ', lambda _: opening, svg, count=1)
+
+
+def write_png(picture: Picture, folder: Path) -> Path:
+    """Write ``folder/<name>.png`` on white, ``PNG_DPI`` dots an inch."""
+    path = folder / f"{picture.name}.png"
+    with path.open("wb") as file:
+        _save(picture, file, {"font.family": "DejaVu Sans"}, format="png", dpi=PNG_DPI, facecolor="#ffffff")
+    return path
+
+
+def _coarser(path: re.Match[str]) -> str:
+    """A path to a hundredth of a point, which is finer than any screen or printer."""
+    return re.sub(r"(\d+\.\d\d)\d+", r"\1", path.group())
+
+
+def _save(picture: Picture, target: Any, style: dict[str, Any], **how: Any) -> None:
+    require_plots()
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    settings: Any = {**STYLE, **style}
+    with rc_context(settings):
+        figure = Figure(figsize=picture.size, layout="constrained")
+        FigureCanvasAgg(figure)
+        picture.draw(figure)
+        nameless = {"Date": None, "Creator": None} if how["format"] == "svg" else {"Software": None}
+        figure.savefig(target, metadata=nameless, **how)

@@ -1,0 +1,223 @@
+"""The pictures of a report: error trade-offs, distances and scores of every ordered pair of encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pkd.toolkit.evaluation.metrics.pairing import Doubles
+from pkd.toolkit.evaluation.report.drawing import GENUINE, IMPOSTOR, INK, SOFT, Picture, on_axes
+from pkd.toolkit.evaluation.results.schema import (
+    Agreement,
+    Comparison,
+    Det,
+    Distances,
+    Evaluation,
+    Histogram,
+    Identification,
+)
+
+LINES: dict[str, tuple[str, Any]] = {
+    "T–T": ("#475569", (0, ())),
+    "S–T": ("#0b63c5", (0, ())),
+    "T–S": ("#0f766e", (0, (6, 2))),
+    "S–S": ("#b45309", (0, (4, 2))),
+    "R–T": ("#a21caf", (0, (7, 2, 1, 2))),
+    "P–T": ("#6d28d9", (0, (3, 1, 1, 1))),
+    "C–C": ("#4d7c0f", (0, (2, 2))),
+    "C–T": ("#9f1239", (0, (1, 1.5))),
+}
+"""Colour and dash pattern of each ordered pair: told apart in print, too."""
+USED = 2e-5
+"""Fraction of pairs from which on a bin counts as used."""
+
+
+def pictures(e: Evaluation) -> dict[str, Picture]:
+    """Every picture of a report, by name. Empty where nothing can be drawn."""
+    drawn = [scores_of(c, e.comparisons) for c in e.comparisons]
+    if any(c.det.fmr for c in e.comparisons):
+        drawn.append(det_curves({c.name: c.det for c in e.comparisons}, title="query–gallery"))
+    if e.comparisons:
+        drawn.append(distance_distributions([(c.name, c) for c in e.comparisons]))
+    if any(i.curve.fpir for i in e.identifications):
+        drawn.append(open_set_curves(e.identifications))
+    if e.agreement:
+        drawn.append(agreement_histogram(e.agreement))
+    return {picture.name: picture for picture in drawn}
+
+
+def file_name(cell: str) -> str:
+    """A cell's name in ASCII: ``S–T`` → ``S-T``."""
+    return cell.replace("–", "-")
+
+
+def det_curves(
+    curves: dict[str, Det],
+    *,
+    title: str,
+    lines: dict[str, tuple[str, Any]] = LINES,
+    name: str = "det",
+    rates: tuple[str, str] = ("false match rate (FMR)", "false non-match rate (FNMR)"),
+) -> Picture:
+    """FNMR against FMR on log axes with bands, each curve down to the smallest FMR that its set resolves."""
+    curves = {label: det for label, det in curves.items() if det.fmr}
+
+    def draw(axes: Any) -> None:
+        floor = _floor(curves.values())
+        band = 0.13 if len(curves) <= 4 else 0.08
+        for label, det in curves.items():
+            colour, dashes = lines[label]
+            low, high, rate = (np.maximum(x, floor / 10) for x in (det.low, det.high, det.fnmr))
+            axes.fill_between(det.fmr, low, high, color=colour, alpha=band, lw=0)
+            axes.plot(det.fmr, rate, color=colour, ls=dashes, lw=2, label=label)
+        axes.set(xscale="log", yscale="log", ylim=(floor, 1.0))
+        axes.set_xlim(min(min(det.fmr) for det in curves.values()), 1.0)
+        axes.set(xlabel=rates[0], ylabel=rates[1])
+        axes.grid(True, which="major")
+        axes.grid(True, which="minor", lw=0.4, alpha=0.6)
+        _percent_ticks(axes.yaxis)
+        _percent_ticks(axes.xaxis)
+        handles, labels = axes.get_legend_handles_labels()
+        worst_first = sorted(range(len(labels)), key=lambda i: -_at_end(curves[labels[i]]))
+        corner, columns = ((0.0, -0.14), 2) if beneath else ((1.0, 1.0), 1)
+        axes.legend(
+            [handles[i] for i in worst_first], [labels[i] for i in worst_first], title=title, handlelength=2.6,
+            borderpad=0.1, alignment="left", loc="upper left", bbox_to_anchor=corner, ncols=columns,
+        )  # fmt: skip
+
+    beneath = max(map(len, curves), default=0) > 5
+    height = 4.3 + (0.3 + 0.24 * ((len(curves) + 1) // 2) if beneath else 0)
+    words = "Detection error trade-off on log axes for " + ", ".join(curves)
+    return Picture(name, words, (6.6, height), on_axes(draw))
+
+
+def open_set_curves(found: Sequence[Identification]) -> Picture:
+    """FNIR against FPIR, as ``det_curves``."""
+    curves = {i.name: Det(fmr=i.curve.fpir, fnmr=i.curve.fnir, low=i.curve.low, high=i.curve.high) for i in found}
+    rates = "false positive identification rate (FPIR)", "false negative identification rate (FNIR)"
+    return det_curves(curves, title="probe–gallery", name="identification", rates=rates)
+
+
+def distance_distributions(rows: Sequence[tuple[str, Comparison]], *, name: str = "distances") -> Picture:
+    """Densities of the Euclidean distance of genuine and impostor pairs, a row each on one axis, with their means.
+
+    ``rows``: label and comparison. The distance of two unit vectors is √(2 − 2·cosine), 0 to 2.
+    """
+
+    def draw(figure: Any) -> None:
+        plots = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+        used = [
+            i for _, c in rows for h in (c.genuine, c.impostor) for i in np.flatnonzero(np.array(h.fractions) > 1e-3)
+        ]
+        edges = _distances(rows[0][1].genuine)
+        for (label, c), axes in zip(rows, plots, strict=True):
+            for part, colour in ((c.impostor, IMPOSTOR), (c.genuine, GENUINE)):
+                density = np.array(part.fractions) / -np.diff(_distances(part))
+                axes.stairs(density[::-1], _distances(part)[::-1], fill=True, color=colour, alpha=0.3)
+                axes.stairs(density[::-1], _distances(part)[::-1], color=colour, lw=1.2)
+            axes.set(ylim=(0, None), yticks=[], xlim=(edges[max(used) + 1] - 0.03, edges[min(used)] + 0.03))
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="x", length=3)
+            axes.grid(True, axis="x")
+            _means(axes, c.distances)
+            axes.set_title(label, loc="left", size=11, weight="bold", color=INK, pad=3)
+            axes.set_title(_said(c.distances), loc="right", size=9, color=SOFT, pad=3)
+        plots[-1].set_xlabel("Euclidean distance of unit embeddings")
+
+    words = "Distributions of the distance between embeddings of one person and of two, for " + ", ".join(
+        label for label, _ in rows
+    )
+    return Picture(name, words, (6.0, 0.55 + 1.12 * len(rows)), draw)
+
+
+def scores_of(comparison: Comparison, beside: tuple[Comparison, ...]) -> Picture:
+    """Genuine and impostor scores of one ordered pair with its thresholds, on one scale with those ``beside`` it."""
+
+    def draw(axes: Any) -> None:
+        for part, colour, name in (
+            (comparison.impostor, IMPOSTOR, "impostor"),
+            (comparison.genuine, GENUINE, "genuine"),
+        ):
+            axes.stairs(part.fractions, _edges(part), fill=True, color=colour, alpha=0.28)
+            axes.stairs(part.fractions, _edges(part), color=colour, lw=1.3, label=f"{name} pairs")
+        left, right = _range(*(h for c in beside for h in (c.genuine, c.impostor)))
+        top = max(*comparison.genuine.fractions, *comparison.impostor.fractions)
+        for place, point in enumerate(reversed(comparison.points)):  # a line ends below the labels to its left
+            height = (1.03 + 0.07 * place) * top
+            axes.plot([point.threshold] * 2, [0, height], color=INK, lw=1, ls=(0, (2, 2)))
+            side = "right" if point.threshold > 0.15 * left + 0.85 * right else "left"
+            axes.text(point.threshold, height, f" FMR {100 * point.fmr:g} % ", color=INK, size=9, va="center", ha=side)
+        axes.set(ylim=(0, 1.32 * top), xlim=(left, right))
+        axes.set(xlabel="cosine similarity", ylabel="fraction of pairs", yticks=[])
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=10, borderpad=0)
+
+    words = f"Histogram of genuine and impostor scores, {comparison.name}, with the threshold of each false match rate"
+    return Picture(f"scores-{file_name(comparison.name)}", words, (5.0, 3.1), on_axes(draw))
+
+
+def agreement_histogram(agreement: Agreement) -> Picture:
+    """Cosine between teacher and student on the same image."""
+
+    def draw(axes: Any) -> None:
+        edges = _edges(agreement.histogram)
+        axes.stairs(agreement.histogram.fractions, edges, fill=True, color=LINES["S–T"][0], alpha=0.28)
+        axes.stairs(agreement.histogram.fractions, edges, color=LINES["S–T"][0], lw=1.3)
+        axes.axvline(agreement.mean, color=INK, lw=1, ls=(0, (2, 2)))
+        axes.set(xlim=_range(agreement.histogram), ylim=(0, 1.12 * max(agreement.histogram.fractions)))
+        axes.text(agreement.mean, axes.get_ylim()[1], f" mean {agreement.mean:.3f}", color=INK, size=9, va="top")
+        axes.set(xlabel="cosine similarity", ylabel="fraction of images", yticks=[])
+
+    words = "Histogram of the cosine between teacher and student embedding of the same image"
+    return Picture("agreement", words, (5.0, 2.6), on_axes(draw))
+
+
+def _means(axes: Any, distances: Distances) -> None:
+    top = axes.get_ylim()[1]
+    for mean, colour in ((distances.genuine_mean, GENUINE), (distances.impostor_mean, IMPOSTOR)):
+        axes.plot([mean, mean], [0, top], color=colour, lw=1.2, ls=(0, (2, 2)))
+
+
+def _said(d: Distances) -> str:
+    return (
+        f"intra {d.genuine_mean:.2f} ± {d.genuine_std:.2f} · inter {d.impostor_mean:.2f} ± {d.impostor_std:.2f} · "
+        f"d′ {d.d_prime:.2f}"
+    )
+
+
+def _edges(histogram: Histogram) -> Doubles:
+    return np.linspace(-1, 1, len(histogram.fractions) + 1)
+
+
+def _distances(histogram: Histogram) -> Doubles:
+    """The histogram's edges as distances: from 2 (opposite) down to 0 (equal)."""
+    distances: Doubles = np.sqrt(np.maximum(2 - 2 * _edges(histogram), 0))
+    return distances
+
+
+def _range(*histograms: Histogram) -> tuple[float, float]:
+    """The cosines that occur, with a little room."""
+    used = [np.flatnonzero(np.array(h.fractions) > USED) for h in histograms]
+    edges = _edges(histograms[0])
+    return float(edges[max(0, min(u[0] for u in used) - 2)]), float(
+        edges[min(len(edges) - 1, max(u[-1] for u in used) + 3)]
+    )
+
+
+def _at_end(det: Det) -> float:
+    """FNMR at the smallest FMR."""
+    return det.fnmr[-1]
+
+
+def _floor(curves: Any) -> float:
+    """Lower end of the FNMR axis: the decade below the smallest rate at an FMR ≤ 10 %. Beyond, all fall to 0."""
+    positive = [rate for det in curves for fmr, rate in zip(det.fmr, det.fnmr, strict=True) if rate > 0 and fmr <= 0.1]
+    return float(10 ** np.floor(np.log10(max(min(positive, default=0.1) * 0.8, 1e-4))))
+
+
+def _percent_ticks(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axis.set_minor_formatter(NullFormatter())

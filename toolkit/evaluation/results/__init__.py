@@ -1,0 +1,1 @@
+"""Define the results of an evaluation as they are written to disk. Imports nothing else of evaluation."""

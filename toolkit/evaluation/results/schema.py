@@ -1,0 +1,308 @@
+"""Evaluation: what ``report.json`` holds. The page and the tables read their numbers from here and nowhere else."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pkd.toolkit.certificates.certificate import Calibration, Interval, OperatingPoint
+from pkd.toolkit.certificates.demographic_groups import Attribute
+from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.toolkit.core.models import Record
+
+
+class PairedDifference(Record):
+    """A − B of one statistic."""
+
+    difference: float
+    """As observed over all people."""
+    ci95: Interval
+    """95 % interval over people: both sides measured on the same drawn people."""
+    p: float
+    """Two-sided bootstrap p-value of the hypothesis that there is no difference; never below 2 / (resamples + 1)."""
+
+
+class Data(Record):
+    """The images that were compared."""
+
+    name: str
+    """Last parts of the path that was given."""
+    content_digest: str
+    """SHA-256 over contents and identities."""
+    images: int
+    identities: int
+    single_image_identities: int
+    """Identities with one image: they give impostor pairs only."""
+
+
+class Refusal(Record):
+    """A false match rate that was not reported, and why."""
+
+    fmr: float
+    reason: str
+
+
+class Det(Record):
+    """Detection error trade-off: FNMR against FMR, every identity weighing the same, down to the smallest FMR."""
+
+    fmr: tuple[float, ...]
+    fnmr: tuple[float, ...]
+    low: tuple[float, ...]
+    """95 % identity-level bootstrap interval of the FNMR."""
+    high: tuple[float, ...]
+
+
+class Histogram(Record):
+    """Fractions of pairs (or images) in equal bins over cosine −1 to 1."""
+
+    fractions: tuple[float, ...]
+
+
+class Distances(Record):
+    """Euclidean distance √(2 − 2·score) of unit embeddings: within people (genuine pairs) and between (impostors)."""
+
+    genuine_mean: float
+    genuine_std: float
+    impostor_mean: float
+    impostor_std: float
+    d_prime: float
+    """|difference of the means| / √(mean of the variances)."""
+
+
+class PairOfFiles(Record):
+    """Two images by their names in the list or folder."""
+
+    query: str
+    gallery: str
+    score: float
+
+
+class Worst(Record):
+    """The pairs that the encoders get most wrong, worst first."""
+
+    false_matches: tuple[PairOfFiles, ...]
+    """Impostor pairs with the highest scores."""
+    false_non_matches: tuple[PairOfFiles, ...]
+    """Genuine pairs with the lowest scores."""
+
+
+class Comparison(Record):
+    """One cell of the cross matrix: queries of one encoder against a gallery of another, over all pairs."""
+
+    name: str
+    """Query side first: ``S–T`` is a student's query against a teacher's gallery."""
+    query: str
+    """Encoder id."""
+    gallery: str
+    """Encoder id."""
+    genuine_pairs: int
+    genuine_identities: int
+    """Identities with genuine pairs: what the balanced rates average over."""
+    impostor_pairs: int
+    identity_pairs: int
+    """Pairs of different identities that were compared."""
+    min_fmr: float
+    """Smallest false match rate that these resolve."""
+    points: tuple[OperatingPoint, ...]
+    refused: tuple[Refusal, ...]
+    eer: float
+    """Equal error rate, every pair weighing the same."""
+    det: Det
+    genuine: Histogram
+    impostor: Histogram
+    distances: Distances
+    calibration: Calibration
+    worst: Worst | None = None
+    certificate: str | None = None
+    """File in ``certificates/``; None where this cell is not certified."""
+    demographics: tuple[Attribute, ...] = ()
+    """Rates per group at this cell's own thresholds, where labels were given."""
+
+
+class PairAccuracy(Record):
+    """Accuracy of one ordered pair of encoders on an official pair list."""
+
+    name: str
+    query: str
+    """Encoder id of each pair's first image."""
+    gallery: str
+    """Encoder id of each pair's second image."""
+    accuracy: float
+    """Mean over the folds, a fraction."""
+    fold_std: float | None
+    """Standard deviation over the folds (divisor: the folds, as in published tables); None for one fold."""
+    ci95: Interval
+    """95 % identity-level bootstrap interval at the thresholds used."""
+    fold_accuracy: tuple[float, ...]
+    fold_threshold: tuple[float, ...]
+    threshold_from: str
+    genuine_pairs: int
+    impostor_pairs: int
+
+
+class RankPoint(Record):
+    """Closed set: the fraction of mated searches whose mate is among the ``rank`` best people."""
+
+    rank: int
+    rate_balanced: float
+    """Every identity weighing the same."""
+    rate_balanced_ci95: Interval
+    rate: float
+    """Every search weighing the same."""
+    rate_ci95: Interval
+
+
+class OpenSetPoint(Record):
+    """Open set: misses at the threshold for one false positive identification rate."""
+
+    fpir: float
+    """Target fraction of the searches without a mate in which someone scores at or above the threshold."""
+    threshold: float
+    """Smallest cosine with this FPIR, every identity weighing the same."""
+    fnir_balanced: float
+    """Fraction of mated searches whose mate is not found, at ``threshold``."""
+    fnir_balanced_ci95: Interval
+    raw_threshold: float
+    """Smallest cosine with this FPIR, every search weighing the same; for ``fnir``."""
+    fnir: float
+    fnir_ci95: Interval
+
+
+class OpenSetCurve(Record):
+    """FNIR against FPIR, every identity weighing the same, down to the smallest FPIR that is resolved."""
+
+    fpir: tuple[float, ...]
+    fnir: tuple[float, ...]
+    low: tuple[float, ...]
+    """95 % interval over probe identities, the gallery held."""
+    high: tuple[float, ...]
+
+
+class Identification(Record):
+    """One-to-many searches of one ordered pair of encoders. Intervals are over probe identities, the gallery held."""
+
+    name: str
+    query: str
+    """Encoder id of the probes."""
+    gallery: str
+    """Encoder id of the entries."""
+    galleries: str
+    """Who is enrolled."""
+    enrolled: tuple[int, ...]
+    """People in each gallery; the searches of several are counted together."""
+    mated_searches: int
+    mated_identities: int
+    non_mated_searches: int
+    """Searches by people who are not enrolled."""
+    non_mated_identities: int
+    ranks: tuple[RankPoint, ...]
+    within: int
+    """R of FNIR(T, R): the mate must be among the R best."""
+    min_fpir: float | None
+    """Smallest false positive identification rate that is resolved; None where none is."""
+    points: tuple[OpenSetPoint, ...]
+    unresolved: tuple[float, ...]
+    """Rates that too few people who are not enrolled were searched for."""
+    curve: OpenSetCurve
+
+
+class TemplateData(Record):
+    """How faces were pooled to templates."""
+
+    templates: int
+    media: int
+    aligned: bool
+    """Loose crops were aligned by their published points."""
+    scored: bool
+    """Faces were weighted by their published detector scores."""
+    subjects_rebuilt: int
+    """Templates whose subject no file names: it is that of the templates that they are declared the same as."""
+
+
+class Agreement(Record):
+    """Cosine between teacher and student embedding of one and the same image."""
+
+    mean: float
+    std: float
+    low: float
+    """5th percentile."""
+    median: float
+    histogram: Histogram
+
+
+class LinearMap(Record):
+    """A linear map from the control's embeddings into the teacher's space, fitted on other people."""
+
+    letter: str
+    """Its place in the names of cells: ``P`` or ``R``."""
+    kind: str
+    """``orthogonal Procrustes`` or ``affine ridge``."""
+    encoder: str
+    """Encoder id of control and map together."""
+    penalty: float | None
+    """λ of the ridge: the loss is the mean squared error over the images plus λ‖W‖². None without one."""
+    fit_cosine: float
+    """Mean cosine to the teacher's embeddings of the images that the map was fitted on."""
+    held_out_cosine: float
+    """The same over people that were left out, by a map fitted without them; λ was chosen on these."""
+
+
+class Gain(Record):
+    """What the student accepts more than a baseline does against the same gallery: S–T minus the baseline's cell."""
+
+    baseline: str
+    """``R–T``, ``P–T`` or ``C–T``."""
+    fmr: float
+    difference: PairedDifference
+    """Of the TAR, every identity alike, over the same drawn people."""
+
+
+class Control(Record):
+    """An encoder that was not distilled from the teacher, and what was done to bring it into the teacher's space."""
+
+    encoder: EncoderInfo
+    fit: Data | None = None
+    """The images the maps were fitted on; None without maps."""
+    held_out_identities: int = 0
+    maps: tuple[LinearMap, ...] = ()
+
+
+Training = dict[str, str | int | float | bool | None]
+"""What a run or a bundle says of how an encoder was trained."""
+
+
+class LabelFile(Record):
+    """Where the groups of ``demographics`` come from."""
+
+    name: str
+    sha256: str
+    unlabelled: dict[str, tuple[str, ...]]
+    """Attribute → the first ten identities without a value; ``demographics`` says how many there are."""
+
+
+class Evaluation(Record):
+    """A whole run of pkd-evaluate."""
+
+    schema_version: int = 1
+    tool: str
+    created: str
+    """ISO 8601, UTC."""
+    protocol: str
+    data: Data
+    templates: TemplateData | None = None
+    synthetic: bool
+    flip: bool
+    """True where every embedding is the sum of the image's and its mirror image's."""
+    resamples: int
+    seed: int
+    teacher: EncoderInfo
+    student: EncoderInfo | None
+    control: Control | None = None
+    gains: tuple[Gain, ...] = ()
+    training: dict[str, Training] = Field(default_factory=dict)
+    """By letter, of those encoders whose run or bundle tells."""
+    labels: LabelFile | None = None
+    comparisons: tuple[Comparison, ...] = ()
+    pair_accuracies: tuple[PairAccuracy, ...] = ()
+    identifications: tuple[Identification, ...] = ()
+    agreement: Agreement | None = None
+    notes: tuple[str, ...] = ()

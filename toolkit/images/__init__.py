@@ -1,0 +1,1 @@
+"""Decode pictures and align faces to the crop that an encoder takes. Imports core only."""

@@ -1,0 +1,82 @@
+"""Bytes and files → uint8 H×W×3 RGB images, with the limits and messages that strangers' files need."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from pkd.toolkit.core.errors import BadImage, ImageTooLarge
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+READERS: dict[bytes, type[ImageFile]] = {
+    b"\xff\xd8\xff": JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"RIFF": WebPImageFile,
+    b"BM": BmpImageFile,
+}
+"""First bytes of a file → what reads its header."""
+MAX_PIXELS = 40_000_000
+"""Larger images are refused from their header, before anything is decoded (40 megapixels = 120 MB of RGB)."""
+
+Rgb = NDArray[np.uint8]
+
+
+def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
+    """Decode a JPEG, PNG, WebP or BMP with its EXIF orientation applied → uint8 H×W×3 RGB. Raises BadImage."""
+    if not data:
+        raise BadImage("empty image: 0 bytes.")
+    # Not through Image.open: it warns about large images, by filters that belong to all threads of the process.
+    reader = next((one for magic, one in READERS.items() if data.startswith(magic)), None)
+    try:
+        if reader is None:
+            raise ValueError
+        with reader(io.BytesIO(data)) as header:
+            width, height = header.size
+    except Exception:  # Pillow raises many kinds for hostile headers
+        raise BadImage(f"not a JPEG, PNG, WebP or BMP image ({len(data):,} bytes).") from None
+    if width * height > max_pixels:
+        raise ImageTooLarge(
+            f"image of {width}×{height} pixels is over the limit of {max_pixels:,}. Downscale it first."
+        )
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)  # applies EXIF orientation
+    except cv2.error:
+        image = None
+    if image is None:
+        raise BadImage(f"image of {width}×{height} pixels is truncated or corrupt ({len(data):,} bytes).")
+    return image.astype(np.uint8, copy=False)
+
+
+def read_rgb(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:
+    """Read one image file as ``decode_rgb`` does; a BadImage names the file."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(f"{path}: {error.strerror or error}.") from None
+    try:
+        return decode_rgb(data, max_pixels=max_pixels)
+    except BadImage as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def write_rgb(path: str | Path, image: Rgb, *, quality: int = 95) -> None:
+    """Write uint8 H×W×3 RGB; the suffix chooses the format (``quality`` counts for JPEG and WebP). Atomic."""
+    path = Path(path)
+    flag = {".webp": cv2.IMWRITE_WEBP_QUALITY}.get(path.suffix.lower(), cv2.IMWRITE_JPEG_QUALITY)
+    parameters = [] if path.suffix.lower() == ".png" else [flag, quality]
+    try:
+        _, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), parameters)
+    except cv2.error:
+        raise BadImage(f"{path}: cannot be written as {path.suffix!r}. Use .webp, .png or .jpg.") from None
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(encoded.tobytes())
+    part.replace(path)
