@@ -3,4 +3,4 @@
 `pkd.toolkit`, `pkd.export` and `pkd.serving` are the folders of these names beside this one, linked here.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pkd import __version__
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import ApiKeys
 from pkd.serving.api.middleware import Door
@@ -46,7 +46,7 @@ def create_api(service: Service) -> FastAPI:
 
     app = FastAPI(
         title="pkd",
-        version=version("pkd"),
+        version=__version__,
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,

@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pkd import __version__
 from pkd.toolkit.core.errors import PkdError, TargetUnavailable
 
 Result = Mapping[str, Any]
@@ -115,8 +115,8 @@ def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int
 
 
 def tool_version() -> str:
-    """``pkd 0.1.0``: stamped into bundles, certificates and reports."""
-    return f"pkd {version('pkd')}"
+    """Name pkd and its version, as in "pkd 0.2.0": stamped into bundles, certificates and reports."""
+    return f"pkd {__version__}"
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
