@@ -15,7 +15,7 @@ from pkd.toolkit.evaluation.metrics.paired import paired_difference
 from pkd.toolkit.evaluation.metrics.pairing import Doubles
 from pkd.toolkit.evaluation.protocols.common import Bar, Options, describe_data, embed
 from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
-from pkd.toolkit.evaluation.protocols.linear_maps import (
+from pkd.toolkit.encoders.linear_maps import (
     LinearMapEncoder,
     Moments,
     describe_mapped,

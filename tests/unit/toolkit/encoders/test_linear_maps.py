@@ -14,7 +14,7 @@ from pkd.toolkit.encoders.base import Embeddings, unit_rows
 from pkd.toolkit.evaluation.metrics.error_rates import rates
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Pairing
-from pkd.toolkit.evaluation.protocols.linear_maps import (
+from pkd.toolkit.encoders.linear_maps import (
     LinearMapEncoder,
     describe_mapped,
     fit_procrustes,
@@ -75,7 +75,7 @@ def test_moments_are_the_same_in_blocks_and_in_parts(monkeypatch: pytest.MonkeyP
     random = np.random.default_rng(2)
     x, y = unit(random, 101, 6), unit(random, 101, 3)
     whole = moments(x, y)
-    monkeypatch.setattr("pkd.toolkit.evaluation.protocols.linear_maps.BLOCK", 7)
+    monkeypatch.setattr("pkd.toolkit.encoders.linear_maps.BLOCK", 7)
     for other in (moments(x, y), moments(x[:40], y[:40]) + moments(x[40:], y[40:])):
         assert other.n == 101
         np.testing.assert_allclose(other.xy, whole.xy, rtol=1e-12)

@@ -1,7 +1,7 @@
-"""Linear maps between two embedding spaces that know nothing of each other: the cheap alternative to distillation.
+"""Fit linear maps between two embedding spaces that know nothing of each other: the cheap alternative to distillation.
 
-Both are least squares from x, the control's unit embedding (d numbers), to y, the teacher's of the same image (D
-numbers), and both come from the second moments of (x, y) alone, which are gathered in blocks in float64.
+All are least squares from x, an encoder's vector of unit length (d numbers), to y, the teacher's of the same image (D
+numbers), and all come from the second moments of (x, y) alone, which are gathered in blocks in float64.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pkd.toolkit.core.encoder_info import EmbeddingSpace, EncoderInfo, describe
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
-from pkd.toolkit.evaluation.metrics.pairing import Doubles
 from pkd.toolkit.images.codec import Rgb
 
+Doubles = NDArray[np.float64]
 BLOCK = 4096
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over n images: enough for both maps, whatever the number of images."""
+    """Hold sums over n images: enough for every map, whatever the number of images."""
 
     n: int
     x: Doubles
@@ -40,7 +41,7 @@ class Moments:
 
 
 def moments(x: Embeddings, y: Embeddings) -> Moments:
-    """The moments of float32 N×d and N×D rows, block by block in float64."""
+    """Sum up float32 N×d and N×D rows, block by block in float64."""
     d, big = x.shape[1], y.shape[1]
     total = Moments(0, np.zeros(d), np.zeros(big), np.zeros((d, d)), np.zeros((d, big)))
     for start in range(0, len(x), BLOCK):
@@ -50,7 +51,7 @@ def moments(x: Embeddings, y: Embeddings) -> Moments:
 
 
 def fit_procrustes(m: Moments) -> tuple[Doubles, Doubles]:
-    """Orthogonal Procrustes (Schönemann 1966, equations 1.9 to 1.13) → weight float64 d×D, bias float64 D of zeros.
+    """Fit an orthogonal map: Procrustes (Schönemann 1966, equations 1.9 to 1.13) → weight float64 d×D, bias float64 D of zeros.
 
     With Σxyᵀ = USVᵀ the weight is UVᵀ. For d ≤ D its rows are orthonormal, it minimises Σ‖xW − y‖² among such, and the
     cosines of two mapped vectors are those of the vectors themselves. For d > D its columns are orthonormal and it
@@ -61,20 +62,23 @@ def fit_procrustes(m: Moments) -> tuple[Doubles, Doubles]:
     return weight, np.zeros(len(m.y))
 
 
-def fit_ridge(m: Moments, penalty: float) -> tuple[Doubles, Doubles]:
-    """Affine ridge regression (Hoerl and Kennard 1970) → weight float64 d×D, bias float64 D.
+def fit_ridge(m: Moments, penalty: float, *, affine: bool = True) -> tuple[Doubles, Doubles]:
+    """Fit ridge regression (Hoerl and Kennard 1970) → weight float64 d×D, bias float64 D.
 
-    Minimises Σ‖xW + b − y‖²/n + ``penalty``·‖W‖²; the bias is not penalised.
+    Minimises Σ‖xW + b − y‖²/n + ``penalty``·‖W‖²; the bias is not penalised, and zero where ``affine`` is false.
     """
+    if not affine:
+        weight: Doubles = np.linalg.solve(m.xx / m.n + penalty * np.eye(len(m.x)), m.xy / m.n).astype(np.float64)
+        return weight, np.zeros(len(m.y))
     mean_x, mean_y = m.x / m.n, m.y / m.n
     covariance = m.xx / m.n - np.outer(mean_x, mean_x)
     cross = m.xy / m.n - np.outer(mean_x, mean_y)
-    weight: Doubles = np.linalg.solve(covariance + penalty * np.eye(len(mean_x)), cross).astype(np.float64)
+    weight = np.linalg.solve(covariance + penalty * np.eye(len(mean_x)), cross).astype(np.float64)
     return weight, mean_y - mean_x @ weight
 
 
 class LinearMapEncoder:
-    """An encoder behind an affine map of its embeddings: one more Encoder, in the space mapped into."""
+    """Put an encoder behind an affine map of its embeddings: one more Encoder, in the space mapped into."""
 
     def __init__(self, base: Encoder, weight: Doubles, bias: Doubles, info: EncoderInfo) -> None:
         """``weight``: d×D. ``bias``: D. ``info``: as ``describe_mapped`` gives."""
@@ -84,16 +88,16 @@ class LinearMapEncoder:
         self._bias = bias.astype(np.float32)
 
     def embed(self, crops: Rgb) -> Embeddings:
-        """uint8 N×H×W×3 RGB → float32 N×D with unit rows."""
+        """Embed uint8 N×H×W×3 RGB → float32 N×D with unit rows."""
         return self.map(self.base.embed(crops))
 
     def map(self, vectors: Embeddings) -> Embeddings:
-        """Unit rows of ``base``, float32 N×d → float32 N×D with unit rows. Raises BadVector."""
+        """Map unit rows of ``base``, float32 N×d → float32 N×D with unit rows. Raises BadVector."""
         return unit_rows(vectors @ self._weight + self._bias, self.info.name)
 
 
 def describe_mapped(base: EncoderInfo, kind: str, weight: Doubles, bias: Doubles, space: EmbeddingSpace) -> EncoderInfo:
-    """Who a mapped encoder is: its id changes with the base's and with every number of the map."""
+    """Name a mapped encoder: its id changes with the base's and with every number of the map."""
     sha = hashlib.sha256(base.id.encode())
     for part in (weight, bias):
         sha.update(np.ascontiguousarray(part, np.float32).tobytes())
