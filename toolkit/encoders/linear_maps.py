@@ -51,7 +51,7 @@ def moments(x: Embeddings, y: Embeddings) -> Moments:
 
 
 def fit_procrustes(m: Moments) -> tuple[Doubles, Doubles]:
-    """Fit an orthogonal map: Procrustes (Schönemann 1966, equations 1.9 to 1.13) → weight float64 d×D, bias float64 D of zeros.
+    """Fit orthogonal Procrustes (Schönemann 1966, equations 1.9 to 1.13) → weight float64 d×D, bias float64 D of zeros.
 
     With Σxyᵀ = USVᵀ the weight is UVᵀ. For d ≤ D its rows are orthonormal, it minimises Σ‖xW − y‖² among such, and the
     cosines of two mapped vectors are those of the vectors themselves. For d > D its columns are orthonormal and it

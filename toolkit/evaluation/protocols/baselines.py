@@ -11,10 +11,6 @@ from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
-from pkd.toolkit.evaluation.metrics.paired import paired_difference
-from pkd.toolkit.evaluation.metrics.pairing import Doubles
-from pkd.toolkit.evaluation.protocols.common import Bar, Options, describe_data, embed
-from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
 from pkd.toolkit.encoders.linear_maps import (
     LinearMapEncoder,
     Moments,
@@ -23,6 +19,10 @@ from pkd.toolkit.encoders.linear_maps import (
     fit_ridge,
     moments,
 )
+from pkd.toolkit.evaluation.metrics.paired import paired_difference
+from pkd.toolkit.evaluation.metrics.pairing import Doubles
+from pkd.toolkit.evaluation.protocols.common import Bar, Options, describe_data, embed
+from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
 from pkd.toolkit.evaluation.results.schema import Comparison, Control, Gain, LinearMap
 
 HELD_OUT = 0.2

@@ -16,10 +16,10 @@ from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.embed import embed_faces
+from pkd.toolkit.encoders.linear_maps import LinearMapEncoder
 from pkd.toolkit.evaluation.metrics.operating_points import histogram
 from pkd.toolkit.evaluation.metrics.pairing import Ints
 from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
-from pkd.toolkit.encoders.linear_maps import LinearMapEncoder
 from pkd.toolkit.evaluation.results.schema import Agreement, Comparison, Control, Data, Training
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

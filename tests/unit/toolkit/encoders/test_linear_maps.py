@@ -11,9 +11,6 @@ from sklearn.linear_model import Ridge
 from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.encoders.base import Embeddings, unit_rows
-from pkd.toolkit.evaluation.metrics.error_rates import rates
-from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
-from pkd.toolkit.evaluation.metrics.pairing import Doubles, Pairing
 from pkd.toolkit.encoders.linear_maps import (
     LinearMapEncoder,
     describe_mapped,
@@ -21,6 +18,9 @@ from pkd.toolkit.encoders.linear_maps import (
     fit_ridge,
     moments,
 )
+from pkd.toolkit.evaluation.metrics.error_rates import rates
+from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
+from pkd.toolkit.evaluation.metrics.pairing import Doubles, Pairing
 from pkd.toolkit.images.codec import Rgb
 
 
