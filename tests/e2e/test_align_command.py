@@ -84,7 +84,8 @@ def test_everything_left_out_is_listed_with_its_reason(photos: Path, tmp_path: P
     assert done.returncode == 0
     assert "4 crops written" in done.stderr
     assert "7 files skipped" in done.stderr
-    assert done.stderr.count("\n") == 2  # and nothing of OpenCV's own
+    said = [line for line in done.stderr.splitlines() if not line.startswith("aligning: ")]  # that it is slow today
+    assert len(said) == 2  # and nothing of OpenCV's own
     reasons = skipped(tmp_path / "faces")
     assert {name: next(word for word in WORDS if word in reason) for name, reason in reasons.items()} == {
         "ann/dark.png": "no face found",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 from collections import Counter
@@ -10,13 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cv2
+from pydantic import Field
 from rich.console import Console
 
-from pkd.toolkit.core.cli_support import Result, make_parser, progress, run
+from pkd.toolkit.core.cli_options import Argument, Options, run_command
+from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError, PkdError
 from pkd.toolkit.core.models import Record
+from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.encoders.detector import Detector, choose, open_detector
 from pkd.toolkit.images.alignment import SIZE, warp
 from pkd.toolkit.images.codec import SUFFIXES, read_rgb, write_rgb
@@ -45,60 +48,64 @@ class Photo:
     target: str
 
 
+class AlignOptions(Options):
+    """Hold what pkd-align was asked for."""
+
+    src: Annotated[Path, Argument("SRC", positional=True)]
+    """Folder with one folder of photographs per person."""
+    dst: Annotated[Path, Argument("DST", positional=True)]
+    """Folder for the crops; made if it does not exist."""
+    detector: Annotated[str, Argument("SPEC")]
+    """A YuNet .onnx file, or insightface:PACK, or insightface:FOLDER."""
+    min_score: float = 0.5
+    """Detector confidence, 0 to 1, below which a face is ignored."""
+    jobs: int = Field(os.cpu_count() or 1, ge=1)
+    """Threads; one per core by default."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``pkd-align``."""
-    parser = make_parser(
+    """Run ``pkd-align``; returns the exit code."""
+    return run_command(
         "pkd-align",
         "Find the face in every photograph below SRC and write it to DST as an aligned 112×112 WebP crop, in the same "
         "folder per identity. Where a photograph shows several faces the large, central one is taken. What could not "
         "be used is listed with the reason in DST/skipped.csv. Run again to continue: finished crops stay.",
         EXAMPLES,
+        AlignOptions,
+        align,
+        argv,
     )
-    parser.add_argument("src", type=Path, metavar="SRC", help="folder with one folder of photographs per person")
-    parser.add_argument("dst", type=Path, metavar="DST", help="folder for the crops; made if it does not exist")
-    parser.add_argument(
-        "--detector",
-        required=True,
-        metavar="SPEC",
-        help="a YuNet .onnx file, or insightface:PACK, or insightface:FOLDER",
-    )
-    parser.add_argument(
-        "--min-score", type=float, default=0.5, help="detector confidence, 0-1, below which a face is ignored (0.5)"
-    )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads (one per core)")
-    return run(parser, align, argv)
 
 
-def align(args: argparse.Namespace, console: Console) -> Result:
-    """Align every photograph below ``args.src``; the counts that the command prints."""
-    if args.jobs < 1:
-        raise InputError(f"--jobs {args.jobs}: give 1 or more.")
-    _check_folders(args.src, args.dst)
-    detector = open_detector(args.detector, args.min_score)
-    photos, skipped = _list(args.src)
-    _claim(args.dst, Settings(detector=detector.digest, min_score=args.min_score))
-    todo = [photo for photo in photos if not _finished(args.src / photo.source, args.dst / photo.target)]
+def align(options: AlignOptions, console: Console) -> Result:
+    """Align every photograph below ``options.src``; returns the counts that the command prints."""
+    src, dst = options.src, options.dst
+    _check_folders(src, dst)
+    detector = open_detector(options.detector, options.min_score)
+    photos, skipped = _list(src)
+    _claim(dst, Settings(detector=detector.digest, min_score=options.min_score))
+    todo = [photo for photo in photos if not _finished(src / photo.source, dst / photo.target)]
 
     def one(photo: Photo) -> tuple[str, str] | None:
-        return _align_one(args.src / photo.source, args.dst / photo.target, photo.source, detector)
+        return _align_one(src / photo.source, dst / photo.target, photo.source, detector)
 
     cv2.setNumThreads(1)  # one thread per photograph is faster than many threads on one
     done = 0
     try:
-        with progress(console, "aligning", len(todo)) as advance:
-            for outcome in _each(one, todo, args.jobs):
+        with ConsoleProgress(console)("aligning", len(todo)) as advance:
+            for outcome in _each(one, todo, options.jobs):
                 done += outcome is None
                 skipped += [outcome] if outcome else []
                 advance(1)
     finally:
-        _write_skipped(args.dst / "skipped.csv", skipped)
+        _write_skipped(dst / "skipped.csv", skipped)
     before = len(photos) - len(todo)
     if not done and not before:
         raise InputError(
-            f"{args.src}: none of {len(skipped):,} files gave a crop (first: {skipped[0][0]}: "
-            f"{skipped[0][1]}). All reasons are in {args.dst / 'skipped.csv'}."
+            f"{src}: none of {len(skipped):,} files gave a crop (first: {skipped[0][0]}: "
+            f"{skipped[0][1]}). All reasons are in {dst / 'skipped.csv'}."
         )
-    return _report(console, args.dst, done, before, skipped)
+    return _report(console, dst, done, before, skipped)
 
 
 def _align_one(source: Path, target: Path, name: str, detector: Detector) -> tuple[str, str] | None:

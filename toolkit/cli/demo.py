@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -11,9 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pkd.toolkit.core.cli_support import Result, make_parser, run
+from pkd.toolkit.core.cli_options import run_command
+from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import MissingExtra
-from pkd.toolkit.demo.run import OWN_MINUTES, STEPS, DemoConfig, Outcome, run_demo, summary
+from pkd.toolkit.demo.run import DemoConfig, Outcome, run_demo, summary
 
 EXAMPLES = """
   pkd-demo                                      synthetic people, offline, under five minutes on two cores
@@ -22,35 +22,24 @@ EXAMPLES = """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``pkd-demo``; returns the exit code."""
-    parser = make_parser(
+    """Run ``pkd-demo``; returns the exit code."""
+    return run_command(
         "pkd-demo",
         "Run the other commands as you would: train a teacher, distil a student that is at least four times smaller, "
         "evaluate both beside an undistilled control, export, serve, and match queries of the student against the "
         "teacher's gallery over HTTP. Prints each command line. Writes OUT/report.html and OUT/demo.png. The people "
         "are synthetic drawings unless you give --faces and --teacher.",
         EXAMPLES,
+        DemoConfig,
+        _demo,
+        argv,
     )
-    add = parser.add_argument
-    add("--out", type=Path, default=DemoConfig.out, metavar="DIR", help="folder to write (demo)")
-    add("--faces", type=Path, metavar="DIR|LIST", help="your aligned crops, one folder per person (pkd-align)")
-    add("--teacher", metavar="SPEC", help="your teacher: FILE.onnx, FILE.pt, insightface:PACK, a bundle or a run")
-    add("--teacher-preprocess", metavar="P", help="of FILE.onnx or FILE.pt, for example mean=127.5,std=127.5")
-    add("--minutes", type=float, metavar="M", help=f"of training, with your own faces ({OWN_MINUTES:g})")
-    add("--port", type=int, default=DemoConfig.port, metavar="N", help="of the server; 0 picks a free one (0)")
-    size = parser.add_argument_group("size of the synthetic demo")
-    size.add_argument("--identities", type=int, default=DemoConfig.identities, metavar="N", help="people (%(default)s)")
-    size.add_argument("--images", type=int, default=DemoConfig.images, metavar="N", help="of each (%(default)s)")
-    usual = ", ".join(f"{role} {count}" for role, count in STEPS.items())
-    size.add_argument("--steps", type=int, metavar="N", help=f"optimiser steps of each training ({usual})")
-    return run(parser, _demo, argv)
 
 
-def _demo(args: argparse.Namespace, console: Console) -> Result:
+def _demo(config: DemoConfig, console: Console) -> Result:
     for package, extra in (("torch", "train"), ("matplotlib", "train"), ("onnx", "export"), ("fastapi", "serve")):
         if importlib.util.find_spec(package) is None:
             raise MissingExtra(package, extra)
-    config = DemoConfig(**{name: value for name, value in vars(args).items() if name != "json"})
     outcome = run_demo(config, console)
     told = summary(outcome)
     _show(outcome, told, config.out, console)

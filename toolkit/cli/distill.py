@@ -7,14 +7,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from pkd.toolkit.core import cli_support
+from pkd.toolkit.core.cli_options import add_options, flag, validate_options
 from pkd.toolkit.core.encoder_info import check_name
 from pkd.toolkit.core.errors import InputError, MissingExtra
 from pkd.toolkit.distill.models.open_encoder import open_encoder
@@ -48,31 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     from pkd.toolkit.distill.config import DistillConfig
 
     parser = cli_support.make_parser("pkd-distill", __doc__ or "", EXAMPLES)
-    for name, field in DistillConfig.model_fields.items():
-        default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-        default = "" if default in {None, ""} or field.is_required() else f" [{default}]"
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            required=name == "out",
-            default=argparse.SUPPRESS,
-            help=f"{field.description}{default}".replace("%", "%%"),
-            **_kind(field.annotation),
-        )
+    add_options(parser, DistillConfig)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     return parser
-
-
-def _kind(annotation: Any) -> dict[str, Any]:
-    """argparse's type, nargs and choices of a config field."""
-    if get_origin(annotation) in {Union, UnionType}:
-        annotation = next(a for a in get_args(annotation) if a is not type(None))
-    if get_origin(annotation) is tuple:
-        return {"nargs": "+", "metavar": "PATH"}
-    if annotation is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(annotation) is Literal:
-        return {"choices": get_args(annotation)}
-    return {"type": annotation, "metavar": {int: "N", float: "X"}.get(annotation, "VALUE")}
 
 
 def _run(args: argparse.Namespace, console: Console) -> Mapping[str, Any]:
@@ -121,7 +98,7 @@ def _config(args: argparse.Namespace) -> Any:
         free = {"out", "cache", "checkpoint_seconds", "max_minutes"}
         if name not in free and _plain(value) != stored.get(name):
             raise InputError(
-                f"--{name.replace('_', '-')} {value}: the run in {run} was started with {stored.get(name)}. "
+                f"{flag(name)} {value}: the run in {run} was started with {stored.get(name)}. "
                 "Leave the option out to resume, or choose another --out."
             )
     return _validated(stored | {n: v for n, v in given.items() if n in {"out", "cache", "checkpoint_seconds"}})
@@ -134,11 +111,7 @@ def _validated(values: Mapping[str, Any]) -> Any:
     from pkd.toolkit.distill.losses.registry import WeightedSum
     from pkd.toolkit.distill.models.backbones import parse
 
-    try:
-        config = DistillConfig.model_validate({"faces": (), **values})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"--{'-'.join(map(str, first['loc'])).replace('_', '-')}: {first['msg']}.") from None
+    config = validate_options(DistillConfig, values)
     parse(config.student)
     if config.name:
         check_name(config.name)

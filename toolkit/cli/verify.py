@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +14,8 @@ from rich.text import Text
 
 from pkd.toolkit.certificates.signing import TrustedKeys, new_key
 from pkd.toolkit.cli.verification import Check, Verdict, verify
-from pkd.toolkit.core.cli_support import Result, make_parser, run
+from pkd.toolkit.core.cli_options import Argument, Options, run_command
+from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError, NotTrusted
 
 EXAMPLES = """
@@ -27,33 +28,29 @@ EXAMPLES = """
 COLOUR = {"ok": "green", "failed": "bold red", "not checked": "yellow"}
 
 
+class VerifyOptions(Options):
+    """Hold what pkd-verify was asked for."""
+
+    targets: Annotated[tuple[Path, ...], Argument("PATH", positional=True)] = ()
+    """Certificate file, pkd-evaluate folder, or bundle (folder or zip)."""
+    trust_key: Annotated[tuple[Path, ...], Argument("PUB.pem", repeatable=True)] = ()
+    """ed25519 public key that must have signed; repeatable. Without it, authenticity is not checked."""
+    new_key: Annotated[Path | None, Argument("FILE")] = None
+    """Write a new private key to FILE and, beside it, its public half."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``pkd-verify``: 4 where something is not to be trusted."""
-    parser = make_parser(
+    """Run ``pkd-verify``; returns the exit code, 4 where something is not to be trusted."""
+    failed: list[Check] = []
+    code = run_command(
         "pkd-verify",
         "Check certificates, pkd-evaluate folders and bundles: schema and consistency, that report.json and the "
         "certificates agree, hashes and golden embeddings, and signatures.",
         EXAMPLES,
+        VerifyOptions,
+        lambda options, console: _run(options, console, failed),
+        argv,
     )
-    add = parser.add_argument
-    add(
-        "targets",
-        nargs="*",
-        type=Path,
-        metavar="PATH",
-        help="certificate file, pkd-evaluate folder, or bundle (folder or zip)",
-    )
-    add(
-        "--trust-key",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="PUB.pem",
-        help="ed25519 public key that must have signed; repeatable. Without it, authenticity is not checked",
-    )
-    add("--new-key", type=Path, metavar="FILE", help="write a new private key and, beside it, its public half")
-    failed: list[Check] = []
-    code = run(parser, lambda args, console: _run(args, console, failed), argv)
     if code == 0 and failed:
         many = "1 check failed:" if len(failed) == 1 else f"{len(failed)} checks failed, first"
         print(f"pkd-verify: {many} {failed[0].file}: {failed[0].detail}", file=sys.stderr)
@@ -61,19 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(args: argparse.Namespace, console: Console, failed: list[Check]) -> Result:
-    if bool(args.targets) == bool(args.new_key) or (args.new_key and args.trust_key):
+def _run(options: VerifyOptions, console: Console, failed: list[Check]) -> Result:
+    if bool(options.targets) == bool(options.new_key) or (options.new_key and options.trust_key):
         raise InputError("what to check? Give certificates, evaluations or bundles; or --new-key FILE alone.")
-    if args.new_key:
-        public, fingerprint = new_key(args.new_key)
+    if options.new_key:
+        public, fingerprint = new_key(options.new_key)
         console.print(
-            f"wrote {args.new_key} (private: keep it) and {public} (public: hand it out)\n{fingerprint}",
+            f"wrote {options.new_key} (private: keep it) and {public} (public: hand it out)\n{fingerprint}",
             markup=False,
             soft_wrap=True,
         )
-        return {"private": str(args.new_key), "public": str(public), "fingerprint": fingerprint}
-    keys = TrustedKeys.read(args.trust_key) if args.trust_key else None
-    verdicts = [verify(path, keys) for path in args.targets]
+        return {"private": str(options.new_key), "public": str(public), "fingerprint": fingerprint}
+    keys = TrustedKeys.read(options.trust_key) if options.trust_key else None
+    verdicts = [verify(path, keys) for path in options.targets]
     for verdict in verdicts:
         _show(console, verdict)
         failed += verdict.failures

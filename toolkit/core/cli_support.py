@@ -1,4 +1,4 @@
-"""What every command shares: errors as one line, exit codes, ``--json``, progress bars."""
+"""What every command shares: its parser, errors as one line, exit codes, ``--json``, how it is stopped."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pkd import __version__
 from pkd.toolkit.core.errors import PkdError, TargetUnavailable
+from pkd.toolkit.core.progress import Advance, ConsoleProgress
 
 Result = Mapping[str, Any]
 Run = Callable[[argparse.Namespace, Console], Result]
@@ -105,13 +105,9 @@ class StopRequest:
             self.requested, self._since = True, time.monotonic()
 
 
-@contextmanager
-def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; call the yielded function with the number of items done since the last call."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.advance(task, done)
+def progress(console: Console, label: str, total: int) -> AbstractContextManager[Advance]:
+    """Open a step on a console, as ``ConsoleProgress(console)(label, total)`` does; goes when nobody uses it."""
+    return ConsoleProgress(console)(label, total)
 
 
 def tool_version() -> str:

@@ -15,15 +15,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from rich.console import Console
 
 from pkd.toolkit.bundle.bundle import Bundle, is_bundle
 from pkd.toolkit.certificates.certificate import Certificate, OperatingPoint
-from pkd.toolkit.core.cli_support import progress
+from pkd.toolkit.core.cli_options import Argument, Options
 from pkd.toolkit.core.errors import InputError, PkdError
+from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.demo.faces import VISITOR_IMAGES, Groups, draw_groups, images_drawn, split_groups
 from pkd.toolkit.demo.processes import Client, StepFailed, Steps, embedding_object
@@ -40,29 +41,33 @@ DIM = 128
 STEPS = {"teacher": 400, "student": 500, "control": 250}
 """Steps and not minutes: on a busy machine the demo takes longer and tells the same."""
 OWN_MINUTES = 3.0
+SYNTHETIC = "size of the synthetic demo"
 RECIPE = ["--batch", "16", "--margin", "softmax", "--scale", "20", "--lr", "4e-3", "--augment", "0.1"]
 """For a minute of training: small batches make many steps, and without a margin the first ones count already."""
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """What the demo runs on and for how long."""
+class DemoConfig(Options):
+    """Hold what the demo runs on and for how long."""
 
-    out: Path = Path("demo")
-    faces: Path | None = None
-    """Real aligned crops; synthetic ones where left out."""
-    teacher: str | None = None
-    """Spec of the teacher for ``faces``; the demo trains one where left out."""
-    teacher_preprocess: str | None = None
+    out: Annotated[Path, Argument("DIR")] = Path("demo")
+    """Folder to write."""
+    faces: Annotated[Path | None, Argument("DIR|LIST")] = None
+    """Your aligned crops, one folder per person (pkd-align); synthetic ones where left out."""
+    teacher: Annotated[str | None, Argument("SPEC")] = None
+    """Your teacher, for --faces: FILE.onnx, FILE.pt, insightface:PACK, a bundle or a run; the demo trains one
+    where left out."""
+    teacher_preprocess: Annotated[str | None, Argument("P")] = None
+    """Pixels of a teacher that is FILE.onnx or FILE.pt, for example mean=127.5,std=127.5."""
     minutes: float | None = None
-    """Minutes of training a student of your own teacher; ``OWN_MINUTES`` where left out."""
-    steps: int | None = None
-    """Optimiser steps of each training, instead of the demo's own or of ``minutes``."""
-    identities: int = 240
-    """Synthetic people to train on."""
-    images: int = 12
-    """Images of each of them."""
+    """Minutes of training a student of your own teacher; 3 by default."""
     port: int = 0
+    """Port of the server; 0 picks a free one."""
+    identities: Annotated[int, Argument(group=SYNTHETIC)] = 240
+    """Synthetic people to train on."""
+    images: Annotated[int, Argument(group=SYNTHETIC)] = 12
+    """Images of each of them."""
+    steps: Annotated[int | None, Argument(group=SYNTHETIC)] = None
+    """Optimiser steps of each training; by default 400 of the teacher, 500 of the student, 250 of the control."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def run_demo(config: DemoConfig, console: Console) -> Outcome:
             "pkd-serve", bundles["teacher"].path, bundles["student"].path, "--port", str(config.port)
         ) as server:
             console.print(f"  {server.url}", style="dim")
-            with progress(console, "at the door", 1) as advance:
+            with ConsoleProgress(console)("at the door", 1) as advance:
                 attempts = at_the_door(server, bundles["student"], bundles["teacher"], groups.visitors, point.fmr)
                 advance(1)
         steps.seconds["total"] = time.monotonic() - start
@@ -143,7 +148,7 @@ def _faces(config: DemoConfig, steps: Steps, console: Console) -> Groups:
         groups = split_groups(config.out / "faces", config.faces)
     else:
         console.print("\n[bold]faces[/bold]\n  drawing synthetic people: nobody here exists")
-        with progress(console, "faces", images_drawn(config.identities, config.images)) as advance:
+        with ConsoleProgress(console)("faces", images_drawn(config.identities, config.images)) as advance:
             jobs = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
             groups = draw_groups(config.out / "faces", config.identities, config.images, jobs, advance)
     steps.seconds["faces"] = time.monotonic() - start

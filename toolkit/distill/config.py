@@ -18,7 +18,7 @@ class DistillConfig(Record):
 
     out: str
     """Run folder to write: student.pt, config.json, audit.json, log.csv, checkpoint.pt and tb/."""
-    faces: tuple[str, ...]
+    faces: tuple[str, ...] = ()
     """Aligned crops with identities: folders of one folder per identity, lists, RecordIO (.rec) or tar shards."""
     unlabelled: tuple[str, ...] = ()
     """Aligned crops without identity, used by the methods that need no label."""

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from pkd.toolkit.core.progress import Advance, ConsoleProgress
 
 COLUMNS = ("step", "loss", "cosine", "lr", "images_per_second", "seconds")
 
@@ -37,20 +38,17 @@ class RunLog:
         self._file = self._path.open("a", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file)
         self._board = SummaryWriter(str(run / "tb"), purge_step=start + 1)
-        self._bar = Progress(
-            TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-            TimeRemainingColumn(), console=console, disable=console.quiet,
-        )  # fmt: skip
-        self._task = self._bar.add_task("", total=steps, completed=start)
+        self._progress = ConsoleProgress(console)(f"distil from step {start:,}" if start else "distil", steps - start)
+        self._advance: Advance
         self._began = self._previous = time.monotonic()
         self._rate = math.nan
 
     def __enter__(self) -> RunLog:
-        self._bar.start()
+        self._advance = self._progress.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
+        self._progress.__exit__(kind, error, at)
         self._file.close()
         self._board.close()
 
@@ -76,9 +74,7 @@ class RunLog:
             if math.isfinite(value := getattr(step, name)):
                 self._board.add_scalar(name, value, step.step)
         seen = "" if math.isnan(step.cosine) else f" · teacher cosine {step.cosine:.3f}"
-        self._bar.update(
-            self._task, completed=step.step, description=f"{self._rate:.0f} images/s · loss {step.loss:.3f}{seen}"
-        )
+        self._advance(1, f"{self._rate:.0f} images/s · loss {step.loss:.3f}{seen}")
 
     def _keep(self, start: int) -> None:
         rows: list[list[str]] = []
