@@ -24,7 +24,7 @@ from pathlib import Path
 
 from starlette.requests import HTTPConnection
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.api.problems import Forbidden, RateLimited, Unauthenticated
 from pkd.toolkit.core.errors import InputError
 
 if sys.platform != "win32":
@@ -68,7 +68,7 @@ class ApiKey:
 def require(request: HTTPConnection, *scopes: str) -> str:
     """The name of the key that ``request`` came with, which is the actor of what follows; ``anonymous`` without keys.
 
-    Raises a 403 Problem, forbidden, where the key has none of ``scopes``, each one of ``SCOPES``.
+    Raises Forbidden where the key has none of ``scopes``, each one of ``SCOPES``.
     """
     if not SCOPES.keys() >= set(scopes):
         raise ValueError(f"no scopes {scopes!r}")
@@ -77,11 +77,9 @@ def require(request: HTTPConnection, *scopes: str) -> str:
         return ANONYMOUS
     if key.scopes.isdisjoint(scopes):
         wanted = " or ".join(scopes)
-        raise Problem(
-            "forbidden",
+        raise Forbidden(
             f"the key {key.name!r} lacks the scope {wanted}. Ask the operator to add it to the key's line.",
-            scope=scopes[0],
-            scopes=sorted(key.scopes),
+            details={"scope": scopes[0], "scopes": sorted(key.scopes)},
         )
     return key.name
 
@@ -108,7 +106,7 @@ class ApiKeys:
     def check(self, authorization: str | None) -> ApiKey:
         """The key in the ``Authorization`` header; every hash is compared.
 
-        Raises a Problem: auth (401), or rate-limited (429) with the seconds after which the next request is taken.
+        Raises Unauthenticated, or RateLimited with the seconds after which the next request is taken.
         """
         if self._clock() - self._looked >= LOOK_SECONDS:
             self.reload(changed=True)
@@ -116,13 +114,12 @@ class ApiKeys:
         given = hashlib.sha256(sent.strip().encode("latin-1", "replace")).digest()  # the bytes that were sent
         found = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
         if scheme.lower() != "bearer" or not found:
-            raise Problem("auth", "Send `Authorization: Bearer KEY` with a key that this server knows.")
+            raise Unauthenticated("Send `Authorization: Bearer KEY` with a key that this server knows.")
         (key,) = found
         if key.rate is not None and (wait := self._bucket(key).take(key.rate, self._clock())):
-            raise Problem(
-                "rate-limited",
+            raise RateLimited(
                 f"the key {key.name!r} may send {key.rate:g} requests a second. Send the next one in {wait:.2g} s.",
-                retry_after=math.ceil(wait),
+                details={"retry_after": math.ceil(wait)},
             )
         return key
 

@@ -1,4 +1,4 @@
-"""App: the routes of serving/routes around one Service. Everything they refuse is a Problem."""
+"""App: the routes of serving/routes around one Service. Everything they refuse is an error that problems.py answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from pkd import __version__
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import ApiKeys
 from pkd.serving.api.middleware import Door
+from pkd.serving.api.problems import TYPES, MethodNotAllowed, RouteNotFound, problem_response
 from pkd.serving.api.routes import catalogue, galleries, health, identify, matching, migrations, subjects, transfer
 from pkd.serving.api.routes.parameters import known_query, queries_of
-from pkd.serving.core.problems import Problem, from_error, internal
-from pkd.serving.inference.request_images import invalid
+from pkd.serving.core.errors import InvalidRequest
+from pkd.serving.core.validation import invalid
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.errors import PkdError
 
@@ -29,6 +30,7 @@ METHODS = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")
 
 def create_app(service: Service, keys: ApiKeys | None = None) -> Door:
     """The ASGI application around one Service. ``keys``: None leaves every route open."""
+    service.state.metrics.expect_refusals(TYPES)
     straight = _Straight(create_api(service), matching.routes(service))
     return Door(straight, service.settings, service.state, keys)
 
@@ -53,8 +55,7 @@ def create_api(service: Service) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,
     )
     app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
-    app.add_exception_handler(Problem, _problem)
-    app.add_exception_handler(PkdError, _known)
+    app.add_exception_handler(PkdError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unforeseen)
@@ -114,31 +115,25 @@ async def _head(api: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
         scope["route"] = asked.get("route")
 
 
-async def _problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Problem)
-    return error.response()
-
-
-async def _known(request: Request, error: Exception) -> Response:
-    assert isinstance(error, PkdError)
-    return from_error(error).response()
+async def _refused(request: Request, error: Exception) -> Response:
+    return problem_response(error)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     """A path, a query string or a header that a route does not take."""
     assert isinstance(error, RequestValidationError)
-    return invalid([{**one, "loc": one["loc"][1:]} for one in error.errors()]).response()
+    return problem_response(invalid([{**one, "loc": one["loc"][1:]} for one in error.errors()]))
 
 
 async def _http(request: Request, error: Exception) -> Response:
     """What the router itself refuses."""
     assert isinstance(error, HTTPException)
-    kind = {404: "not-found", 405: "method-not-allowed"}.get(error.status_code, "invalid-request")
+    kind = {404: RouteNotFound, 405: MethodNotAllowed}.get(error.status_code, InvalidRequest)
     detail, headers = f"{request.method} {request.url.path}: {error.detail}.", dict(error.headers or {})
     if error.status_code == 405:
         headers["Allow"] = ", ".join(_methods_of(request))
         detail += f" Send {headers['Allow']}."
-    response = Problem(kind, detail).response()
+    response = problem_response(kind(detail))
     response.headers.update(headers)
     return response
 
@@ -157,4 +152,4 @@ def _methods_of(request: Request) -> list[str]:
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
     """What a client is told; the error itself goes on to Door, which logs it."""
-    return internal().response()
+    return problem_response(error)

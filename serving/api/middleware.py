@@ -14,9 +14,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pkd.serving.api.api_keys import IN_SCOPE, ApiKeys
+from pkd.serving.api.problems import problem_response
 from pkd.serving.api.request_limits import Limits, Visit, too_large
+from pkd.serving.core.errors import Overloaded, UnsupportedMedia
 from pkd.serving.core.options import Settings
-from pkd.serving.core.problems import Problem, from_error, internal
 from pkd.serving.observability.logs import log_request, log_unforeseen
 from pkd.serving.observability.metrics import NO_ROUTE
 from pkd.serving.observability.state import State
@@ -57,14 +58,12 @@ class Door:
             try:
                 await self._pass(scope, receive, told, works)
             except PkdError as error:
-                await self._tell(from_error(error), scope, receive, told)
-            except Problem as problem:
-                await self._tell(problem, scope, receive, told)
+                await self._tell(error, scope, receive, told)
             except ClientDisconnect:
                 self.state.metrics.abandoned()
             except Exception as error:
                 log_unforeseen(f"{scope['method']} {route_of(scope)}", error)
-                await self._tell(internal(), scope, receive, told)
+                await self._tell(error, scope, receive, told)
             finally:
                 self._count(counts, works, -1)
                 route = route_of(scope)
@@ -86,7 +85,7 @@ class Door:
             self.state.require_ready()
             if self.working > self.settings.threads + self.settings.queue:
                 detail = f"{self.working - 1} requests are in progress already. Try again in a moment."
-                raise Problem("overloaded", detail)
+                raise Overloaded(detail)
             for name, value in scope["headers"]:
                 if name == b"content-length" and not (value.isdigit() and int(value) <= limits.bytes):
                     raise too_large(limits.bytes)
@@ -100,9 +99,9 @@ class Door:
         self.working += by * works
         self.state.metrics.inside += by * counts
 
-    async def _tell(self, problem: Problem, scope: Scope, receive: Receive, told: _Told) -> None:
+    async def _tell(self, error: Exception, scope: Scope, receive: Receive, told: _Told) -> None:
         if not told.status:
-            await problem.response()(scope, receive, told)
+            await problem_response(error)(scope, receive, told)
 
 
 class _Told:
@@ -125,10 +124,10 @@ class _Told:
 
 
 def _require_uncoded(coding: bytes) -> None:
-    """Raise an unsupported-media Problem for a compressed body: read as it is, it would be called broken."""
+    """Raise UnsupportedMedia for a compressed body: read as it is, it would be called broken."""
     if coding.strip().lower() not in UNCODED:
         said = coding.decode("latin-1")[:80]
-        raise Problem("unsupported-media", f"content encoding {said!r}. Send the body as it is, without one.")
+        raise UnsupportedMedia(f"content encoding {said!r}. Send the body as it is, without one.")
 
 
 def route_of(scope: Scope) -> str:

@@ -10,6 +10,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from pkd.serving.api.problems import ProblemBody, documented
+from pkd.serving.api.responses import NDJSON
 from pkd.serving.core.gallery_schemas import (
     BulkAnswer,
     BulkItem,
@@ -21,8 +23,6 @@ from pkd.serving.core.gallery_schemas import (
     IdentifyBody,
     MigrationBody,
 )
-from pkd.serving.core.problems import ProblemBody, documented
-from pkd.serving.core.responses import NDJSON
 from pkd.serving.core.schemas import EmbedBody, VerifyBody
 
 REF = "#/components/schemas/{model}"

@@ -9,7 +9,8 @@ from types import TracebackType
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.api.problems import BodyTimeout
+from pkd.serving.core.errors import Overloaded, TooLarge
 
 LOOK_SECONDS = 0.25
 """After so long somebody looks what keeps a request, and from then on for its client to leave."""
@@ -30,7 +31,7 @@ class Limits:
 class Visit:
     """``with Visit(receive, limits) as visit:`` cancels what the calling task awaits in the block when it must end.
 
-    The block then ends with a Problem, timeout or overloaded, or with ClientDisconnect. Cancelled by anybody else, it
+    The block then ends with BodyTimeout, Overloaded or ClientDisconnect. Cancelled by anybody else, it
     ends with CancelledError; what was done in that very moment stays done. Most requests are answered before anybody
     looks: those cost one timer, where a task for the client, one for the body and one for the clock would cost more
     than all that is asked of them.
@@ -65,7 +66,7 @@ class Visit:
             raise self._why from None
 
     async def receive(self) -> Message:
-        """The next piece of the body. Raises a Problem: timeout or too-large. After the last one waits for the end.
+        """The next piece of the body. Raises BodyTimeout or TooLarge. After the last one waits for the end.
 
         Counts what really arrives: a chunked body states no length, and a stated one may lie.
         """
@@ -129,14 +130,14 @@ class Visit:
             self._why = why
             self._task.cancel()
 
-    def _slow(self) -> Problem:
-        return Problem("timeout", f"The body did not arrive in {self._limits.body_seconds:g} s.")
+    def _slow(self) -> BodyTimeout:
+        return BodyTimeout(f"The body did not arrive in {self._limits.body_seconds:g} s.")
 
-    def _busy(self) -> Problem:
+    def _busy(self) -> Overloaded:
         seconds = self._limits.seconds
-        return Problem("overloaded", f"There was no answer in {seconds:g} s: the server is busy. Try again later.")
+        return Overloaded(f"There was no answer in {seconds:g} s: the server is busy. Try again later.")
 
 
-def too_large(limit: int) -> Problem:
+def too_large(limit: int) -> TooLarge:
     """The refusal of a body over ``limit`` bytes."""
-    return Problem("too-large", f"The body is over {limit:,} bytes.", limit=limit)
+    return TooLarge(f"The body is over {limit:,} bytes.", details={"limit": limit})

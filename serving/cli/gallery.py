@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from pkd.toolkit.core.cli_support import Result, make_parser, progress, run
-from pkd.toolkit.core.errors import InputError, MissingExtra, NotTrusted, PkdError
+from pkd.toolkit.core.errors import InputError, MissingExtra, NotTrusted
 
 if TYPE_CHECKING:
     from pkd.serving.galleries.audit import Head
@@ -71,7 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, console: Console) -> Result:
     try:
-        from pkd.serving.core.problems import Problem
         from pkd.serving.galleries.crypto import MasterKey
     except ModuleNotFoundError as missing:
         if missing.name in ("fastapi", "starlette", "orjson", "threadpoolctl"):
@@ -81,11 +80,7 @@ def _run(args: argparse.Namespace, console: Console) -> Result:
         made = MasterKey.create(args.file)
         console.print(f"wrote {args.file}, master key {made.id}. Keep a copy where the database's backups are not.")
         return {"file": str(args.file), "master": made.id}
-    try:
-        return COMMANDS[args.command](args, _place(args), MasterKey.read(args.master_key), console)
-    except Problem as problem:
-        kind = InputError if problem.status < 500 else PkdError
-        raise kind(problem.detail) from None
+    return COMMANDS[args.command](args, _place(args), MasterKey.read(args.master_key), console)
 
 
 def _verify(args: argparse.Namespace, place: Place, master: MasterKey, console: Console) -> Result:

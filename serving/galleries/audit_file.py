@@ -23,7 +23,7 @@ class AuditFile:
     """One log, of what the processes of one machine change. Thread-safe; several processes may have it open."""
 
     def __init__(self, path: Path, *, create: bool = True) -> None:
-        """Raises InputError where it is not there and not to be created, a store-unavailable Problem for another."""
+        """Raises InputError where it is not there and not to be created, StoreUnavailable for another."""
         if not create and not path.is_file():
             raise InputError(f"{path}: is no audit log. Give the file that pkd-serve --audit was given.")
         self.path = path
@@ -72,7 +72,7 @@ class AuditFile:
             return audit.verify(db, noted)
 
     def check(self) -> None:
-        """Raise a store-unavailable Problem unless it can be written to right now."""
+        """Raise StoreUnavailable unless it can be written to right now."""
         with self._transaction():
             pass
 

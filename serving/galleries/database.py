@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import StoreUnavailable
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.crypto import MasterKey, Sealed
 from pkd.toolkit.core.errors import InputError
@@ -103,7 +103,7 @@ class SqliteFile:
         """Open or create ``folder``/galleries.db.
 
         Raises InputError: no database there and not to be created, made by another version of pkd, or another master
-        key's; Problem store-unavailable where the file cannot be used.
+        key's; StoreUnavailable where the file cannot be used.
         """
         self.path = folder / NAME
         self.master = master
@@ -197,7 +197,7 @@ class SqliteFile:
     def require_master(self, db: sqlite3.Connection) -> None:
         """Raise store-unavailable if the master key was changed by another process: ours would wrap in vain."""
         if dict(db.execute("SELECT name, value FROM about"))["master"] != self.master.id:
-            raise Problem("store-unavailable", "The master key was changed. Restart this server with the new one.")
+            raise StoreUnavailable("The master key was changed. Restart this server with the new one.")
 
     def _prepare(self, create: bool) -> None:
         db = self._writer
@@ -226,15 +226,15 @@ class SqliteFile:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turns what SQLite raises, and rows that do not decrypt, into a store-unavailable Problem with a plain reason."""
+    """Turns what SQLite raises, and rows that do not decrypt, into a StoreUnavailable error with a plain reason."""
     try:
         yield
     except Sealed as error:
-        raise Problem("store-unavailable", f"Galleries: {error} Run pkd-gallery verify.") from error
+        raise StoreUnavailable(f"Galleries: {error} Run pkd-gallery verify.") from error
     except sqlite3.Error as error:
         said = str(error)
         reason = next((meaning for part, meaning in MEANING.items() if part in said), f"SQLite says: {said}")
-        raise Problem("store-unavailable", f"Galleries: {reason}.") from error
+        raise StoreUnavailable(f"Galleries: {reason}.") from error
 
 
 def rewrap(file: SqliteFile, master: MasterKey) -> int:

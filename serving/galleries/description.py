@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from datetime import datetime, timezone
+from typing import Any, overload
 
 import numpy as np
 
-from pkd.serving.core.responses import when
 from pkd.serving.galleries.store import Gallery, Space, Subject, Template
 
 FORMAT = "pkd-gallery-1"
 """Of an exported gallery; its first line says so."""
 Json = dict[str, Any]
+
+
+@overload
+def utc(seconds: float) -> datetime: ...
+@overload
+def utc(seconds: None) -> None: ...
+def utc(seconds: float | None) -> datetime | None:
+    """Turn seconds since 1970 into a moment in UTC, which JSON shows as ISO 8601."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
 
 
 def of_gallery(gallery: Gallery) -> Json:
@@ -44,8 +53,8 @@ def _template(one: Template) -> Json:
         "id": one.id,
         "encoder": one.encoder,
         "space": one.space,
-        "created": when(one.created),
-        "expires": when(one.expires),
+        "created": utc(one.created),
+        "expires": utc(one.expires),
     }
     if one.vector is not None:
         stored = np.asarray(one.vector, "<f2").tobytes()

@@ -152,7 +152,7 @@ def _enrol(store: GalleryStore, gallery: str, batch: list[Enrolment], actor: str
         return
     for enrolment, answer in zip(batch, store.enrol(gallery, batch, actor), strict=True):
         if not isinstance(answer, Enrolled):
-            raise InputError(f"subject {enrolment.subject}: {answer.detail}")
+            raise InputError(f"subject {enrolment.subject}: {answer}")
         done.templates += len(answer.templates)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import UnknownSubject
 from pkd.serving.galleries.store import GalleryStore, NewTemplate, Template
 
 Print = tuple[str, bytes]
@@ -20,7 +20,5 @@ def prints(store: GalleryStore, gallery: str, subject: str) -> set[Print]:
     """Of all that a subject has; of somebody who is not there, none."""
     try:
         return {print_of(one) for one in store.subject(gallery, subject, vectors=True).templates}
-    except Problem as problem:
-        if problem.type != "unknown-subject":
-            raise
+    except UnknownSubject:
         return set()

@@ -40,7 +40,7 @@ class Place:
         return "://" in self.where
 
     def open(self, master: MasterKey, *, create: bool = True) -> GalleryStore:
-        """The store; without ``create`` there must be one already. Raises InputError or a Problem."""
+        """The store; without ``create`` there must be one already. Raises InputError or StoreUnavailable."""
         if not self.milvus:
             from pkd.serving.galleries.sqlite.store import SqliteStore
 

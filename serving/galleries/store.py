@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.serving.core.problems import Problem
+from pkd.toolkit.core.errors import PkdError
 
 Vectors = NDArray[np.float32]
 """Unit rows N×D."""
@@ -189,10 +189,9 @@ class Moved:
 class GalleryStore(Protocol):
     """Where galleries are kept. Blocking and safe to call from several threads; every process has one.
 
-    Problems are raised as such: ``unknown-gallery``, ``unknown-subject``, ``gallery-conflict``, ``space-mismatch``,
-    ``idempotency-conflict``, ``store-unavailable`` (disk full or read-only, database gone: 503). ``actor``: who is
-    answerable, the name of the API key, for the audit log. What one process has acknowledged, every other answers by
-    within a second.
+    Raises UnknownGallery, UnknownSubject, GalleryConflict, SpaceMismatch, IdempotencyConflict and StoreUnavailable
+    (disk full or read-only, database gone). ``actor``: who is answerable, the name of the API key, for the audit log.
+    What one process has acknowledged, every other answers by within a second.
     """
 
     def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
@@ -207,10 +206,10 @@ class GalleryStore(Protocol):
     def delete(self, name: str, actor: str) -> Receipt:
         """Delete a gallery with all that is in it, and its key."""
 
-    def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | Problem]:
-        """Enrol many subjects in one durable step; a Problem in the place of each that was refused."""
+    def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | PkdError]:
+        """Enrol many subjects in one durable step; an error in the place of each that was refused."""
 
-    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | Problem | None]:
+    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
         """What ``enrol`` would say to idempotency keys used before, None for others. Looks at no template."""
 
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
@@ -249,7 +248,7 @@ class GalleryStore(Protocol):
         """Every subject with vectors, in the order of ``subjects``; in SQLite as of one moment."""
 
     def check(self) -> None:
-        """Raise a store-unavailable Problem unless the store can read and write right now."""
+        """Raise StoreUnavailable unless the store can read and write right now."""
 
     def close(self) -> None:
         """Let go of files and connections."""

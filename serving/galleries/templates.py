@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import UnknownGallery
 from pkd.serving.galleries.store import Gallery, NewTemplate
+from pkd.toolkit.core.errors import BadVector, SpaceMismatch
 
 STORED = np.dtype("<f2")
 """Element type of a stored vector."""
@@ -14,27 +15,28 @@ TOLERANCE = 0.01
 """Largest distance of a vector's length from 1."""
 
 
-def unknown_gallery(name: str) -> Problem:
-    """The Problem of a gallery that is not there."""
-    return Problem("unknown-gallery", f"No gallery is called {name}. PUT /v1/galleries/{name} creates it.")
+def unknown_gallery(name: str) -> UnknownGallery:
+    """Make the error of a gallery that is not there."""
+    return UnknownGallery(f"No gallery is called {name}. PUT /v1/galleries/{name} creates it.")
 
 
 def check(gallery: Gallery, template: NewTemplate, encoders: dict[str, str]) -> None:
-    """Raise a Problem unless the gallery takes this template. ``encoders``: those it has templates of → their space."""
+    """Raise SpaceMismatch or BadVector unless the gallery takes this template.
+
+    ``encoders``: those it has templates of → their space.
+    """
     space = next((space for space in gallery.spaces if space.id == template.space), None)
     if space is None or encoders.get(template.encoder, space.id) != space.id:
         expected = [encoders[template.encoder]] if template.encoder in encoders else [s.id for s in gallery.spaces]
-        raise Problem(
-            "space-mismatch",
+        raise SpaceMismatch(
             f"gallery {gallery.name} takes {template.encoder} in space {' or '.join(expected)}, not {template.space}.",
-            expected=expected,
-            got=template.space,
+            details={"expected": expected, "got": template.space},
         )
     vector = np.asarray(template.vector)
     if vector.shape != (space.dim,):
-        raise Problem("bad-vector", f"the embedding has shape {vector.shape}, its space has {space.dim:,} numbers.")
+        raise BadVector(f"the embedding has shape {vector.shape}, its space has {space.dim:,} numbers.")
     if not abs(float(np.linalg.norm(vector.astype(np.float64))) - 1) <= TOLERANCE:  # NaN fails, too
-        raise Problem("bad-vector", "the embedding is not a unit vector.")
+        raise BadVector("the embedding is not a unit vector.")
 
 
 def unit_rows(stored: bytes, count: int) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ from tempfile import mkdtemp
 from typing import Any
 from weakref import finalize
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import ServerFault, UnknownEncoder, UnknownFile
 from pkd.serving.inference.registry import Encoders, Loaded, called
 from pkd.toolkit.bundle.bundle import MANIFEST, SIGNATURE, Bundle
 from pkd.toolkit.bundle.target import Target
@@ -92,39 +92,37 @@ class Artifacts:
             self._cleanup()
 
     def find(self, spec: str) -> Offer:
-        """By id, short id, or a name that only one has; what is loaded first. Raises an unknown-encoder Problem."""
+        """By id, short id, or a name that only one has; what is loaded first. Raises UnknownEncoder."""
         id = called(spec, self._encoders.loaded) or called(spec, self.offers)
         if id in self.offers:
             return self.offers[id]
-        raise Problem(
-            "unknown-encoder",
+        raise UnknownEncoder(
             f"no loaded bundle holds the encoder {spec!r}. Use one of those in `encoders`.",
-            got=spec,
-            encoders=list(self.offers),
+            details={"got": spec, "encoders": list(self.offers)},
         )
 
     def choose(self, offer: Offer, target: str | None, file: str | None) -> Artifact:
         """The file that was asked for: by name, or a target's own, or what this encoder is run from by default.
 
-        Raises a Problem: not-found, listing what there is; internal where the file is not what the manifest says.
+        Raises UnknownFile, listing what there is; ServerFault where the file is not what the manifest says.
         """
         manifest = offer.bundle.manifest
         if target is not None:
             found = manifest.target(target)
             if found is None or found.file is None:
                 names = [one.name for one in manifest.targets if one.file]
-                raise Problem("not-found", f"the bundle holds no target {target!r}.", got=target, targets=names)
+                raise UnknownFile(f"the bundle holds no target {target!r}.", details={"got": target, "targets": names})
             allowed, default = needed(offer.bundle, found), found.file
         else:
             signature = [SIGNATURE] if offer.bundle.signature else []
             allowed, default = [MANIFEST, *signature, *manifest.files], offer.default_file
         name = default if file is None else file
         if name not in allowed:
-            raise Problem("not-found", f"there is no file {name!r} here.", got=name, files=allowed)
+            raise UnknownFile(f"there is no file {name!r} here.", details={"got": name, "files": allowed})
         return self.get(offer.bundle, name)
 
     def get(self, bundle: Bundle, name: str) -> Artifact:
-        """A file of ``bundle``. Raises an internal Problem where it is not what the manifest says."""
+        """A file of ``bundle``. Raises ServerFault where it is not what the manifest says."""
         with self._lock:
             try:
                 if bundle.path.is_dir() and name in bundle.manifest.files:
@@ -220,6 +218,6 @@ def _read(bundle: Bundle, name: str) -> bytes:
     return bundle.read(name)
 
 
-def _changed(error: Exception) -> Problem:
+def _changed(error: Exception) -> ServerFault:
     logger.error("%s", error)
-    return Problem("internal", "The file is not what its manifest says; the server's log names it.")
+    return ServerFault("The file is not what its manifest says; the server's log names it.")

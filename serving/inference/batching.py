@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import Overloaded
 from pkd.serving.inference.thread_pool import Job, current_job
 from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.encoders.base import Embeddings, Encoder
@@ -42,7 +42,7 @@ class Batched:
     """An Encoder in front of another: ``embed`` may be called by any number of threads. Close it when done."""
 
     def __init__(self, encoder: Encoder, waiting: int = 1024) -> None:
-        """``waiting``: calls that may wait at once; further ones are refused with an overloaded Problem."""
+        """``waiting``: calls that may wait at once; further ones are refused with Overloaded."""
         self._encoder = encoder
         self._queue: Queue[_Item | None] = Queue(waiting)
         self._held: _Item | None = None
@@ -63,7 +63,7 @@ class Batched:
         try:
             self._queue.put_nowait(item)
         except Full:
-            raise Problem("overloaded", f"{self._queue.maxsize} calls wait for the encoder already.") from None
+            raise Overloaded(f"{self._queue.maxsize} calls wait for the encoder already.") from None
         return item.done.result()
 
     def close(self) -> None:

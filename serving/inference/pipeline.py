@@ -9,11 +9,12 @@ from time import perf_counter
 import cv2
 import numpy as np
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import MultipleFaces, NoDetector, NotAligned
 from pkd.serving.core.schemas import Faces
+from pkd.serving.inference.decoding import Undecoded, decode
 from pkd.serving.inference.embedding import Inference
 from pkd.serving.inference.registry import Loaded
-from pkd.serving.inference.request_images import Undecoded, decode
+from pkd.toolkit.core.errors import NoFace
 from pkd.toolkit.encoders.base import Embeddings
 from pkd.toolkit.encoders.detector import Detector, Face, choose
 from pkd.toolkit.images.alignment import warp
@@ -58,18 +59,17 @@ class Pipeline:
     inference: Inference
 
     def check(self, aligned: bool) -> None:
-        """Raise a no-detector Problem for a photograph where only aligned crops can be taken."""
+        """Raise NoDetector for a photograph where only aligned crops can be taken."""
         if not aligned and self.detector is None:
-            raise Problem(
-                "no-detector",
+            raise NoDetector(
                 "this server was started without a face detector. Send aligned crops (pkd-align) with aligned=true, "
-                "or start pkd-serve with --detector.",
+                "or start pkd-serve with --detector."
             )
 
     def run(self, image: Undecoded, loaded: Loaded, faces: Faces, aligned: bool, submitted: float) -> Embedded:
         """Embed the faces of one image. ``submitted``: when it was queued (``perf_counter``).
 
-        Raises BadImage, NoFace, or a Problem: unsupported-media, no-face, multiple-faces, not-aligned.
+        Raises BadImage, ImageTooLarge, UnsupportedMedia, NoDetector, NoFace, MultipleFaces or NotAligned.
         """
         start = perf_counter()
         rgb = decode(image)
@@ -99,10 +99,10 @@ class Pipeline:
         if faces == "all":
             return sorted(found, key=_area, reverse=True)
         if not found:
-            raise Problem("no-face", "no face was found. Send a photograph that shows one, upright and not too small.")
+            raise NoFace("no face was found. Send a photograph that shows one, upright and not too small.")
         if faces == "exactly_one" and len(found) > 1:
-            raise Problem(
-                "multiple-faces", f"{len(found)} faces were found, exactly one was asked for.", found=len(found)
+            raise MultipleFaces(
+                f"{len(found)} faces were found, exactly one was asked for.", details={"found": len(found)}
             )
         return [choose(found, rgb)]
 
@@ -116,12 +116,10 @@ def sharpness(crop: Rgb) -> float:
 
 def _as_crop(rgb: Rgb, size: int) -> Rgb:
     if rgb.shape != (size, size, 3):
-        raise Problem(
-            "not-aligned",
+        raise NotAligned(
             f"the image has {rgb.shape[1]}×{rgb.shape[0]} pixels; with aligned=true this encoder takes {size}×{size} "
             "crops. Align it with pkd-align, or leave aligned out.",
-            expected=[size, size],
-            got=[rgb.shape[1], rgb.shape[0]],
+            details={"expected": [size, size], "got": [rgb.shape[1], rgb.shape[0]]},
         )
     return rgb[None]
 

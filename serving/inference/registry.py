@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import UnknownEncoder
 from pkd.toolkit.bundle.bundle import Bundle, self_test
 from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.certificates.certificate import Certificate, CertificateFile
 from pkd.toolkit.certificates.signing import TrustedKeys
 from pkd.toolkit.core.encoder_info import short
-from pkd.toolkit.core.errors import BundleError, TargetUnavailable
+from pkd.toolkit.core.errors import BundleError, NotCertified, SpaceMismatch, TargetUnavailable
 from pkd.toolkit.core.gpu import Device
 from pkd.toolkit.encoders.base import Encoder, open_bundle
 from pkd.toolkit.encoders.registry import open_target, target_of
@@ -118,24 +118,22 @@ class Encoders:
     def get(self, spec: str | None) -> Loaded:
         """The loaded encoder with this id, short id or name; the default one for None.
 
-        Raises unknown-encoder, a 404, where it is none's, or that of several.
+        Raises UnknownEncoder where it is none's, or that of several.
         """
         if spec is None:
             return self.default
         id = called(spec, self.loaded)
         if id is None:
-            raise Problem(
-                "unknown-encoder",
+            raise UnknownEncoder(
                 f"encoder {spec!r} is not loaded. Use one of those in `encoders`.",
-                got=spec,
-                encoders=list(self.loaded),
+                details={"got": spec, "encoders": list(self.loaded)},
             )
         return self.loaded[id]
 
     def resolve(self, spec: str) -> str:
         """A full id from a short id or a name; as it is where nobody here is called so.
 
-        Raises unknown-encoder where several are: it says what made an embedding, and must not be guessed.
+        Raises UnknownEncoder where several are: it says what made an embedding, and must not be guessed.
         """
         return called(spec, self._spaces) or spec
 
@@ -144,16 +142,17 @@ class Encoders:
         return self._spaces.get(id)
 
     def require_space(self, id: str, stated: str | None) -> None:
-        """Raise space-mismatch where the client says that an encoder embeds into another space than it does."""
+        """Raise SpaceMismatch where the client says that an encoder embeds into another space than it does."""
         known = self.space_of(id)
         if stated is not None and known is not None and stated != known:
-            raise Problem(
-                "space-mismatch",
+            raise SpaceMismatch(
                 f"{short(id)} embeds into {short(known)}, not into {short(stated)} as `space` states. "
                 "Name the encoder that made the embedding; `space` may be left out.",
-                expected={"space": known},
-                got={"encoder": id, "space": stated},
-                works={"space": known, "encoders": [one for one in self.loaded if self.space_of(one) == stated]},
+                details={
+                    "expected": {"space": known},
+                    "got": {"encoder": id, "space": stated},
+                    "works": {"space": known, "encoders": [one for one in self.loaded if self.space_of(one) == stated]},
+                },
             )
 
     def dim_of(self, space: str | None) -> int | None:
@@ -161,7 +160,7 @@ class Encoders:
         return self._dims.get(space) if space else None
 
     def certificate_file(self, query: str, gallery: str) -> CertificateFile:
-        """The certificate of this ordered pair. 409 space-mismatch or not-certified, naming what would work."""
+        """The certificate of this ordered pair. Raises SpaceMismatch or NotCertified, naming what would work."""
         found = self.files.get((query, gallery))
         if found:
             return found
@@ -172,34 +171,26 @@ class Encoders:
         }
         got = {"query": query, "gallery": gallery}
         if None not in spaces and spaces[0] != spaces[1]:
-            raise Problem(
-                "space-mismatch",
+            raise SpaceMismatch(
                 f"{short(query)} embeds into another space than {short(gallery)}; their vectors cannot be compared.",
-                expected={"space": spaces[1]},
-                got={**got, "space": spaces[0]},
-                works=works,
+                details={"expected": {"space": spaces[1]}, "got": {**got, "space": spaces[0]}, "works": works},
             )
-        raise Problem(
-            "not-certified",
+        raise NotCertified(
             f"no certificate covers queries of {short(query)} against a gallery of {short(gallery)}; the order counts. "
             "Measure the pair with pkd-evaluate and export it into a bundle, or use an encoder in `works`.",
-            expected=[{"query": q, "gallery": g} for q, g in self.files],
-            got=got,
-            works=works,
+            details={"expected": [{"query": q, "gallery": g} for q, g in self.files], "got": got, "works": works},
         )
 
 
 def called(spec: str, ids: Collection[str]) -> str | None:
-    """The one of these ids that is meant by a full id, a short id or a name. Raises unknown-encoder: several are."""
+    """The one of these ids that is meant by a full id, a short id or a name. Raises UnknownEncoder: several are."""
     if spec in ids:
         return spec
     bearers = [id for id in ids if spec in (short(id), id.partition("@")[0])]
     if len(bearers) > 1:
-        raise Problem(
-            "unknown-encoder",
+        raise UnknownEncoder(
             f"{len(bearers)} encoders are called {spec!r}. Use a short id: {', '.join(map(short, bearers))}.",
-            got=spec,
-            encoders=bearers,
+            details={"got": spec, "encoders": bearers},
         )
     return bearers[0] if bearers else None
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from pkd.serving.core.problems import Problem
 from pkd.serving.galleries.store import Gallery, Space
 from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.toolkit.core.encoder_info import short
+from pkd.toolkit.core.errors import NotCertified, SpaceMismatch
 
 
 def searchable(encoders: Encoders, spaces: Iterable[str]) -> list[str]:
@@ -18,7 +18,7 @@ def searchable(encoders: Encoders, spaces: Iterable[str]) -> list[str]:
 def admit(encoders: Encoders, gallery: Gallery, encoder: str, space: str | None = None) -> str:
     """The space in which a template of ``encoder`` (a full id) is enrolled. ``space``: what the client says it is.
 
-    Raises a Problem: space-mismatch, or not-certified where no query could ever be compared with it.
+    Raises SpaceMismatch, or NotCertified where no query could ever be compared with it.
     """
     encoders.require_space(encoder, space)
     spaces = [one.id for one in gallery.spaces]
@@ -29,37 +29,31 @@ def admit(encoders: Encoders, gallery: Gallery, encoder: str, space: str | None 
     if into is not None and into not in spaces:
         raise another_space(gallery, encoder, into, got, works)
     if encoder not in works["galleries"] or known is None:
-        raise Problem(
-            "not-certified",
+        raise NotCertified(
             f"no certificate has {short(encoder)} on the gallery side, so no query could be compared with such a "
             "template. Measure it with pkd-evaluate, or use an encoder in `works`.",
-            expected={"galleries": works["galleries"]},
-            got=got,
-            works=works,
+            details={"expected": {"galleries": works["galleries"]}, "got": got, "works": works},
         )
     return known
 
 
 def another_space(
     gallery: Gallery, encoder: str, space: str, got: Mapping[str, object], works: Mapping[str, object]
-) -> Problem:
-    """The space-mismatch of an encoder whose vectors the gallery neither takes nor is searched by."""
+) -> SpaceMismatch:
+    """Make the error of an encoder whose vectors the gallery neither takes nor is searched by."""
     spaces = [one.id for one in gallery.spaces]
-    return Problem(
-        "space-mismatch",
+    return SpaceMismatch(
         f"{short(encoder)} embeds into {short(space)}; the gallery {gallery.name!r} holds vectors of "
         f"{' and '.join(map(short, spaces))}. Use an encoder in `works`.",
-        expected={"spaces": spaces},
-        got=got,
-        works=works,
+        details={"expected": {"spaces": spaces}, "got": got, "works": works},
     )
 
 
 def encoder_to_enrol(encoders: Encoders, gallery: Gallery, spec: str | None) -> Loaded:
     """The loaded encoder ``spec``; without one the first that the gallery's newest space takes.
 
-    The default comes before others; where nothing fits it is the default, which ``admit`` then refuses. Raises an
-    unknown-encoder Problem.
+    The default comes before others; where nothing fits it is the default, which ``admit`` then refuses. Raises
+    UnknownEncoder.
     """
     if spec is not None:
         return encoders.get(spec)
@@ -77,16 +71,13 @@ def encoder_to_search(encoders: Encoders, gallery: Gallery, spec: str | None) ->
 
 
 def space_called(encoders: Encoders, id: str | None) -> Space:
-    """A space that some loaded encoder embeds into; the default encoder's for None. Raises a space-mismatch Problem."""
+    """A space that some loaded encoder embeds into; the default encoder's for None. Raises SpaceMismatch."""
     spaces = spaces_of(encoders)
     id = encoders.default.encoder.info.space.id if id is None else id
     if id not in spaces:
-        raise Problem(
-            "space-mismatch",
+        raise SpaceMismatch(
             f"no loaded encoder embeds into the space {short(id)!r}. Use one of `works`, or serve a bundle of it.",
-            expected={"spaces": list(spaces)},
-            got={"space": id},
-            works={"spaces": list(spaces)},
+            details={"expected": {"spaces": list(spaces)}, "got": {"space": id}, "works": {"spaces": list(spaces)}},
         )
     return Space(id, spaces[id])
 

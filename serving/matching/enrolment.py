@@ -1,4 +1,4 @@
-"""Enrolling: images and embeddings of a request → templates that the store keeps."""
+"""Make templates that a store keeps out of the images and embeddings of a request."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import orjson
 
 from pkd.serving.core.embedding_codec import decode
+from pkd.serving.core.errors import GalleryConflict, IdempotencyConflict, InvalidRequest, LowQuality, ServingError
 from pkd.serving.core.gallery_schemas import ConsentBody, EnrolOptions
-from pkd.serving.core.problems import Problem, from_error
 from pkd.serving.core.schemas import EmbeddingSide, ImageInput
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, NewTemplate
 from pkd.serving.matching.admission import admit, encoder_to_enrol, searchable
 from pkd.serving.matching.quality import Floor, Quality, measure, require
-from pkd.toolkit.core.errors import BadVector, PkdError
-
-if TYPE_CHECKING:
-    from pkd.serving.matching.service import Service
+from pkd.serving.matching.service import Service
+from pkd.toolkit.core.errors import NotCertified, PkdError, SpaceMismatch
 
 Taken = bytes | ImageInput | EmbeddingSide
 """One input of an enrolment: a file's bytes, the same as base64, or an embedding made elsewhere."""
@@ -35,11 +33,11 @@ class Ready:
     qualities: Sequence[Quality | None]
 
 
-def ask(subject: str, inputs: Sequence[Taken], options: EnrolOptions, key: str | None) -> Enrolment:
-    """What one subject is to be enrolled with, its templates yet to be made. Raises an invalid-request Problem."""
+def new_enrolment(subject: str, inputs: Sequence[Taken], options: EnrolOptions, key: str | None) -> Enrolment:
+    """Describe what one subject is to be enrolled with, its templates yet to be made. Raises InvalidRequest."""
     expires = options.expires.timestamp() if options.expires else None
     if expires is not None and expires <= datetime.now(timezone.utc).timestamp():
-        raise Problem("invalid-request", f"expires: {options.expires} is past.", got=str(options.expires))
+        raise InvalidRequest(f"expires: {options.expires} is past.", details={"got": str(options.expires)})
     return Enrolment(
         subject=subject,
         templates=(),
@@ -56,7 +54,7 @@ async def prepare(
 ) -> Ready:
     """Embed, measure and check everything that one subject is enrolled with.
 
-    Cheap refusals come before any image is decoded. Raises a Problem; ``index`` says which input it is about.
+    Cheap refusals come before any image is decoded. The detail ``index`` of an error says which input it is about.
     """
     made: dict[int, tuple[NewTemplate, Quality | None]] = {}
     images: dict[int, bytes | str] = {}
@@ -80,11 +78,11 @@ async def enrol(
     key: str | None,
     actor: str,
 ) -> dict[str, Any]:
-    """The answer of POST …/templates. Raises Problem; all inputs are enrolled, or none."""
+    """The answer of POST …/templates. All inputs are enrolled, or none."""
     gallery = await service.stored(service.store.get, name)
-    ready = await prepare(service, gallery, ask(subject, inputs, options, key), inputs, options)
+    ready = await prepare(service, gallery, new_enrolment(subject, inputs, options, key), inputs, options)
     (outcome,) = await service.stored(service.store.enrol, name, [ready.enrolment], actor)
-    if isinstance(outcome, Problem):
+    if isinstance(outcome, PkdError):
         raise explained(outcome, service, gallery, ready.enrolment)
     if outcome.replayed:  # what is there may be of another encoder than one would take today
         ready = await _as_stored(service, name, ready, outcome)
@@ -106,20 +104,20 @@ def answer(gallery: str, ready: Ready, enrolled: Enrolled) -> dict[str, Any]:
     }
 
 
-def explained(problem: Problem, service: Service, gallery: Gallery, enrolment: Enrolment) -> Problem:
-    """What the store refused, with what would have worked."""
-    if problem.type == "idempotency-conflict":
-        return problem.explain(
+def explained(error: PkdError, service: Service, gallery: Gallery, enrolment: Enrolment) -> PkdError:
+    """Add to what the store refused what would have worked."""
+    if isinstance(error, IdempotencyConflict):
+        return error.explain(
             expected={"key": enrolment.key, "request": "the one first sent under this key, for the same subject"},
             got={"key": enrolment.key, "digest": enrolment.digest},
             works={"key": "a new one for a new request"},
         )
-    if problem.status == 409:
+    if isinstance(error, (SpaceMismatch, NotCertified, GalleryConflict)):
         spaces = [one.id for one in gallery.spaces]
         encoders = sorted({one.encoder for one in enrolment.templates})
         works = {"galleries": searchable(service.encoders, spaces)}
-        return problem.explain(expected={"spaces": spaces}, got={"encoders": encoders}, works=works)
-    return problem
+        return error.explain(expected={"spaces": spaces}, got={"encoders": encoders}, works=works)
+    return error
 
 
 def consent_of(body: ConsentBody | None) -> Consent | None:
@@ -134,12 +132,8 @@ def _received(service: Service, gallery: Gallery, side: EmbeddingSide, index: in
         space = admit(encoders, gallery, encoder, side.space)
         dim = next(one.dim for one in gallery.spaces if one.id == space)
         return NewTemplate(encoder, space, decode(side.embedding, side.encoding, dim).astype(np.float32))
-    except BadVector as error:
-        problem = from_error(error)
-        problem.members["index"] = index
-        raise problem from None
-    except Problem as problem:
-        problem.members["index"] = index
+    except PkdError as error:
+        error.details["index"] = index
         raise
 
 
@@ -153,18 +147,16 @@ async def _embedded(
     places = list(images)
     try:
         done = await service.embed_all(list(images.values()), loaded, options.faces, options.aligned)
-    except Problem as problem:
-        problem.members["index"] = places[int(str(problem.members.get("index", 0)))]
-        raise
     except PkdError as error:
-        raise from_error(error) from None
+        error.details["index"] = places[error.details.get("index", 0)]
+        raise
     made: dict[int, tuple[NewTemplate, Quality | None]] = {}
     for index, embedded in zip(places, done, strict=True):
         quality = measure(embedded, 0)
         try:
             require(quality, floor)
-        except Problem as problem:
-            problem.members["index"] = index
+        except LowQuality as error:
+            error.details["index"] = index
             raise
         made[index] = NewTemplate(encoder, space, embedded.vectors[0]), quality
     return made
@@ -173,7 +165,7 @@ async def _embedded(
 async def _as_stored(service: Service, gallery: str, ready: Ready, enrolled: Enrolled) -> Ready:
     try:
         there = await service.stored(service.store.subject, gallery, enrolled.subject)
-    except Problem:  # deleted in this very moment
+    except ServingError:  # deleted in this very moment
         return ready
     stored = {one.id: one for one in there.templates}
     templates = [

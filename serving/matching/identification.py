@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pkd.serving.core.gallery_schemas import IdentifyOptions
-from pkd.serving.core.problems import Problem
 from pkd.serving.galleries.store import Found, Gallery
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.admission import another_space
@@ -20,7 +19,7 @@ from pkd.serving.matching.verification import Rank, about, rank
 from pkd.toolkit.certificates.certificate import Certificate, CertificateFile
 from pkd.toolkit.certificates.extrapolation import Threshold, threshold_for
 from pkd.toolkit.core.encoder_info import short
-from pkd.toolkit.core.errors import UnsupportedFmr
+from pkd.toolkit.core.errors import NotCertified, UnsupportedFmr
 
 Reason = Literal["not-certified", "other-space", "unsupported-fmr"]
 
@@ -48,7 +47,7 @@ def cover(encoders: Encoders, gallery: Gallery, query: str, partial: bool) -> Co
     """Sort the encoders that have templates in ``gallery`` by whether ``query`` (a full id) may be compared with them.
 
     While a migration is under way templates of the other space are left out: whoever is not moved is found in the
-    first one. Raises a Problem: space-mismatch; not-certified where something is missing and not ``partial``, and where
+    first one. Raises SpaceMismatch; NotCertified where something is missing and not ``partial``, and where
     nothing is left to search.
     """
     spaces = [one.id for one in gallery.spaces]
@@ -65,14 +64,15 @@ def cover(encoders: Encoders, gallery: Gallery, query: str, partial: bool) -> Co
     }
     missing = [one for one, reason in reasons.items() if reason == "not-certified"]
     if (missing and not partial) or (wanted and not files) or space is None:
-        raise Problem(
-            "not-certified",
+        raise NotCertified(
             f"no certificate covers queries of {short(query)} against the templates of "
             f"{', '.join(map(short, missing or present)) or 'any encoder'} in the gallery {gallery.name!r}. "
             "Measure the pair with pkd-evaluate, use an encoder in `works`, or send partial=true to search the rest.",
-            expected=[{"query": query, "gallery": one} for one in missing or present],
-            got={"query": query, "galleries": present},
-            works=works,
+            details={
+                "expected": [{"query": query, "gallery": one} for one in missing or present],
+                "got": {"query": query, "galleries": present},
+                "works": works,
+            },
         )
     return Cover(files, reasons)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from pkd.serving.core.errors import LowQuality
 from pkd.serving.core.options import Settings
-from pkd.serving.core.problems import Problem
 from pkd.serving.inference.pipeline import Embedded
 
 
@@ -53,11 +53,11 @@ def measure(embedded: Embedded, face: int) -> Quality:
 
 
 def require(quality: Quality, floor: Floor) -> None:
-    """Raise a low-quality Problem with what was measured and what is required, unless every value is enough."""
+    """Raise LowQuality with what was measured and what is required, unless every value is enough."""
     measured, required = asdict(quality), asdict(floor)
     low = [name for name, value in measured.items() if value is not None and value < required[name]]
     if low:
         said = ", ".join(f"{name} is {measured[name]:g}, at least {required[name]:g} is required" for name in low)
-        raise Problem(
-            "low-quality", f"{said}. Take a larger, sharper picture.", low=low, measured=measured, required=required
+        raise LowQuality(
+            f"{said}. Take a larger, sharper picture.", details={"low": low, "measured": measured, "required": required}
         )

@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.serving.core.embedding_codec import decode, encode
+from pkd.serving.core.errors import NoGalleries, UnknownSubject
 from pkd.serving.core.gallery_schemas import IdentifyOptions
 from pkd.serving.core.options import Settings
-from pkd.serving.core.problems import Problem, from_error
-from pkd.serving.core.schemas import EmbeddingSide, Faces, ImageSide, SubjectSide, VerifyBody
+from pkd.serving.core.schemas import EmbeddingSide, EmbedOptions, Faces, ImageSide, SubjectSide, VerifyBody
 from pkd.serving.galleries.store import Found, GalleryStore
 from pkd.serving.inference.artifacts import Artifacts
+from pkd.serving.inference.decoding import Undecoded
 from pkd.serving.inference.embedding import Inference
 from pkd.serving.inference.pipeline import Embedded, Pipeline, Timing
 from pkd.serving.inference.registry import Encoders, Loaded
-from pkd.serving.inference.request_images import EmbedRequest, Undecoded
 from pkd.serving.inference.thread_pool import Pool
 from pkd.serving.matching import identification
 from pkd.serving.matching.admission import encoder_to_search
@@ -75,11 +75,9 @@ class Service:
 
     @property
     def store(self) -> GalleryStore:
-        """Where galleries are kept. Raises a no-galleries Problem on a server without."""
+        """Where galleries are kept. Raises NoGalleries on a server without."""
         if self._store is None:
-            raise Problem(
-                "no-galleries", "this server was started without a store of galleries. Start pkd-serve with --gallery."
-            )
+            raise NoGalleries("this server was started without a store of galleries. Start pkd-serve with --gallery.")
         return self._store
 
     async def stored(self, call: Callable[..., Given], *args: Any, **named: Any) -> Given:
@@ -114,11 +112,10 @@ class Service:
         self.inference.close()
         self.state.metrics.fold()
 
-    async def embed(self, request: EmbedRequest) -> dict[str, Any]:
+    async def embed(self, images: Sequence[Undecoded], options: EmbedOptions) -> dict[str, Any]:
         """The answer of /v1/embed, vectors as numpy arrays or base64. All images succeed, or none is answered."""
-        options = request.options
         loaded = self.encoders.get(options.encoder)
-        done = await self.embed_all(request.images, loaded, options.faces, options.aligned)
+        done = await self.embed_all(images, loaded, options.faces, options.aligned)
         return {
             **loaded.shown,
             "data": [
@@ -204,7 +201,7 @@ class Service:
     def _enrolled(self, side: SubjectSide) -> list[Shown]:
         subject = self.store.subject(side.gallery, side.subject, vectors=True)
         if not subject.templates:  # expired in this very moment
-            raise Problem("unknown-subject", f"{side.subject} has no template in the gallery {side.gallery}.")
+            raise UnknownSubject(f"{side.subject} has no template in the gallery {side.gallery}.")
         shown = []
         for one in subject.templates:
             assert one.vector is not None
@@ -217,16 +214,16 @@ class Service:
         try:
             loaded = self.encoders.get(side.encoder)
             return [Shown(loaded.encoder.info.id, await self.embed_one(Photograph.of(side), loaded))]
-        except Problem as problem:
-            problem.members["side"] = name
+        except PkdError as error:
+            error.details["side"] = name
             raise
 
     async def embed_one(self, photograph: Photograph, loaded: Loaded) -> NDArray[np.float64]:
-        """The face of one photograph as a unit vector, float64 D. Raises Problem."""
+        """The face of one photograph as a unit vector, float64 D."""
         try:
             (done,) = await self.embed_all([photograph.image], loaded, photograph.faces, photograph.aligned)
-        except Problem as problem:
-            problem.members.pop("index", None)
+        except PkdError as error:
+            error.details.pop("index", None)
             raise
         vector = done.vectors[0].astype(np.float64)
         unit: NDArray[np.float64] = vector / np.linalg.norm(vector)
@@ -235,7 +232,7 @@ class Service:
     async def embed_all(
         self, images: Sequence[Undecoded], loaded: Loaded, faces: Faces, aligned: bool
     ) -> list[Embedded]:
-        """Embed the faces of each image. Raises Problem.
+        """Embed the faces of each image.
 
         Every image is a job of its own. The first that fails is named by its index; jobs not begun are dropped.
         """
@@ -249,10 +246,7 @@ class Service:
             for job in jobs:
                 done.append(await job)
         except PkdError as error:
-            raise from_error(error).explain(index=len(done)) from None
-        except Problem as problem:
-            problem.explain(index=len(done))
-            raise
+            raise error.explain(index=len(done)) from None
         finally:
             for job in jobs[len(done) :]:
                 job.cancel()

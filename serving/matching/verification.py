@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.serving.core.embedding_codec import decode
-from pkd.serving.core.problems import Problem
 from pkd.serving.core.schemas import EmbeddingSide, ImageSide, Policy
 from pkd.serving.inference.registry import Encoders
 from pkd.toolkit.certificates.certificate import CertificateFile
-from pkd.toolkit.core.errors import BadVector, UnsupportedFmr
+from pkd.toolkit.core.errors import BadVector, NotCertified, PkdError, SpaceMismatch, UnsupportedFmr
 
 Pair = tuple[str, str]
 """Encoder ids, query first."""
@@ -26,6 +25,12 @@ FEW = 64
 """Comparisons that are made one by one: they take less than a thread would."""
 AT_ONCE = 2**20
 """Scores of one matrix product, about."""
+REASONS: Mapping[type[PkdError], str] = {
+    UnsupportedFmr: "unsupported-fmr",
+    NotCertified: "not-certified",
+    SpaceMismatch: "space-mismatch",
+}
+"""Why a pair of encoders is not compared, as answers say it; the ones that came nearest to being compared first."""
 ROUNDING = 1e-9
 """More than a score of a matrix product is away from the same one alone."""
 
@@ -51,23 +56,23 @@ class Shown:
 
 def settle(
     encoders: Encoders, queries: Sequence[str], galleries: Sequence[str], policy: Policy | None, default_fmr: float
-) -> tuple[dict[Pair, Terms], dict[Pair, Problem]]:
+) -> tuple[dict[Pair, Terms], dict[Pair, PkdError]]:
     """The terms of every ordered pair of encoders that may be compared, and why the others may not.
 
-    Raises a Problem where none may: space-mismatch, not-certified or unsupported-fmr.
+    Raises SpaceMismatch, NotCertified or UnsupportedFmr where none may.
     """
     settled: dict[Pair, Terms] = {}
-    refused: dict[Pair, Problem] = {}
+    refused: dict[Pair, PkdError] = {}
     for pair in sorted({(query, gallery) for query in set(queries) for gallery in set(galleries)}):
         try:
             settled[pair] = _terms(encoders, pair, policy, default_fmr)
-        except Problem as problem:
-            refused[pair] = problem
+        except (SpaceMismatch, NotCertified, UnsupportedFmr) as error:
+            refused[pair] = error
     if not settled:
-        order = ("unsupported-fmr", "not-certified", "space-mismatch")
-        nearest = min(refused.values(), key=lambda problem: order.index(problem.type))
-        if len(refused) > 1 and "works" in nearest.members:
-            nearest.members["works"] = {
+        order = list(REASONS)
+        nearest = min(refused.values(), key=lambda error: order.index(type(error)))
+        if len(refused) > 1 and "works" in nearest.details:
+            nearest.details["works"] = {
                 "queries": sorted({q for q, g in encoders.files if g in galleries}),
                 "galleries": sorted({g for q, g in encoders.files if q in queries}),
             }
@@ -76,7 +81,7 @@ def settle(
 
 
 def encoder_of(encoders: Encoders, side: ImageSide | EmbeddingSide) -> str:
-    """Full id of the encoder behind one side; an image's must be loaded. Raises a Problem: 404, space-mismatch."""
+    """Full id of the encoder behind one side; an image's must be loaded. Raises UnknownEncoder or SpaceMismatch."""
     if isinstance(side, ImageSide):
         return encoders.get(side.encoder).encoder.info.id
     id = encoders.resolve(side.encoder)
@@ -127,11 +132,12 @@ def decide(encoders: Encoders, settled: Mapping[Pair, Terms], a: Sequence[Shown]
     }
 
 
-def left_out(shown: Sequence[Shown], permitted: set[str], refused: Mapping[str, Problem]) -> list[dict[str, Any]]:
+def left_out(shown: Sequence[Shown], permitted: set[str], refused: Mapping[str, PkdError]) -> list[dict[str, Any]]:
     """As the schema NotCompared: the templates of one side whose encoder takes part in no permitted pair."""
     counts = Counter(one.encoder for one in shown if one.encoder not in permitted)
     return [
-        {"encoder": encoder, "templates": count, "reason": refused[encoder].type} for encoder, count in counts.items()
+        {"encoder": encoder, "templates": count, "reason": REASONS[type(refused[encoder])]}
+        for encoder, count in counts.items()
     ]
 
 
@@ -169,7 +175,9 @@ def _terms(encoders: Encoders, pair: Pair, policy: Policy | None, default_fmr: f
         return Terms(file, file.certificate.threshold(fmr), fmr)
     except UnsupportedFmr as error:
         points = file.certificate.points
-        raise Problem("unsupported-fmr", str(error), smallest=points[-1].fmr, largest=points[0].fmr, got=fmr) from None
+        raise UnsupportedFmr(
+            str(error), details={"smallest": points[-1].fmr, "largest": points[0].fmr, "got": fmr}
+        ) from None
 
 
 def _likely(settled: Mapping[Pair, Terms], a: Sequence[Shown], b: Sequence[Shown]) -> list[tuple[Shown, Shown]]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from pkd.serving.core.problems import PROBLEMS
 from pkd.toolkit.core.encoder_info import short
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ class Metrics:
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._noted: deque[tuple[Callable[[float], None], float]] = deque()
         self._folding = Lock()
+        self._refusal_types: set[str] = set()
         self._registry = registry = CollectorRegistry()
 
         def counter(name: str, says: str, *labels: str) -> Counter:
@@ -72,8 +72,6 @@ class Metrics:
         self.store_up = gauge("store_up", "1 where the galleries can be read and written", "livemostrecent")
         self._expired = counter("templates_expired", "Templates deleted because their time was over")
         self.ready = gauge("ready_workers", "Worker processes that answer", "livesum")
-        for type in PROBLEMS:  # there from the start, so that a rate over the first refusal is right
-            self._refusals.labels(type)
 
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """A request was answered. ``route``: its template, ``/v1/galleries/{gallery}``, never its path."""
@@ -81,9 +79,15 @@ class Metrics:
         self._note(self._of(self._requests, method if method in METHODS else OTHER, route, str(status)).inc, 1)
         self._note(self._of(self._latency, route).observe, seconds)
 
+    def expect_refusals(self, types: Iterable[str]) -> None:
+        """Show a count of zero for these problem types, so that a rate over the first refusal is right."""
+        self._refusal_types |= set(types)
+        for type in self._refusal_types:
+            self._refusals.labels(type)
+
     def refusal(self, type: str) -> None:
-        """A problem was sent; inside a bulk answer, too."""
-        self._refusals.labels(type if type in PROBLEMS else OTHER).inc()
+        """Count a problem that was sent; inside a bulk answer, too. One that was not expected counts as ``other``."""
+        self._refusals.labels(type if type in self._refusal_types else OTHER).inc()
 
     def abandoned(self) -> None:
         """A client went away before it had its answer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import Draining, NotReady
 from pkd.serving.observability.metrics import Metrics
 
 
@@ -20,10 +20,10 @@ class State:
     metrics: Metrics = field(default_factory=Metrics)
 
     def require_ready(self) -> None:
-        """Raise a 503 Problem unless requests may be answered."""
+        """Raise Draining or NotReady unless requests may be answered."""
         if self.draining:
-            raise Problem("draining", "The server is shutting down. Send the request to another one.")
+            raise Draining("The server is shutting down. Send the request to another one.")
         if self.failure:
-            raise Problem("not-ready", f"The self-test failed: {self.failure}")
+            raise NotReady(f"The self-test failed: {self.failure}")
         if self.proved is None:
-            raise Problem("not-ready", "The golden crops of the bundles are still being checked.")
+            raise NotReady("The golden crops of the bundles are still being checked.")

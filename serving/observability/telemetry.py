@@ -6,18 +6,17 @@ subjects. Where spans go is said by OpenTelemetry's own variables, such as ``OTE
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
-
-from starlette.datastructures import Headers
-from starlette.types import Scope
 
 from pkd.toolkit.core.errors import MissingExtra
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
+Scope = MutableMapping[str, Any]
+"""A request, as ASGI describes it."""
 EndSpan = Callable[[str, int, "str | None"], None]
 _tracer: Any = None
 
@@ -64,7 +63,8 @@ def _span(scope: Scope) -> Iterator[EndSpan]:
     from opentelemetry.trace import SpanKind, StatusCode
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    parent = TraceContextTextMapPropagator().extract({"traceparent": Headers(scope=scope).get("traceparent", "")})
+    sent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
+    parent = TraceContextTextMapPropagator().extract({"traceparent": sent.decode("latin-1")})
     with _tracer.start_as_current_span(
         scope["method"], parent, SpanKind.SERVER, record_exception=False, set_status_on_exception=False
     ) as made:

@@ -14,7 +14,6 @@ import cv2
 from rich.console import Console
 
 from pkd.serving.api.api_keys import ApiKeys
-from pkd.serving.core.problems import Problem
 from pkd.serving.galleries.open import Place
 from pkd.serving.galleries.store import GalleryStore
 from pkd.serving.inference.registry import Encoders
@@ -25,7 +24,7 @@ from pkd.serving.server.server import Link, serve
 from pkd.toolkit.bundle.bundle import NOT_GATED
 from pkd.toolkit.certificates.signing import TrustedKeys
 from pkd.toolkit.core.encoder_info import short
-from pkd.toolkit.core.errors import PkdError, UnsupportedFmr
+from pkd.toolkit.core.errors import UnsupportedFmr
 from pkd.toolkit.encoders.detector import open_detector
 
 
@@ -93,10 +92,7 @@ def open_store(configuration: Configuration) -> GalleryStore | None:
     from pkd.serving.galleries.crypto import MasterKey
 
     place = Place(configuration.gallery, configuration.audit, configuration.milvus_token, configuration.milvus_shards)
-    try:
-        return place.open(MasterKey.read(Path(configuration.master_key)))
-    except Problem as problem:
-        raise PkdError(problem.detail) from None
+    return place.open(MasterKey.read(Path(configuration.master_key)))
 
 
 def introduce(console: Console, it: Opened, configuration: Configuration) -> None:

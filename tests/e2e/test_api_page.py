@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pkd.serving.core.problems import PROBLEMS
+from pkd.serving.api.problems import TYPES
 from pkd.toolkit.images.codec import write_rgb
 from tests.support import gallery_fixtures as made
 
@@ -42,7 +42,7 @@ def test_the_program(tmp_path, monkeypatch, capsys):
 
 def test_the_example_of_a_refusal():
     (example,) = (json.loads(block) for block in blocks("json"))
-    status, title = PROBLEMS[example["type"]]
+    _, status, title = TYPES[example["type"]]
     assert (example["status"], example["title"]) == (status, title)
     assert {"expected", "got", "works"} <= set(example)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pkd.serving.core.problems import PROBLEMS
+from pkd.serving.api.problems import TYPES
 from pkd.toolkit.synthetic.faces import face
 from tests.support import serving_bundles as made
 from tests.support.real_data import HAS_SHARED, SHARED
@@ -79,7 +79,7 @@ def judge(client: httpx.Client, data: bytes, aligned: bool) -> str:
     if answer.status_code == 200:
         return "200"
     problem = answer.json()["type"]
-    assert answer.status_code < 500 and PROBLEMS[problem][0] == answer.status_code, (answer.text, data[:40])
+    assert answer.status_code < 500 and TYPES[problem].status == answer.status_code, (answer.text, data[:40])
     return str(problem)
 
 

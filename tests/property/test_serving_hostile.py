@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pkd.serving.core.problems import PROBLEMS
+from pkd.serving.api.problems import TYPES
 from tests.support import gallery_fixtures
 from tests.support import serving_bundles as made
 
@@ -67,10 +67,10 @@ def judge(answer):
     assert answer.status_code < 500, answer.text
     if answer.headers["content-type"] == "application/x-ndjson":
         for one in map(json.loads, filter(None, answer.content.split(b"\n"))):
-            assert "problem" not in one or PROBLEMS[one["problem"]["type"]][0] == one["problem"]["status"] < 500
+            assert "problem" not in one or TYPES[one["problem"]["type"]].status == one["problem"]["status"] < 500
     elif answer.status_code not in (200, 201):
         body = answer.json()
-        assert PROBLEMS[body["type"]][0] == answer.status_code
+        assert TYPES[body["type"]].status == answer.status_code
         assert "Traceback" not in answer.text
 
 

@@ -13,8 +13,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import GalleryConflict, IdempotencyConflict, InvalidRequest, UnknownGallery, UnknownSubject
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, GalleryStore, NewTemplate, Space
+from pkd.toolkit.core.errors import BadVector, PkdError, SpaceMismatch
 from tests.support.gallery_examples import (
     ALICE,
     BOB,
@@ -62,9 +63,9 @@ class Conformance:
         assert (made.subjects, dict(made.templates), made.moved) == (0, {}, 0)
         assert abs(made.created - time.time()) < 60
         assert store.create("guests", OLD, 3600.0, BOB) == made
-        with refused("gallery-conflict"):
+        with refused(GalleryConflict):
             store.create("guests", NEW, 3600.0, ALICE)
-        with refused("gallery-conflict"):
+        with refused(GalleryConflict):
             store.create("guests", replace(OLD, dim=DIM + 1), 3600.0, ALICE)
         assert [gallery.name for gallery in store.list()] == ["guests", "staff"]
 
@@ -82,13 +83,13 @@ class Conformance:
             lambda: store.end_migration("nobody", ALICE),
             lambda: store.export("nobody"),
         ):
-            with refused("unknown-gallery") as caught:
+            with refused(UnknownGallery) as caught:
                 call()  # type: ignore[no-untyped-call]
-            assert "nobody" in caught.value.detail
+            assert "nobody" in str(caught.value)
         for call in (lambda: store.subject("staff", "nemo"), lambda: store.delete_subject("staff", "nemo", ALICE)):
-            with refused("unknown-subject") as caught:
+            with refused(UnknownSubject) as caught:
                 call()  # type: ignore[no-untyped-call]
-            assert "nemo" in caught.value.detail
+            assert "nemo" in str(caught.value)
 
     def test_a_deleted_gallery_is_gone_and_its_name_free(self, store: GalleryStore) -> None:
         enrolled(store.enrol("staff", [one("ann", unit(1)[0]), one("bo", unit(2)[0])], ALICE))
@@ -96,11 +97,11 @@ class Conformance:
         assert (receipt.gallery, receipt.subject, receipt.templates) == ("staff", None, 2)
         assert receipt.rows >= 2
         assert self.erased <= set(receipt.covers)
-        with refused("unknown-gallery"):
+        with refused(UnknownGallery):
             store.search("staff", ENCODER, unit(1), 1)
         assert store.create("staff", NEW, None, ALICE).subjects == 0
         assert store.search("staff", ENCODER, unit(1), 1)[0].hits == ()
-        with refused("unknown-subject"):
+        with refused(UnknownSubject):
             store.subject("staff", "ann")
 
     # Enrolment
@@ -168,18 +169,18 @@ class Conformance:
             ],
             ALICE,
         )
-        types = [answer.type if isinstance(answer, Problem) else "" for answer in answers]
-        assert types[:2] == ["", "space-mismatch"]
-        assert types[2:5] == ["bad-vector"] * 3
-        assert types[5:] == ["space-mismatch", "invalid-request", ""]
+        types = [type(answer) for answer in answers]
+        assert types[:2] == [Enrolled, SpaceMismatch]
+        assert types[2:5] == [BadVector] * 3
+        assert types[5:] == [SpaceMismatch, InvalidRequest, Enrolled]
         assert sorted(store.subjects("staff")) == ["ann", "bo"]
 
     def test_an_encoder_keeps_to_its_space(self, store: GalleryStore) -> None:
         enrolled(store.enrol("staff", [one("ann", unit(1)[0])], ALICE))
         store.begin_migration("staff", NEW, ALICE)
         (answer,) = store.enrol("staff", [one("ann", unit(1)[0], space=NEW)], ALICE)
-        assert isinstance(answer, Problem)
-        assert answer.type == "space-mismatch"
+        assert isinstance(answer, PkdError)
+        assert isinstance(answer, SpaceMismatch)
 
     def test_an_idempotency_key_enrols_once(self, store: GalleryStore) -> None:
         asked = one("ann", unit(1)[0], key="k1", digest="d1")
@@ -189,8 +190,8 @@ class Conformance:
         other = replace(asked, digest="d2")
         twice = one("bo", unit(2)[0], key="k2", digest="d")
         answers = store.enrol("staff", [other, twice, twice], ALICE)
-        assert isinstance(answers[0], Problem)
-        assert answers[0].type == "idempotency-conflict"
+        assert isinstance(answers[0], PkdError)
+        assert isinstance(answers[0], IdempotencyConflict)
         assert [answer.replayed for answer in enrolled(answers[1:])] == [False, True]
         assert store.get("staff").templates == {ENCODER: 2}
         store.create("guests", OLD, None, ALICE)
@@ -202,7 +203,7 @@ class Conformance:
         bare = [replace(each, templates=()) for each in asked]
         unknown = [one("ann", unit(1)[0], key="k3", digest="d1"), one("ann", unit(1)[0])]
         said = store.answered("staff", [bare[1], *unknown, replace(bare[0], digest="d2"), bare[0]])
-        assert isinstance(said[3], Problem) and said[3].type == "idempotency-conflict"
+        assert isinstance(said[3], IdempotencyConflict)
         assert [said[0], *said[1:3], said[4]] == [
             replace(second, replayed=True),
             None,
@@ -212,7 +213,7 @@ class Conformance:
         assert store.answered("staff", []) == []
         store.delete_subject("staff", "ann", ALICE)
         assert store.answered("staff", bare[:1]) == [None]
-        with pytest.raises(Problem, match="nobody"):
+        with pytest.raises(PkdError, match="nobody"):
             store.answered("nobody", bare)
 
     def test_four_threads_enrol_at_once(self, store: GalleryStore) -> None:
@@ -321,7 +322,7 @@ class Conformance:
         assert receipt.rows >= 3  # the key, too
         assert self.erased <= set(receipt.covers)
         assert len(bytes.fromhex(receipt.hash)) == 32
-        with refused("unknown-subject"):
+        with refused(UnknownSubject):
             store.subject("staff", "ann")
         assert [hit.subject for hit in store.search("staff", ENCODER, vectors[:1], 5)[0].hits] == ["bo"]
         assert store.get("staff").subjects == 1
@@ -401,16 +402,16 @@ class Conformance:
     def test_a_migration_moves_every_subject_before_it_ends(self, store: GalleryStore) -> None:
         vectors = unit(1, 6)
         enrolled(store.enrol("staff", [one(f"s{i}", vectors[i]) for i in range(3)], ALICE))
-        with refused("gallery-conflict"):
+        with refused(GalleryConflict):
             store.end_migration("staff", ALICE)
-        with refused("gallery-conflict"):
+        with refused(GalleryConflict):
             store.unmoved("staff")
-        with refused("gallery-conflict"):
+        with refused(GalleryConflict):
             store.begin_migration("staff", OLD, ALICE)
         moving = store.begin_migration("staff", NEW, ALICE)
         assert (moving.space, moving.moving_to, moving.moved) == (OLD, NEW, 0)
         assert store.begin_migration("staff", NEW, ALICE) == moving
-        with refused("gallery-conflict"):
+        with refused(GalleryConflict):
             store.begin_migration("staff", Space("third@sha256:3", DIM), ALICE)
         listed = list(store.unmoved("staff"))
         assert listed == list(store.subjects("staff"))
@@ -421,7 +422,7 @@ class Conformance:
         assert list(store.unmoved("staff")) == [subject for subject in listed if subject != "s1"]
         assert len(store.search("staff", ENCODER, vectors[:1], 9)[0].hits) == 3  # both answer
         assert [hit.subject for hit in store.search("staff", NEXT, vectors[4:5], 9)[0].hits] == ["s1"]
-        with refused("gallery-conflict"):
+        with refused(GalleryConflict):
             store.end_migration("staff", ALICE)
         store.delete_subject("staff", "s2", ALICE)
         enrolled(store.enrol("staff", [one("s0", vectors[3], encoder=NEXT, space=NEW)], ALICE))
@@ -432,7 +433,7 @@ class Conformance:
         assert store.search("staff", ENCODER, vectors[:1], 9)[0].hits == ()
         assert len(store.search("staff", NEXT, vectors[:1], 9)[0].hits) == 2
         (answer,) = store.enrol("staff", [one("s0", vectors[0])], ALICE)
-        assert isinstance(answer, Problem)
+        assert isinstance(answer, PkdError)
 
     def test_an_abandoned_migration_leaves_what_was(self, store: GalleryStore) -> None:
         vectors = unit(1, 4)
@@ -440,7 +441,7 @@ class Conformance:
         store.begin_migration("staff", NEW, ALICE)
         enrolled(store.enrol("staff", [one("ann", vectors[1], encoder=NEXT, space=NEW)], ALICE))
         enrolled(store.enrol("staff", [one("bo", vectors[2], encoder=NEXT, space=NEW)], ALICE))
-        with refused("gallery-conflict"):
+        with refused(GalleryConflict):
             store.end_migration("staff", ALICE, abandon=True)  # bo would be left without a template
         store.delete_subject("staff", "bo", ALICE)
         assert store.end_migration("staff", ALICE, abandon=True).templates == 1
@@ -474,7 +475,7 @@ class Conformance:
         assert soon(lambda: "guests" in [gallery.name for gallery in store.list()])
         assert store.search("guests", ENCODER, vectors[:1], 5)[0].hits == ()
         store.delete("staff", ALICE)
-        with refused("unknown-gallery"):
+        with refused(UnknownGallery):
             soon(lambda: bool(other.search("staff", ENCODER, vectors[:1], 5)) and False)
 
     def test_a_store_opened_again_has_everything(self, store: GalleryStore, opened: Open) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pkd.serving.core.problems import Problem
 from pkd.serving.galleries.store import Enrolled, Enrolment, GalleryStore, NewTemplate, Space
+from pkd.toolkit.core.errors import PkdError
 
 DIM = 16
 OLD, NEW = Space("old@sha256:1", DIM), Space("new@sha256:2", DIM)
@@ -45,15 +45,14 @@ def plain_search(templates: Sequence[tuple[str, Floats]], query: Floats, top_k: 
 
 
 @contextlib.contextmanager
-def refused(type: str) -> Iterator[pytest.ExceptionInfo[Problem]]:
-    """A Problem of this type, whose text says something."""
-    with pytest.raises(Problem) as caught:
+def refused(error: type[PkdError]) -> Iterator[pytest.ExceptionInfo[PkdError]]:
+    """An error of this class, whose text says something."""
+    with pytest.raises(error) as caught:
         yield caught
-    assert caught.value.type == type
-    assert len(caught.value.detail) > 10
+    assert len(str(caught.value)) > 10
 
 
-def enrolled(answers: Sequence[Enrolled | Problem]) -> list[Enrolled]:
+def enrolled(answers: Sequence[Enrolled | PkdError]) -> list[Enrolled]:
     """All of them, none refused."""
     for answer in answers:
         assert isinstance(answer, Enrolled), answer

@@ -25,13 +25,28 @@ class's ``exit_code``::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Raised = TypeVar("Raised", bound="PkdError")
 
 
 class PkdError(Exception):
-    """Root of the tree. ``exit_code`` is what a command exits with."""
+    """Root of the tree. ``exit_code`` is what a command exits with.
+
+    ``details``: the same for programs, for example what was ``expected``, what it ``got`` and what ``works``; values of
+    JSON. A server sends them beside the message.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.details: dict[str, Any] = dict(details or {})
+
+    def explain(self: Raised, **details: Any) -> Raised:
+        """Add those ``details`` that the error lacks: whoever caught it may know more than who raised it."""
+        self.details = {**details, **self.details}
+        return self
 
 
 class TrainingDiverged(PkdError):

@@ -13,8 +13,9 @@ from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from pkd.serving.api import openapi
-from pkd.serving.core.problems import Problem
-from pkd.serving.core.responses import answer
+from pkd.serving.api.problems import RangeNotSatisfiable, problem_response
+from pkd.serving.api.responses import answer
+from pkd.serving.core.errors import InvalidRequest
 from pkd.serving.core.schemas import CertificatesAnswer, EncoderDetail, EncodersAnswer, SpacesAnswer
 from pkd.serving.inference.artifacts import Offer, needed
 from pkd.serving.matching.service import Service
@@ -73,7 +74,7 @@ def routes(service: Service) -> APIRouter:
         stem = short(offer.info.id).replace("@", "-")
         if as_ == "bundle":
             if target is not None or file is not None:
-                raise Problem("invalid-request", "as=bundle is the whole bundle: leave out target and file.")
+                raise InvalidRequest("as=bundle is the whole bundle: leave out target and file.")
             chosen = await run_in_threadpool(artifacts.packed, offer.bundle)
             name, kind = f"{stem}.zip", "application/zip"
         else:
@@ -153,7 +154,7 @@ class _Download(FileResponse):
         found = parts(asked, size) if asked and current else None
         if asked and found == []:
             detail = f"Range {asked[:80]!r}: the file has {size:,} bytes. Send bytes=FROM-TO."
-            refusal = Problem("range", detail, bytes=size).response()
+            refusal = problem_response(RangeNotSatisfiable(detail, details={"bytes": size}))
             refusal.headers["Content-Range"] = f"bytes */{size}"
             await refusal(scope, receive, send)
             return

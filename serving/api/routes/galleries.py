@@ -9,12 +9,14 @@ from starlette.responses import Response
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
+from pkd.serving.api.request_body import require_json
+from pkd.serving.api.responses import answer
 from pkd.serving.api.routes.parameters import GalleryName
+from pkd.serving.core.errors import GalleryConflict
 from pkd.serving.core.gallery_schemas import GalleriesAnswer, GalleryAnswer, GalleryBody, ReceiptAnswer
-from pkd.serving.core.problems import Problem
-from pkd.serving.core.responses import answer, when
+from pkd.serving.core.validation import parse
+from pkd.serving.galleries.description import utc
 from pkd.serving.galleries.store import Gallery, Receipt, Space
-from pkd.serving.inference.request_images import parse, require_json
 from pkd.serving.matching.admission import space_called
 from pkd.serving.matching.service import Service
 
@@ -42,19 +44,18 @@ def routes(service: Service) -> APIRouter:
         space = space_called(service.encoders, body.space)
         try:
             made = await service.stored(service.store.create, gallery, space, body.retention_seconds, actor)
-        except Problem as problem:
-            if problem.type == "gallery-conflict":
-                pinned = (await service.stored(service.store.get, gallery)).space.id
-                conflict = {"expected": {"space": pinned}, "got": {"space": space.id}, "works": {"spaces": [pinned]}}
-                problem.members.update(conflict)
+        except GalleryConflict as conflict:
+            pinned = (await service.stored(service.store.get, gallery)).space.id
+            conflict.details.update(expected={"space": pinned}, got={"space": space.id}, works={"spaces": [pinned]})
             raise
         if body.retention_seconds not in (None, made.retention):
-            raise Problem(
-                "gallery-conflict",
+            raise GalleryConflict(
                 f"the gallery {gallery!r} has another retention. Leave it out, or delete the gallery first.",
-                expected={"retention_seconds": made.retention},
-                got={"retention_seconds": body.retention_seconds},
-                works={"retention_seconds": [made.retention]},
+                details={
+                    "expected": {"retention_seconds": made.retention},
+                    "got": {"retention_seconds": body.retention_seconds},
+                    "works": {"retention_seconds": [made.retention]},
+                },
             )
         return answer(shown(made), 200 if gallery in there else 201)
 
@@ -85,7 +86,7 @@ def shown(gallery: Gallery) -> dict[str, Any]:
         "name": gallery.name,
         "space": space(gallery.space),
         "moving_to": gallery.moving_to and space(gallery.moving_to),
-        "created": when(gallery.created),
+        "created": utc(gallery.created),
         "retention_seconds": gallery.retention,
         "subjects": gallery.subjects,
         "templates": dict(gallery.templates),

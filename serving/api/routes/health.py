@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from pkd.serving.core.problems import documented
+from pkd.serving.api.problems import documented
 from pkd.serving.matching.service import Service
 from pkd.serving.observability import metrics
 

@@ -7,12 +7,13 @@ from starlette.responses import Response
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
+from pkd.serving.api.request_body import JSON, media_type, read_files, with_query
+from pkd.serving.api.responses import answer
 from pkd.serving.api.routes.parameters import GalleryName
+from pkd.serving.core.errors import InvalidRequest
 from pkd.serving.core.gallery_schemas import IdentifyAnswer, IdentifyBody, IdentifyImage, IdentifyOptions
-from pkd.serving.core.problems import Problem
-from pkd.serving.core.responses import answer
 from pkd.serving.core.schemas import EmbeddingSide
-from pkd.serving.inference.request_images import JSON, media_type, parse, read_files, with_query
+from pkd.serving.core.validation import parse
 from pkd.serving.matching.service import Photograph, Service
 
 
@@ -42,7 +43,7 @@ def routes(service: Service) -> APIRouter:
             return answer(await service.identify(gallery, query, with_query(request, IdentifyOptions, fields)))
         images, fields = await read_files(request, kind)
         if len(images) != 1:
-            raise Problem("invalid-request", f"{len(images)} images; one is searched for at a time.")
+            raise InvalidRequest(f"{len(images)} images; one is searched for at a time.")
         options = with_query(request, IdentifyImage, fields)
         query = Photograph(images[0], options.encoder, options.aligned, options.faces)
         return answer(await service.identify(gallery, query, options))

@@ -7,9 +7,10 @@ from starlette.responses import Response
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
-from pkd.serving.core.responses import answer
+from pkd.serving.api.request_body import read_embed, require_json
+from pkd.serving.api.responses import answer
 from pkd.serving.core.schemas import EmbedAnswer, EmbedBody, EmbedOptions, VerifyAnswer, VerifyBody
-from pkd.serving.inference.request_images import parse, read_embed, require_json
+from pkd.serving.core.validation import parse
 from pkd.serving.matching.service import Service
 
 
@@ -20,7 +21,7 @@ def routes(service: Service) -> APIRouter:
     async def embed(request: Request) -> Response:
         """Embed the faces of one or many images."""
         require(request, "embed")
-        return answer(await service.embed(await read_embed(request)))
+        return answer(await service.embed(*await read_embed(request)))
 
     async def verify(request: Request) -> Response:
         """Decide whether `a` (query) and `b` (gallery) show the same person: images, embeddings or subjects."""

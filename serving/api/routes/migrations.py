@@ -12,14 +12,15 @@ from starlette.responses import Response
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
+from pkd.serving.api.request_body import require_json
+from pkd.serving.api.responses import answer
 from pkd.serving.api.routes.galleries import receipt, space
 from pkd.serving.api.routes.parameters import After, GalleryName, Limit
 from pkd.serving.api.routes.subjects import page
+from pkd.serving.core.errors import GalleryConflict
 from pkd.serving.core.gallery_schemas import MigrationAnswer, MigrationBody, MovedAnswer
-from pkd.serving.core.problems import Problem
-from pkd.serving.core.responses import answer
+from pkd.serving.core.validation import parse
 from pkd.serving.galleries.store import Gallery
-from pkd.serving.inference.request_images import parse, require_json
 from pkd.serving.matching.admission import space_called, spaces_of
 from pkd.serving.matching.service import Service
 
@@ -40,8 +41,8 @@ def routes(service: Service) -> APIRouter:
         wanted = space_called(service.encoders, parse(MigrationBody, await request.body()).space)
         try:
             begun = await service.stored(service.store.begin_migration, gallery, wanted, actor)
-        except Problem as problem:
-            raise await explained(problem, gallery, {"space": wanted.id}) from None
+        except GalleryConflict as conflict:
+            raise await explained(conflict, gallery, {"space": wanted.id}) from None
         return answer(await shown(begun, "", 100))
 
     @router.get(
@@ -83,8 +84,8 @@ def routes(service: Service) -> APIRouter:
     async def end(gallery: str, actor: str, *, abandon: bool) -> dict[str, Any]:
         try:
             moved = await service.stored(service.store.end_migration, gallery, actor, abandon=abandon)
-        except Problem as problem:
-            raise await explained(problem, gallery, {}, back=abandon) from None
+        except GalleryConflict as conflict:
+            raise await explained(conflict, gallery, {}, back=abandon) from None
         left = await service.stored(service.store.get, gallery)
         return {
             "gallery": gallery,
@@ -93,10 +94,10 @@ def routes(service: Service) -> APIRouter:
             "receipt": receipt(moved.receipt),
         }
 
-    async def explained(problem: Problem, gallery: str, asked: dict[str, Any], *, back: bool = False) -> Problem:
-        """A conflict, with the state that the gallery is in and what could be done in it."""
-        if problem.type != "gallery-conflict":
-            return problem
+    async def explained(
+        conflict: GalleryConflict, gallery: str, asked: dict[str, Any], *, back: bool = False
+    ) -> GalleryConflict:
+        """Add the state that the gallery is in and what could be done in it."""
         now = await service.stored(service.store.get, gallery)
         state = await shown(now, "", 100)
         others = [id for id in spaces_of(service.encoders) if id != now.space.id]
@@ -104,7 +105,7 @@ def routes(service: Service) -> APIRouter:
         behind = state["unmoved"]
         if moving and back:  # an abandoned migration leaves those with nothing who are in the second space alone
             behind = list(await service.stored(service.store.unmoved, gallery, limit=100, back=True))
-        return problem.explain(
+        return conflict.explain(
             expected={"moving_to": now.moving_to.id} if now.moving_to else {"spaces": others},
             got={**asked, "moving_to": state["moving_to"], "unmoved": state["unmoved"]},
             works={"enrol_or_delete": behind} if moving else {"spaces": others},

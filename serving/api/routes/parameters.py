@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 
 from pkd.serving.core.gallery_schemas import Key
 from pkd.serving.core.schemas import Name
-from pkd.serving.inference.request_images import invalid
+from pkd.serving.core.validation import invalid
 
 GalleryName = Annotated[Name, Path(description="Name of the gallery")]
 SubjectId = Annotated[Name, Path(description="Id of the subject")]
@@ -26,7 +26,7 @@ def queries_of(route: APIRoute) -> list[str]:
 
 
 async def known_query(request: Request) -> None:
-    """Dependency of routers: raises an invalid-request Problem for query parameters that the route does not have.
+    """Dependency of routers: raises InvalidRequest for query parameters that the route does not have.
 
     A misspelt option would have no effect, and nobody would know.
     """

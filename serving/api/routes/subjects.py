@@ -9,6 +9,8 @@ from starlette.responses import Response
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
+from pkd.serving.api.request_body import JSON, media_type, read_files, with_query
+from pkd.serving.api.responses import answer
 from pkd.serving.api.routes.galleries import receipt
 from pkd.serving.api.routes.parameters import After, GalleryName, IdempotencyKey, Limit, SubjectId
 from pkd.serving.core.gallery_schemas import (
@@ -19,10 +21,9 @@ from pkd.serving.core.gallery_schemas import (
     SubjectAnswer,
     SubjectsAnswer,
 )
-from pkd.serving.core.responses import answer
 from pkd.serving.core.schemas import MANY_VALUES
+from pkd.serving.core.validation import parse
 from pkd.serving.galleries.description import of_subject
-from pkd.serving.inference.request_images import JSON, media_type, parse, read_files, with_query
 from pkd.serving.matching.enrolment import Taken, enrol
 from pkd.serving.matching.service import Service
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
+from pkd.serving.api.problems import problem_body, problem_type
+from pkd.serving.api.request_body import media_type
+from pkd.serving.api.responses import NDJSON, Stream, line
 from pkd.serving.api.routes.parameters import GalleryName
+from pkd.serving.core.errors import ServingError, UnsupportedMedia
 from pkd.serving.core.gallery_schemas import BulkItem, ExportedSubject
-from pkd.serving.core.problems import Problem
-from pkd.serving.core.responses import NDJSON, Stream
-from pkd.serving.inference.request_images import media_type
-from pkd.serving.matching.bulk import enrol_lines, read_items
+from pkd.serving.matching.bulk import LineResult, enrol_lines, read_items
 from pkd.serving.matching.service import Service
 from pkd.serving.matching.transfer import Import, export
 
@@ -41,8 +44,8 @@ def routes(service: Service) -> APIRouter:
         _require_lines(request)
         await service.stored(service.store.get, gallery)
 
-        read = partial(read_items, service)
-        return Stream(enrol_lines(service, gallery, request.stream(), actor, read))
+        results = enrol_lines(service, gallery, request.stream(), actor, partial(read_items, service))
+        return Stream(answer_lines(results))
 
     @router.get(
         "/v1/galleries/{gallery}/export",
@@ -55,7 +58,17 @@ def routes(service: Service) -> APIRouter:
         Without the last line the export was cut off. It is biometric data: faces can be reconstructed from it.
         """
         require(request, "admin")
-        return Stream(export(service, await service.stored(service.store.get, gallery)))
+        lines = export(service, await service.stored(service.store.get, gallery))
+
+        async def answers() -> AsyncGenerator[bytes, None]:
+            try:
+                async with aclosing(lines):
+                    async for some in lines:
+                        yield b"".join(map(line, some))
+            except ServingError as error:  # too late for a status: no last line, and the reason in its place
+                yield line({"problem": problem_body(error)})
+
+        return Stream(answers())
 
     @router.post(
         "/v1/galleries/{gallery}/import",
@@ -71,15 +84,40 @@ def routes(service: Service) -> APIRouter:
 
         async def answers() -> AsyncGenerator[bytes, None]:
             importing = Import(service)
-            async for piece in enrol_lines(service, gallery, request.stream(), actor, importing.read):
-                yield piece
-            yield importing.end()
+            results = enrol_lines(service, gallery, request.stream(), actor, importing.read)
+            async with aclosing(answer_lines(results)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            if error := importing.end():
+                yield line({"line": None, "problem": problem_body(error)})
 
         return Stream(answers())
+
+    async def answer_lines(results: AsyncGenerator[list[LineResult], None]) -> AsyncGenerator[bytes, None]:
+        """Write results as lines of JSON, and count the refusals among them."""
+        async with aclosing(results):
+            async for some in results:
+                for one in some:
+                    if one.error:
+                        service.state.metrics.refusal(problem_type(one.error).slug)
+                yield b"".join(line(bulk_answer(one)) for one in some)
 
     return router
 
 
+def bulk_answer(result: LineResult) -> dict[str, Any]:
+    """Describe what became of one line, as the schema BulkAnswer."""
+    said: dict[str, Any] = {"line": result.line.number, "subject": result.line.subject, "key": result.line.key}
+    if result.error:
+        return {**said, "problem": problem_body(result.error)}
+    return {
+        **said,
+        "templates": [id for one in result.enrolled for id in one.templates],
+        "sequence": max((one.sequence for one in result.enrolled), default=None),
+        "replayed": all(one.replayed for one in result.enrolled),
+    }
+
+
 def _require_lines(request: Request) -> None:
     if media_type(request) not in (NDJSON, "application/jsonl"):
-        raise Problem("unsupported-media", f"Send one JSON object a line as {NDJSON}.")
+        raise UnsupportedMedia(f"Send one JSON object a line as {NDJSON}.")

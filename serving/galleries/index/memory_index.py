@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkd.serving.core.problems import Problem
 from pkd.serving.galleries.index.attribute_sets import AttributeSets
 from pkd.serving.galleries.index.combining_queue import Drain
 from pkd.serving.galleries.index.exact_index import Floats, Ints, Matrix, Spread
 from pkd.serving.galleries.store import Attributes, Found, Hit
 from pkd.serving.galleries.templates import TOLERANCE
+from pkd.toolkit.core.errors import BadVector
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class MemoryIndex:
         return sum(len(matrix) for matrix in self._matrices.values())
 
     def search(self, encoder: str, queries: Floats, top_k: int, where: Attributes | None) -> Sequence[Found]:
-        """As GalleryStore.search; ``queries`` Q×D, unit rows. Raises a bad-vector Problem for anything else."""
+        """As GalleryStore.search; ``queries`` Q×D, unit rows. Raises BadVector for anything else."""
         matrix = self._matrices.get(encoder)
         if matrix and queries.shape[1:] != (matrix.dim,):
-            raise Problem("bad-vector", f"the query has shape {queries.shape[1:]}, its space {matrix.dim:,} numbers.")
+            raise BadVector(f"the query has shape {queries.shape[1:]}, its space {matrix.dim:,} numbers.")
         if not (abs(np.linalg.norm(queries, axis=1) - 1) <= TOLERANCE).all():  # NaN fails, too
-            raise Problem("bad-vector", "a query is not a unit vector.")
+            raise BadVector("a query is not a unit vector.")
         return self._drain.do([_Query(encoder, query, top_k, where or {}) for query in queries])
 
     def add(self, rows: Rows) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import GalleryConflict, StoreUnavailable
 from pkd.serving.galleries.crypto import MasterKey, Sealed
 from pkd.serving.galleries.milvus.client import Freshness, NoTable, Row, Tables
 from pkd.serving.galleries.milvus.records import Entry, hashed
@@ -25,7 +25,7 @@ NOBODY = "check"
 class Catalogue:
     """The rows, and what is remembered of them. Thread-safe; one a process.
 
-    Every call raises a store-unavailable Problem where the collection was dropped: with it the keys of all galleries.
+    Every call raises StoreUnavailable where the collection was dropped: with it the keys of all galleries.
     """
 
     def __init__(self, tables: Tables) -> None:
@@ -74,7 +74,7 @@ class Catalogue:
         """Raise a gallery-conflict unless the gallery's row is this still: nothing may be decided on an old one."""
         if self.find(entry.name, "ALL") != entry:
             self.forget(entry.name)
-            raise Problem("gallery-conflict", f"gallery {entry.name} is being changed by others. Look and try again.")
+            raise GalleryConflict(f"gallery {entry.name} is being changed by others. Look and try again.")
 
     def remove(self, entry: Entry) -> None:
         """Remove a gallery's row."""
@@ -86,7 +86,7 @@ class Catalogue:
         self._known.pop(name, None)
 
     def check(self) -> None:
-        """Read and write once. Raises a store-unavailable Problem where Milvus cannot."""
+        """Read and write once. Raises StoreUnavailable where Milvus cannot."""
         self._rows(f'id == "{NOBODY}"', "SEEN")
         self._delete(NOBODY)  # goes through all that a write goes through, and leaves no row
 
@@ -107,7 +107,7 @@ class Catalogue:
         try:
             yield
         except NoTable:
-            raise Problem("store-unavailable", "The list of galleries is not in Milvus any more.") from None
+            raise StoreUnavailable("The list of galleries is not in Milvus any more.") from None
 
 
 def rewrap(catalogue: Catalogue, before: MasterKey, after: MasterKey) -> int:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import StoreUnavailable
 from pkd.toolkit.core.errors import MissingExtra
 
 Row = dict[str, Any]
@@ -66,7 +66,7 @@ class Tables:
         try:
             self._create(name, fields, dim, indexed)
         except NoTable:
-            raise Problem("store-unavailable", "A new collection was dropped by others at once. Try again.") from None
+            raise StoreUnavailable("A new collection was dropped by others at once. Try again.") from None
 
     def _create(self, name: str, fields: Mapping[str, int], dim: int, indexed: Sequence[str]) -> None:
         self.names()  # says so where pymilvus is missing
@@ -93,7 +93,7 @@ class Tables:
         deadline = time.monotonic() + SLOW_SECONDS
         while self._call("get_load_state", name)["state"].name != "Loaded":
             if time.monotonic() > deadline:
-                raise Problem("store-unavailable", f"Milvus did not load a new collection in {SLOW_SECONDS:g} s.")
+                raise StoreUnavailable(f"Milvus did not load a new collection in {SLOW_SECONDS:g} s.")
             time.sleep(0.03)
 
     def names(self) -> Sequence[str]:
@@ -202,17 +202,17 @@ class Tables:
             if error.code == NO_COLLECTION or "collection not found" in str(error):
                 raise NoTable(str(args[0] if args else "")) from None
             if error.code == NOT_CONNECTED:
-                raise Problem("store-unavailable", f"Milvus cannot be reached to {operation}. {REMEDY}") from error
-            raise Problem("store-unavailable", f"Milvus does not {operation}: code {error.code}.") from error
+                raise StoreUnavailable(f"Milvus cannot be reached to {operation}. {REMEDY}") from error
+            raise StoreUnavailable(f"Milvus does not {operation}: code {error.code}.") from error
         except (grpc.RpcError, ValueError) as error:  # ValueError: the channel was closed under it
-            raise Problem("store-unavailable", f"Milvus cannot be reached to {operation}. {REMEDY}") from error
+            raise StoreUnavailable(f"Milvus cannot be reached to {operation}. {REMEDY}") from error
 
     def _connected(self) -> Any:
         with self._connecting:
             if self._client is not None:
                 return self._client
             if time.monotonic() < self._retry:  # for those who waited here while another one failed
-                raise Problem("store-unavailable", "Milvus could not be reached a moment ago.")
+                raise StoreUnavailable("Milvus could not be reached a moment ago.")
             from pymilvus import MilvusClient
 
             logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every error that it raises, too

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import StoreUnavailable
 from pkd.serving.galleries.crypto import GalleryKey
 from pkd.serving.galleries.milvus.client import PAGE, Freshness, Row, Tables
 from pkd.serving.galleries.milvus.records import (
@@ -176,7 +176,7 @@ class MilvusGallery:
         for space, some in rows.items():
             self.tables.insert(entry.tables[space], some)
         if time.monotonic() - started > MOST_SECONDS:
-            raise Problem("store-unavailable", "Milvus was too slow: the enrolment was given up. Send it again.")
+            raise StoreUnavailable("Milvus was too slow: the enrolment was given up. Send it again.")
         self.tables.insert(self.records, [self.seal.commit(commit) for commit in commits])
         return journal
 

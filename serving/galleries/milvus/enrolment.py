@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import REFUSED_ENROLMENT, GalleryConflict, IdempotencyConflict, InvalidRequest, TooLarge
 from pkd.serving.galleries.milvus.collection import MilvusGallery
 from pkd.serving.galleries.milvus.records import Commit, Entry
 from pkd.serving.galleries.store import Enrolled, Enrolment
 from pkd.serving.galleries.templates import check, unknown_gallery
+from pkd.toolkit.core.errors import PkdError
 
-Answer = Enrolled | Problem
+Answer = Enrolled | PkdError
 Planned = dict[int, tuple[Commit, Enrolment]]
 """Place in the request → what is to be written."""
 SURELY_FIT = 1_000
@@ -48,8 +49,8 @@ def write(gallery: MilvusGallery, entry: Entry, enrolments: Sequence[Enrolment])
             _check(entry, one, encoders)
             commit = Commit.new(one, entry.retention, of_subject)
             _check_size(gallery, commit)
-        except Problem as problem:
-            written.answers[place] = problem
+        except REFUSED_ENROLMENT as refusal:
+            written.answers[place] = refusal
             continue
         of_subject.append(commit)
         same_key.append(commit)
@@ -97,14 +98,14 @@ def answered(gallery: MilvusGallery, entry: Entry, enrolments: Sequence[Enrolmen
         same_key = by_key[gallery.seal.key(one.key)] if one.key is not None else []
         try:
             found.append(_answered(one, same_key) if same_key else None)
-        except Problem as problem:
-            found.append(problem)
+        except IdempotencyConflict as refusal:
+            found.append(refusal)
     return found
 
 
 def _check(entry: Entry, one: Enrolment, encoders: dict[str, str]) -> None:
     if not one.templates:
-        raise Problem("invalid-request", f"subject {one.subject}: no template was given. Send at least one.")
+        raise InvalidRequest(f"subject {one.subject}: no template was given. Send at least one.")
     described, encoders = entry.gallery(), dict(encoders)
     for template in one.templates:
         check(described, template, encoders)
@@ -113,11 +114,10 @@ def _check(entry: Entry, one: Enrolment, encoders: dict[str, str]) -> None:
 
 def _check_size(gallery: MilvusGallery, commit: Commit) -> None:
     if not gallery.seal.fits(commit):
-        raise Problem(
-            "too-large",
+        raise TooLarge(
             f"subject {commit.subject}: {len(commit.templates):,} templates are too many for one enrolment in Milvus. "
             f"Send at most {SURELY_FIT:,} at a time.",
-            limit=SURELY_FIT,
+            details={"limit": SURELY_FIT},
         )
 
 
@@ -125,9 +125,8 @@ def _answered(one: Enrolment, commits: Sequence[Commit]) -> Enrolled:
     """What the first enrolment with this idempotency key was answered; an idempotency-conflict if it was another."""
     commit = commits[0]
     if (commit.subject, commit.digest) != (one.subject, one.digest):
-        raise Problem(
-            "idempotency-conflict",
-            f"idempotency key {one.key} was used for another request. Use a new key for a new request.",
+        raise IdempotencyConflict(
+            f"idempotency key {one.key} was used for another request. Use a new key for a new request."
         )
     return Enrolled(commit.subject, commit.template_ids, commit.sequence, True)
 
@@ -140,9 +139,8 @@ def _used_meanwhile(gallery: MilvusGallery, now: Entry, written: Written) -> Ite
         if one.key is not None and any(other.id not in ours for other in by_key[gallery.seal.key(one.key)]):
             yield (
                 place,
-                Problem(
-                    "idempotency-conflict",
-                    f"idempotency key {one.key} is being used by another request at this moment. Send this one again.",
+                IdempotencyConflict(
+                    f"idempotency key {one.key} is being used by another request at this moment. Send this one again."
                 ),
             )
 
@@ -155,7 +153,7 @@ def _left_meanwhile(now: Entry, written: Written) -> Iterator[tuple[int, Answer]
         if not {space for _, space in commit.templates} <= taken:
             yield (
                 place,
-                Problem("gallery-conflict", f"subject {one.subject}: the migration has ended. Look and try again."),
+                GalleryConflict(f"subject {one.subject}: the migration has ended. Look and try again."),
             )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import GalleryConflict, ServingError, StoreUnavailable
 from pkd.serving.galleries.audit import Head
 from pkd.serving.galleries.milvus.catalogue import Catalogue
 from pkd.serving.galleries.milvus.client import NoTable, Tables
@@ -58,8 +58,8 @@ def begin(catalogue: Catalogue, gallery: MilvusGallery, entry: Entry, space: Spa
             tables.drop(table)
             return False
         catalogue.change(replace(now, moving_to=space, tables={**now.tables, space.id: table}))
-    except Problem as problem:
-        if problem.type != "store-unavailable":  # then nobody knows whether the row names it
+    except ServingError as error:
+        if not isinstance(error, StoreUnavailable):  # then nobody knows whether the row names it
             tables.drop(table)
         raise
     return True
@@ -79,8 +79,8 @@ def end(
         catalogue.change(ending)
     try:
         _require_moved(gallery, ending, ending.space)
-    except Problem:
-        with suppress(Problem):  # then it stays as it is, and can be ended once more
+    except ServingError:
+        with suppress(ServingError):  # then it stays as it is, and can be ended once more
             catalogue.require(ending)
             catalogue.change(before)
         raise
@@ -106,9 +106,9 @@ def interrupted(entry: Entry) -> bool:
 def second(entry: Entry) -> Space:
     """The space that the gallery moves to; a gallery-conflict where there is none."""
     if entry.ending:
-        raise Problem("gallery-conflict", f"the migration of gallery {entry.name} is being ended. End it once more.")
+        raise GalleryConflict(f"the migration of gallery {entry.name} is being ended. End it once more.")
     if entry.moving_to is None:
-        raise Problem("gallery-conflict", f"gallery {entry.name} is not being migrated. Begin a migration first.")
+        raise GalleryConflict(f"gallery {entry.name} is not being migrated. Begin a migration first.")
     return entry.moving_to
 
 
@@ -118,7 +118,7 @@ def _begun(entry: Entry, space: Space) -> bool:
     if entry.moving_to or entry.ending or entry.space.id == space.id:
         state = f"moves to {entry.moving_to.id} already" if entry.moving_to else "has this space already"
         state = "is still ending a migration" if entry.ending else state
-        raise Problem("gallery-conflict", f"gallery {entry.name} {state}. End that first, or choose another.")
+        raise GalleryConflict(f"gallery {entry.name} {state}. End that first, or choose another.")
     return False
 
 
@@ -129,17 +129,16 @@ def _ending(entry: Entry, abandon: bool) -> tuple[Entry, Entry]:
         return entry, replace(entry, space=kept, moving_to=None, ending=Ending(time.time(), left, abandon))
     if entry.ending.abandon != abandon:
         state = "being abandoned" if entry.ending.abandon else "being ended, not abandoned"
-        raise Problem("gallery-conflict", f"the migration of gallery {entry.name} is {state}. Send that once more.")
+        raise GalleryConflict(f"the migration of gallery {entry.name} is {state}. Send that once more.")
     first, then = (entry.space, entry.ending.left) if abandon else (entry.ending.left, entry.space)
     return replace(entry, space=first, moving_to=then, ending=None), entry
 
 
 def _require_moved(gallery: MilvusGallery, entry: Entry, space: Space) -> None:
     for behind in gallery.without(entry, space.id, "", 1, "ALL"):
-        raise Problem(
-            "gallery-conflict",
+        raise GalleryConflict(
             f"gallery {entry.name}: subjects would be left without a template, {behind} first. "
-            f"Enrol them in space {space.id}, or delete them.",
+            f"Enrol them in space {space.id}, or delete them."
         )
 
 

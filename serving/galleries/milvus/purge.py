@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import ServingError
 from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.milvus.catalogue import Catalogue
 from pkd.serving.galleries.milvus.client import NoTable, Tables
@@ -37,15 +37,15 @@ def purge(tables: Tables, catalogue: Catalogue, log: AuditFile) -> None:
                 held[name] = tables.holds_deleted(name)
         except NoTable:  # it is being deleted at this moment
             continue
-        except Problem as problem:
-            logger.warning("Milvus: whether deleted rows have left its files is looked at later: %s", problem.detail)
+        except ServingError as error:
+            logger.warning("Milvus: whether deleted rows have left its files is looked at later: %s", error)
             continue
         if not any(held[name] for name in (catalogue.table, *names)):
             log.purged(gallery, sequence)
     # Not before all are flushed: 2.3 compacts every collection at each request, and leaves out a segment that it is
     # busy with, maybe without the newest deletions.
     for name in (name for name, holds in held.items() if holds):
-        with contextlib.suppress(NoTable, Problem):
+        with contextlib.suppress(NoTable, ServingError):
             tables.compact(name)
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import GalleryConflict, ServingError, UnknownSubject
 from pkd.serving.galleries.audit import Head
 from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.crypto import MasterKey, Sealed
@@ -44,6 +44,7 @@ from pkd.serving.galleries.store import (
     Vectors,
 )
 from pkd.serving.galleries.templates import unknown_gallery
+from pkd.toolkit.core.errors import PkdError
 
 BATCH = 256
 """Enrolments written in one step."""
@@ -79,11 +80,9 @@ class MilvusStore:
             found = self._catalogue.find(name, "ALL")
             if found:
                 if found.space != space:
-                    raise Problem(
-                        "gallery-conflict",
+                    raise GalleryConflict(
                         f"gallery {name} exists with space {found.space.id}. Use another name, or migrate it.",
-                        expected=found.space.id,
-                        got=space.id,
+                        details={"expected": found.space.id, "got": space.id},
                     )
                 return self.get(name)
             _, wrapped = self._master.new_gallery(name)
@@ -99,7 +98,7 @@ class MilvusStore:
                 return self.get(name)
             self._drop(entry.id)
             time.sleep(random.random())
-        raise Problem("gallery-conflict", f"gallery {name} is being created by others at this moment. Try again.")
+        raise GalleryConflict(f"gallery {name} is being created by others at this moment. Try again.")
 
     def get(self, name: str) -> Gallery:
         """One gallery."""
@@ -127,9 +126,9 @@ class MilvusStore:
 
         return self._with(name, delete, "ALL")
 
-    def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | Problem]:
-        """Enrol many subjects; a Problem in the place of each that was refused."""
-        done: list[Enrolled | Problem] = []
+    def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | PkdError]:
+        """Enrol many subjects; an error in the place of each that was refused."""
+        done: list[Enrolled | PkdError] = []
         for start in range(0, len(enrolments), BATCH):
             some = enrolments[start : start + BATCH]
             written = self._with(gallery, partial(write, enrolments=some))
@@ -145,7 +144,7 @@ class MilvusStore:
             done += answers
         return done
 
-    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | Problem | None]:
+    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
         """What ``enrol`` would say to idempotency keys used before, None for others."""
         return self._with(gallery, partial(answered, enrolments=enrolments))
 
@@ -155,7 +154,7 @@ class MilvusStore:
         def read(opened: MilvusGallery, entry: Entry) -> Subject:
             for found in opened.subjects(entry, [opened.seal.subject(subject)], vectors=vectors):
                 return found
-            raise Problem("unknown-subject", f"Gallery {gallery} has no subject {subject}.")
+            raise UnknownSubject(f"Gallery {gallery} has no subject {subject}.")
 
         return self._with(gallery, read)
 
@@ -182,7 +181,7 @@ class MilvusStore:
             pseudonym = opened.seal.subject(subject)
             commits = opened.commit_rows([pseudonym], "ALL")
             if not commits:
-                raise Problem("unknown-subject", f"Gallery {gallery} has no subject {subject}.")
+                raise UnknownSubject(f"Gallery {gallery} has no subject {subject}.")
             removal = opened.removal(entry, commits)
             journal = opened.remove_commits(removal)
             templates, rows = removal.count
@@ -258,7 +257,7 @@ class MilvusStore:
         return self._export(gallery)
 
     def check(self) -> None:
-        """Raise a store-unavailable Problem unless the store can read and write right now."""
+        """Raise StoreUnavailable unless the store can read and write right now."""
         self._catalogue.check()
         self._log.check()
 
@@ -329,7 +328,7 @@ class MilvusStore:
         if rows := sweep(opened, entry, time.time() - SWEEP_SECONDS):
             self._log.append("retention", "expire", entry.name, rows=rows)  # so that a purge looks for them
         if entry.ending and interrupted(entry):
-            with contextlib.suppress(Problem):
+            with contextlib.suppress(ServingError):
                 self._end(opened, entry, entry.ending.abandon, "retention")
         return total
 
@@ -348,7 +347,7 @@ def _covers(finish: Callable[[], object]) -> tuple[str, ...]:
     """Do the rest of a deletion that is decided and on record; what the receipt may claim."""
     try:
         finish()
-    except (Problem, NoTable) as error:
+    except (ServingError, NoTable) as error:
         logger.warning("Milvus: the rest of a deletion is left to the next sweep (%s).", type(error).__name__)
         return UNFINISHED
     return COVERS

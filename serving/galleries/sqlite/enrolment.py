@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import IdempotencyConflict, InvalidRequest
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.crypto import GalleryKey, SubjectKey
 from pkd.serving.galleries.index.memory_index import template_id
@@ -30,12 +30,12 @@ class Enrolling:
         self._newest = int(newest.fetchone()[0])
 
     def enrol(self, enrolment: Enrolment) -> Enrolled:
-        """All templates of one enrolment, or a Problem before anything is written."""
+        """All templates of one enrolment, or an error before anything is written."""
         before = answered(self._db, self._id, enrolment)
         if before:
             return before
         if not enrolment.templates:
-            raise Problem("invalid-request", f"subject {enrolment.subject}: no template was given. Send at least one.")
+            raise InvalidRequest(f"subject {enrolment.subject}: no template was given. Send at least one.")
         spaces = dict(self._spaces)
         for template in enrolment.templates:
             check(self._gallery, template, spaces)
@@ -103,9 +103,8 @@ def answered(db: sqlite3.Connection, gallery: int, enrolment: Enrolment) -> Enro
     if not db.execute(f"SELECT 1 FROM templates WHERE id IN ({marks}) LIMIT 1", numbers).fetchone():
         return None
     if (subject, digest) != (enrolment.subject, enrolment.digest):
-        raise Problem(
-            "idempotency-conflict",
-            f"idempotency key {enrolment.key} was used for another request. Use a new key for a new request.",
+        raise IdempotencyConflict(
+            f"idempotency key {enrolment.key} was used for another request. Use a new key for a new request."
         )
     return Enrolled(subject, tuple(templates), sequence, True)
 

@@ -21,8 +21,8 @@ from itertools import groupby
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from pkd.serving.core.errors import ServingError
 from pkd.serving.core.options import usable_cores
-from pkd.serving.core.problems import Problem
 from pkd.serving.galleries.crypto import GalleryKey, Sealed
 from pkd.serving.galleries.database import SqliteFile, explained
 from pkd.serving.galleries.index.memory_index import MemoryIndex, Rows, template_id
@@ -115,7 +115,7 @@ class Tail:
                         self._read()
                     self._version = version
         except Exception as error:
-            if not isinstance(error, Problem):  # out of memory, say, half-way: all is read anew
+            if not isinstance(error, ServingError):  # out of memory, say, half-way: all is read anew
                 self._known.change = -1
             raise
         finally:
@@ -129,7 +129,7 @@ class Tail:
                 failed = False
             except Exception as error:  # whatever it is, deletions by other processes must go on being followed
                 if not failed:
-                    said = error if isinstance(error, Problem) else type(error).__name__
+                    said = error if isinstance(error, ServingError) else type(error).__name__
                     logger.warning("what is in memory may be behind: %s", said)
                 failed = True
 

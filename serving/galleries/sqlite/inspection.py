@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import StoreUnavailable
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.audit import Head
 from pkd.serving.galleries.crypto import GalleryKey, Sealed
@@ -122,4 +122,4 @@ def _one_moment(file: SqliteFile, tail: Tail) -> Iterator[sqlite3.Connection]:
             if same:
                 yield db
                 return
-    raise Problem("store-unavailable", f"Galleries: {file.path} is being written to without pause. Try again later.")
+    raise StoreUnavailable(f"Galleries: {file.path} is being written to without pause. Try again later.")

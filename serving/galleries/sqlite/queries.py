@@ -7,7 +7,7 @@ import sqlite3
 
 import numpy as np
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import GalleryConflict, UnknownSubject
 from pkd.serving.galleries.crypto import GalleryKey
 from pkd.serving.galleries.index.memory_index import template_id
 from pkd.serving.galleries.store import Consent, Gallery, Space, Subject, Template
@@ -46,7 +46,7 @@ def moving(db: sqlite3.Connection, name: str) -> Gallery:
     """A gallery that is being migrated, else a gallery-conflict."""
     gallery = read_gallery(db, name)
     if gallery.moving_to is None:
-        raise Problem("gallery-conflict", f"gallery {name} is not being migrated. Begin a migration first.")
+        raise GalleryConflict(f"gallery {name} is not being migrated. Begin a migration first.")
     return gallery
 
 
@@ -73,7 +73,7 @@ def subject_row(db: sqlite3.Connection, gallery: str, subject: str) -> SubjectRo
         (gallery, subject),
     ).fetchone()
     if row is None:
-        raise Problem("unknown-subject", f"Gallery {gallery} has no subject {subject}.")
+        raise UnknownSubject(f"Gallery {gallery} has no subject {subject}.")
     return row
 
 

@@ -17,7 +17,13 @@ from typing import cast
 
 import numpy as np
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import (
+    REFUSED_ENROLMENT,
+    GalleryConflict,
+    IdempotencyConflict,
+    InvalidRequest,
+    ServingError,
+)
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.crypto import GalleryKey, MasterKey, Sealed
 from pkd.serving.galleries.database import SqliteFile, explained
@@ -45,6 +51,7 @@ from pkd.serving.galleries.store import (
     Vectors,
 )
 from pkd.serving.galleries.templates import unknown_gallery
+from pkd.toolkit.core.errors import PkdError
 
 PATIENCE = 0.2
 """Seconds a search waits for changes that another thread is taking in; then it answers by what is known."""
@@ -64,7 +71,7 @@ class SqliteStore:
     def __init__(self, folder: Path, master: MasterKey, *, create: bool = True) -> None:
         """Open or create the database in ``folder`` and read every template into memory.
 
-        Raises InputError (another master key, an unknown schema) or Problem store-unavailable.
+        Raises InputError (another master key, an unknown schema) or StoreUnavailable.
         """
         self._file = SqliteFile(folder, master, create=create)
         try:
@@ -87,11 +94,9 @@ class SqliteStore:
             self._file.require_master(db)
             found = db.execute("SELECT space, dim FROM galleries WHERE name = ?", (name,)).fetchone()
             if found and found != (space.id, space.dim):
-                raise Problem(
-                    "gallery-conflict",
+                raise GalleryConflict(
                     f"gallery {name} exists with space {found[0]}. Use another name, or migrate it.",
-                    expected=found[0],
-                    got=space.id,
+                    details={"expected": found[0], "got": space.id},
                 )
             if not found:
                 _, wrapped = self._file.master.new_gallery(name)
@@ -127,9 +132,9 @@ class SqliteStore:
             head = audit.append(db, actor, "delete-gallery", name, templates=templates, rows=rows)
         return Receipt(name, None, templates, rows, self._erased("key"), head.sequence, head.hash)
 
-    def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | Problem]:
-        """Enrol many subjects in one durable step; a Problem in the place of each that was refused."""
-        done: list[Enrolled | Problem] = []
+    def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | PkdError]:
+        """Enrol many subjects in one durable step; an error in the place of each that was refused."""
+        done: list[Enrolled | PkdError] = []
         with self._file.writing() as db:
             now = read_gallery(db, gallery)
             (id, _) = gallery_row(db, gallery)
@@ -137,21 +142,21 @@ class SqliteStore:
             for enrolment in enrolments:
                 try:
                     done.append(enrolling.enrol(enrolment))
-                except Problem as problem:
-                    done.append(problem)
+                except REFUSED_ENROLMENT as refusal:
+                    done.append(refusal)
         self._follow()
         return done
 
-    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | Problem | None]:
+    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
         """What ``enrol`` would say to idempotency keys used before, None for others."""
-        found: list[Enrolled | Problem | None] = []
+        found: list[Enrolled | PkdError | None] = []
         with self._file.reading() as db:
             (id, _) = gallery_row(db, gallery)
             for enrolment in enrolments:
                 try:
                     found.append(answered(db, id, enrolment))
-                except Problem as problem:
-                    found.append(problem)
+                except IdempotencyConflict as refusal:
+                    found.append(refusal)
         return found
 
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
@@ -197,7 +202,7 @@ class SqliteStore:
         Where the database cannot be read, the answer is by what was read before.
         """
         if top_k < 1:
-            raise Problem("invalid-request", f"top_k of {top_k}: give 1 or more.")
+            raise InvalidRequest(f"top_k of {top_k}: give 1 or more.")
         self._follow(PATIENCE)
         followed = self._tail.gallery(gallery)
         if followed is None:
@@ -215,7 +220,7 @@ class SqliteStore:
                 audit.append(db, actor, "begin-migration", gallery)
             elif now.moving_to != space:
                 state = f"moves to {now.moving_to.id} already" if now.moving_to else "has this space already"
-                raise Problem("gallery-conflict", f"gallery {gallery} {state}. End that first, or choose another.")
+                raise GalleryConflict(f"gallery {gallery} {state}. End that first, or choose another.")
         return self.get(gallery)
 
     def unmoved(self, gallery: str, *, after: str = "", limit: int = 100, back: bool = False) -> Sequence[str]:
@@ -236,10 +241,9 @@ class SqliteStore:
             kept, left = (now.space, now.moving_to) if abandon else (now.moving_to, now.space)
             behind = without(db, gallery, kept.id, "", 1)
             if behind:
-                raise Problem(
-                    "gallery-conflict",
+                raise GalleryConflict(
                     f"gallery {gallery}: subjects would be left without a template, {behind[0]} first. "
-                    f"Enrol them in space {kept.id}, or delete them.",
+                    f"Enrol them in space {kept.id}, or delete them."
                 )
             (id, *_) = gallery_row(db, gallery)
             encoders = "(SELECT id FROM encoders WHERE gallery = ? AND space = ?)"
@@ -301,7 +305,7 @@ class SqliteStore:
         return cast("Iterator[Subject]", subjects)
 
     def check(self) -> None:
-        """Raise a store-unavailable Problem unless the store can read and write right now.
+        """Raise StoreUnavailable unless the store can read and write right now.
 
         Commits a heartbeat: a transaction that is undone would touch no disk and notice neither a full one nor one
         that has become read-only.
@@ -342,7 +346,7 @@ class SqliteStore:
         """Take in what was committed; False where it cannot be read: the next search tries again."""
         try:
             self._tail.catch_up(patience)
-        except (Problem, MemoryError) as error:
+        except (ServingError, MemoryError) as error:
             logger.warning("what is in memory may be behind: %s", str(error) or "out of memory")
             return False
         return True

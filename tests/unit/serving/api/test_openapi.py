@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 
 from pkd.serving.api.app import create_api
 from pkd.serving.api.openapi import BODIES
+from pkd.serving.api.problems import TYPES
 from pkd.serving.core.options import Settings
-from pkd.serving.core.problems import PROBLEMS
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.service import Service
 from tests.support import gallery_fixtures as galleries
@@ -196,9 +196,9 @@ def test_the_documented_problems_exist_with_their_status(document):
         for status, answer in node.get("responses", {}).items() if isinstance(node, dict) else ():
             examples = answer.get("content", {}).get("application/problem+json", {}).get("examples", {})
             for name, example in examples.items():
-                assert int(status) == example["value"]["status"] == PROBLEMS[name][0]
+                assert int(status) == example["value"]["status"] == TYPES[name].status
                 seen.add(name)
-    assert seen == set(PROBLEMS) - {"internal", "method-not-allowed"}
+    assert seen == set(TYPES) - {"internal", "method-not-allowed"}
 
 
 def test_the_examples_of_bodies_are_valid(document):

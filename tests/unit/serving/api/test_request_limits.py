@@ -9,8 +9,10 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from pkd.serving.api import request_limits
+from pkd.serving.api.problems import BodyTimeout
 from pkd.serving.api.request_limits import Limits, Visit
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import Overloaded, TooLarge
+from pkd.toolkit.core.errors import PkdError
 
 LIMITS = Limits(bytes=10, body_seconds=20, seconds=20)
 LAST = {"type": "http.request", "body": b"12", "more_body": False}
@@ -69,7 +71,7 @@ def then(seconds):
 
 
 def refusal(*arguments):
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(PkdError) as refused:
         run(*arguments)
     return refused.value
 
@@ -83,31 +85,31 @@ def test_a_body_comes_whole_however_slowly(seconds, streams):
 
 def test_a_body_is_counted_as_it_comes():
     problem = refusal(Client((0, PIECE), (0, PIECE), (0, PIECE), (0, PIECE)), LIMITS, read)
-    assert (problem.type, problem.members["limit"]) == ("too-large", 10)
+    assert isinstance(problem, TooLarge) and problem.details["limit"] == 10
 
 
 def test_a_body_that_comes_too_slowly_is_refused():
     slow = Client((0.04, PIECE), (0.04, PIECE), (0.04, LAST))
     problem = refusal(slow, replace(LIMITS, body_seconds=0.1), read)
-    assert problem.type == "timeout" and "0.1 s" in problem.detail
+    assert isinstance(problem, BodyTimeout) and "0.1 s" in str(problem)
 
 
 def test_a_stream_may_take_its_time_but_no_piece_of_it():
     limits = replace(LIMITS, body_seconds=0.1, streams=True, seconds=None)
     assert run(Client((0.06, PIECE), (0.06, PIECE), (0.06, LAST)), limits, read) == b"34534512"
-    assert refusal(Client((0, PIECE), (0.5, LAST)), limits, read).type == "timeout"
+    assert isinstance(refusal(Client((0, PIECE), (0.5, LAST)), limits, read), BodyTimeout)
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.12])
 def test_work_that_takes_too_long_is_refused(seconds):
     problem = refusal(Client((0, LAST)), replace(LIMITS, seconds=seconds), then(20))
-    assert problem.type == "overloaded" and f"{seconds:g} s" in problem.detail
+    assert isinstance(problem, Overloaded) and f"{seconds:g} s" in str(problem)
 
 
 def test_of_two_times_the_first_that_is_over_is_named():
     never = Client((0, PIECE))
-    assert refusal(never, replace(LIMITS, body_seconds=0.1, seconds=0.2), read).type == "timeout"
-    assert refusal(Client((0, PIECE)), replace(LIMITS, body_seconds=0.2, seconds=0.1), read).type == "overloaded"
+    assert isinstance(refusal(never, replace(LIMITS, body_seconds=0.1, seconds=0.2), read), BodyTimeout)
+    assert isinstance(refusal(Client((0, PIECE)), replace(LIMITS, body_seconds=0.2, seconds=0.1), read), Overloaded)
 
 
 @pytest.mark.parametrize("after", [0, request_limits.LOOK_SECONDS / 2, 3 * request_limits.LOOK_SECONDS])

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pkd.serving.api.responses import line
 from pkd.serving.cli.gallery import main
-from pkd.serving.core.responses import line
 from pkd.serving.galleries.crypto import MasterKey
 from pkd.serving.galleries.database import NAME
 from pkd.serving.galleries.description import of_gallery, of_subject
@@ -150,7 +150,7 @@ def test_files_of_the_api_and_of_the_command_are_the_same_format(
     ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl"
     answered(capsys, "export", folder, "staff", ours, "--master-key", key, "--plain")
     for row in ours.read_bytes().splitlines():
-        transfer.Line.model_validate_json(row)
+        transfer.ExportLine.model_validate_json(row)
     with closing(SqliteStore(folder, MasterKey.read(key))) as store:
         subjects = [line(of_subject(subject)) for subject in store.export("staff")]
         head = line(of_gallery(store.get("staff")))

@@ -9,11 +9,10 @@ from threading import Thread
 
 import pytest
 
-from pkd.serving.core.problems import Problem
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.audit_file import DELETIONS, AuditFile
 from pkd.serving.galleries.store import Action
-from pkd.toolkit.core.errors import InputError, NotTrusted
+from pkd.toolkit.core.errors import InputError, NotTrusted, PkdError
 
 
 def test_several_processes_write_one_chain(tmp_path: Path) -> None:
@@ -79,7 +78,7 @@ def test_a_full_disk_is_called_so(tmp_path: Path) -> None:
         log.append("alice", "create", "staff")
         (pages,) = log._db.execute("PRAGMA page_count").fetchone()
         log._db.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(Problem, match="disk is full"):
+        with pytest.raises(PkdError, match="disk is full"):
             for _ in range(200):
                 log.append("alice", "enrol", "staff" * 100)
         assert log.verify() == log.head()
@@ -90,7 +89,7 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path) -> None:
         AuditFile(tmp_path / "missing.db", create=False)
     broken = tmp_path / "broken.db"
     broken.write_bytes(b"not a database at all, " * 100)
-    with pytest.raises(Problem, match="damaged or not pkd's"):
+    with pytest.raises(PkdError, match="damaged or not pkd's"):
         AuditFile(broken)
-    with pytest.raises(Problem, match="cannot be opened"):
+    with pytest.raises(PkdError, match="cannot be opened"):
         AuditFile(tmp_path / "no" / "audit.db")

@@ -12,14 +12,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import Overloaded
 from pkd.serving.inference.batching import BUCKETS, Batched
 from pkd.serving.inference.embedding import Inference
 from pkd.serving.inference.registry import Loaded
 from pkd.serving.inference.thread_pool import Pool
 from pkd.serving.observability.metrics import Metrics
 from pkd.toolkit.core.encoder_info import short
-from pkd.toolkit.core.errors import InputError, TargetUnavailable
+from pkd.toolkit.core.errors import InputError, PkdError, TargetUnavailable
 from pkd.toolkit.encoders.base import open_bundle
 from tests.support import serving_bundles as made
 
@@ -158,9 +158,9 @@ def test_a_full_queue_refuses(watched, real):
         until(lambda: watched.batches == [1])
         jobs += [threads.submit(front.embed, CROPS[:1]) for _ in range(2)]
         waiting(front, 2)
-        with pytest.raises(Problem) as refused:
+        with pytest.raises(PkdError) as refused:
             front.embed(CROPS[:1])
-        assert refused.value.type == "overloaded"
+        assert isinstance(refused.value, Overloaded)
         watched.open.set()
         assert all(len(job.result(20)) == 1 for job in jobs)
     front.close()

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import UnknownEncoder
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.verification import about
 from pkd.toolkit.certificates.signing import SigningKey, TrustedKeys
 from pkd.toolkit.core.encoder_info import short
-from pkd.toolkit.core.errors import BundleError, NotTrusted
+from pkd.toolkit.core.errors import BundleError, NotCertified, NotTrusted, PkdError, SpaceMismatch
 from tests.support import serving_bundles as made
 
 
@@ -44,12 +44,12 @@ def test_a_name_that_two_encoders_share_names_neither(tmp_path):
     one, two = made.encoder("same", made.weights(1)), made.encoder("same", made.weights(2))
     one.write(tmp_path / "1"), two.write(tmp_path / "2")
     encoders = Encoders.open([tmp_path / "1", tmp_path / "2"])
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(PkdError) as refused:
         encoders.get("same")
-    assert refused.value.type == "unknown-encoder"
-    assert refused.value.members["encoders"] == [one.info.id, two.info.id]
-    assert "2 encoders are called 'same'" in refused.value.detail
-    with pytest.raises(Problem, match=short(two.info.id)):
+    assert isinstance(refused.value, UnknownEncoder)
+    assert refused.value.details["encoders"] == [one.info.id, two.info.id]
+    assert "2 encoders are called 'same'" in str(refused.value)
+    with pytest.raises(PkdError, match=short(two.info.id)):
         encoders.resolve("same")
 
 
@@ -59,7 +59,7 @@ def test_a_name_is_the_loaded_one_s_where_certificates_know_others(tmp_path, fam
     family.student.write(tmp_path / "student", [made.certificate(family.student.info, other.info)])
     encoders = Encoders.open([tmp_path / "student"])
     assert encoders.get("student").encoder.info == family.student.info
-    with pytest.raises(Problem, match="2 encoders are called"):  # of an embedding it would be a guess
+    with pytest.raises(PkdError, match="2 encoders are called"):  # of an embedding it would be a guess
         encoders.resolve("student")
 
 
@@ -68,27 +68,27 @@ def test_an_encoder_known_from_a_certificate_alone_can_be_compared_but_not_run(f
     file = encoders.certificate_file(family.student.info.id, family.teacher.info.id)
     assert file.certificate.query == family.student.info.id
     assert encoders.space_of(family.teacher.info.id) == family.teacher.info.space.id
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(PkdError) as refused:
         encoders.get(family.teacher.info.id)
-    assert refused.value.status == 404
+    assert isinstance(refused.value, UnknownEncoder)
 
 
 def test_the_order_of_the_pair_counts(encoders, family):
     student, teacher = family.student.info.id, family.teacher.info.id
     assert encoders.certificate_file(student, teacher).certificate.gallery == teacher
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(PkdError) as refused:
         encoders.certificate_file(teacher, student)
-    assert refused.value.type == "not-certified"
-    assert refused.value.members["got"] == {"query": teacher, "gallery": student}
-    assert refused.value.members["works"] == {"queries": [], "galleries": [teacher]}
-    assert {"query": student, "gallery": teacher} in refused.value.members["expected"]
+    assert isinstance(refused.value, NotCertified)
+    assert refused.value.details["got"] == {"query": teacher, "gallery": student}
+    assert refused.value.details["works"] == {"queries": [], "galleries": [teacher]}
+    assert {"query": student, "gallery": teacher} in refused.value.details["expected"]
 
 
 def test_different_spaces_are_a_mismatch(encoders, family):
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(PkdError) as refused:
         encoders.certificate_file(family.stranger.info.id, family.teacher.info.id)
-    assert refused.value.type == "space-mismatch"
-    assert refused.value.members["works"]["queries"] == sorted([family.student.info.id, family.teacher.info.id])
+    assert isinstance(refused.value, SpaceMismatch)
+    assert refused.value.details["works"]["queries"] == sorted([family.student.info.id, family.teacher.info.id])
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ def test_a_target_is_served_as_the_encoder_that_it_is(rounded):
     np.testing.assert_allclose(answered.encoder.embed(crops), half.embed(crops), atol=1e-6)
     assert np.abs(answered.encoder.embed(crops) - student.embed(crops)).max() > 1e-5
     assert encoders.certificate_file(half.info.id, teacher.id)
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(PkdError) as refused:
         encoders.certificate_file(student.info.id, teacher.id)
-    assert refused.value.members["works"]["queries"] == [half.info.id]
+    assert refused.value.details["works"]["queries"] == [half.info.id]
 
 
 def test_a_target_is_held_to_its_own_tolerance(rounded):

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from pkd.serving.core.problems import PROBLEMS
+from pkd.serving.api.problems import TYPES
 from pkd.serving.galleries.store import Gallery, Space
 from pkd.serving.observability.metrics import NOTES, SHARED, Metrics
 
@@ -25,6 +25,7 @@ def value(page, name):
 
 def test_labels_come_from_fixed_sets():
     metrics = Metrics(["teacher@abababab"])
+    metrics.expect_refusals(TYPES)
     for i in range(50):
         metrics.request(f"METHOD{i}", None, 404, 0.1)
         metrics.refusal(f"kind-{i}")
@@ -33,7 +34,7 @@ def test_labels_come_from_fixed_sets():
     assert value(page, 'pkd_requests_total{method="other",route="none",status="404"}') == 50
     assert value(page, 'pkd_refusals_total{type="other"}') == 50
     assert value(page, 'pkd_inference_seconds_count{encoder="other"}') == 50
-    assert page.count(b"pkd_refusals_total{") == len(PROBLEMS) + 1
+    assert page.count(b"pkd_refusals_total{") == len(TYPES) + 1
     with pytest.raises(ValueError):
         metrics.decision("verify", "subject-1")
 

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
+from types import ModuleType
 
+import pytest
+
+from pkd.serving.core import errors as serving_errors
 from pkd.toolkit.core import errors
 
 
-def drawn() -> dict[str, tuple[str | None, int]]:
-    """Name → (parent, exit code) as drawn in the docstring's tree."""
+def drawn(module: ModuleType) -> dict[str, tuple[str | None, int]]:
+    """Name → (parent, exit code) as drawn in the tree of a module's docstring."""
     tree: dict[str, tuple[str | None, int]] = {}
     above: list[tuple[int, str, int]] = []
-    for line in (errors.__doc__ or "").splitlines():
+    for line in (module.__doc__ or "").splitlines():
         found = re.match(r"^    ([│├└─ ]*)([A-Z]\w+)(?: +(\d)(?= ))?", line)
         if not found:
             continue
@@ -24,14 +29,22 @@ def drawn() -> dict[str, tuple[str | None, int]]:
     return tree
 
 
-def test_the_drawn_tree_is_the_tree() -> None:
-    classes = {name: cls for name, cls in vars(errors).items() if inspect.isclass(cls) and issubclass(cls, Exception)}
+@pytest.mark.parametrize("module", [errors, serving_errors])
+def test_the_drawn_tree_is_the_tree(module: ModuleType) -> None:
+    classes = [cls for cls in vars(module).values() if inspect.isclass(cls) and cls.__module__ == module.__name__]
     real = {
-        name: (cls.__base__.__name__ if cls.__base__ is not Exception else None, cls.exit_code)
-        for name, cls in classes.items()
+        cls.__name__: (cls.__base__.__name__ if cls.__base__ in classes else None, cls.exit_code) for cls in classes
     }
-    assert drawn() == real
+    assert drawn(module) == real
     assert len(real) > 10
+
+
+def test_details_are_added_and_never_replaced() -> None:
+    error = errors.InputError("no", details={"got": 1})
+    assert error.explain(got=2, works=3) is error
+    assert error.details == {"got": 1, "works": 3}
+    copied = pickle.loads(pickle.dumps(error))  # as it crosses from one process to another
+    assert (str(copied), copied.details) == ("no", error.details)
 
 
 def test_a_missing_extra_says_what_to_install() -> None:

@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from pkd.serving.api.problems import TYPES
 from pkd.serving.core.embedding_codec import decode
+from pkd.serving.core.errors import TooLarge
 from pkd.serving.core.gallery_schemas import BulkAnswer
-from pkd.serving.core.problems import PROBLEMS, Problem
 from pkd.serving.inference.pipeline import Pipeline
-from pkd.serving.matching.bulk import BATCH, _items
+from pkd.serving.matching.bulk import BATCH, _lines
+from pkd.toolkit.core.errors import PkdError
 from tests.support import gallery_fixtures as made
 from tests.support.gallery_fixtures import CROPS, NDJSON, problem
 
@@ -89,7 +91,7 @@ def test_bad_lines_do_not_stop_the_good_ones(client, fleet):
     assert [one.line for one in told] == list(range(1, len(expected) + 1))
     for one in told:
         if one.problem:
-            assert PROBLEMS[one.problem["type"]][0] == one.problem["status"] and one.problem["detail"]
+            assert TYPES[one.problem["type"]].status == one.problem["status"] and one.problem["detail"]
             if one.problem["status"] == 409:
                 assert {"expected", "got", "works"} <= set(one.problem)
     assert client.get("/v1/galleries/bad").json()["subjects"] == len(wrong)
@@ -349,9 +351,9 @@ def test_lines_however_they_are_cut(size):
             for start in range(0, len(body), size):
                 yield body[start : start + size]
 
-        return [item async for item in _items(pieces(), 20)]
+        return [item async for item in _lines(pieces(), 20)]
 
     items = asyncio.run(collect())
     assert [item.number for item in items] == [1, 3, 4, 5]
-    assert [item.content for item in items if not isinstance(item.content, Problem)] == [b"one", b"two two\r", b"last"]
-    assert isinstance(items[2].content, Problem) and items[2].content.type == "too-large"
+    assert [item.content for item in items if not isinstance(item.content, PkdError)] == [b"one", b"two two\r", b"last"]
+    assert isinstance(items[2].content, TooLarge)

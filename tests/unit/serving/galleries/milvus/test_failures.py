@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pymilvus import MilvusException
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import StoreUnavailable, UnknownSubject
 from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.milvus.client import NO_COLLECTION, NoTable, Row, Tables
 from pkd.serving.galleries.milvus.purge import purge
@@ -56,7 +56,7 @@ def calls(store: MilvusStore) -> list[Callable[[], object]]:
 def all_unavailable(some: Sequence[Callable[[], object]]) -> None:
     for number, call in enumerate(some):
         started = time.monotonic()
-        with refused("store-unavailable"):
+        with refused(StoreUnavailable):
             call()
         assert time.monotonic() - started < BOUND, f"call {number}"
 
@@ -111,7 +111,7 @@ def test_a_server_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) -
         port = taken.getsockname()[1]
     started = time.monotonic()
     store = MilvusStore(Tables(f"http://127.0.0.1:{port}", timeout=TIMEOUT), AuditFile(tmp_path / "audit.db"), MASTER)
-    with refused("store-unavailable"):
+    with refused(StoreUnavailable):
         store.check()
     assert time.monotonic() - started < BOUND
     store.close()
@@ -120,7 +120,7 @@ def test_a_server_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) -
 @pytest.mark.parametrize("uri", ["nowhere", "", "ftp://127.0.0.1:1"])
 def test_an_address_that_is_none_is_refused(tmp_path: Path, uri: str) -> None:
     store = MilvusStore(Tables(uri, timeout=TIMEOUT), AuditFile(tmp_path / "audit.db"), MASTER)
-    with refused("store-unavailable"):
+    with refused(StoreUnavailable):
         store.check()
     store.close()
 
@@ -142,7 +142,7 @@ def test_too_many_requests_are_no_missing_collection(opened: Open, monkeypatch: 
         raise MilvusException(4, "request limit exceeded[limit=1024]")
 
     monkeypatch.setattr(client, "insert", committed)
-    with refused("store-unavailable"):
+    with refused(StoreUnavailable):
         store.enrol("staff", [one("ann", unit(1)[0])], ALICE)
     assert len(store.subject("staff", "ann").templates) == 1  # it may have taken place, but not twice
     for call in (
@@ -163,7 +163,7 @@ def test_too_many_requests_are_no_missing_collection(opened: Open, monkeypatch: 
 
     monkeypatch.setattr(store._tables, "query", gone)
     for call in (lambda: store.get("staff"), store.list, lambda: store.delete("staff", ALICE), store.check):
-        with refused("store-unavailable"):
+        with refused(StoreUnavailable):
             call()
 
 
@@ -176,7 +176,7 @@ def test_a_deletion_that_fails_halfway_is_on_record(opened: Open, monkeypatch: p
 
     def broken(name: str, *keys: Any) -> None:
         if name in entry.tables.values():
-            raise Problem("store-unavailable", "Milvus does not delete: code 1.")
+            raise StoreUnavailable("Milvus does not delete: code 1.")
         delete(name, *keys)
 
     with monkeypatch.context() as patch:
@@ -184,7 +184,7 @@ def test_a_deletion_that_fails_halfway_is_on_record(opened: Open, monkeypatch: p
         receipt = store.delete_subject("staff", "ann", ALICE)
     assert (receipt.templates, receipt.rows, receipt.covers) == (1, 3, ("index",))
     assert receipt.hash == store._log.head().hash
-    with refused("unknown-subject"):
+    with refused(UnknownSubject):
         store.delete_subject("staff", "ann", ALICE)
     # Its template is given still. So it is no time yet to say that Milvus' files hold nothing of it.
     monkeypatch.setattr("pkd.serving.galleries.milvus.purge.STOPPED_SECONDS", -60.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pkd.serving.core.errors import StoreUnavailable, UnknownGallery
 from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.crypto import MasterKey, Sealed
 from pkd.serving.galleries.milvus.catalogue import rewrap
@@ -128,7 +129,7 @@ def test_keys_collections_and_the_log_are_looked_at(store: MilvusStore) -> None:
     assert "audit record 3: was changed" in wrong(store)[0]
     store._tables.drop(Thief(store).table)
     assert "is not there" in wrong(store)[1]
-    with refused("unknown-gallery"):
+    with refused(UnknownGallery):
         store.subject("staff", "ann")
     assert store.delete("staff", ALICE).templates == 1
     assert len(wrong(store)) == 1
@@ -157,7 +158,7 @@ def test_keys_are_wrapped_anew_also_after_an_interruption(
     with closing(MilvusStore(Tables(milvus_server.uri), AuditFile(tmp_path / "new.db"), OTHER)) as again:
         (found,) = again.search("staff", ENCODER, unit(5), 1)
         assert found.hits[0].subject == "s005"
-    with refused("store-unavailable"):  # the old key opens nothing
+    with refused(StoreUnavailable):  # the old key opens nothing
         MilvusStore(Tables(milvus_server.uri), AuditFile(tmp_path / "old.db"), MASTER).search("staff", "x", unit(5), 1)
     assert rewrap(catalogue, OTHER, MASTER) == 2
     assert wrong(store) == []

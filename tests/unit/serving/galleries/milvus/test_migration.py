@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import GalleryConflict, StoreUnavailable
 from pkd.serving.galleries.milvus.client import Row
 from pkd.serving.galleries.milvus.inspection import inspect
 from pkd.serving.galleries.milvus.records import COMMIT, MOVED
 from pkd.serving.galleries.milvus.store import MilvusStore
 from pkd.serving.galleries.store import Space
+from pkd.toolkit.core.errors import SpaceMismatch
 from tests.support.gallery_examples import ALICE, BOB, DIM, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
 from tests.support.milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
 
@@ -67,9 +68,9 @@ def test_an_end_is_undone_interrupted_and_gone_on_with(opened: Open, monkeypatch
         change(entry)
 
     monkeypatch.setattr(ending._catalogue, "change", late)
-    with refused("gallery-conflict") as caught:
+    with refused(GalleryConflict) as caught:
         ending.end_migration("staff", ALICE)
-    assert "bo" in caught.value.detail
+    assert "bo" in str(caught.value)
     assert store._catalogue.entry("staff", "ALL") == before
     assert list(store.unmoved("staff")) == ["bo"]
     store.delete_subject("staff", "bo", ALICE)
@@ -77,14 +78,14 @@ def test_an_end_is_undone_interrupted_and_gone_on_with(opened: Open, monkeypatch
     dies_while_ending(ending, monkeypatch)
     assert inspect(store._tables, store._log, MASTER).wrong == []
     (refusal,) = store.enrol("staff", [one("bo", unit(3)[0])], ALICE)
-    assert isinstance(refusal, Problem) and refusal.type == "space-mismatch"
+    assert isinstance(refusal, SpaceMismatch)
     assert store.search("staff", ENCODER, unit(1), 1)[0].hits[0].subject == "ann"  # nothing is lost yet
     for call in (
         lambda: store.begin_migration("staff", Space("third@sha256:3", DIM), ALICE),
         lambda: store.end_migration("staff", ALICE, abandon=True),
         lambda: store.unmoved("staff"),
     ):
-        with refused("gallery-conflict"):
+        with refused(GalleryConflict):
             call()  # type: ignore[no-untyped-call]
     assert store.end_migration("staff", ALICE).templates == 1
     entry = store._catalogue.entry("staff", "ALL")
@@ -102,7 +103,7 @@ def test_an_end_is_finished_by_sweeps(opened: Open, monkeypatch: pytest.MonkeyPa
     assert store._catalogue.entry("staff", "ALL").ending
 
     def broken(name: str) -> None:
-        raise Problem("store-unavailable", "Milvus does not drop_collection: code 1.")
+        raise StoreUnavailable("Milvus does not drop_collection: code 1.")
 
     for module in ("store", "migration"):
         monkeypatch.setattr(f"pkd.serving.galleries.milvus.{module}.SWEEP_SECONDS", -60.0)
@@ -137,7 +138,7 @@ def test_an_enrolment_whose_commit_comes_after_the_end_is_withdrawn(
     asked = [keyed, keyed, one("di", unit(5)[0]), one("cy", unit(4)[0], encoder=NEXT, space=NEW)]
     monkeypatch.setattr(first._tables, "insert", late)
     *withdrawn, stays = first.enrol("staff", asked, ALICE)
-    assert [isinstance(answer, Problem) and answer.type for answer in withdrawn] == ["gallery-conflict"] * 3
+    assert [type(answer) for answer in withdrawn] == [GalleryConflict] * 3
     assert not enrolled([stays])[0].replayed
     assert sorted(second.subjects("staff")) == ["ann", "cy"]
     assert len(second.subject("staff", "cy").templates) == 1  # and not twice
@@ -159,7 +160,7 @@ def test_two_migrations_begun_at_once_are_one(opened: Open, monkeypatch: pytest.
         first.begin_migration("staff", NEW, ALICE)
 
     monkeypatch.setattr(second._tables, "create", slow)
-    with refused("gallery-conflict"):
+    with refused(GalleryConflict):
         second.begin_migration("staff", Space("third@sha256:3", DIM), BOB)
     entry = first._catalogue.entry("staff", "ALL")
     assert entry.moving_to == NEW

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import GalleryConflict, IdempotencyConflict, StoreUnavailable, TooLarge
 from pkd.serving.galleries.audit_file import AuditFile
 from pkd.serving.galleries.crypto import MasterKey
 from pkd.serving.galleries.milvus.client import STALE_SECONDS, Row, Tables
@@ -22,6 +22,7 @@ from pkd.serving.galleries.milvus.records import COMMIT, JOURNAL, SUBJECT
 from pkd.serving.galleries.milvus.retention import sweep as sweep_rows
 from pkd.serving.galleries.milvus.store import MilvusStore
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, NewTemplate, Space
+from pkd.toolkit.core.errors import PkdError, SpaceMismatch
 from tests.support.gallery_examples import ALICE, BOB, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
 from tests.support.milvus_server import MilvusServer
 from tests.support.milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
@@ -189,7 +190,7 @@ def test_one_idempotency_key_in_two_processes_enrols_at_most_once(opened: Open) 
     stores = [opened(), opened()]
     stores[0].create("staff", OLD, None, ALICE)
     asked = one("ann", unit(1)[0], key="k", digest="d")
-    answers: list[Enrolled | Problem] = []
+    answers: list[Enrolled | PkdError] = []
     threads = [
         threading.Thread(target=lambda store=store: answers.extend(store.enrol("staff", [asked], ALICE)))  # type: ignore[misc]
         for store in stores
@@ -199,7 +200,7 @@ def test_one_idempotency_key_in_two_processes_enrols_at_most_once(opened: Open) 
     for thread in threads:
         thread.join()
     done = [answer for answer in answers if isinstance(answer, Enrolled)]
-    assert all(answer.type == "idempotency-conflict" for answer in answers if isinstance(answer, Problem))
+    assert all(isinstance(answer, IdempotencyConflict) for answer in answers if isinstance(answer, PkdError))
     assert left(stores[0])["templates"] == len({answer.templates for answer in done}) <= 1
     (again,) = enrolled(stores[1].enrol("staff", [asked], ALICE))
     assert again.replayed == bool(done)
@@ -220,8 +221,8 @@ def test_an_enrolment_in_a_space_that_is_being_left_is_not_lost_in_silence(
         change(entry)
         if not entry.moving_to:  # the old space is left, but not yet dropped
             (answer,) = first.enrol("staff", [one("bo", unit(3)[0])], ALICE)
-            assert isinstance(answer, Problem)
-            assert answer.type in ("gallery-conflict", "space-mismatch")
+            assert isinstance(answer, PkdError)
+            assert isinstance(answer, (GalleryConflict, SpaceMismatch))
 
     monkeypatch.setattr(second._catalogue, "change", late)
     first.search("staff", ENCODER, unit(1), 1)  # it knows of the migration, and will not look again at once
@@ -291,9 +292,9 @@ def test_another_master_key_opens_nothing(milvus_server: MilvusServer, opened: O
     opened().create("staff", OLD, None, ALICE)
     other = MilvusStore(Tables(milvus_server.uri), AuditFile(tmp_path / "other.db"), MasterKey(bytes(32)))
     for call in (lambda: other.search("staff", ENCODER, unit(1), 1), other.list, lambda: list(other.export("staff"))):
-        with refused("store-unavailable") as caught:
+        with refused(StoreUnavailable) as caught:
             call()
-        assert "key" in caught.value.detail
+        assert "key" in str(caught.value)
     other.close()
 
 
@@ -361,8 +362,8 @@ def test_a_subject_may_have_hundreds_of_templates_in_one_enrolment(opened: Open)
         for name, count in (("ann", 1_000), ("bo", 3_000))
     )
     answer, refusal = store.enrol("staff", [some, many], ALICE)
-    assert isinstance(refusal, Problem)
-    assert (refusal.type, refusal.members["limit"]) == ("too-large", 1_000)
+    assert isinstance(refusal, PkdError)
+    assert isinstance(refusal, TooLarge) and refusal.details["limit"] == 1_000
     assert isinstance(answer, Enrolled)
     assert [template.id for template in store.subject("staff", "ann").templates] == list(answer.templates)
     assert store.enrol("staff", [some], ALICE) == [replace(answer, replayed=True)]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pkd.serving.core.problems import Problem
+from pkd.serving.core.errors import InvalidRequest, StoreUnavailable
 from pkd.serving.galleries import audit, database
 from pkd.serving.galleries.crypto import MasterKey
 from pkd.serving.galleries.database import NAME, SqliteFile, rewrap
@@ -24,7 +24,7 @@ from pkd.serving.galleries.sqlite import store as module
 from pkd.serving.galleries.sqlite.enrolment import Enrolling
 from pkd.serving.galleries.sqlite.inspection import inspect
 from pkd.serving.galleries.sqlite.store import SqliteStore
-from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.errors import BadVector, InputError, PkdError
 from tests.support.gallery_examples import ALICE, ENCODER, OLD, enrolled, one, refused, soon, unit
 
 MASTER = MasterKey(bytes(range(32)))
@@ -92,11 +92,11 @@ def test_a_full_disk_refuses_writes_until_there_is_space(small_disk: Path) -> No
         ballast = small_disk / "ballast"
         ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 150_000))
         acknowledged = []
-        with refused("store-unavailable") as caught:
+        with refused(StoreUnavailable) as caught:
             for i in range(10_000):
                 enrolled(store.enrol("staff", [one(f"more{i:04d}", unit(i)[0])] * 3, ALICE))
                 acknowledged.append(f"more{i:04d}")
-        assert "disk is full" in caught.value.detail
+        assert "disk is full" in str(caught.value)
         assert acknowledged
         there = list(store.subjects("staff", after="more", limit=10_000))
         assert [name for name in there if name.startswith("more")] == acknowledged
@@ -115,7 +115,7 @@ def test_a_check_notices_a_full_disk(small_disk: Path) -> None:
         store.check()
         assert store._file.truncate()
         (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
-        with refused("store-unavailable"):
+        with refused(StoreUnavailable):
             store.check()
         (small_disk / "ballast").unlink()
         store.check()
@@ -127,7 +127,7 @@ def test_a_file_system_that_became_read_only_refuses_writes_and_answers_searches
         if aborted.returncode:
             pytest.skip("this file system cannot be made to fail")
         for attempt in (store.check, lambda: store.enrol("staff", [one("late", unit(50)[0])], ALICE)):
-            with refused("store-unavailable"):
+            with refused(StoreUnavailable):
                 attempt()
         assert store.search("staff", ENCODER, unit(7), 1)[0].hits[0].subject == "s07"
         assert store.get("staff").subjects == 20
@@ -139,9 +139,9 @@ def test_a_file_system_mounted_read_only_is_refused_at_the_start(tmp_path: Path)
         done = subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], capture_output=True)
         if done.returncode:
             pytest.skip("mounting read-only is refused here")
-        with refused("store-unavailable") as caught:
+        with refused(StoreUnavailable) as caught:
             SqliteStore(folder, MASTER)
-        assert "read-only" in caught.value.detail or "cannot be opened" in caught.value.detail
+        assert "read-only" in str(caught.value) or "cannot be opened" in str(caught.value)
 
 
 def test_a_damaged_page_is_reported_and_searches_go_on(store: SqliteStore, tmp_path: Path) -> None:
@@ -158,14 +158,14 @@ def test_a_damaged_page_is_reported_and_searches_go_on(store: SqliteStore, tmp_p
     with closing(sqlite3.connect(path)) as db:
         db.execute("UPDATE about SET value = '1' WHERE name = 'heartbeat'")  # what was cached is read again
         db.commit()
-    with refused("store-unavailable") as caught:
+    with refused(StoreUnavailable) as caught:
         store.subject("staff", "t000", vectors=True)
-    assert "damaged" in caught.value.detail
+    assert "damaged" in str(caught.value)
     (found,) = store.search("staff", ENCODER, vectors[7:8], 1)
     assert (found.hits[0].subject, found.searched) == ("t007", 220)
-    with refused("store-unavailable") as caught:
+    with refused(StoreUnavailable) as caught:
         SqliteStore(tmp_path / "store", MASTER)
-    assert "damaged" in caught.value.detail
+    assert "damaged" in str(caught.value)
 
 
 def test_templates_that_were_swapped_take_no_part(store: SqliteStore, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_templates_that_were_swapped_take_no_part(store: SqliteStore, tmp_path: 
     with closing(SqliteStore(tmp_path / "store", MASTER)) as again:
         assert len(again.unreadable) == 2
         assert again.search("staff", ENCODER, unit(0), 20)[0].searched == 18
-        with refused("store-unavailable"):
+        with refused(StoreUnavailable):
             again.subject("staff", "s00", vectors=True)
         found = wrong(tmp_path / "store")
         assert sum("does not decrypt" in line for line in found) == 2
@@ -192,9 +192,9 @@ def test_a_lock_that_is_held_too_long_is_named(store: SqliteStore, tmp_path: Pat
     store._file._writer.execute("PRAGMA busy_timeout = 50")
     with closing(sqlite3.connect(tmp_path / "store" / NAME, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with refused("store-unavailable") as caught:
+        with refused(StoreUnavailable) as caught:
             store.enrol("staff", [one("late", unit(50)[0])], ALICE)
-        assert "another process" in caught.value.detail
+        assert "another process" in str(caught.value)
         assert store.search("staff", ENCODER, unit(7), 1)[0].hits[0].subject == "s07"
         other.execute("ROLLBACK")
     enrolled(store.enrol("staff", [one("late", unit(50)[0])], ALICE))
@@ -261,9 +261,9 @@ def test_several_can_open_a_new_folder_at_once(tmp_path: Path) -> None:
 
 def test_a_query_that_cannot_be_one_is_refused_alone(store: SqliteStore) -> None:
     for query in (unit(1, dim=8), unit(1) * 2, unit(1) * float("nan")):
-        with refused("bad-vector"):
+        with refused(BadVector):
             store.search("staff", ENCODER, query, 1)
-    with refused("invalid-request"):
+    with refused(InvalidRequest):
         store.search("staff", ENCODER, unit(1), 0)
 
 
@@ -367,7 +367,7 @@ def test_what_is_no_database_of_pkd_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a database of pkd"):
         SqliteStore(tmp_path, MASTER)
     (tmp_path / NAME).write_bytes(b"something else entirely" * 100)
-    with refused("store-unavailable"):
+    with refused(StoreUnavailable):
         SqliteStore(tmp_path, MASTER)
     with pytest.raises(InputError, match="no such database"):
         SqliteStore(tmp_path / "none", MASTER, create=False)
@@ -377,9 +377,9 @@ def test_a_changed_master_key_stops_those_who_have_the_old_one(store: SqliteStor
     after = MasterKey(bytes(32))
     with closing(SqliteFile(tmp_path / "store", MASTER)) as file:
         assert rewrap(file, after) == 1
-    with refused("store-unavailable") as caught:
+    with refused(StoreUnavailable) as caught:
         store.create("guests", OLD, None, ALICE)
-    assert "Restart" in caught.value.detail
+    assert "Restart" in str(caught.value)
     with closing(SqliteStore(tmp_path / "store", after)) as again:
         assert again.search("staff", ENCODER, unit(7), 1)[0].hits[0].subject == "s07"
         again.create("guests", OLD, None, ALICE)
@@ -394,14 +394,14 @@ def test_an_error_in_the_middle_leaves_nothing(store: SqliteStore, monkeypatch: 
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Enrolling, "_insert", insert)
-    with refused("store-unavailable"):
+    with refused(StoreUnavailable):
         store.enrol("staff", [one("late", unit(1)[0]), one("later", unit(2)[0])], ALICE)
     assert store.get("staff").subjects == 20
     assert store.search("staff", ENCODER, unit(1), 50)[0].searched == 20
 
 
 def test_what_sqlite_says_beyond_the_list_is_passed_on() -> None:
-    with pytest.raises(Problem, match="SQLite says: something new"), database.explained():
+    with pytest.raises(PkdError, match="SQLite says: something new"), database.explained():
         raise sqlite3.OperationalError("something new")
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from datetime import datetime, timezone
-from typing import Any, overload
+from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -22,15 +21,6 @@ def answer(content: Mapping[str, Any], status: int = 200) -> Response:
 def line(content: Mapping[str, Any]) -> bytes:
     """One line of NDJSON."""
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-
-
-@overload
-def when(seconds: float) -> datetime: ...
-@overload
-def when(seconds: None) -> None: ...
-def when(seconds: float | None) -> datetime | None:
-    """Seconds since 1970 → a moment in UTC, which JSON shows as ISO 8601."""
-    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
 
 
 class Stream(Response):

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from pkd.serving.core.gallery_schemas import BulkItem, EnrolBody, IdentifyBody
-from pkd.serving.core.problems import Problem
 from pkd.serving.core.schemas import EmbedBody, VerifyBody
-from pkd.serving.inference.request_images import NO_SUBJECT, decode, parse
-from pkd.serving.matching.transfer import Line
-from pkd.toolkit.core.errors import BadImage, ImageTooLarge
+from pkd.serving.core.validation import NO_SUBJECT, parse
+from pkd.serving.inference.decoding import decode
+from pkd.serving.matching.transfer import ExportLine
+from pkd.toolkit.core.errors import BadImage, ImageTooLarge, PkdError
 from tests.support import serving_bundles as made
 
 CROP = made.crops(1, seed=3)[0]
@@ -63,17 +63,17 @@ def test_what_is_no_image_is_not_called_one(data):
         (EnrolBody, f'{{"inputs": [{IMAGE}], "consent": {{"image": 1}}}}', ["consent.basis", "consent.image"]),
         (BulkItem, f'{{"subject": 1, "inputs": [{IMAGE}, {{"image_b64": 1}}]}}', ["inputs.1.image_b64", "subject"]),
         (IdentifyBody, '{"query": {"embedding": "AA", "encoder": "x", "image": 1}}', ["query.image"]),
-        (Line, '{"subject": "s/t", "templates": [{"embedding": 1}]}', [
+        (ExportLine, '{"subject": "s/t", "templates": [{"embedding": 1}]}', [
             "subject", "templates.0.encoder", "templates.0.space", "templates.0.embedding", "templates.0.encoding",
         ]),
-        (Line, '{"end": true, "subjects": "x"}', ["subjects"]),
+        (ExportLine, '{"end": true, "subjects": "x"}', ["subjects"]),
     ],
 )  # fmt: skip
 def test_a_field_is_named_as_it_was_sent(model, body, fields):
     """Without pydantic's names for the kinds of a side and of an embedding."""
-    with pytest.raises(Problem) as raised:
+    with pytest.raises(PkdError) as raised:
         parse(model, body.encode())
-    assert sorted(one["field"] for one in raised.value.members["errors"]) == sorted(fields)
+    assert sorted(one["field"] for one in raised.value.details["errors"]) == sorted(fields)
 
 
 def test_a_subject_where_none_is_taken():
@@ -81,7 +81,7 @@ def test_a_subject_where_none_is_taken():
         (IdentifyBody, '{"query": {"gallery": "g", "subject": "ann"}}', "query"),
         (EnrolBody, f'{{"inputs": [{IMAGE}, {{"subject": "ann"}}]}}', "inputs.1"),
     ):
-        with pytest.raises(Problem) as raised:
+        with pytest.raises(PkdError) as raised:
             parse(model, body.encode())
-        assert raised.value.members["errors"] == [{"field": field, "message": NO_SUBJECT}]
-        assert raised.value.detail == f"{field}: {NO_SUBJECT}."
+        assert raised.value.details["errors"] == [{"field": field, "message": NO_SUBJECT}]
+        assert str(raised.value) == f"{field}: {NO_SUBJECT}."
