@@ -6,7 +6,8 @@ upper end of the interval of what it loses is no more than was allowed: "not sho
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,17 +22,17 @@ from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.models.open_encoder import open_encoder
 from pkd.toolkit.encoders.base import Encoder
 from pkd.toolkit.encoders.embed import default_cache, embed_faces
-from pkd.toolkit.evaluation.comparison.certify import certify
 from pkd.toolkit.evaluation.metrics.error_rates import require_resolved
 from pkd.toolkit.evaluation.metrics.operating_points import measure
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
-from pkd.toolkit.evaluation.metrics.paired import paired_difference
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats
-from pkd.toolkit.evaluation.protocols.all_pairs import pair_up
-from pkd.toolkit.evaluation.protocols.common import Bar, Options, common
-from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
+from pkd.toolkit.evaluation.metrics.resamples import paired_difference
+from pkd.toolkit.evaluation.protocols.all_pairs import certify, pair_up
+from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, common
 from pkd.toolkit.evaluation.results.schema import Comparison, Evaluation, PairedDifference
 
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Opens a progress bar: (label, total) → a function that is told how many more are done."""
 FMRS = (1e-2, 1e-3, 1e-4, 1e-5)
 """What the certificates of the gated encoders hold where the faces resolve it."""
 LEVEL = 0.95
@@ -112,7 +113,7 @@ class Gate:
         require_same_space(self._teacher.info, reference.info)
         self._faces = FaceSet.read(order.faces)
         fmrs = tuple(sorted({order.fmr, *FMRS}, reverse=True))
-        self._options = Options(fmrs=fmrs, cache=default_cache())
+        self._options = EvaluationOptions(fmrs=fmrs, cache=default_cache())
         self._data, self._pairing = pair_up(self._faces, self._faces, order.faces.name, self._options.cache)
         require_resolved(self._pairing, order.fmr)
         with bar("embedding the gallery", len(self._faces)) as advance:
@@ -160,8 +161,8 @@ class Gate:
             query = embed_faces(encoder, self._faces, jobs=None if reference else 1, advance=advance)
         comparison, values = self._compare(query, encoder)
         point = next(p for p in comparison.points if p.fmr == self._order.fmr)
-        lineup = Lineup(self._teacher, encoder)
-        certificate = None if encoder is self._teacher else self._certificate(comparison, lineup, options)
+        encoder_set = EncoderSet(self._teacher, encoder)
+        certificate = None if encoder is self._teacher else self._certificate(comparison, encoder_set, options)
         return _Measured(point.tar_balanced, values[f"S–T/tar_balanced/{self._order.fmr:g}"], certificate)
 
     def _compare(self, query: Floats, encoder: Encoder) -> tuple[Comparison, dict[str, Doubles]]:
@@ -176,10 +177,10 @@ class Gate:
             seed=options.seed,
         )
 
-    def _certificate(self, comparison: Comparison, lineup: Lineup, options: Options) -> Certificate:
+    def _certificate(self, comparison: Comparison, encoder_set: EncoderSet, options: EvaluationOptions) -> Certificate:
         named = comparison.model_copy(update={"certificate": file_name(comparison.query, comparison.gallery)})
         evaluation = Evaluation(
-            protocol="all pairs of one set", data=self._data, comparisons=(named,), **common(lineup, options)
+            protocol="all pairs of one set", data=self._data, comparisons=(named,), **common(encoder_set, options)
         )
         return certify(named, evaluation)
 

@@ -13,7 +13,7 @@ import pytest
 
 from pkd.toolkit.cli.evaluate import main
 from pkd.toolkit.evaluation.datasets.lfw import read_lfw
-from pkd.toolkit.evaluation.metrics.resamples import read_draws
+from pkd.toolkit.evaluation.metrics.resamples import read_resample_values
 from pkd.toolkit.evaluation.results.schema import Evaluation
 from pkd.toolkit.images.codec import read_rgb
 from tests.support.evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
@@ -91,9 +91,9 @@ def test_a_bin_has_the_accuracy_of_its_list(world: Path, tmp_path: Path) -> None
         assert found[one.name].fold_threshold == one.fold_threshold
     assert "names no people" in packed.notes[0] and packed.data.images == listed.data.images
     assert "names no people" in (tmp_path / "bin/report.html").read_text(encoding="utf-8")
-    draws = read_draws(tmp_path / "bin")
-    assert {f"{name}/accuracy" for name in found} == set(draws.values)
-    assert draws.key != read_draws(tmp_path / "list").key
+    kept = read_resample_values(tmp_path / "bin")
+    assert {f"{name}/accuracy" for name in found} == set(kept.values)
+    assert kept.key != read_resample_values(tmp_path / "list").key
     assert not list((tmp_path / "bin/certificates").iterdir())
 
 
@@ -136,7 +136,7 @@ def test_templates_are_verified_and_searched(world: Path, tmp_path: Path) -> Non
     assert made.comparisons[1].eer != made.comparisons[2].eer
     assert made.identifications[0].ranks[0].rate_balanced > 0.8
     assert "nothing is certified" in made.notes[0]
-    values = read_draws(out).values
+    values = read_resample_values(out).values
     assert {f"{name}/rank_balanced/1" for name in names} <= set(values)
     assert {f"{name}/tar_balanced/0.1" for name in names} & set(values) == set()
     page = (out / "report.html").read_text(encoding="utf-8")

@@ -14,10 +14,10 @@ from pkd.toolkit.certificates.certificate import Calibration, Certificate
 from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.core.errors import BadVector, UnsupportedFmr
 from pkd.toolkit.core.preprocess import Preprocess
-from pkd.toolkit.evaluation.comparison.certify import certify
 from pkd.toolkit.evaluation.metrics.operating_points import measure
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
+from pkd.toolkit.evaluation.protocols.all_pairs import certify
 from pkd.toolkit.evaluation.results.schema import Data, Evaluation
 
 ENCODER = describe("tiny", "teacher", "0" * 64, Preprocess(), 6)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from pkd.toolkit.evaluation.metrics import pair_scores as scores_module
 from pkd.toolkit.evaluation.metrics.error_rates import (
-    drawn_rates,
     equal_error_rate,
     fmr_at,
     impostor_cumulative,
@@ -17,6 +16,7 @@ from pkd.toolkit.evaluation.metrics.error_rates import (
     rates,
     raw_fmr_at,
     raw_impostor_cumulative,
+    resampled_rates,
 )
 from pkd.toolkit.evaluation.metrics.pair_scores import BINS, bin_edges, bin_of, score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
@@ -67,22 +67,28 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(
 ) -> None:
     pairing, query, gallery = case
     random = np.random.default_rng(seed)
-    weight = random.integers(0, 3, pairing.identities).astype(np.float64) if seed % 3 else np.ones(pairing.identities)
-    found = oracle.all_pairs(pairing, query, gallery, weight)
+    multiplicity = (
+        random.integers(0, 3, pairing.identities).astype(np.float64) if seed % 3 else np.ones(pairing.identities)
+    )
+    found = oracle.all_pairs(pairing, query, gallery, multiplicity)
     assume(any(p.same for p in found) and any(not p.same for p in found))
-    assert pairing.impostor_weight(weight) == sum(p.weight for p in found if not p.same)
+    assert pairing.impostor_weight(multiplicity) == sum(p.weight for p in found if not p.same)
 
     scores = score_pairs(pairing, query, gallery)
     people = [frozenset((p.query, p.gallery)) for p in found if not p.same]
-    drawn_people = {pair: weight[list(pair)].prod() for pair in people}
-    assert pairing.people_weight(weight) == sum(drawn_people.values())
+    drawn_people = {pair: multiplicity[list(pair)].prod() for pair in people}
+    assert pairing.identity_pair_weight(multiplicity) == sum(drawn_people.values())
     a, b = (np.array(side) for side in zip(*(sorted(pair) for pair in drawn_people), strict=True))
-    if (weight > 0).all():
+    if (multiplicity > 0).all():
         assert pairing.pairs_between(a, b).tolist() == [people.count(pair) for pair in drawn_people]
-    made = drawn_rates(
-        scores, TARGETS, weight, impostor_cumulative(scores, weight), raw_impostor_cumulative(scores, weight)
+    made = resampled_rates(
+        scores,
+        TARGETS,
+        multiplicity,
+        impostor_cumulative(scores, multiplicity),
+        raw_impostor_cumulative(scores, multiplicity),
     )
-    if (weight == 1).all():
+    if (multiplicity == 1).all():
         whole = rates(scores, TARGETS)
         np.testing.assert_array_equal(made.threshold, whole.threshold)
         np.testing.assert_array_equal(made.raw_threshold, whole.raw_threshold)
@@ -130,8 +136,8 @@ def test_what_is_kept_of_a_large_set_gives_the_same_rates(seed: int, unordered: 
     exact = part.impostor >= part.cut
     assert 50 <= exact.sum() <= 200
     np.testing.assert_allclose(part.impostor[exact], whole.impostor[: exact.sum()], atol=1e-6)
-    assert part.mass[exact] == pytest.approx(1)
-    assert part.mass.sum() == pytest.approx(pairing.impostor_pairs)
+    assert part.weight[exact] == pytest.approx(1)
+    assert part.weight.sum() == pytest.approx(pairing.impostor_pairs)
     assert part.histogram.sum() == pairing.impostor_pairs
     np.testing.assert_allclose(part.genuine, whole.genuine, atol=1e-6)
     query, gallery = vectors[part.impostor_query], vectors[part.impostor_gallery]

@@ -8,10 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
-from pkd.toolkit.evaluation.metrics import search as search_module
-from pkd.toolkit.evaluation.metrics.identification import Rates
+from pkd.toolkit.evaluation.metrics.identification import SearchRates, joined, one_gallery, search, two_galleries
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
-from pkd.toolkit.evaluation.metrics.search import joined, one_gallery, search, two_galleries
 from tests.support import identification_oracle as oracle
 
 FPIRS = np.array([0.9, 0.5, 0.3, 0.1, 0.01])
@@ -43,14 +41,12 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(case: Case, seed: int
     assume(any(one.mate is not None and drawn[one.identity] for one in found))
     assume(any(one.mate is None and drawn[one.identity] for one in found))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_module, "_BLOCK", block)
-        made = search(probe, identity, gallery, owner)
+    made = search(probe, identity, gallery, owner, block=block)
     assert made.best.tolist() == [one.best for one in found]
     assert made.mate.tolist() == [-np.inf if one.mate is None else one.mate for one in found]
     assert made.rank.tolist() == [one.rank for one in found]
 
-    rates = Rates(made, people, within=within).draw(drawn, RANKS, FPIRS)
+    rates = SearchRates(made, people, within=within).draw(drawn, RANKS, FPIRS)
     for row, balanced in enumerate((True, False)):
         weight = oracle.weights(found, drawn, balanced=balanced)
         for k, rank in enumerate(RANKS):
@@ -75,7 +71,7 @@ def test_open_set_rates_agree_with_scikit_learn(seed: int) -> None:
     )
     made = search(probe, identity, gallery, owner)
     assume(made.mated.any() and not made.mated.all())
-    rates = Rates(made, 60, within=30).draw(np.ones(60), (1,), FPIRS)
+    rates = SearchRates(made, 60, within=30).draw(np.ones(60), (1,), FPIRS)
     scores = np.where(made.mated, made.mate, made.best)
     share = 1 / np.array(
         [np.sum((identity == i) & (made.mated == m)) for i, m in zip(identity, made.mated, strict=True)]

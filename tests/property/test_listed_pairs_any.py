@@ -13,11 +13,11 @@ from pkd.toolkit.evaluation.metrics import listed_pairs as listed_module
 from pkd.toolkit.evaluation.metrics import pair_scores as scores_module
 from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap
 from pkd.toolkit.evaluation.metrics.error_rates import (
-    drawn_rates,
     equal_error_rate,
     impostor_cumulative,
     rates,
     raw_impostor_cumulative,
+    resampled_rates,
 )
 from pkd.toolkit.evaluation.metrics.listed_pairs import ListedPairs, listed, read_pair_labels, score_listed
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores
@@ -37,12 +37,12 @@ def make(seed: int, people: int, templates: int, count: int, scale: float = 4.0)
     return listed(first, second, subject[first] == subject[second], subject), vectors
 
 
-def looped(pairs: ListedPairs, vectors: np.ndarray, weight: np.ndarray) -> list[oracle.Pair]:
+def looped(pairs: ListedPairs, vectors: np.ndarray, multiplicity: np.ndarray) -> list[oracle.Pair]:
     found = []
     for i, j, same in zip(pairs.first, pairs.second, pairs.same, strict=True):
         a, b = int(pairs.query[i]), int(pairs.gallery[j])
         assert (a == b) == same
-        drawn = float(weight[a] if same else weight[a] * weight[b])
+        drawn = float(multiplicity[a] if same else multiplicity[a] * multiplicity[b])
         if drawn:
             found.append(oracle.Pair(float(vectors[i].astype(np.float64) @ vectors[j]), a, b, drawn))
     return found
@@ -55,27 +55,31 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(
 ) -> None:
     pairs, vectors = make(seed, people, templates, count)
     assume(pairs.same.any() and not pairs.same.all())
-    weight = (
+    multiplicity = (
         np.random.default_rng(seed).integers(0, 3, pairs.identities).astype(float)
         if draw
         else np.ones(pairs.identities)
     )
-    found = looped(pairs, vectors, weight)
+    found = looped(pairs, vectors, multiplicity)
     assume(any(p.same for p in found) and any(not p.same for p in found))
     assert pairs.genuine_pairs == pairs.same.sum() and pairs.impostor_pairs == (~pairs.same).sum()
-    assert pairs.impostor_weight(weight) == sum(p.weight for p in found if not p.same)
+    assert pairs.impostor_weight(multiplicity) == sum(p.weight for p in found if not p.same)
     everyone = looped(pairs, vectors, np.ones(pairs.identities))
     both = [frozenset((p.query, p.gallery)) for p in everyone if not p.same]
     assert pairs.identity_pairs == len(set(both))
     drawn_people = {frozenset((p.query, p.gallery)): p.weight for p in found if not p.same}
-    assert pairs.people_weight(weight) == sum(drawn_people.values())
+    assert pairs.identity_pair_weight(multiplicity) == sum(drawn_people.values())
     assert set(np.concatenate([pairs.query[pairs.first], pairs.query[pairs.second]])) == set(range(pairs.identities))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listed_module, "BLOCK", 7)
         scores = score_listed(pairs, vectors, vectors)
-    made = drawn_rates(
-        scores, TARGETS, weight, impostor_cumulative(scores, weight), raw_impostor_cumulative(scores, weight)
+    made = resampled_rates(
+        scores,
+        TARGETS,
+        multiplicity,
+        impostor_cumulative(scores, multiplicity),
+        raw_impostor_cumulative(scores, multiplicity),
     )
     for k, target in enumerate(TARGETS):
         raw = oracle.threshold_at(found, float(target), oracle.fmr)
@@ -105,7 +109,7 @@ def test_what_is_kept_of_a_long_list_gives_the_same_rates(seed: int) -> None:
     assert np.isneginf(whole.cut) and part.cut > -1 and len(part.impostor) < 0.1 * len(whole.impostor)
     exact = part.impostor >= part.cut
     np.testing.assert_array_equal(part.impostor[exact], whole.impostor[: exact.sum()])
-    assert part.mass[exact] == pytest.approx(1) and part.mass.sum() == pytest.approx(pairs.impostor_pairs)
+    assert part.weight[exact] == pytest.approx(1) and part.weight.sum() == pytest.approx(pairs.impostor_pairs)
     assert part.histogram.sum() == pairs.impostor_pairs
     np.testing.assert_allclose(rates(part, TARGETS).raw_threshold, rates(whole, TARGETS).raw_threshold, atol=2e-5)
     np.testing.assert_allclose(rates(part, TARGETS).tar, rates(whole, TARGETS).tar, atol=0.02)

@@ -18,10 +18,10 @@ from pkd.toolkit.certificates.signing import SigningKey, TrustedKeys, write_sign
 from pkd.toolkit.cli.verification import verify
 from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.core.preprocess import Preprocess
-from pkd.toolkit.evaluation.comparison.certify import certify
 from pkd.toolkit.evaluation.metrics.operating_points import measure
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
+from pkd.toolkit.evaluation.protocols.all_pairs import certify
 from pkd.toolkit.evaluation.results.schema import Data, Evaluation
 
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))

@@ -10,11 +10,11 @@ import numpy as np
 from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.encoders.base import Embeddings, unit_rows
-from pkd.toolkit.evaluation.metrics.bootstrap import drawn_accuracies, interval
+from pkd.toolkit.evaluation.metrics.bootstrap import interval, resampled_accuracies
 from pkd.toolkit.evaluation.metrics.operating_points import measure
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Ints, Pairing
-from pkd.toolkit.evaluation.metrics.resamples import Draws, drawn_from, write_draws
+from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, resampled_from, write_resample_values
 from pkd.toolkit.evaluation.results.schema import Comparison, Data, Evaluation, PairAccuracy
 
 TEACHER = describe("teacher", "teacher", "1" * 64, Preprocess(), 8)
@@ -83,7 +83,7 @@ def write_run(
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(evaluation.model_dump_json(), encoding="utf-8")
-    write_draws(folder, Draws(drawn_from(evaluation), values))
+    write_resample_values(folder, ResampleValues(resampled_from(evaluation), values))
     return evaluation
 
 
@@ -95,7 +95,7 @@ def _accuracy(
     first = np.concatenate([first, first])
     same = labels[first] == labels[second]
     right = (np.einsum("nd,nd->n", query[first], gallery[second]) >= 0.5) == same
-    drawn = drawn_accuracies(right, same, labels[first], labels[second], resamples=resamples, seed=seed)
+    drawn = resampled_accuracies(right, same, labels[first], labels[second], resamples=resamples, seed=seed)
     return PairAccuracy(
         name=cell,
         query="",

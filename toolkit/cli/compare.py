@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import model_validator
 from rich.console import Console
 from rich.table import Table
 
-from pkd.toolkit.core.cli_support import Result, make_parser, run
+from pkd.toolkit.core.cli_options import Argument, Options, run_command
+from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError
-from pkd.toolkit.evaluation.comparison.compare import rank
+from pkd.toolkit.evaluation.comparison.compare import STATISTICS, Ranking, rank
 from pkd.toolkit.evaluation.comparison.load import read_runs
-from pkd.toolkit.evaluation.comparison.ranking import Ranking
-from pkd.toolkit.evaluation.comparison.statistics import STATISTICS
 from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict, write_ranking_figures
 from pkd.toolkit.evaluation.report.compare_plots import probability, what
 from pkd.toolkit.evaluation.report.drawing import require_plots
@@ -27,33 +26,50 @@ EXAMPLES = """
 """
 
 
+class CompareOptions(Options):
+    """Hold what pkd-compare was asked for."""
+
+    runs: Annotated[tuple[str, ...], Argument("EVAL", positional=True)]
+    """Folder of pkd-evaluate, or NAME=FOLDER; two or more."""
+    by: Annotated[str | None, Argument("{" + ",".join(STATISTICS) + "}")] = None
+    """Statistic to rank by: tar, or accuracy for pair lists."""
+    cell: Annotated[str | None, Argument("Q-G")] = None
+    """Ordered encoder pair to rank by: S-T, T-T, S-S …; S-T, or T-T without a student."""
+    fmr: Annotated[float | None, Argument("F")] = None
+    """Target FMR, or FPIR of fnir, a fraction; the smallest that all runs resolve."""
+    out: Annotated[Path, Argument("OUT")]
+    """Folder for the page, its figures and compare.json."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CompareOptions:
+        if self.by is not None and self.by not in STATISTICS:
+            raise InputError(f"--by {self.by}: give {', '.join(STATISTICS)}.")
+        return self
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``pkd-compare``."""
-    parser = make_parser(
+    """Run ``pkd-compare``; returns the exit code."""
+    return run_command(
         "pkd-compare",
         "Rank folders that pkd-evaluate wrote over the same pairs, and say of every two whether one beats the other: "
         "difference, 95 % interval and p-value over the same drawn people. Writes OUT/compare.html, OUT/compare.json "
         "and OUT/figures.",
         EXAMPLES,
+        CompareOptions,
+        compare,
+        argv,
     )
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="EVAL", help="folder of pkd-evaluate, or NAME=FOLDER")
-    add("--by", choices=STATISTICS, help="what to rank by (tar; for pair lists accuracy)")
-    add("--cell", metavar="Q-G", help="ordered pair to rank by: S-T, T-T, S-S … (S-T, or T-T without a student)")
-    add("--fmr", type=float, metavar="F", help="FMR, or FPIR of fnir, to rank at (the smallest that all runs resolve)")
-    add("--out", type=Path, required=True, metavar="OUT", help="folder to write")
-    return run(parser, compare, argv)
 
 
-def compare(args: argparse.Namespace, console: Console) -> Result:
+def compare(options: CompareOptions, console: Console) -> Result:
     """Rank, write and show; returns what ``--json`` prints."""
     require_plots()
-    out: Path = args.out
+    out = options.out
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file. Give a folder with --out.")
     if (out / "report.json").exists():
         raise InputError(f"{out}: is the folder of an evaluation. Give another --out.")
-    found = rank(read_runs(args.runs), by=args.by, cell=args.cell, at=args.fmr)
+    found = rank(read_runs(options.runs), by=options.by, cell=options.cell, at=options.fmr)
     page = render_ranking(found)
     out.mkdir(parents=True, exist_ok=True)
     (out / "compare.json").write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")

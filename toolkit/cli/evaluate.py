@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import model_validator
 from rich.console import Console
 from rich.table import Table
 
 from pkd.toolkit.certificates.certificate import Interval
 from pkd.toolkit.certificates.signing import SigningKey, write_signed
-from pkd.toolkit.cli.identification_table import identification_table
-from pkd.toolkit.core.cli_support import Result, make_parser, progress, run
+from pkd.toolkit.core.cli_options import Argument, Options, run_command
+from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.progress import ConsoleProgress, Progress
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.models.open_encoder import open_encoder
 from pkd.toolkit.encoders.embed import default_cache
-from pkd.toolkit.evaluation.comparison.outcome import Outcome
+from pkd.toolkit.evaluation.datasets.cfp import read_cfp
 from pkd.toolkit.evaluation.datasets.ijb import read_templates
-from pkd.toolkit.evaluation.datasets.pair_sources import read_pairs
+from pkd.toolkit.evaluation.datasets.insightface_bin import looks_pickled, read_bin
+from pkd.toolkit.evaluation.datasets.lfw import read_lfw
+from pkd.toolkit.evaluation.datasets.pair_list import PairList
 from pkd.toolkit.evaluation.metrics.labels import read_labels
-from pkd.toolkit.evaluation.metrics.resamples import write_draws
+from pkd.toolkit.evaluation.metrics.resamples import write_resample_values
 from pkd.toolkit.evaluation.protocols.all_pairs import cross_matrix
 from pkd.toolkit.evaluation.protocols.baselines import require_control, with_maps
-from pkd.toolkit.evaluation.protocols.common import Bar, Options
-from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
+from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, ProtocolResult
 from pkd.toolkit.evaluation.protocols.pair_list import pair_list_accuracy
 from pkd.toolkit.evaluation.protocols.templates import template_matching
 from pkd.toolkit.evaluation.report.evaluation_page import render, require_plots, write_figures
@@ -41,67 +42,126 @@ EXAMPLES = """
   pkd-evaluate --teacher teacher-bundle --student student-bundle --pairs cfp/Protocol/Split/FP --faces crops --out e
   pkd-evaluate --teacher teacher-bundle --student student-bundle --templates ijbc/meta --faces ijbc/loose_crop --out e
 """
+Faces = Annotated[Path | None, Argument("DIR|LIST")]
+Spec = Annotated[str | None, Argument("SPEC")]
+
+
+class EvaluateOptions(Options):
+    """Hold what pkd-evaluate was asked for."""
+
+    teacher: Annotated[str, Argument("SPEC")]
+    """Teacher: bundle, run, FILE.onnx, FILE.pt or insightface:PACK."""
+    teacher_preprocess: Annotated[str | None, Argument("P")] = None
+    """Pixel scaling of a teacher that is FILE.onnx or FILE.pt, for example mean=127.5,std=127.5."""
+    student: Spec = None
+    """Bundle or run of a student of this teacher."""
+    control: Spec = None
+    """Encoder that was not distilled from the teacher, to compare with."""
+    control_preprocess: Annotated[str | None, Argument("P")] = None
+    """Pixel scaling of a control that is FILE.onnx or FILE.pt."""
+    fit_faces: Faces = None
+    """Aligned crops of other people, to fit linear maps from control to teacher."""
+    faces: Faces = None
+    """Aligned crops: a folder per identity, a list, .rec or .tar."""
+    gallery: Faces = None
+    """Aligned crops of the gallery side, where it has other images than the probe side."""
+    probe: Faces = None
+    """Aligned crops of the probe (query) side."""
+    pairs: Annotated[Path | None, Argument("FILE")] = None
+    """Pair list: LFW's pairs.txt or CFP's Split/FP, of --faces DIR; or a .bin with its own images."""
+    templates: Annotated[Path | None, Argument("META")] = None
+    """Meta folder of IJB-B or IJB-C; --faces is its loose_crop."""
+    no_detector_score: bool = False
+    """Weigh every face of a template the same within its medium."""
+    threshold_pairs: Annotated[Path | None, Argument("FILE")] = None
+    """Pair list that the threshold of a one-fold --pairs comes from."""
+    fmr: Annotated[tuple[float, ...], Argument("F")] = ()
+    """Target false match rates, fractions; without it 1e-2 to 1e-5 where the people resolve them."""
+    demographics: Annotated[Path | None, Argument("FILE.csv")] = None
+    """Labels, identity,<attribute>[,…]: also measure each group."""
+    flip: bool = False
+    """Add each embedding to its mirror image's; no certificates then."""
+    any_space: bool = False
+    """Allow a student that was not distilled from the teacher (a control)."""
+    synthetic: bool = False
+    """The faces are procedural: say so in report and certificates."""
+    bootstrap: int = EvaluationOptions.resamples
+    """Resamples of the identities that the intervals come from."""
+    seed: int = EvaluationOptions.seed
+    """Seed of the resampling."""
+    sign: Annotated[Path | None, Argument("KEY.pem")] = None
+    """ed25519 private key: sign the certificates and report.json."""
+    cache: Annotated[Path | None, Argument("DIR")] = None
+    """Folder that keeps embeddings between runs, $PKD_CACHE or ~/.cache/pkd."""
+    jobs: int | None = None
+    """Threads; one per core by default."""
+    out: Annotated[Path, Argument("EVAL")]
+    """Folder for the report and the certificates."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateOptions:
+        sides = [self.gallery, self.probe]
+        if self.templates and (self.pairs or any(sides) or not self.faces):
+            raise InputError(
+                "--templates META takes its images from --faces DIR and goes with no --pairs or --gallery."
+            )
+        if self.templates and self.demographics:
+            raise InputError("--demographics goes with --faces or --gallery and --probe. Drop it, or --templates.")
+        if self.no_detector_score and not self.templates:
+            raise InputError("--no-detector-score goes with --templates META. Drop it.")
+        if self.pairs and any(sides):
+            raise InputError(
+                "--pairs FILE takes its images from --faces DIR or holds them: drop --gallery and --probe."
+            )
+        if not self.pairs and self.threshold_pairs:
+            raise InputError("--threshold-pairs goes with --pairs. Drop it, or pass --pairs FILE.")
+        if not self.pairs and (bool(self.faces) == any(sides) or any(sides) != all(sides)):
+            raise InputError("what to compare? Pass --faces DIR, or --gallery DIR and --probe DIR.")
+        if self.fit_faces and not self.control:
+            raise InputError(
+                "--fit-faces goes with --control SPEC, the encoder that is mapped into the teacher's space."
+            )
+        if self.control_preprocess and not self.control:
+            raise InputError("--control-preprocess states how --control scales pixels. Give --control, too.")
+        if self.bootstrap < 100:
+            raise InputError(f"--bootstrap {self.bootstrap}: a 95 % interval needs at least 100 resamples.")
+        if self.jobs is not None and self.jobs < 1:
+            raise InputError(f"--jobs {self.jobs}: give 1 or more.")
+        if self.pairs and self.demographics:
+            raise InputError("--demographics goes with --faces or --gallery and --probe. Drop it, or --pairs.")
+        if self.pairs and self.fmr:
+            raise InputError(
+                "--fmr goes with --faces or --gallery and --probe: a pair list has too few impostor pairs."
+            )
+        if bad := [fmr for fmr in self.fmr if not 0 < fmr < 1]:
+            raise InputError(f"--fmr {bad[0]:g}: a false match rate lies between 0 and 1.")
+        return self
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``pkd-evaluate``."""
-    parser = make_parser(
+    """Run ``pkd-evaluate``; returns the exit code."""
+    return run_command(
         "pkd-evaluate",
         "Compare every pair of a set of aligned faces (or of a gallery and a probe set, or of an official pair list) "
         "with the teacher on both sides, the student on both sides, and the student's query against the teacher's "
         "gallery. Writes EVAL/report.html, EVAL/report.json and one certificate per ordered pair of encoders.",
         EXAMPLES,
+        EvaluateOptions,
+        evaluate,
+        argv,
     )
-    add = parser.add_argument
-    add("--teacher", required=True, metavar="SPEC", help="bundle, run, FILE.onnx, FILE.pt or insightface:PACK")
-    add("--teacher-preprocess", metavar="P", help="of FILE.onnx or FILE.pt, for example mean=127.5,std=127.5")
-    add("--student", metavar="SPEC", help="bundle or run of a student of this teacher")
-    add("--control", metavar="SPEC", help="encoder that was not distilled from the teacher, to compare with")
-    add("--control-preprocess", metavar="P", help="of a control that is FILE.onnx or FILE.pt")
-    add("--fit-faces", type=Path, metavar="DIR|LIST", help="other people, to fit linear maps from control to teacher")
-    add("--faces", type=Path, metavar="DIR|LIST", help="aligned crops: a folder per identity, a list, .rec or .tar")
-    add("--gallery", type=Path, metavar="DIR|LIST", help="gallery side, where it has other images than the probe side")
-    add("--probe", type=Path, metavar="DIR|LIST", help="probe (query) side")
-    add("--pairs", type=Path, metavar="FILE", help="LFW's pairs.txt or CFP's Split/FP, of --faces DIR; or a .bin")
-    add("--templates", type=Path, metavar="META", help="meta folder of IJB-B or IJB-C; --faces is its loose_crop")
-    add("--no-detector-score", action="store_true", help="every face of a template weighs the same within its medium")
-    add("--threshold-pairs", type=Path, metavar="FILE", help="list that the threshold of a one-fold --pairs is from")
-    add("--fmr", type=float, nargs="+", metavar="F", help="target false match rates (1e-2 to 1e-5 where resolved)")
-    add("--demographics", type=Path, metavar="FILE.csv", help="identity,<attribute>[,…]: also measure each group")
-    add("--flip", action="store_true", help="add each embedding to its mirror image's; no certificates then")
-    add("--any-space", action="store_true", help="allow a student that was not distilled from the teacher (a control)")
-    add("--synthetic", action="store_true", help="the faces are procedural: say so in report and certificates")
-    add("--bootstrap", type=int, default=Options.resamples, metavar="N", help="resamples of the identities (1000)")
-    add("--seed", type=int, default=Options.seed, help="of the resampling (0)")
-    add("--sign", type=Path, metavar="KEY.pem", help="ed25519 private key: sign the certificates and report.json")
-    add("--cache", type=Path, metavar="DIR", help="keeps embeddings between runs ($PKD_CACHE or ~/.cache/pkd)")
-    add("--jobs", type=int, metavar="N", help="threads (one per core)")
-    add("--out", type=Path, required=True, metavar="EVAL", help="folder for the report and the certificates")
-    return run(parser, evaluate, argv)
 
 
-def evaluate(args: argparse.Namespace, console: Console) -> Result:
-    """Run the protocol that the arguments ask for and write its results; returns what ``--json`` prints."""
-    _check(args)
-    key = SigningKey.read(args.sign) if args.sign else None
-    options = Options(
-        fmrs=tuple(args.fmr) if args.fmr else None,
-        flip=args.flip,
-        any_space=args.any_space,
-        synthetic=args.synthetic,
-        detector_score=not args.no_detector_score,
-        resamples=args.bootstrap,
-        seed=args.seed,
-        cache=args.cache or default_cache(),
-        jobs=args.jobs,
-    )
+def evaluate(options: EvaluateOptions, console: Console) -> Result:
+    """Run the protocol that is asked for and write its results; returns what ``--json`` prints."""
+    key = SigningKey.read(options.sign) if options.sign else None
     require_plots()
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"{args.out}: is a file. Give a folder with --out.")
-    outcome = _measure(args, options, partial(progress, console))
-    evaluation = outcome.evaluation
-    _write(args.out, outcome, key)
-    _show(console, evaluation, args.out)
+    if options.out.exists() and not options.out.is_dir():
+        raise InputError(f"{options.out}: is a file. Give a folder with --out.")
+    result = _measure(options, ConsoleProgress(console))
+    evaluation = result.evaluation
+    _write(options.out, result, key)
+    _show(console, evaluation, options.out)
     summary: dict[str, Any] = evaluation.model_dump(
         mode="json",
         exclude={
@@ -110,99 +170,85 @@ def evaluate(args: argparse.Namespace, console: Console) -> Result:
             "identifications": {"__all__": {"curve"}},
         },
     )
-    return {"out": str(args.out), **summary}
+    return {"out": str(options.out), **summary}
 
 
-def _measure(args: argparse.Namespace, options: Options, bar: Callable[..., Any]) -> Outcome:
-    if args.pairs:
-        pairs = read_pairs(args.pairs, args.faces)
-        threshold_pairs = read_pairs(args.threshold_pairs, args.faces) if args.threshold_pairs else None
+def _measure(asked: EvaluateOptions, progress: Progress) -> ProtocolResult:
+    options = EvaluationOptions(
+        fmrs=asked.fmr or None,
+        flip=asked.flip,
+        any_space=asked.any_space,
+        synthetic=asked.synthetic,
+        detector_score=not asked.no_detector_score,
+        resamples=asked.bootstrap,
+        seed=asked.seed,
+        cache=asked.cache or default_cache(),
+        jobs=asked.jobs,
+    )
+
+    def encoders(*evaluated: FaceSet | None) -> EncoderSet:
+        return _open(asked, [faces for faces in evaluated if faces], options, progress)
+
+    if asked.pairs:
+        pairs = read_pairs(asked.pairs, asked.faces)
+        threshold_pairs = read_pairs(asked.threshold_pairs, asked.faces) if asked.threshold_pairs else None
         return pair_list_accuracy(
             pairs,
-            _name(args.pairs) if args.pairs.is_dir() else args.pairs.name,
-            _open(args, [each.faces for each in (pairs, threshold_pairs) if each], options, bar),
+            _name(asked.pairs) if asked.pairs.is_dir() else asked.pairs.name,
+            encoders(pairs.faces, threshold_pairs and threshold_pairs.faces),
             options,
-            bar,
+            progress,
             threshold_pairs=threshold_pairs,
-            threshold_name=args.threshold_pairs.name if args.threshold_pairs else "",
+            threshold_name=asked.threshold_pairs.name if asked.threshold_pairs else "",
         )
-    if args.templates:
-        templates = read_templates(args.templates, args.faces, scored=options.detector_score)
-        lineup = _open(args, [templates.faces], options, bar)
-        return template_matching(templates, _name(args.templates), lineup, options, bar)
-    if args.faces:
-        faces, probe, name = FaceSet.read(args.faces), None, _name(args.faces)
+    if asked.templates and asked.faces:
+        templates = read_templates(asked.templates, asked.faces, scored=options.detector_score)
+        return template_matching(templates, _name(asked.templates), encoders(templates.faces), options, progress)
+    if asked.gallery and asked.probe:
+        faces, probe = FaceSet.read(asked.gallery), FaceSet.read(asked.probe)
+        name = f"{_name(asked.gallery)} (gallery), {_name(asked.probe)} (probe)"
     else:
-        faces, probe = FaceSet.read(args.gallery), FaceSet.read(args.probe)
-        name = f"{_name(args.gallery)} (gallery), {_name(args.probe)} (probe)"
-    labels = read_labels(args.demographics) if args.demographics else None
+        assert asked.faces is not None
+        faces, probe, name = FaceSet.read(asked.faces), None, _name(asked.faces)
+    labels = read_labels(asked.demographics) if asked.demographics else None
     if labels:
         labels = labels.matched(sorted({*faces.identities, *(probe.identities if probe else ())}))
-    lineup = _open(args, [each for each in (faces, probe) if each], options, bar)
-    return cross_matrix(faces, name, lineup, options, bar, probe=probe, labels=labels)
+    return cross_matrix(faces, name, encoders(faces, probe), options, progress, probe=probe, labels=labels)
 
 
-def _open(args: argparse.Namespace, evaluated: Sequence[FaceSet], options: Options, bar: Bar) -> Lineup:
-    """The encoders; where there are ``--fit-faces``, with linear maps fitted on these and not on ``evaluated``."""
-    lineup = Lineup(
-        teacher=open_encoder(args.teacher, args.teacher_preprocess),
-        student=open_encoder(args.student) if args.student else None,
-        control=open_encoder(args.control, args.control_preprocess, option="--control-preprocess")
-        if args.control
+def _open(
+    asked: EvaluateOptions, evaluated: Sequence[FaceSet], options: EvaluationOptions, progress: Progress
+) -> EncoderSet:
+    """Open the encoders; with ``--fit-faces``, fit linear maps on these and not on ``evaluated``."""
+    encoder_set = EncoderSet(
+        teacher=open_encoder(asked.teacher, asked.teacher_preprocess),
+        student=open_encoder(asked.student) if asked.student else None,
+        control=open_encoder(asked.control, asked.control_preprocess, option="--control-preprocess")
+        if asked.control
         else None,
     )
-    require_control(lineup)
-    if not args.fit_faces:
-        return lineup
-    return with_maps(lineup, FaceSet.read(args.fit_faces), _name(args.fit_faces), evaluated, options, bar)
-
-
-def _check(args: argparse.Namespace) -> None:
-    sides = [args.gallery, args.probe]
-    if args.templates and (args.pairs or any(sides) or not args.faces):
-        raise InputError("--templates META takes its images from --faces DIR and goes with no --pairs or --gallery.")
-    if args.templates and args.demographics:
-        raise InputError("--demographics goes with --faces or --gallery and --probe. Drop it, or --templates.")
-    if args.no_detector_score and not args.templates:
-        raise InputError("--no-detector-score goes with --templates META. Drop it.")
-    if args.pairs and any(sides):
-        raise InputError("--pairs FILE takes its images from --faces DIR or holds them: drop --gallery and --probe.")
-    if not args.pairs and args.threshold_pairs:
-        raise InputError("--threshold-pairs goes with --pairs. Drop it, or pass --pairs FILE.")
-    if not args.pairs and (bool(args.faces) == any(sides) or any(sides) != all(sides)):
-        raise InputError("what to compare? Pass --faces DIR, or --gallery DIR and --probe DIR.")
-    if args.fit_faces and not args.control:
-        raise InputError("--fit-faces goes with --control SPEC, the encoder that is mapped into the teacher's space.")
-    if args.control_preprocess and not args.control:
-        raise InputError("--control-preprocess states how --control scales pixels. Give --control, too.")
-    if args.bootstrap < 100:
-        raise InputError(f"--bootstrap {args.bootstrap}: a 95 % interval needs at least 100 resamples.")
-    if args.jobs is not None and args.jobs < 1:
-        raise InputError(f"--jobs {args.jobs}: give 1 or more.")
-    if args.pairs and args.demographics:
-        raise InputError("--demographics goes with --faces or --gallery and --probe. Drop it, or --pairs.")
-    if args.pairs and args.fmr:
-        raise InputError("--fmr goes with --faces or --gallery and --probe: a pair list has too few impostor pairs.")
-    if bad := [fmr for fmr in args.fmr or () if not 0 < fmr < 1]:
-        raise InputError(f"--fmr {bad[0]:g}: a false match rate lies between 0 and 1.")
+    require_control(encoder_set)
+    if not asked.fit_faces:
+        return encoder_set
+    return with_maps(encoder_set, FaceSet.read(asked.fit_faces), _name(asked.fit_faces), evaluated, options, progress)
 
 
 def _name(source: Path) -> str:
     return "/".join(source.resolve().parts[-2:])
 
 
-def _write(out: Path, outcome: Outcome, key: SigningKey | None) -> None:
+def _write(out: Path, result: ProtocolResult, key: SigningKey | None) -> None:
     """Certificates of an earlier run into the same folder are removed: they would pass for this run's."""
     folder = out / "certificates"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in [*folder.glob("*__*.json"), *folder.glob("*__*.json.sig")]:
         stale.unlink()
-    for certificate in outcome.certificates:
+    for certificate in result.certificates:
         write_signed(folder / certificate.file_name, (certificate.model_dump_json(indent=2) + "\n").encode(), key)
-    write_draws(out, outcome.draws)
-    write_signed(out / "report.json", (outcome.evaluation.model_dump_json(indent=2) + "\n").encode(), key)
-    (out / "report.html").write_text(render(outcome.evaluation), encoding="utf-8")
-    write_figures(outcome.evaluation, out / "figures")
+    write_resample_values(out, result.resample_values)
+    write_signed(out / "report.json", (result.evaluation.model_dump_json(indent=2) + "\n").encode(), key)
+    (out / "report.html").write_text(render(result.evaluation), encoding="utf-8")
+    write_figures(result.evaluation, out / "figures")
 
 
 def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
@@ -253,3 +299,50 @@ def _matrix(evaluation: Evaluation) -> Table:
 
 def _percents(interval: Interval) -> str:
     return f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
+
+
+def identification_table(evaluation: Evaluation) -> Table:
+    """A row an ordered pair: mates found first, and missed at each resolved false positive identification rate.
+
+    Every identity weighs the same; the report has the raw rates, the other ranks and the thresholds.
+    """
+    first = evaluation.identifications[0]
+    table = Table(
+        title=f"Search among {' and '.join(f'{n:,}' for n in first.enrolled)} people, identities alike, % with 95 % "
+        "interval; probe–gallery",
+        title_justify="left",
+    )
+    table.add_column("pair", no_wrap=True)
+    for heading in (*(f"rank {p.rank}" for p in first.ranks[:1]), *(f"FNIR@FPIR {p.fpir:g}" for p in first.points)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for found in evaluation.identifications:
+        mates = [_said(point.rate_balanced, point.rate_balanced_ci95) for point in found.ranks[:1]]
+        misses = [_said(miss.fnir_balanced, miss.fnir_balanced_ci95) for miss in found.points]
+        table.add_row(found.name, *mates, *misses)
+    return table
+
+
+def _said(rate: float, interval: Interval) -> str:
+    return f"{100 * rate:.1f} ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})"
+
+
+def read_pairs(source: Path, faces: Path | None) -> PairList:
+    """Read a pair list of any of the three layouts. ``faces``: the folder of its crops; a ``.bin`` holds its own.
+
+    Raises InputError naming the file, the line or the missing images.
+    """
+    try:
+        packed = not source.is_dir() and looks_pickled(source)
+    except OSError as error:
+        raise InputError(
+            f"{source}: {error.strerror}. Give LFW's pairs.txt, CFP's Protocol/Split/FP or a .bin."
+        ) from None
+    if packed:
+        if faces:
+            raise InputError(f"{source}: holds its own images. Drop --faces {faces}.")
+        return read_bin(source)
+    if faces is None:
+        raise InputError(
+            f"{source}: names images that it does not hold. Pass the folder of its crops with --faces DIR."
+        )
+    return read_cfp(source, faces) if source.is_dir() else read_lfw(source, faces)

@@ -26,8 +26,8 @@ from pkd.toolkit.core.errors import InputError, MissingExtra, NotTrusted, PkdErr
 from pkd.toolkit.core.models import Record
 from pkd.toolkit.encoders.base import Encoder, open_bundle
 from pkd.toolkit.encoders.registry import open_target
-from pkd.toolkit.evaluation.comparison.certify import certify
 from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED
+from pkd.toolkit.evaluation.protocols.all_pairs import certify
 from pkd.toolkit.evaluation.results.schema import Evaluation
 
 REPORT = "report.json"

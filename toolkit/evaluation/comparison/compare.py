@@ -2,18 +2,155 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import combinations
 
+from pkd.toolkit.certificates.certificate import Interval
 from pkd.toolkit.core.cli_support import tool_version
 from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.models import Record
 from pkd.toolkit.evaluation.comparison.load import Run
-from pkd.toolkit.evaluation.comparison.ranking import Measured, Ranked, Ranking, Versus
-from pkd.toolkit.evaluation.comparison.statistics import STATISTICS, Found, Statistic
-from pkd.toolkit.evaluation.metrics.paired import holm, paired_difference
-from pkd.toolkit.evaluation.results.schema import Evaluation, PairedDifference
+from pkd.toolkit.evaluation.metrics.resamples import holm, paired_difference
+from pkd.toolkit.evaluation.results.schema import Comparison, Data, Evaluation, PairedDifference, Training
+
+
+class Measured(Record):
+    """Hold one statistic of one run over all people, with its 95 % identity-level bootstrap interval."""
+
+    value: float
+    ci95: Interval
+
+
+class Ranked(Record):
+    """Describe one evaluation in the order of the ranking."""
+
+    name: str
+    encoder: EncoderInfo
+    """The query side's encoder."""
+    gallery: str
+    """Encoder id of the gallery side."""
+    training: Training | None
+    """How the query side's encoder was trained; None where its file does not tell."""
+    flip: bool
+    first: Measured
+    """What is ranked by: every identity alike, where the statistic knows identities."""
+    raw: Measured | None
+    """Every pair alike; None for statistics without it."""
+    behind_best: PairedDifference | None
+    """This run minus the best; None for the best."""
+    p_adjusted: float | None
+    """Of ``behind_best``, adjusted over all pairs of runs (Holm 1979)."""
+    comparison: Comparison | None
+    """The encoder pair's own results, for its curves; None for statistics without."""
+
+
+class Versus(Record):
+    """Compare two runs, by name: ``a`` minus ``b``, ``a`` ranking before ``b``."""
+
+    a: str
+    b: str
+    difference: PairedDifference
+    p_adjusted: float
+
+
+class Ranking(Record):
+    """Hold a whole run of pkd-compare: what ``compare.json`` holds, and all that page and pictures read."""
+
+    schema_version: int = 1
+    tool: str
+    created: str
+    """ISO 8601, UTC."""
+    cell: str
+    by: str
+    """What is ranked by: a name in ``STATISTICS``."""
+    target: float | None
+    """Target false match (or false positive identification) rate; None for statistics without one."""
+    data: Data
+    protocol: str
+    synthetic: bool
+    resamples: int
+    seed: int
+    runs: tuple[Ranked, ...]
+    """Best first."""
+    pairs: tuple[Versus, ...]
+    """Every two runs."""
+    smallest_p: float
+    """The smallest adjusted p-value that so many resamples and comparisons can give."""
+
+
+ByTarget = dict[float | None, tuple[Measured, Measured | None]]
+"""Target rate (None for statistics without one) → every identity alike, and every pair (or search) alike."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Describe one way to rank runs."""
+
+    words: str
+    """``{}``: the target rate in per cent."""
+    key: str
+    """After the encoder pair in ``ResampleValues.values``. ``{}``: the target rate."""
+    target: str
+    """What the target rate is; empty where there is none."""
+    falls: bool
+    """True where less is better."""
+    find: Callable[[Evaluation], Mapping[str, ByTarget]]
+    """Find its values in an evaluation, by encoder pair."""
+
+
+def _tar(e: Evaluation) -> dict[str, ByTarget]:
+    return {
+        c.name: {
+            p.fmr: (
+                Measured(value=p.tar_balanced, ci95=p.tar_balanced_ci95),
+                Measured(value=p.tar, ci95=p.tar_ci95),
+            )
+            for p in c.points
+        }
+        for c in e.comparisons
+    }
+
+
+def _accuracy(e: Evaluation) -> dict[str, ByTarget]:
+    return {a.name: {None: (Measured(value=a.accuracy, ci95=a.ci95), None)} for a in e.pair_accuracies}
+
+
+def _rank_1(e: Evaluation) -> dict[str, ByTarget]:
+    first = {i.name: i.ranks[0] for i in e.identifications if i.ranks and i.ranks[0].rank == 1}
+    return {
+        name: {
+            None: (
+                Measured(value=r.rate_balanced, ci95=r.rate_balanced_ci95),
+                Measured(value=r.rate, ci95=r.rate_ci95),
+            )
+        }
+        for name, r in first.items()
+    }
+
+
+def _fnir(e: Evaluation) -> dict[str, ByTarget]:
+    return {
+        i.name: {
+            p.fpir: (
+                Measured(value=p.fnir_balanced, ci95=p.fnir_balanced_ci95),
+                Measured(value=p.fnir, ci95=p.fnir_ci95),
+            )
+            for p in i.points
+        }
+        for i in e.identifications
+    }
+
+
+STATISTICS = {
+    "tar": Statistic("true accept rate at FMR {}", "tar_balanced/{}", "FMR", False, _tar),
+    "accuracy": Statistic("accuracy", "accuracy", "", False, _accuracy),
+    "rank-1": Statistic("rank-1 rate", "rank_balanced/1", "", False, _rank_1),
+    "fnir": Statistic("FNIR at FPIR {}", "fnir_balanced/{}", "FPIR", True, _fnir),
+}
+"""By the name that ``--by`` takes."""
 
 
 def rank(runs: Sequence[Run], *, by: str | None = None, cell: str | None = None, at: float | None = None) -> Ranking:
@@ -29,7 +166,7 @@ def rank(runs: Sequence[Run], *, by: str | None = None, cell: str | None = None,
     target = _target(runs, [cells[cell] for cells in found], statistic, cell, at)
     key = f"{cell}/{statistic.key.format(f'{target:g}' if target is not None else '')}"
     for run in runs:
-        if key not in run.draws.values:
+        if key not in run.resample_values.values:
             raise InputError(f"{run.folder}: its draws.npz holds no {key}. Run pkd-evaluate again.")
     measured = {run.name: cells[cell][target] for run, cells in zip(runs, found, strict=True)}
     sign = 1 if statistic.falls else -1
@@ -37,8 +174,8 @@ def rank(runs: Sequence[Run], *, by: str | None = None, cell: str | None = None,
     pairs = list(combinations(order, 2))
     differences = [
         paired_difference(
-            a.draws.values[key],
-            b.draws.values[key],
+            a.resample_values.values[key],
+            b.resample_values.values[key],
             observed=measured[a.name][0].value - measured[b.name][0].value,
         )
         for a, b in pairs
@@ -67,7 +204,7 @@ def rank(runs: Sequence[Run], *, by: str | None = None, cell: str | None = None,
             Versus(a=a.name, b=b.name, difference=difference, p_adjusted=p)
             for (a, b), difference, p in zip(pairs, differences, adjusted, strict=True)
         ),
-        smallest_p=min(1.0, len(pairs) * 2 / (len(best.draws.values[key]) + 1)),
+        smallest_p=min(1.0, len(pairs) * 2 / (len(best.resample_values.values[key]) + 1)),
     )
 
 
@@ -84,7 +221,7 @@ def _cell(runs: Sequence[Run], has: list[list[str]], by: str, wanted: str | None
 
 
 def _target(
-    runs: Sequence[Run], found: list[Found], statistic: Statistic, cell: str, wanted: float | None
+    runs: Sequence[Run], found: list[ByTarget], statistic: Statistic, cell: str, wanted: float | None
 ) -> float | None:
     shared = set.intersection(*(set(targets) for targets in found))
     if not statistic.target:
@@ -104,7 +241,7 @@ def _target(
 
 
 def _turned(d: PairedDifference) -> PairedDifference:
-    """B − A from A − B."""
+    """Turn A − B into B − A."""
     return PairedDifference(difference=0.0 - d.difference, ci95=(0.0 - d.ci95[1], 0.0 - d.ci95[0]), p=d.p)
 
 
@@ -131,7 +268,7 @@ def _ranked(
 
 
 def _query(e: Evaluation, cell: str) -> tuple[str, EncoderInfo]:
-    """Letter and encoder of the query side; P and R are the control, mapped."""
+    """Return letter and encoder of the query side; P and R are the control, mapped."""
     if cell[0] == "S" and e.student:
         return "S", e.student
     if cell[0] in "CPR" and e.control:

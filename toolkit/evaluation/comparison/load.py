@@ -1,4 +1,4 @@
-"""Runs: folders of pkd-evaluate that are to be compared, their names, and whether they can be."""
+"""Open folders of pkd-evaluate that are to be compared, name them, and check that they can be."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pkd.toolkit.core.errors import InputError
-from pkd.toolkit.evaluation.metrics.resamples import Draws, drawn_from, read_draws
+from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, read_resample_values, resampled_from
 from pkd.toolkit.evaluation.results.schema import Evaluation
 
 REMEDY = {
@@ -18,17 +18,17 @@ REMEDY = {
     "resamples": "the same --bootstrap",
     "seed": "the same --seed",
 }
-"""What makes two evaluations pairable, by the entries of ``Draws.drawn``."""
+"""What makes two evaluations pairable, by the entries of ``ResampleValues.drawn``."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One folder of pkd-evaluate."""
+    """Hold one folder of pkd-evaluate."""
 
     name: str
     folder: Path
     evaluation: Evaluation
-    draws: Draws
+    resample_values: ResampleValues
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
@@ -54,7 +54,7 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     evaluations = [_read(folder) for folder in folders]
     names = _names([(e.student or e.teacher).name for e in evaluations], given, folders)
     runs = [
-        Run(name, folder, evaluation, _draws(folder, evaluation))
+        Run(name, folder, evaluation, _resample_values(folder, evaluation))
         for name, folder, evaluation in zip(names, folders, evaluations, strict=True)
     ]
     _require_paired(runs)
@@ -73,16 +73,17 @@ def _read(folder: Path) -> Evaluation:
         raise InputError(f"{path}: {where}: {first['msg']}. Run pkd-evaluate again with this pkd.") from None
 
 
-def _draws(folder: Path, evaluation: Evaluation) -> Draws:
-    draws = read_draws(folder)
-    if draws.drawn != drawn_from(evaluation):
+def _resample_values(folder: Path, evaluation: Evaluation) -> ResampleValues:
+    kept = read_resample_values(folder)
+    if kept.source != resampled_from(evaluation):
         raise InputError(f"{folder}: draws.npz and report.json are of two evaluations. Run pkd-evaluate again.")
-    return draws
+    return kept
 
 
 def _names(own: list[str], given: list[str], folders: list[Path]) -> list[str]:
     """Given names stay. Others lose the words that all of them begin with (the backbone, mostly); where several are
-    equal they get the last part in which their paths differ, then a number."""
+    equal they get the last part in which their paths differ, then a number.
+    """
     words = [name.split("-") for name, fixed in zip(own, given, strict=True) if not fixed]
     common = 0
     while len(words) > 1 and all(len(w) > common + 1 and w[common] == words[0][common] for w in words):
@@ -104,9 +105,9 @@ def _names(own: list[str], given: list[str], folders: list[Path]) -> list[str]:
 def _require_paired(runs: Sequence[Run]) -> None:
     first = runs[0]
     for other in runs[1:]:
-        if other.draws.key == first.draws.key:
+        if other.resample_values.key == first.resample_values.key:
             continue
-        a, b = first.draws.drawn, other.draws.drawn
+        a, b = first.resample_values.source, other.resample_values.source
         differing = [entry for entry in REMEDY if a.get(entry) != b.get(entry)]
         said = "; ".join(f"{entry} {_short(a.get(entry))} against {_short(b.get(entry))}" for entry in differing)
         remedy = " and ".join(REMEDY[entry] for entry in differing)
@@ -117,5 +118,5 @@ def _require_paired(runs: Sequence[Run]) -> None:
 
 
 def _short(value: str | None) -> str:
-    """A digest's first ten digits; anything else as it is."""
+    """Shorten a digest to its first ten digits; anything else stays as it is."""
     return "nothing" if value is None else f"{value[:10]}…" if len(value) == 64 else value

@@ -1,4 +1,4 @@
-"""CFP's verification protocol (Sengupta et al. 2016): frontal against frontal (FF) or against profile images (FP).
+"""Read CFP's verification protocol (Sengupta et al. 2016): frontal against frontal (FF) or against profile images (FP).
 
 ``Protocol/Pair_list_F.txt`` and ``Pair_list_P.txt`` number the frontal and the profile images, one ``number path`` a
 line, the path ending in ``<person>/<frontal|profile>/<image>.jpg``. ``Protocol/Split/<FF|FP>/<fold>/same.txt`` and
@@ -72,7 +72,7 @@ def read_cfp(split: Path, faces: Path) -> PairList:
 
 
 def _images(listing: Path) -> dict[int, str]:
-    """Number → the last parts of the path, without its suffix."""
+    """Read a ``Pair_list`` file: number → the last parts of the path, without its suffix."""
     found: dict[int, str] = {}
     for number, line in _lines(listing):
         key, _, path = line.strip().partition(" ")
@@ -100,7 +100,7 @@ def _pairs(listing: Path, first: dict[int, str], second: dict[int, str]) -> list
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """Numbered lines that are not blank. Raises InputError for none."""
+    """Read numbered lines that are not blank. Raises InputError for none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

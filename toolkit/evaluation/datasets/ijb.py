@@ -1,4 +1,4 @@
-"""Templates: the faces that IJB-B and IJB-C group by subject and medium, in the layout that InsightFace evaluates.
+"""Read the templates of IJB-B and IJB-C, in the layout that InsightFace evaluates.
 
 The folder ``meta`` holds, all beginning with ``ijbb_`` or ``ijbc_``: ``face_tid_mid.txt`` (a face a line: image,
 template, medium), ``name_5pts_score.txt`` (the same faces in the same order: image, x and y of five points, detector
@@ -10,23 +10,26 @@ face, with TEMPLATE_ID and SUBJECT_ID). Images lie in ``loose_crop``. IJB-C: Maz
 from __future__ import annotations
 
 import csv
+import hashlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.errors import BadImage, InputError, NoFace
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.files import ImageFiles
 from pkd.toolkit.data.packed_names import PackedNames
-from pkd.toolkit.data.source import ImageCollection, ImageSource
-from pkd.toolkit.evaluation.datasets.linked_labels import linked
-from pkd.toolkit.evaluation.datasets.loose_crops import LooseCrops
+from pkd.toolkit.data.source import ImageCollection, ImageSource, Keys
+from pkd.toolkit.evaluation.datasets.pair_list import linked
 from pkd.toolkit.evaluation.metrics.listed_pairs import Ids, read_pair_labels
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Ints, Mask
+from pkd.toolkit.images.alignment import warp
+from pkd.toolkit.images.codec import decode_rgb
 
 FACES = "_face_tid_mid.txt"
 POINTS = 10
@@ -35,7 +38,7 @@ PUBLISHED = "Use the meta folder as published."
 
 @dataclass(frozen=True)
 class Templates:
-    """T templates of N faces, and the protocols over them."""
+    """Hold T templates of N faces, and the protocols over them."""
 
     faces: FaceSet
     """N; the label of a face is the row of its template."""
@@ -156,7 +159,7 @@ def _faces(path: Path) -> tuple[PackedNames, Ints, Ints]:
 
 
 def _points(path: Path, names: PackedNames) -> NDArray[np.float32]:
-    """N×11: five points and a score, in the order of ``names``."""
+    """Read N×11: five points and a score, in the order of ``names``."""
     found, count = array("f"), 0
     for number, fields in _lines(path):
         if count == len(names) or fields[0] != names[count]:
@@ -179,7 +182,7 @@ def _points(path: Path, names: PackedNames) -> NDArray[np.float32]:
 
 
 def _subjects(path: Path, ids: Ints) -> dict[int, str]:
-    """Template row → SUBJECT_ID of one of NIST's CSV files."""
+    """Read one of NIST's CSV files: template row → SUBJECT_ID."""
     found: dict[int, str] = {}
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -220,7 +223,7 @@ def _people(
     pairs: tuple[Ids, Ids, Mask] | None,
     label_file: Path,
 ) -> tuple[Ints, int]:
-    """Subject of every template, and how many of them no CSV names. Raises InputError where the files disagree."""
+    """Find the subject of every template, and how many no CSV names. Raises InputError where the files disagree."""
     owner: dict[int, str] = {}
     enrolled: dict[int, Path] = {}
     links: list[tuple[int, int]] = []
@@ -259,3 +262,43 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise InputError(f"{path}: {reason}. {PUBLISHED}") from None
+
+
+class LooseCrops:
+    """Align files below ``root`` as they are read, into a BMP of the crop, so that its digest holds the points."""
+
+    def __init__(self, root: Path, names: PackedNames, points: NDArray[np.float32]) -> None:
+        self.root = root
+        self._files = ImageFiles(root, names)
+        self._points = points
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, row: int) -> str:
+        """Return the file's name."""
+        return self._files.name(row)
+
+    def read(self, row: int) -> bytes:
+        """Return the aligned crop as BMP. Raises BadImage for a file that cannot be decoded or points that are none."""
+        where = self.root / self.name(row)
+        try:
+            crop = warp(decode_rgb(self._files.read(row)), self._points[row])
+        except NoFace as error:
+            raise BadImage(f"{where}: {error}") from None
+        except BadImage as error:
+            raise type(error)(str(error) if str(where) in str(error) else f"{where}: {error}") from None
+        return cv2.imencode(".bmp", cv2.cvtColor(crop, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+    def is_file(self) -> bool:
+        """Return False: the crop is no file."""
+        return False
+
+    def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
+        """Return a key per crop, over the file's own key and its points."""
+        keys, settled = self._files.stamps(rows)
+        mixed = [
+            hashlib.sha256(key.tobytes() + self._points[row].tobytes()).digest()[:8]
+            for key, row in zip(keys, rows.tolist(), strict=True)
+        ]
+        return np.array([int.from_bytes(part, "little") for part in mixed], np.uint64), settled

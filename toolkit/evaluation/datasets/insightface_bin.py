@@ -1,6 +1,6 @@
-"""InsightFace's ``.bin`` verification sets: a pickle of (encoded images, is-same list), two images to a pair.
+"""Read InsightFace's ``.bin`` verification sets: a pickle of (encoded images, is-same list), two images to a pair.
 
-As arcface_torch's ``eval/verification.py`` reads them: pair i is images 2i and 2i+1, strings of Python 2 are bytes,
+arcface_torch's ``eval/verification.py`` reads them so: pair i is images 2i and 2i+1, strings of Python 2 are bytes,
 and ten folds of neighbouring pairs. Such a file names no person.
 """
 
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.source import ImageCollection, Ints, Keys
-from pkd.toolkit.evaluation.datasets.linked_labels import linked
-from pkd.toolkit.evaluation.datasets.pair_list import PairList
+from pkd.toolkit.evaluation.datasets.pair_list import PairList, linked
 from pkd.toolkit.evaluation.datasets.safe_pickle import NotPlain, PlainArray, load_plain
 
 FOLDS = 10
@@ -23,7 +22,7 @@ GIVE = "Give a .bin as InsightFace publishes them: (encoded images, is-same list
 
 
 class PackedImages:
-    """Encoded images in memory."""
+    """Hold encoded images in memory."""
 
     def __init__(self, path: Path, images: list[bytes]) -> None:
         self.root = path.parent
@@ -34,24 +33,24 @@ class PackedImages:
         return len(self._images)
 
     def name(self, row: int) -> str:
-        """``lfw.bin#7`` for the eighth distinct image."""
+        """Return ``lfw.bin#7`` for the eighth distinct image."""
         return f"{self._name}#{row}"
 
     def read(self, row: int) -> bytes:
-        """The image's bytes."""
+        """Return the image's bytes."""
         return self._images[row]
 
     def is_file(self) -> bool:
-        """False."""
+        """Return False: nothing here lies in a file of its own."""
         return False
 
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
-        """Nothing to remember by: hashing bytes in memory is as fast as looking a digest up."""
+        """Return no keys: hashing bytes in memory is as fast as looking a digest up."""
         return np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.bool_)
 
 
 def looks_pickled(path: Path) -> bool:
-    """Whether a file begins as a pickle of a tuple or list does, and not as text does."""
+    """Tell whether a file begins as a pickle of a tuple or list does, and not as text does."""
     with path.open("rb") as file:
         return file.read(1) in {b"\x80", b"(", b"]"}
 
@@ -139,6 +138,6 @@ def _kind(value: object) -> str:
 
 
 def _folds(pairs: int) -> Ints:
-    """Neighbouring pairs share a fold; the first folds are one longer where the count is no multiple of ten."""
+    """Give neighbouring pairs one fold; the first folds are one longer where the count is no multiple of ten."""
     folds = min(FOLDS, pairs)
     return np.repeat(np.arange(folds), [len(part) for part in np.array_split(np.arange(pairs), folds)])

@@ -1,4 +1,4 @@
-"""LFW's pair lists: ``pairs.txt`` (View 2, ten folds) and ``pairsDevTest.txt`` (one).
+"""Read LFW's pair lists: ``pairs.txt`` (View 2, ten folds) and ``pairsDevTest.txt`` (one).
 
 Format (Huang et al. 2007): a first line ``FOLDS N`` or ``N``, then for each fold N genuine pairs ``name i j`` and N
 impostor pairs ``name i name j``. An image is ``<faces>/<name>/<name>_%04d`` with any image suffix. The folds of View 2

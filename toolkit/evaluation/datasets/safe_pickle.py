@@ -51,14 +51,14 @@ class PlainArray:
         return found
 
     def as_bytes(self) -> bytes:
-        """The bytes of an array of uint8 in one dimension. Raises NotPlain."""
+        """Return the bytes of an array of uint8 in one dimension. Raises NotPlain."""
         values = self._values()
         if values.dtype != np.uint8 or len(self._shape) != 1:
             raise NotPlain(f"a numpy array in it is {values.dtype} {self._shape}, expected encoded bytes.")
         return values.tobytes()
 
     def item(self) -> Any:
-        """The number of an array without dimensions."""
+        """Return the number of an array without dimensions."""
         return self._values().item()
 
     def _values(self) -> np.ndarray[Any, Any]:
@@ -84,7 +84,7 @@ class PlainType:
         self._order = order if order in "<>=" else "="
 
     def read(self) -> np.dtype[Any]:
-        """The dtype. Raises NotPlain for any but truth values and whole numbers."""
+        """Return the numpy dtype. Raises NotPlain for any but truth values and whole numbers."""
         try:
             found = np.dtype(self._order + self._name.lstrip("<>=|"))
         except (TypeError, ValueError):

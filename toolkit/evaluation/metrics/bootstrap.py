@@ -1,4 +1,4 @@
-"""Intervals over people: the identities are drawn again, not the pairs.
+"""Compute intervals over people: identities are resampled, not pairs.
 
 Pairs that share a person are not independent, and an interval that takes them to be is too narrow (Bolle, Ratha and
 Pankanti 2004, "Error analysis of pattern recognition systems: the subsets bootstrap"; Poh, Martin and Bengio 2007).
@@ -14,11 +14,11 @@ import numpy as np
 
 from pkd.toolkit.certificates.certificate import Interval
 from pkd.toolkit.evaluation.metrics.error_rates import (
-    drawn_rates,
     fmr_at,
     impostor_cumulative,
     matching,
     raw_impostor_cumulative,
+    resampled_rates,
 )
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Ints, Mask
@@ -26,7 +26,7 @@ from pkd.toolkit.evaluation.metrics.pairing import Doubles, Ints, Mask
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Statistics of R resamples of the identities, and what their spread says of the truth."""
+    """Hold the statistics of R resamples of the identities and turn them into intervals."""
 
     tar: Doubles
     """R×F: raw TAR at each raw target FMR, the threshold found anew in every resample."""
@@ -44,26 +44,26 @@ class Bootstrap:
     """Effective number of identities behind raw TAR, balanced TAR and FMR: (Σ share)² / Σ share² (Kish 1965)."""
 
     def tar_interval(self, k: int) -> Interval:
-        """95 % interval of the raw TAR at target ``k``."""
+        """Return the 95 % interval of the raw TAR at target ``k``."""
         return interval(self.tar[:, k], self.people[0])
 
     def tar_balanced_interval(self, k: int) -> Interval:
-        """95 % interval of the balanced TAR at target ``k``."""
+        """Return the 95 % interval of the balanced TAR at target ``k``."""
         return interval(self.tar_balanced[:, k], self.people[1])
 
     def fmr_interval(self, k: int) -> Interval:
-        """95 % interval of the FMR at threshold ``k``: over all people like these."""
+        """Return the 95 % interval of the FMR at threshold ``k``, over all people like these."""
         return self._around(k, 1)
 
     def prediction(self, k: int) -> Interval:
-        """95 % prediction interval of the FMR at threshold ``k``, had it been found for that rate: on as many others.
+        """Return the 95 % interval of what as many other people would measure as FMR at threshold ``k``.
 
         Two chances add up, alike in size: that of the people who gave the threshold, and that of the fresh ones.
         """
         return self._around(k, 2)
 
     def _around(self, k: int, times: int) -> Interval:
-        """Log-normal, for a rate is a small count: FMR · exp(± t √times · relative standard deviation).
+        """Compute a log-normal interval (a rate is a small count): FMR · exp(± t √times · relative standard deviation).
 
         Of the variance of an FMR one part comes from people (some match everyone more easily) and one, V, from pairs
         alone. Drawing people brings V in three times: once by the product of two draws, and, for every person's part
@@ -88,7 +88,7 @@ def bootstrap(
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Bootstrap:
-    """Draw the identities with replacement ``resamples`` times and measure each draw.
+    """Draw the identities with replacement ``resamples`` times and measure each resample.
 
     Impostors a ≠ b weigh draws(a)·draws(b), a genuine pair of a draws(a): pairs between two
     copies of one drawn identity are left out, for they would be genuine pairs posing as impostors. A draw without any
@@ -103,12 +103,14 @@ def bootstrap(
     tar, balanced = np.empty((resamples, len(fmrs))), np.empty((resamples, len(fmrs)))
     fmr = np.empty((resamples, len(thresholds)))
     for r in range(resamples):
-        weight = random.multinomial(pairing.identities, even).astype(np.float64)
-        while not (pairing.people_weight(weight) > 0 and weight[wanted].any()):
-            weight = random.multinomial(pairing.identities, even).astype(np.float64)
-        cumulative = impostor_cumulative(scores, weight)
+        multiplicity = random.multinomial(pairing.identities, even).astype(np.float64)
+        while not (pairing.identity_pair_weight(multiplicity) > 0 and multiplicity[wanted].any()):
+            multiplicity = random.multinomial(pairing.identities, even).astype(np.float64)
+        cumulative = impostor_cumulative(scores, multiplicity)
         if len(fmrs):
-            drawn = drawn_rates(scores, fmrs, weight, cumulative, raw_impostor_cumulative(scores, weight))
+            drawn = resampled_rates(
+                scores, fmrs, multiplicity, cumulative, raw_impostor_cumulative(scores, multiplicity)
+            )
             tar[r], balanced[r] = drawn.tar, drawn.tar_balanced
         fmr[r] = np.minimum(np.append(0.0, cumulative), 1.0)[last]
         advance(1)
@@ -128,7 +130,7 @@ def bootstrap(
 
 
 def interval(samples: Doubles, people: float = np.inf) -> Interval:
-    """95 % percentile interval of one statistic's resamples.
+    """Compute the 95 % percentile interval of one statistic's resamples.
 
     ``people``: effective number of identities behind it. Few of them vary more than their resamples say: the
     percentiles move outwards, to where Student's t and n/(n − 1) put the normal ones (Hesterberg 2015, What Teachers
@@ -140,7 +142,7 @@ def interval(samples: Doubles, people: float = np.inf) -> Interval:
 
 
 def _quantile(people: float) -> float:
-    """97.5 % quantile of Student's t with n − 1 degrees of freedom (Cornish and Fisher), times √(n/(n − 1))."""
+    """Compute Student's 97.5 % quantile with n − 1 degrees of freedom (Cornish and Fisher), times √(n/(n − 1))."""
     z = NormalDist().inv_cdf(0.975)
     free = max(people, 3.0) - 1
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
@@ -148,15 +150,17 @@ def _quantile(people: float) -> float:
 
 
 def effective(share: Doubles) -> float:
-    """Number of equal shares that vary as much as these: (Σ share)² / Σ share² (Kish 1965)."""
+    """Compute the number of equal shares that vary as much as these: (Σ share)² / Σ share² (Kish 1965)."""
     return float(share.sum() ** 2 / (share**2).sum()) if share.any() else 0.0
 
 
 def _pair_variance(scores: PairScores, matching: Ints) -> Doubles:
-    """Variance of the FMR if pairs of people matched independently, where the first ``matching`` kept impostors match.
+    """Estimate the variance of the FMR if pairs of people matched independently.
+
+    The first ``matching`` kept impostors match.
 
     Σ (x − FMR)² / P² over the P pairs of people, x the fraction of a pair's images that match. Where the kept are a
-    sample, each stands for ``mass`` pairs of images, and its square for as many squares: unbiased.
+    sample, each stands for ``weight`` pairs of images, and its square for as many squares: unbiased.
     """
     pairing = scores.pairing
     a, b = scores.impostor_identities
@@ -167,15 +171,15 @@ def _pair_variance(scores: PairScores, matching: Ints) -> Doubles:
     starts = np.flatnonzero(np.diff(both[order], prepend=-1))
     before -= np.repeat(before[starts], np.diff(starts, append=len(order)))
     squares = np.empty(len(order))
-    squares[order] = share * (2 * before + share / scores.mass[order])
+    squares[order] = share * (2 * before + share / scores.weight[order])
     matched = np.append(0.0, np.cumsum(squares))[matching]
     rate = np.append(0.0, np.cumsum(scores.share))[matching] / pairing.identity_pairs
     variance: Doubles = np.maximum(matched / pairing.identity_pairs - rate**2, 0) / pairing.identity_pairs
     return variance
 
 
-def drawn_accuracies(right: Mask, same: Mask, first: Ints, second: Ints, *, resamples: int, seed: int) -> Doubles:
-    """Accuracy of a pair list in each of the resamples of its identities, the list's mix of kinds held.
+def resampled_accuracies(right: Mask, same: Mask, first: Ints, second: Ints, *, resamples: int, seed: int) -> Doubles:
+    """Compute the accuracy of a pair list in each resample of its identities, the list's mix of kinds held.
 
     ``right``, ``same``: bool, one per pair. ``first``, ``second``: int64 identities of its images.
     """
@@ -185,10 +189,12 @@ def drawn_accuracies(right: Mask, same: Mask, first: Ints, second: Ints, *, resa
     share = same.mean()
     found = np.empty(resamples)
     for r in range(resamples):
-        weight = np.zeros(len(right))
-        while not weight.any():  # a draw without any pair, possible only in tiny lists, is drawn again
+        multiplicity = np.zeros(len(right))
+        while not multiplicity.any():  # a draw without any pair, possible only in tiny lists, is drawn again
             drawn = random.multinomial(count, even).astype(np.float64)
-            weight = np.where(first == second, drawn[first], drawn[first] * drawn[second])
-        parts = [(part, f) for part, f in ((same, share), (~same, 1 - share)) if weight[part].any()]
-        found[r] = sum(f * (weight[p] @ right[p]) / weight[p].sum() for p, f in parts) / sum(f for _, f in parts)
+            multiplicity = np.where(first == second, drawn[first], drawn[first] * drawn[second])
+        parts = [(part, f) for part, f in ((same, share), (~same, 1 - share)) if multiplicity[part].any()]
+        found[r] = sum(f * (multiplicity[p] @ right[p]) / multiplicity[p].sum() for p, f in parts) / sum(
+            f for _, f in parts
+        )
     return found

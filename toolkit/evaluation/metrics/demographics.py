@@ -1,6 +1,6 @@
-"""Demographics: error rates of the people who share a label, at the thresholds that were found over everyone.
+"""Measure error rates of the people who share a label, at the thresholds that were found over everyone.
 
-That is what a deployment does: one threshold for all, and whether it treats groups alike is a question of its own
+A deployment does so: one threshold for all, and whether it treats groups alike is a question of its own
 (NISTIR 8280, Grother, Ngan and Hanaoka 2019, compares false match rates of groups in the same way).
 """
 
@@ -27,7 +27,7 @@ NAMED = 10
 
 @dataclass(frozen=True)
 class Part:
-    """The images of one group: ``pairing`` over its own identities, rows of both sides' vectors."""
+    """Hold the images of one group: ``pairing`` over its own identities, rows of both sides' vectors."""
 
     attribute: str
     value: str
@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Groups:
-    """How one pairing falls into groups. Needs no embedding."""
+    """Hold the division of one pairing into groups. Needs no embedding."""
 
     labels: Labels
     unlabelled: dict[str, tuple[str, ...]]
@@ -48,13 +48,13 @@ class Groups:
 
     @property
     def record(self) -> LabelFile:
-        """What report.json says of the labels."""
+        """Return what report.json says of the labels."""
         named = {attribute: names[:NAMED] for attribute, names in self.unlabelled.items()}
         return LabelFile(name=self.labels.name, sha256=self.labels.sha256, unlabelled=named)
 
 
 def divide(labels: Labels, identities: Sequence[str], pairing: Pairing, *, one_set: bool) -> Groups:
-    """The sub-pairing of every value of every attribute. ``identities``: the names that ``pairing`` numbers.
+    """Divide a pairing by every value of every attribute. ``identities``: the names that ``pairing`` numbers.
 
     ``one_set``: both sides are the same images, which are counted once. Raises InputError for labels of people that
     are not in the set.
@@ -80,7 +80,7 @@ def measure_groups(
     seed: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[Attribute, ...]:
-    """Rates of every group at the thresholds of ``points``, which were found over everyone.
+    """Measure every group at the thresholds of ``points``, which were found over everyone.
 
     ``query``, ``gallery``: float32 unit rows of the whole pairing. ``scores``: of the whole pairing, which the ratios
     are to. ``advance`` is told how many groups are done.
@@ -188,7 +188,7 @@ class _FalseNonMatches(NamedTuple):
 
 
 def _false_matches(drawn: Bootstrap, k: int, smallest: float) -> _FalseMatches:
-    """No rate is quoted below the smallest that the group resolves: there it is an upper bound."""
+    """Quote no rate below the smallest that the group resolves: there it is an upper bound."""
     measured, (low, high) = float(drawn.observed_fmr[k]), drawn.fmr_interval(k)
     if measured >= smallest:
         return _FalseMatches(measured, (low, high), False)
@@ -196,18 +196,18 @@ def _false_matches(drawn: Bootstrap, k: int, smallest: float) -> _FalseMatches:
 
 
 def _false_non_matches(scores: PairScores, thresholds: Doubles, *, resamples: int, seed: int) -> list[_FalseNonMatches]:
-    """False non-match rates at fixed thresholds; none for fewer than ``EXPECTED`` people, of whom no interval holds."""
+    """Measure false non-match rates at fixed thresholds; none for fewer than ``EXPECTED`` people."""
     pairs = scores.pairing.genuine_per_identity
     has = pairs > 0
     if has.sum() < EXPECTED:
         return [_FalseNonMatches(None, None, None, None)] * len(thresholds)
     random = np.random.default_rng(seed)
     even = np.full(len(pairs), 1 / len(pairs))
-    weights = random.multinomial(len(pairs), even, resamples).astype(np.float64)
-    for weight in weights:
-        while not weight[has].any():
-            weight[:] = random.multinomial(len(pairs), even)
-    people, alike = weights @ has, weights @ pairs
+    multiplicities = random.multinomial(len(pairs), even, resamples).astype(np.float64)
+    for multiplicity in multiplicities:
+        while not multiplicity[has].any():
+            multiplicity[:] = random.multinomial(len(pairs), even)
+    people, alike = multiplicities @ has, multiplicities @ pairs
     accepted = matching(scores.genuine, thresholds)
     made = []
     for first in accepted:  # genuine scores descend: those from here on lie below the threshold
@@ -216,16 +216,16 @@ def _false_non_matches(scores: PairScores, thresholds: Doubles, *, resamples: in
         made.append(
             _FalseNonMatches(
                 float(share.sum() / has.sum()),
-                _interval((weights @ share) / people, float(has.sum())),
+                _interval((multiplicities @ share) / people, float(has.sum())),
                 float(lost.sum() / pairs.sum()),
-                _interval((weights @ lost) / alike, effective(pairs)),
+                _interval((multiplicities @ lost) / alike, effective(pairs)),
             )
         )
     return made
 
 
 def _interval(drawn: Doubles, people: float) -> Interval:
-    """95 % interval, at either end no narrower than that of as many people of whom none failed (or all).
+    """Compute a 95 % interval, at either end no narrower than that of as many people of whom none failed (or all).
 
     Where hardly anyone failed, draws hardly vary, though nothing rules out that one person in ``people`` / 4 fails
     (Clopper and Pearson 1934, the exact interval for a count of zero).

@@ -1,4 +1,4 @@
-"""Error rates, from arrays alone.
+"""Compute error rates from arrays alone.
 
 A pair matches when its score is at or above the threshold. FMR: how often two different people match. TAR: how often
 a person matches himself. Either is balanced, every two people (every person) weighing the same however many images
@@ -22,7 +22,7 @@ EXPECTED = 10
 
 @dataclass(frozen=True)
 class Rates:
-    """What a set of target false match rates leads to: one entry per target."""
+    """Hold what a set of target false match rates leads to: one entry per target."""
 
     last_rejected: Floats
     """Highest score that must not match for the balanced FMR; −inf where all may."""
@@ -35,17 +35,17 @@ class Rates:
 
     @property
     def threshold(self) -> Doubles:
-        """Smallest float32 threshold whose balanced false match rate is at most the target."""
+        """Return the smallest float32 threshold whose balanced false match rate is at most the target."""
         return _next(self.last_rejected)
 
     @property
     def raw_threshold(self) -> Doubles:
-        """Smallest float32 threshold whose raw false match rate is at most the target."""
+        """Return the smallest float32 threshold whose raw false match rate is at most the target."""
         return _next(self.raw_last_rejected)
 
 
 def smallest_fmr(pairing: Pairing) -> float:
-    """Smallest FMR that the set resolves: ``EXPECTED`` / pairs of different identities.
+    """Compute the smallest FMR that the set resolves: ``EXPECTED`` / pairs of different identities.
 
     Pairs of images are more, but those of the same two people repeat one another.
     """
@@ -68,14 +68,14 @@ def require_resolved(pairing: Pairing, fmr: float) -> None:
 
 
 def rates(scores: PairScores, fmrs: Doubles) -> Rates:
-    """TAR at each target FMR.
+    """Find the threshold and the TAR at each target FMR.
 
     The threshold is the smallest with FMR ≤ target, so that of several impostors with one score all match or none.
     Exact where all impostors are kept; below that the balanced one comes from their sample, the raw one is the next
     edge of the histogram.
     """
-    weight = np.ones(scores.pairing.identities)
-    balanced = _last_rejected(scores, fmrs, impostor_cumulative(scores, weight))
+    multiplicity = np.ones(scores.pairing.identities)
+    balanced = _last_rejected(scores, fmrs, impostor_cumulative(scores, multiplicity))
     allowed = np.floor(fmrs * (1 + 1e-9) * scores.pairing.impostor_pairs).astype(np.int64)
     exact = np.searchsorted(-scores.impostor, np.float32(-scores.cut), "right")
     raw = np.append(scores.impostor, np.float32(-np.inf))[np.minimum(allowed, exact)]
@@ -84,26 +84,26 @@ def rates(scores: PairScores, fmrs: Doubles) -> Rates:
         above = np.append(np.cumsum(scores.histogram[::-1])[::-1], 0)
         edge = len(above) - np.searchsorted(above[::-1], allowed[below], "right")
         raw[below] = np.nextafter(np.append(bin_edges(), 1.0)[edge].astype(np.float32), np.float32(-np.inf))
-    return _accepted(scores, balanced, raw, weight)
+    return _accepted(scores, balanced, raw, multiplicity)
 
 
-def drawn_rates(scores: PairScores, fmrs: Doubles, weight: Doubles, balanced: Doubles, raw: Doubles) -> Rates:
-    """As ``rates`` with every identity as often as it was drawn, from the kept impostors.
+def resampled_rates(scores: PairScores, fmrs: Doubles, multiplicity: Doubles, balanced: Doubles, raw: Doubles) -> Rates:
+    """Find rates as ``rates`` does, every identity as often as it was drawn, from the kept impostors.
 
-    ``balanced``, ``raw``: of ``impostor_cumulative`` and ``raw_impostor_cumulative`` with the same ``weight``.
+    ``balanced``, ``raw``: of ``impostor_cumulative`` and ``raw_impostor_cumulative`` with the same ``multiplicity``.
     """
-    return _accepted(scores, _last_rejected(scores, fmrs, balanced), _last_rejected(scores, fmrs, raw), weight)
+    return _accepted(scores, _last_rejected(scores, fmrs, balanced), _last_rejected(scores, fmrs, raw), multiplicity)
 
 
 def fmr_at(scores: PairScores, thresholds: Doubles) -> Doubles:
-    """Balanced FMR at each threshold: exact where all impostors are kept, from their sample below."""
+    """Compute the balanced FMR at each threshold: exact where all impostors are kept, from their sample below."""
     cumulative = impostor_cumulative(scores, np.ones(scores.pairing.identities))
     rate: Doubles = np.minimum(np.append(0.0, cumulative), 1.0)
     return rate[matching(scores.impostor, thresholds)]
 
 
 def raw_fmr_at(scores: PairScores, thresholds: Doubles) -> Doubles:
-    """Raw FMR at each threshold: exact where all impostors are kept, else on the histogram's grid (1.5e-5)."""
+    """Compute the raw FMR at each threshold: exact where all impostors are kept, else to a histogram's bin."""
     kept = matching(scores.impostor, thresholds).astype(np.float64)
     below = thresholds < scores.cut
     if below.any():
@@ -113,7 +113,7 @@ def raw_fmr_at(scores: PairScores, thresholds: Doubles) -> Doubles:
 
 
 def equal_error_rate(scores: PairScores) -> float:
-    """Smallest over all thresholds of the larger of FMR and FNMR (raw)."""
+    """Compute the equal error rate: the smallest over all thresholds of the larger of FMR and FNMR (raw)."""
     edges = bin_edges()
     grid = np.concatenate([scores.impostor, scores.genuine]).astype(np.float64)
     grid = np.concatenate([grid[grid >= scores.cut], edges[edges < scores.cut], [np.inf]])
@@ -122,33 +122,33 @@ def equal_error_rate(scores: PairScores) -> float:
 
 
 def lowest_impostor(scores: PairScores) -> float:
-    """A score that no impostor pair is below."""
+    """Find a score that no impostor pair is below."""
     if np.isneginf(scores.cut):
         return float(scores.impostor[-1])
     return float(bin_edges()[np.flatnonzero(scores.histogram)[0]])
 
 
-def impostor_cumulative(scores: PairScores, weight: Doubles) -> Doubles:
-    """Balanced FMR at each kept impostor score (descending). ``weight``: how often each identity was drawn."""
-    return _cumulative(scores, weight, scores.share, scores.pairing.people_weight(weight))
+def impostor_cumulative(scores: PairScores, multiplicity: Doubles) -> Doubles:
+    """Cumulate the balanced FMR at each kept impostor score, descending, with each identity's ``multiplicity``."""
+    return _cumulative(scores, multiplicity, scores.share, scores.pairing.identity_pair_weight(multiplicity))
 
 
-def raw_impostor_cumulative(scores: PairScores, weight: Doubles) -> Doubles:
-    """Raw FMR at each kept impostor score (descending). ``weight``: how often each identity was drawn."""
-    return _cumulative(scores, weight, scores.mass, scores.pairing.impostor_weight(weight))
+def raw_impostor_cumulative(scores: PairScores, multiplicity: Doubles) -> Doubles:
+    """Cumulate the raw FMR at each kept impostor score, descending, with each identity's ``multiplicity``."""
+    return _cumulative(scores, multiplicity, scores.weight, scores.pairing.impostor_weight(multiplicity))
 
 
 def matching(descending: Floats, thresholds: Doubles) -> Ints:
-    """How many scores are at or above each threshold."""
+    """Count the scores at or above each threshold."""
     return np.searchsorted(-descending.astype(np.float64), -thresholds, "right")
 
 
-def _cumulative(scores: PairScores, weight: Doubles, part: Doubles, total: float) -> Doubles:
+def _cumulative(scores: PairScores, multiplicity: Doubles, part: Doubles, total: float) -> Doubles:
     query, gallery = scores.impostor_identities
-    mass = np.take(weight, query)
-    mass *= np.take(weight, gallery)
-    mass *= part
-    cumulative: Doubles = np.cumsum(mass, out=mass)
+    weight = np.take(multiplicity, query)
+    weight *= np.take(multiplicity, gallery)
+    weight *= part
+    cumulative: Doubles = np.cumsum(weight, out=weight)
     cumulative /= total
     return cumulative
 
@@ -158,9 +158,9 @@ def _last_rejected(scores: PairScores, fmrs: Doubles, cumulative: Doubles) -> Fl
     return np.append(scores.impostor, np.float32(-np.inf))[place]
 
 
-def _accepted(scores: PairScores, balanced: Floats, raw: Floats, weight: Doubles) -> Rates:
-    """Rates where the scores above the last rejected ones match."""
-    drawn = np.take(weight, scores.genuine_identity)
+def _accepted(scores: PairScores, balanced: Floats, raw: Floats, multiplicity: Doubles) -> Rates:
+    """Find the rates where the scores above the last rejected ones match."""
+    drawn = np.take(multiplicity, scores.genuine_identity)
     every_pair = np.append(0.0, np.cumsum(drawn))
     drawn /= np.take(scores.pairing.genuine_per_identity, scores.genuine_identity)
     every_person = np.append(0.0, np.cumsum(drawn))

@@ -1,4 +1,4 @@
-"""Labels: what is stated about the identities of a set, for rates per group. A CSV file with a header.
+"""Read labels of identities, for rates per group, from a CSV file with a header.
 
 The first column is ``identity``: a name as in the set, or its last part (the folder's own name). Every other column is
 an attribute (``sex``, ``age_band``). An empty field means that the value is not known.
@@ -24,24 +24,24 @@ _FORM = f"Give lines of {KEY},<attribute>[,<attribute>…] under a header that s
 
 @dataclass(frozen=True)
 class Labels:
-    """One value per identity and attribute; None where it is not known."""
+    """Hold one value per identity and attribute; None where it is not known."""
 
     name: str
     """File name."""
     sha256: str
-    """Of the file, hex."""
+    """SHA-256 over the file's bytes, hex."""
     attributes: tuple[str, ...]
     values: dict[str, tuple[str | None, ...]]
     """Identity → a value per attribute."""
 
     def of(self, attribute: str, identities: Sequence[str]) -> list[str | None]:
-        """The value of each of ``identities``, None where none is stated."""
+        """Return the value of each of ``identities``, None where none is stated."""
         column = self.attributes.index(attribute)
         unknown = (None,) * len(self.attributes)
         return [self.values.get(identity, unknown)[column] for identity in identities]
 
     def matched(self, identities: Sequence[str]) -> Labels:
-        """The same labels under the names of ``identities``: a full one, or its last part where one alone has that.
+        """Rename the labels to the names of ``identities``: a full one, or its last part where one alone has that.
 
         Raises InputError where the file is about others, about one of them twice, or has no use as groups.
         """

@@ -1,7 +1,8 @@
-"""ListedPairs: template pairs that a list names, millions of them, with the rates and intervals of a full pairing.
+"""Read and score template pairs that a list names, millions of them.
 
-Format of ``ijbc_template_pair_label.txt`` (IJB-B and IJB-C 1:1 as InsightFace's ``eval_ijbc.py`` reads it): one pair a
-line, ``template template label``, label 1 where both are of one subject. The first template is the enrolled one.
+The format is that of ``ijbc_template_pair_label.txt`` (IJB-B and IJB-C 1:1 as InsightFace's ``eval_ijbc.py`` reads
+it): one pair a line, ``template template label``, label 1 where both are of one subject. The first template is
+the enrolled one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _SPACE[list(b" \t\r\n")] = True
 
 @dataclass(frozen=True, kw_only=True)
 class ListedPairs(Pairing):
-    """P pairs of templates. ``query`` and ``gallery`` are the identity of every template, on either side."""
+    """Compare P listed pairs of templates. ``query``, ``gallery``: the identity of every template, on either side."""
 
     first: Ids
     """P: query template of each pair."""
@@ -42,46 +43,46 @@ class ListedPairs(Pairing):
 
     @cached_property
     def left_out(self) -> tuple[Ints, Ints]:
-        """None: the list says what is compared."""
+        """Return no pairs: the list says what is compared."""
         return np.empty(0, np.int64), np.empty(0, np.int64)
 
     @cached_property
     def per_query(self) -> Doubles:
-        """Impostor pairs of each identity, as the query."""
+        """Count the impostor pairs of each identity, as the query."""
         return self._count(self.query[self.first[~self.same]])
 
     @cached_property
     def per_gallery(self) -> Doubles:
-        """Impostor pairs of each identity, in the gallery."""
+        """Count the impostor pairs of each identity, in the gallery."""
         return self._count(self.gallery[self.second[~self.same]])
 
     @cached_property
     def genuine_per_identity(self) -> Doubles:
-        """Genuine pairs of each identity."""
+        """Count the genuine pairs of each identity."""
         return self._count(self.query[self.first[self.same]])
 
     @cached_property
     def people(self) -> tuple[Ids, Ids, Doubles]:
-        """Every pair of different identities a < b that is compared, and its number of pairs."""
+        """List every pair of different identities a < b that is compared, and its number of pairs."""
         a, b = self.query[self.first[~self.same]], self.gallery[self.second[~self.same]]
         codes, count = np.unique(np.minimum(a, b) * self.identities + np.maximum(a, b), return_counts=True)
         low, high = np.divmod(codes, self.identities)
         return low.astype(np.int32), high.astype(np.int32), count.astype(np.float64)
 
-    def impostor_weight(self, weight: Doubles) -> float:
-        """Σ weight[a]·weight[b] over all impostor pairs."""
+    def impostor_weight(self, multiplicity: Doubles) -> float:
+        """Sum multiplicity[a]·multiplicity[b] over all impostor pairs."""
         a, b, count = self.people
-        mass = np.take(weight, a)
-        mass *= np.take(weight, b)
-        return float(mass @ count)
+        weight = np.take(multiplicity, a)
+        weight *= np.take(multiplicity, b)
+        return float(weight @ count)
 
-    def people_weight(self, weight: Doubles) -> float:
-        """Σ weight[a]·weight[b] over the pairs of different identities that are compared."""
+    def identity_pair_weight(self, multiplicity: Doubles) -> float:
+        """Sum multiplicity[a]·multiplicity[b] over the pairs of different identities that are compared."""
         a, b, _ = self.people
-        return float(np.take(weight, a) @ np.take(weight, b))
+        return float(np.take(multiplicity, a) @ np.take(multiplicity, b))
 
     def pairs_between(self, a: Ints, b: Ints) -> Doubles:
-        """Number of listed pairs of each two identities that the list compares."""
+        """Count the listed pairs of each two identities that the list compares."""
         low, high, count = self.people
         codes = low.astype(np.int64) * self.identities + high
         return count[np.searchsorted(codes, self._code(a, b))]
@@ -91,7 +92,7 @@ class ListedPairs(Pairing):
 
 
 def listed(first: Ids, second: Ids, same: Mask, subject: Ints) -> ListedPairs:
-    """Pairs of templates; ``subject``: int64, one per template. Identities count those that occur in the list."""
+    """Build listed pairs. ``subject``: int64, one per template. Identities count those that occur in the list."""
     used = np.zeros(int(subject.max()) + 1, bool)
     used[subject[first]] = used[subject[second]] = True
     identity = np.where(used[subject], (np.cumsum(used) - 1)[subject], 0)
@@ -109,7 +110,7 @@ def score_listed(
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> PairScores:
-    """Cosine of every listed pair. ``query``, ``gallery``: float32 T×D unit rows of all templates.
+    """Score every listed pair by its cosine. ``query``, ``gallery``: float32 T×D unit rows of all templates.
 
     Impostors thin out downwards as in ``score_pairs``. Memory: 13 bytes a pair, 16 more while they are sorted.
     ``advance`` is told the pairs done.
@@ -124,12 +125,12 @@ def score_listed(
     histogram = np.zeros(BINS, np.int64)
     for start in range(0, len(impostor), READ):
         histogram += np.bincount(bin_of(scores[impostor[start : start + READ]]), minlength=BINS)
-    mass, cut = np.ones(len(impostor)), -np.inf
+    weight, cut = np.ones(len(impostor)), -np.inf
     if len(impostor) > 2 * KEEP:
         strata = strata_of(scores[impostor], len(impostor))
         random = np.random.default_rng(seed)
         impostor = impostor[random.random(len(impostor)) < strata.rate[strata.of(scores[impostor])]]
-        mass, cut = strata.mass(scores[impostor], histogram), float(strata.lowest[0])
+        weight, cut = strata.weights(scores[impostor], histogram), float(strata.lowest[0])
     return PairScores(
         pairing=pairs,
         genuine=scores[genuine],
@@ -138,7 +139,7 @@ def score_listed(
         impostor=scores[impostor],
         impostor_query=pairs.first[impostor],
         impostor_gallery=pairs.second[impostor],
-        mass=mass,
+        weight=weight,
         cut=cut,
         histogram=histogram,
     )
@@ -173,7 +174,7 @@ def read_pair_labels(path: Path, ids: Ints) -> tuple[Ids, Ids, Mask]:
 
 
 def _numbers(path: Path) -> Iterator[tuple[Ints, int]]:
-    """Blocks of lines of three numbers → int64 K×3, and the number of lines."""
+    """Read blocks of lines of three numbers → int64 K×3, and the number of lines."""
     line, rest = 1, b""
     try:
         with path.open("rb") as file:

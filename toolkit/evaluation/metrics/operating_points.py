@@ -1,4 +1,4 @@
-"""From the scores of one ordered pair of encoders to what is reported of it."""
+"""Turn the scores of one ordered pair of encoders into what is reported of it."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def measure(
     seed: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[Comparison, dict[str, Doubles]]:
-    """Operating points at those of ``fmrs`` that are resolved, calibration and DET curve, with intervals.
+    """Measure operating points at those of ``fmrs`` that are resolved, calibration and DET curve, with intervals.
 
-    Also the values of every resample, by name, for ``Draws``.
+    Returns the values of every resample, too, by name, for ``ResampleValues``.
     """
     pairing = scores.pairing
     refused = [r for fmr in sorted(fmrs, reverse=True) if (r := _refusal(pairing, fmr))]
@@ -77,7 +77,7 @@ def measure(
 
 
 def worst(scores: PairScores, query_name: Callable[[int], str], gallery_name: Callable[[int], str]) -> Worst:
-    """The ``WORST`` highest impostor and lowest genuine scores, by the names of their images."""
+    """Name the images of the ``WORST`` highest impostor and lowest genuine scores."""
 
     def named(rows: Ids, columns: Ids, values: Floats) -> tuple[PairOfFiles, ...]:
         triples = zip(rows, columns, values, strict=True)
@@ -93,12 +93,12 @@ def worst(scores: PairScores, query_name: Callable[[int], str], gallery_name: Ca
 
 
 def histogram(scores: Floats) -> Histogram:
-    """Fractions of ``scores`` in ``PLOT_BINS`` bins over −1 to 1."""
+    """Count ``scores`` as fractions in ``PLOT_BINS`` bins over −1 to 1."""
     return Histogram(fractions=_coarser(np.bincount(bin_of(scores), minlength=BINS)))
 
 
 def _grid(smallest: float, targets: Doubles) -> Doubles:
-    """Falling false match rates of the calibration and DET curves, down to the smallest that is resolved."""
+    """List falling false match rates of the calibration and DET curves, down to the smallest that is resolved."""
     coarse = np.arange(5, 100, 5) / 100
     fine = np.geomspace(0.05, min(0.05, smallest), 141)
     grid = np.unique(np.concatenate([coarse, fine, targets, [min(smallest, 1.0)]]))[::-1]
@@ -132,7 +132,7 @@ def _det(grid: Doubles, full: Rates, drawn: Bootstrap) -> Det:
 
 
 def _calibrate(grid: Doubles, knots: Doubles, drawn: Bootstrap) -> Calibration:
-    """The curve score → FMR. A knot's rate is its target, so that threshold and rate are inverses."""
+    """Build the curve score → FMR. A knot's rate is its target, so that threshold and rate are inverses."""
     fmr = np.append(1.0, grid)
     low, high = np.array([drawn.fmr_interval(k) for k in range(len(knots))]).T
     return Calibration(
@@ -152,7 +152,7 @@ def _refusal(pairing: Pairing, fmr: float) -> Refusal | None:
 
 
 def _distances(scores: PairScores) -> Distances:
-    """Impostors from the histogram: exact to a bin."""
+    """Summarise distances; those of impostors come from the histogram, exact to a bin."""
     within = _euclidean(scores.genuine.astype(np.float64))
     between, count = _euclidean(bin_edges() + 1 / BINS), scores.histogram / scores.histogram.sum()
     mean = float(between @ count)

@@ -1,4 +1,4 @@
-"""Scores of all pairs of a pairing: streamed in tiles over one pass, never as an N×M array.
+"""Score all pairs of a pairing, streamed in tiles over one pass, never as an N×M array.
 
 What is kept of the impostors thins out downwards. The ``KEEP`` highest are kept one by one; below them every stratum,
 four times as many pairs each, is sampled at a quarter of the rate of the one above. So a false match rate of 1e-5 and
@@ -36,7 +36,7 @@ _MARGIN = 10
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of one pairing: all genuine ones, and a stratified sample of the impostors."""
+    """Hold the scores of one pairing: all genuine ones, and a stratified sample of the impostors."""
 
     pairing: Pairing
     genuine: Floats
@@ -51,7 +51,7 @@ class PairScores:
     """Query image of each kept impostor pair."""
     impostor_gallery: Ids
     """Gallery image of each kept impostor pair."""
-    mass: Doubles
+    weight: Doubles
     """How many impostor pairs each kept one stands for: 1 at and above ``cut``."""
     cut: float
     """At and above this score every impostor pair is kept; −inf where all are."""
@@ -60,18 +60,18 @@ class PairScores:
 
     @cached_property
     def genuine_identity(self) -> Ints:
-        """Identity of each genuine pair."""
+        """Return the identity of each genuine pair."""
         return self.pairing.query[self.genuine_query]
 
     @cached_property
     def impostor_identities(self) -> tuple[Ints, Ints]:
-        """Identity on the query and on the gallery side of each kept impostor pair."""
+        """Return the identities on the query and on the gallery side of each kept impostor pair."""
         return self.pairing.query[self.impostor_query], self.pairing.gallery[self.impostor_gallery]
 
     @cached_property
     def share(self) -> Doubles:
-        """Part of its pair of people that each kept impostor pair stands for: their parts add up to 1."""
-        return self.mass / self.pairing.pairs_between(*self.impostor_identities)
+        """Return the part of its pair of people that each kept impostor pair stands for: their parts add up to 1."""
+        return self.weight / self.pairing.pairs_between(*self.impostor_identities)
 
 
 def score_pairs(
@@ -82,7 +82,7 @@ def score_pairs(
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> PairScores:
-    """Cosine of every pair. ``query``, ``gallery``: float32 N×D and M×D unit rows.
+    """Score every pair by its cosine. ``query``, ``gallery``: float32 N×D and M×D unit rows.
 
     Memory: the kept pairs, a tile, and a copy of each side whose identities are not in ascending order. ``advance`` is
     told how many query images are done.
@@ -128,43 +128,43 @@ def score_pairs(
         impostor=kept,
         impostor_query=kept_query,
         impostor_gallery=kept_gallery,
-        mass=strata.mass(kept, counted),
+        weight=strata.weights(kept, counted),
         cut=float(strata.lowest[0]) if len(strata.lowest) > 1 else -np.inf,
         histogram=counted,
     )
 
 
 def bin_of(scores: Floats) -> Ints:
-    """Histogram bin of each score; scores outside [−1, 1] (rounding) count in the outermost bins."""
+    """Return the histogram bin of each score; scores outside [−1, 1] (rounding) count in the outermost bins."""
     return np.clip(np.floor((scores.astype(np.float64) + 1) * (BINS / 2)).astype(np.int64), 0, BINS - 1)
 
 
 def bin_edges() -> Doubles:
-    """Lower edge of each histogram bin."""
+    """Return the lower edge of each histogram bin."""
     return np.arange(BINS) / (BINS / 2) - 1
 
 
 @dataclass(frozen=True)
 class Strata:
-    """Ranges of score from high to low. ``lowest``: smallest score of each, on a bin's edge; ``rate``: what is kept."""
+    """Divide scores into ranges from high to low. ``lowest``: smallest score of each; ``rate``: what is kept."""
 
     lowest: Doubles
     rate: Doubles
 
     def of(self, scores: Floats) -> Ints:
-        """Stratum of each score."""
+        """Return the stratum of each score."""
         edge = bin_of(scores) / (BINS / 2) - 1
         return np.minimum(np.searchsorted(-self.lowest, -edge, "left"), len(self.rate) - 1)
 
-    def mass(self, descending: Floats, histogram: Ints) -> Doubles:
-        """Pairs that each kept one stands for: those of its stratum that exist over those that were kept."""
+    def weights(self, descending: Floats, histogram: Ints) -> Doubles:
+        """Return the pairs that each kept one stands for: its stratum's count over those that were kept."""
         stratum = self.of(descending)
         kept = np.bincount(stratum, minlength=len(self.rate))
         there = np.bincount(self.of(bin_edges().astype(np.float32)), histogram, minlength=len(self.rate))
         each = there / np.maximum(kept, 1)
         each[0] = 1.0  # all of the highest are kept
-        mass: Doubles = each[stratum]
-        return mass
+        weight: Doubles = each[stratum]
+        return weight
 
 
 def _strata(pairing: Pairing, query: Floats, gallery: Floats, random: np.random.Generator) -> Strata:
@@ -178,7 +178,7 @@ def _strata(pairing: Pairing, query: Floats, gallery: Floats, random: np.random.
 
 
 def strata_of(sample: Floats, total: int) -> Strata:
-    """Strata of ``total`` impostor pairs from a descending sample of their scores."""
+    """Choose strata of ``total`` impostor pairs from a descending sample of their scores."""
     count = max(1, int(np.log(total / KEEP) / np.log(4)))  # the last stratum holds most of all pairs, never few
     ranks = KEEP * 4.0 ** np.arange(count)
     places = np.minimum(ranks / total * len(sample), len(sample) - 1).astype(np.int64)
@@ -188,7 +188,7 @@ def strata_of(sample: Floats, total: int) -> Strata:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Scores of some query images against some gallery images, and the flat places of those that are no impostors."""
+    """Hold scores of some query against some gallery images, and the flat places of those that are no impostors."""
 
     rows: Ints
     columns: Ints
@@ -199,7 +199,7 @@ class _Tile:
 
 
 class _Kept:
-    """Kept pairs of all tiles."""
+    """Collect the kept pairs of all tiles."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Floats, Ids, Ids]] = []
@@ -216,9 +216,9 @@ class _Kept:
 
 
 def _tiles(pairing: Pairing, query: Floats, gallery: Floats) -> Iterator[_Tile]:
-    """Tiles over both sides in the order of their identities, so that genuine pairs lie together.
+    """Cut both sides into tiles in the order of their identities, so that genuine pairs lie together.
 
-    Where pairs are unordered, the tiles on and right of the diagonal, and there the pairs right of it.
+    Unordered pairs need the tiles on and right of the diagonal, and there the pairs right of it.
     """
     by_query, by_gallery = (np.argsort(side, kind="stable") for side in (pairing.query, pairing.gallery))
     query, gallery = _in_order(query, by_query), _in_order(gallery, by_gallery)
@@ -259,12 +259,12 @@ def _in_order(vectors: Floats, order: Ints) -> Floats:
 
 
 def _ranges(start: Ints, length: Ints) -> Ints:
-    """start[0], start[0]+1, … (length[0] of them), start[1], …"""
+    """Concatenate ranges: start[0], start[0]+1, … (length[0] of them), start[1], and so on."""
     return np.repeat(start - np.cumsum(length) + length, length) + np.arange(length.sum())
 
 
 def _count(scores: Floats) -> Ints:
-    """Histogram with ``_MARGIN`` bins more at either end."""
+    """Count a histogram with ``_MARGIN`` bins more at either end."""
     beyond = 1 + _MARGIN / (BINS / 2)
     counts = cv2.calcHist([scores], [0], None, [BINS + 2 * _MARGIN], [-beyond, beyond])
     whole: Ints = counts.ravel().astype(np.int64)
@@ -272,7 +272,7 @@ def _count(scores: Floats) -> Ints:
 
 
 def _fold(histogram: Ints) -> Ints:
-    """What lies beyond −1 and 1 counts in the outermost bins."""
+    """Add what lies beyond −1 and 1 to the outermost bins."""
     inner: Ints = histogram[_MARGIN:-_MARGIN].copy()
     inner[0] += histogram[:_MARGIN].sum()
     inner[-1] += histogram[-_MARGIN:].sum()

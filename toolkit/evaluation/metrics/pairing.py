@@ -1,4 +1,4 @@
-"""Which pairs of images an evaluation compares.
+"""Say which pairs of images an evaluation compares.
 
 Every pair of a query image and a gallery image counts, except an image with itself or with a byte-identical copy.
 Where both sides are one encoder over one set, (i, j) and (j, i) have the same score and count once.
@@ -20,7 +20,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Pairing:
-    """Query × gallery images, by identity and file. Needs no embedding, so bad sets are found before any work.
+    """Hold query × gallery images, by identity and file. Needs no embedding, so bad sets are found before any work.
 
     ``query``, ``gallery``: int64 identity of each image, indices into one list of ``identities`` names' count.
     ``query_file``, ``gallery_file``: int64, equal where two images are the same bytes.
@@ -36,7 +36,7 @@ class Pairing:
 
     @cached_property
     def left_out(self) -> tuple[Ints, Ints]:
-        """Query and gallery index of every pair that is the same file twice (i < j where unordered)."""
+        """Return query and gallery index of every pair that is the same file twice (i < j where unordered)."""
         order = np.argsort(self.gallery_file, kind="stable")
         known = self.gallery_file[order]
         first = np.searchsorted(known, self.query_file, "left")
@@ -48,57 +48,57 @@ class Pairing:
 
     @cached_property
     def per_query(self) -> Doubles:
-        """Query images of each identity."""
+        """Count the query images of each identity."""
         return np.bincount(self.query, minlength=self.identities).astype(np.float64)
 
     @cached_property
     def per_gallery(self) -> Doubles:
-        """Gallery images of each identity."""
+        """Count the gallery images of each identity."""
         return np.bincount(self.gallery, minlength=self.identities).astype(np.float64)
 
     @cached_property
     def genuine_per_identity(self) -> Doubles:
-        """Genuine pairs of each identity."""
+        """Count the genuine pairs of each identity."""
         n, m = self.per_query, self.per_gallery
         i, j = self.left_out
         a = self.query[i]
         dropped = np.bincount(a[a == self.gallery[j]], minlength=self.identities)
         return (n * (n - 1) / 2 if self.unordered else n * m) - dropped
 
-    def impostor_weight(self, weight: Doubles) -> float:
-        """Σ weight[a]·weight[b] over all impostor pairs of identities a ≠ b, in closed form. ``weight``: one each."""
-        query, gallery = weight * self.per_query, weight * self.per_gallery
+    def impostor_weight(self, multiplicity: Doubles) -> float:
+        """Sum multiplicity[a]·multiplicity[b] over all impostor pairs of identities a ≠ b, in closed form."""
+        query, gallery = multiplicity * self.per_query, multiplicity * self.per_gallery
         total = query.sum() * gallery.sum() - query @ gallery
         i, j = self.left_out
         a, b = self.query[i], self.gallery[j]
-        dropped = (weight[a] * weight[b])[a != b].sum()
+        dropped = (multiplicity[a] * multiplicity[b])[a != b].sum()
         return float(total / 2 - dropped if self.unordered else total - dropped)
 
     @cached_property
     def genuine_pairs(self) -> int:
-        """Number of genuine pairs."""
+        """Count the genuine pairs."""
         return round(float(self.genuine_per_identity.sum()))
 
     @cached_property
     def impostor_pairs(self) -> int:
-        """Number of impostor pairs."""
+        """Count the impostor pairs."""
         return round(self.impostor_weight(np.ones(self.identities)))
 
-    def people_weight(self, weight: Doubles) -> float:
-        """Σ weight[a]·weight[b] over the unordered pairs of identities a ≠ b that are compared, in closed form."""
-        query, gallery = np.where(self.per_query > 0, weight, 0), np.where(self.per_gallery > 0, weight, 0)
+    def identity_pair_weight(self, multiplicity: Doubles) -> float:
+        """Sum multiplicity[a]·multiplicity[b] over the unordered pairs of identities a ≠ b that are compared."""
+        query, gallery = np.where(self.per_query > 0, multiplicity, 0), np.where(self.per_gallery > 0, multiplicity, 0)
         both = np.minimum(query, gallery)
         twice = (both.sum() ** 2 - both @ both) / 2
         a, b = self._never_compared
-        return float(query.sum() * gallery.sum() - query @ gallery - twice - weight[a] @ weight[b])
+        return float(query.sum() * gallery.sum() - query @ gallery - twice - multiplicity[a] @ multiplicity[b])
 
     @cached_property
     def identity_pairs(self) -> int:
-        """Number of unordered pairs of different identities that are compared."""
-        return round(self.people_weight(np.ones(self.identities)))
+        """Count the unordered pairs of different identities that are compared."""
+        return round(self.identity_pair_weight(np.ones(self.identities)))
 
     def pairs_between(self, a: Ints, b: Ints) -> Doubles:
-        """Number of pairs of images that are compared of each two identities a ≠ b, either way round."""
+        """Count the pairs of images that are compared of each two identities a ≠ b, either way round."""
         codes, dropped = self._dropped
         found = self._all_between(a, b)
         if len(codes):
@@ -117,14 +117,14 @@ class Pairing:
 
     @cached_property
     def _dropped(self) -> tuple[Ints, Ints]:
-        """Pairs of identities that share a file, as ascending codes, and how many of their pairs are left out."""
+        """List pairs of identities that share a file, as ascending codes, and how many of their pairs are left out."""
         a, b = (side[index] for side, index in zip((self.query, self.gallery), self.left_out, strict=True))
         codes, counts = np.unique(self._code(a, b)[a != b], return_counts=True)
         return codes, counts
 
     @cached_property
     def _never_compared(self) -> tuple[Ints, Ints]:
-        """Pairs of identities of which every pair is one file twice."""
+        """List pairs of identities whose every pair is one file twice."""
         codes, dropped = self._dropped
         a, b = np.divmod(codes, self.identities)
         none = self._all_between(a, b) <= dropped

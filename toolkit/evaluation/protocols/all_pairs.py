@@ -1,30 +1,38 @@
-"""The cross matrix: all pairs of a set, or of a gallery and a probe set, for every ordered pair of encoders."""
+"""Compare all pairs of a set, or of a gallery and a probe set, for every ordered pair of encoders; certify them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from pkd.toolkit.certificates.certificate import file_name
+from pkd.toolkit.certificates.certificate import Certificate, file_name
 from pkd.toolkit.core.encoder_info import combine
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.encoders.base import Embeddings
-from pkd.toolkit.evaluation.comparison.certify import certify
-from pkd.toolkit.evaluation.comparison.outcome import Outcome
 from pkd.toolkit.evaluation.metrics.demographics import divide, measure_groups
-from pkd.toolkit.evaluation.metrics.error_rates import require_resolved
+from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED, require_resolved
+from pkd.toolkit.evaluation.metrics.identification import joined, measure_searches, one_gallery, search, two_galleries
 from pkd.toolkit.evaluation.metrics.labels import Labels
 from pkd.toolkit.evaluation.metrics.operating_points import measure, worst
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Pairing
-from pkd.toolkit.evaluation.metrics.resamples import Draws, drawn_from
+from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, resampled_from
 from pkd.toolkit.evaluation.protocols.baselines import gains
-from pkd.toolkit.evaluation.protocols.common import Bar, Options, agree, common, describe_data, embed, notes_on
-from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
-from pkd.toolkit.evaluation.protocols.identification import identify
-from pkd.toolkit.evaluation.results.schema import Comparison, Data, Evaluation
+from pkd.toolkit.evaluation.protocols.common import (
+    EncoderSet,
+    EvaluationOptions,
+    ProtocolResult,
+    agree,
+    common,
+    describe_data,
+    embed,
+    notes_on,
+)
+from pkd.toolkit.evaluation.results.schema import Comparison, Data, Evaluation, Identification
 
 FMRS = (1e-2, 1e-3, 1e-4, 1e-5)
 """False match rates that are reported where the set resolves them."""
@@ -33,20 +41,20 @@ FMRS = (1e-2, 1e-3, 1e-4, 1e-5)
 def cross_matrix(
     faces: FaceSet,
     name: str,
-    lineup: Lineup,
-    options: Options,
-    bar: Bar,
+    encoder_set: EncoderSet,
+    options: EvaluationOptions,
+    progress: Progress,
     *,
     probe: FaceSet | None = None,
     labels: Labels | None = None,
-) -> Outcome:
-    """Every pair of ``faces``, or every image of ``probe`` against every image of the gallery ``faces``.
+) -> ProtocolResult:
+    """Compare every pair of ``faces``, or every image of ``probe`` with every image of the gallery ``faces``.
 
     ``labels``: also measure the groups they name. Raises InputError for a set without genuine pairs or identities and
     for labels of others, SpaceMismatch, UnsupportedFmr.
     """
-    cells = lineup.cells(with_probe=probe is not None, any_space=options.any_space)
-    encoders = lineup.encoders
+    encoder_pairs = encoder_set.pairs(with_probe=probe is not None, any_space=options.any_space)
+    encoders = encoder_set.encoders
     query = faces if probe is None else probe
     data, plain = pair_up(faces, query, name, options.cache)
     pairings = {True: plain, False: plain}
@@ -63,17 +71,17 @@ def cross_matrix(
 
     vectors: dict[tuple[str, bool], Embeddings] = {}
     for letter, encoder in encoders.items():
-        vectors[letter, False] = embed(encoder, faces, options, bar)
-        vectors[letter, True] = vectors[letter, False] if probe is None else embed(encoder, probe, options, bar)
+        vectors[letter, False] = embed(encoder, faces, options, progress)
+        vectors[letter, True] = vectors[letter, False] if probe is None else embed(encoder, probe, options, progress)
 
     comparisons: list[Comparison] = []
     values: dict[str, Doubles] = {}
-    for q, g in cells:
+    for q, g in encoder_pairs:
         label = f"{q}–{g}"
         pairing = pairings[q == g]
-        with bar(f"scoring {label}", len(query)) as advance:
+        with progress(f"scoring {label}", len(query)) as advance:
             scores = score_pairs(pairing, vectors[q, True], vectors[g, False], seed=options.seed, advance=advance)
-        with bar(f"intervals {label}", options.resamples) as advance:
+        with progress(f"intervals {label}", options.resamples) as advance:
             comparison, drawn = measure(
                 scores,
                 label,
@@ -86,11 +94,11 @@ def cross_matrix(
             )
         values |= drawn
         comparison = comparison.model_copy(update={"worst": worst(scores, query.name, faces.name)})
-        if comparison.points and lineup.certifies(q, g) and not options.flip:
+        if comparison.points and encoder_set.certifies(q, g) and not options.flip:
             certificate = file_name(comparison.query, comparison.gallery)
             comparison = comparison.model_copy(update={"certificate": certificate})
         if labels and {q, g} <= {"T", "S"}:
-            with bar(f"groups {label}", len(groups[q == g].parts)) as advance:
+            with progress(f"groups {label}", len(groups[q == g].parts)) as advance:
                 demographics = measure_groups(
                     groups[q == g],
                     vectors[q, True],
@@ -104,7 +112,7 @@ def cross_matrix(
             comparison = comparison.model_copy(update={"demographics": demographics})
         comparisons.append(comparison)
 
-    identifications, searched, said = identify(lineup, vectors, plain, probe is None, options, bar)
+    identifications, searched, said = identify(encoder_set, vectors, plain, probe is None, options, progress)
     evaluation = Evaluation(
         protocol="all pairs of one set" if probe is None else "probe images against gallery images",
         data=data,
@@ -112,16 +120,16 @@ def cross_matrix(
         comparisons=tuple(comparisons),
         identifications=identifications,
         gains=gains(comparisons, values),
-        agreement=agree(vectors["T", False], vectors["S", False]) if ("S", "T") in cells else None,
-        notes=(*notes_on(lineup, options, comparisons), *said),
-        **common(lineup, options),
+        agreement=agree(vectors["T", False], vectors["S", False]) if ("S", "T") in encoder_pairs else None,
+        notes=(*notes_on(encoder_set, options, comparisons), *said),
+        **common(encoder_set, options),
     )
     certificates = tuple(certify(c, evaluation) for c in comparisons if c.certificate)
-    return Outcome(evaluation, Draws(drawn_from(evaluation), values | searched), certificates)
+    return ProtocolResult(evaluation, ResampleValues(resampled_from(evaluation), values | searched), certificates)
 
 
 def pair_up(gallery: FaceSet, query: FaceSet, name: str, cache: Path | None) -> tuple[Data, Pairing]:
-    """Number the identities and files of both sides alike. Raises InputError where nothing can be measured."""
+    """Assign one numbering of identities and files to both sides. Raises InputError where nothing can be measured."""
     for faces in (gallery, query):
         if len(faces.identities) == 0 or (faces.labels < 0).any():
             raise InputError(f"{name}: holds images without identity. Give a folder per identity, or a list of such.")
@@ -148,3 +156,116 @@ def pair_up(gallery: FaceSet, query: FaceSet, name: str, cache: Path | None) -> 
     digest = gallery.digest() if one_set else combine([gallery.digest(), query.digest()])
     labels = owners[1] if one_set else np.concatenate(owners)
     return describe_data(name, digest, labels), pairing
+
+
+Identified = tuple[tuple[Identification, ...], dict[str, Doubles], tuple[str, ...]]
+
+
+def identify(
+    encoder_set: EncoderSet,
+    vectors: Mapping[tuple[str, bool], Embeddings],
+    pairing: Pairing,
+    one_set: bool,
+    options: EvaluationOptions,
+    progress: Progress,
+) -> Identified:
+    """Search a gallery set with a probe set, or one set split by ``two_galleries``.
+
+    ``vectors``: by letter and whether of the probe side. Returns results, values of every resample, and notes.
+    """
+    if one_set:
+        plans = two_galleries(pairing, options.seed)
+        galleries = f"one image each of one half of the people, then of the other (drawn with seed {options.seed})"
+    else:
+        plans, galleries = one_gallery(pairing), "all images of the gallery set"
+    notes = []
+    if left_out := sum(plan.left_out for plan in plans):
+        notes.append(f"{left_out:,} searches with an image that is itself enrolled were left out.")
+    found: list[Identification] = []
+    values: dict[str, Doubles] = {}
+    for q, g in encoder_set.pairs(with_probe=True, any_space=options.any_space):
+        label = f"{q}–{g}"
+        with progress(f"searching {label}", sum(len(plan.searched) for plan in plans)) as advance:
+            searches = joined(
+                [
+                    search(
+                        vectors[q, True][plan.searched],
+                        pairing.query[plan.searched],
+                        vectors[g, False][plan.enrolled],
+                        pairing.gallery[plan.enrolled],
+                        advance=advance,
+                    )
+                    for plan in plans
+                ]
+            )
+        if not searches.mated.any():
+            return (), {}, (*notes, "No identification rates: no search has a mate among other images.")
+        with progress(f"intervals {label}", options.resamples) as advance:
+            result, drawn = measure_searches(
+                searches,
+                label,
+                encoder_set.encoders[q].info,
+                encoder_set.encoders[g].info,
+                galleries=galleries,
+                enrolled=[len(set(pairing.gallery[plan.enrolled].tolist())) for plan in plans],
+                identities=pairing.identities,
+                resamples=options.resamples,
+                seed=options.seed,
+                advance=advance,
+            )
+        if not result.ranks and not result.points:
+            return (), {}, (*notes, "No identification rates: too few people to search among and to search for.")
+        found.append(result)
+        values |= drawn
+    if found[0].mated_identities < EXPECTED:
+        notes.append(
+            f"People with mated searches: {found[0].mated_identities}. They are too few for the intervals of what "
+            "is found and missed to mean much."
+        )
+    return tuple(found), values, tuple(notes)
+
+
+INTERVALS = (
+    "bootstrap over identities, pairs between copies of one identity left out: percentiles for true accept rates, "
+    "log-normal with the noise of pairs counted once for false match rates"
+)
+"""What bootstrap.py does, in words."""
+
+
+def certify(comparison: Comparison, evaluation: Evaluation) -> Certificate:
+    """Build the certificate of a comparison that has operating points, of teacher and student in one space.
+
+    A certificate is what report.json says of one ordered pair of encoders, and nothing else. So it can be made again
+    from report.json, and a number that was changed in either shows.
+    """
+    encoders = {e.id: e for e in (evaluation.teacher, evaluation.student) if e}
+    query, gallery = encoders[comparison.query], encoders[comparison.gallery]
+    data, scores = evaluation.data, comparison.calibration.score
+    return Certificate(
+        query=query.id,
+        query_role=query.role,
+        gallery=gallery.id,
+        gallery_role=gallery.role,
+        space=gallery.space.id,
+        protocol=evaluation.protocol,
+        points=comparison.points,
+        calibration=comparison.calibration,
+        resolved_scores=(scores[0], scores[-1]),
+        min_fmr=comparison.min_fmr,
+        identities=data.identities,
+        genuine_identities=comparison.genuine_identities,
+        identity_pairs=comparison.identity_pairs,
+        images=data.images,
+        genuine_pairs=comparison.genuine_pairs,
+        impostor_pairs=comparison.impostor_pairs,
+        demographics=comparison.demographics,
+        labels_digest=evaluation.labels.sha256 if evaluation.labels else None,
+        data_name=data.name,
+        data_digest=data.content_digest,
+        synthetic=evaluation.synthetic,
+        intervals=INTERVALS,
+        resamples=evaluation.resamples,
+        seed=evaluation.seed,
+        tool=evaluation.tool,
+        created=evaluation.created,
+    )

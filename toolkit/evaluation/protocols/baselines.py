@@ -1,4 +1,4 @@
-"""What a student is measured against: an undistilled control, and linear maps of it into the teacher's space."""
+"""Fit what a student is measured against: linear maps of an undistilled control into the teacher's space."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.linear_maps import (
@@ -19,10 +20,9 @@ from pkd.toolkit.encoders.linear_maps import (
     fit_ridge,
     moments,
 )
-from pkd.toolkit.evaluation.metrics.paired import paired_difference
 from pkd.toolkit.evaluation.metrics.pairing import Doubles
-from pkd.toolkit.evaluation.protocols.common import Bar, Options, describe_data, embed
-from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
+from pkd.toolkit.evaluation.metrics.resamples import paired_difference
+from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, describe_data, embed
 from pkd.toolkit.evaluation.results.schema import Comparison, Control, Gain, LinearMap
 
 HELD_OUT = 0.2
@@ -32,20 +32,25 @@ PENALTIES = tuple(float(p) for p in np.geomspace(1e-6, 1e-1, 16))
 
 
 def with_maps(
-    lineup: Lineup, fit: FaceSet, name: str, evaluated: Sequence[FaceSet], options: Options, bar: Bar
-) -> Lineup:
-    """The lineup with the maps P (orthogonal Procrustes) and R (affine ridge), fitted on ``fit``.
+    encoder_set: EncoderSet,
+    fit: FaceSet,
+    name: str,
+    evaluated: Sequence[FaceSet],
+    options: EvaluationOptions,
+    progress: Progress,
+) -> EncoderSet:
+    """Add the maps P (orthogonal Procrustes) and R (affine ridge), fitted on ``fit``, to the encoder set.
 
     ``evaluated``: the sets that will be measured; none of their people may be in ``fit``. Raises InputError.
     """
-    control, teacher = lineup.control, lineup.teacher
+    control, teacher = encoder_set.control, encoder_set.teacher
     if control is None:
         raise InputError("--fit-faces goes with --control SPEC, the encoder that is mapped into the teacher's space.")
     for faces in evaluated:
         require_others(fit, faces, name, options)
     if len(fit.identities) < 2 or (fit.labels < 0).any():
         raise InputError(f"{name}: a map needs a folder of images for each of two people or more. Give more faces.")
-    x, y = (embed(encoder, fit, options, bar) for encoder in (control, teacher))
+    x, y = (embed(encoder, fit, options, progress) for encoder in (control, teacher))
     random = np.random.default_rng(options.seed)
     people = random.permutation(len(fit.identities))
     held = np.isin(fit.labels, people[: max(1, round(HELD_OUT * len(people)))])
@@ -79,12 +84,12 @@ def with_maps(
         held_out_identities=len(np.unique(fit.labels[held])),
         maps=tuple(told),
     )
-    return replace(lineup, maps=maps, baseline=baseline)
+    return replace(encoder_set, maps=maps, baseline=baseline)
 
 
 def gains(comparisons: Sequence[Comparison], values: Mapping[str, Doubles]) -> tuple[Gain, ...]:
-    """S–T against each baseline of the same gallery, at every rate. ``values``: of every resample, as in ``Draws``."""
-    cells = {c.name: {p.fmr: p.tar_balanced for p in c.points} for c in comparisons}
+    """Compare S–T with each baseline of the same gallery, at every rate. ``values``: ``ResampleValues.values``."""
+    tar_balanced = {c.name: {p.fmr: p.tar_balanced for p in c.points} for c in comparisons}
     return tuple(
         Gain(
             baseline=name,
@@ -92,16 +97,16 @@ def gains(comparisons: Sequence[Comparison], values: Mapping[str, Doubles]) -> t
             difference=paired_difference(
                 values[f"S–T/tar_balanced/{fmr:g}"],
                 values[f"{name}/tar_balanced/{fmr:g}"],
-                observed=rate - cells[name][fmr],
+                observed=rate - tar_balanced[name][fmr],
             ),
         )
         for name in ("R–T", "P–T", "C–T")
-        if name in cells
-        for fmr, rate in cells.get("S–T", {}).items()
+        if name in tar_balanced
+        for fmr, rate in tar_balanced.get("S–T", {}).items()
     )
 
 
-def require_others(fit: FaceSet, evaluated: FaceSet, name: str, options: Options) -> None:
+def require_others(fit: FaceSet, evaluated: FaceSet, name: str, options: EvaluationOptions) -> None:
     """Raise InputError where a person or an image of ``evaluated`` is in ``fit``, too, naming the first.
 
     People are told by the name of their identity, unless both sets are numbered classes of containers, whose numbers
@@ -121,12 +126,13 @@ def require_others(fit: FaceSet, evaluated: FaceSet, name: str, options: Options
         )
 
 
-def require_control(lineup: Lineup) -> None:
+def require_control(encoder_set: EncoderSet) -> None:
     """Raise InputError unless the control has a space of its own."""
-    if lineup.control and lineup.control.info.space == lineup.teacher.info.space:
+    if encoder_set.control and encoder_set.control.info.space == encoder_set.teacher.info.space:
         raise InputError(
-            f"--control {short(lineup.control.info.id)}: it was distilled from this very teacher, so it is no control. "
-            "Give it as --student, and as control an encoder trained without the teacher (pkd-distill --method none)."
+            f"--control {short(encoder_set.control.info.id)}: it was distilled from this very teacher, so it is no "
+            "control. Give it as --student, and as control an encoder trained without the teacher "
+            "(pkd-distill --method none)."
         )
 
 
@@ -135,13 +141,13 @@ def _fit(m: Moments, penalty: float | None) -> tuple[Doubles, Doubles]:
 
 
 def _agreement(x: Embeddings, y: Embeddings, weight: Doubles, bias: Doubles) -> float:
-    """Mean cosine of the mapped ``x`` to ``y``."""
+    """Compute the mean cosine of the mapped ``x`` to ``y``."""
     mapped = unit_rows(x @ weight.astype(np.float32) + bias.astype(np.float32), "the mapped control")
     return float(np.einsum("nd,nd->n", mapped, y).mean(dtype=np.float64))
 
 
 def _numbered(a: FaceSet, b: FaceSet) -> bool:
-    """Whether both hold numbered classes, of containers in different folders."""
+    """Tell whether both hold numbered classes, of containers in different folders."""
     folders = [{source.root for source in faces.images.sources} for faces in (a, b)]
     return not folders[0] & folders[1] and all(
         not any(source.is_file() for source in faces.images.sources)

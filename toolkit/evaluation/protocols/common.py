@@ -1,34 +1,94 @@
-"""What every protocol shares: its options, embeddings, and the common part of its results."""
+"""Share between protocols: encoder sets, options, embeddings, and the common part of results.
+
+``S–T`` names an ordered pair of encoders: query by the student, gallery by the teacher.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
+from pkd.toolkit.certificates.certificate import Certificate
 from pkd.toolkit.core.cli_support import tool_version
-from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.toolkit.core.encoder_info import EncoderInfo, require_same_space
+from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.embed import embed_faces
 from pkd.toolkit.encoders.linear_maps import LinearMapEncoder
 from pkd.toolkit.evaluation.metrics.operating_points import histogram
 from pkd.toolkit.evaluation.metrics.pairing import Ints
-from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
-from pkd.toolkit.evaluation.results.schema import Agreement, Comparison, Control, Data, Training
+from pkd.toolkit.evaluation.metrics.resamples import ResampleValues
+from pkd.toolkit.evaluation.results.schema import Agreement, Comparison, Control, Data, Evaluation, Training
 
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Opens a progress bar: (label, total) → a function that is told how many more are done."""
+EncoderPair = tuple[str, str]
+"""Letters of the query side and of the gallery side."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to evaluate. The only defaults."""
+class EncoderSet:
+    """Hold the encoders of one evaluation by letter.
+
+    T is the teacher, S its student, C an undistilled control; P and R are the control's embeddings, mapped.
+    """
+
+    teacher: Encoder
+    student: Encoder | None = None
+    control: Encoder | None = None
+    maps: dict[str, Encoder] = field(default_factory=dict)
+    """Letter → the control behind a linear map into the teacher's space."""
+    baseline: Control | None = None
+    """What report.json says of control and maps, where there are maps."""
+
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        """Return letter → encoder, in the order of the report."""
+        named = {"T": self.teacher, "S": self.student, "C": self.control}
+        return {letter: encoder for letter, encoder in named.items() if encoder} | self.maps
+
+    @property
+    def training(self) -> dict[str, Training]:
+        """Return letter → what a run or a bundle says of how that encoder was trained."""
+        told = {letter: dict(getattr(encoder, "training", {})) for letter, encoder in self.encoders.items()}
+        return {letter: training for letter, training in told.items() if training}
+
+    def certifies(self, query: str, gallery: str) -> bool:
+        """Tell whether this ordered pair may get a certificate: teacher and student do where they share a space."""
+        encoders = self.encoders
+        return {query, gallery} <= {"T", "S"} and encoders[query].info.space == encoders[gallery].info.space
+
+    def pairs(self, *, with_probe: bool, any_space: bool) -> list[EncoderPair]:
+        """List the ordered pairs to compare. Over one set T–S is S–T transposed, so it is left out.
+
+        Raises InputError where two letters are one encoder, SpaceMismatch for a student of another teacher.
+        """
+        seen: dict[str, str] = {}
+        for encoder in self.encoders.values():
+            if encoder.info.id in seen:
+                raise InputError(f"{encoder.info.name}: given twice. Teacher, student and control are three encoders.")
+            seen[encoder.info.id] = encoder.info.name
+        if self.student and not any_space:
+            require_same_space(self.teacher.info, self.student.info)
+        found = [("T", "T")]
+        for letter, encoder in self.encoders.items():
+            if letter == "T":
+                continue
+            if encoder.info.space.dim == self.teacher.info.space.dim:
+                found += [(letter, "T"), *([("T", letter)] if with_probe and letter == "S" else [])]
+            if letter in "SC":
+                found.append((letter, letter))
+        return found
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Hold how to evaluate. The only defaults."""
 
     fmrs: tuple[float, ...] | None = None
     """Target false match rates; None: those of ``FMRS`` that the set resolves. Asked-for ones must be resolved."""
@@ -46,19 +106,20 @@ class Options:
     jobs: int | None = None
 
 
-def embed(encoder: Encoder, faces: FaceSet, options: Options, bar: Bar) -> Embeddings:
-    """float32 N×D unit rows. A mapped control is mapped from its own embeddings, which are cached."""
+def embed(encoder: Encoder, faces: FaceSet, options: EvaluationOptions, progress: Progress) -> Embeddings:
+    """Embed every face → float32 N×D unit rows. A mapped control's own embeddings are cached."""
     if isinstance(encoder, LinearMapEncoder):
-        return encoder.map(embed(encoder.base, faces, options, bar))
+        return encoder.map(embed(encoder.base, faces, options, progress))
     sums = np.zeros((len(faces), encoder.info.space.dim), np.float32)
     for flip in (False, True) if options.flip else (False,):
         label = f"embedding with {encoder.info.name}{', mirrored' if flip else ''}"
-        with bar(label, len(faces)) as advance:
+        with progress(label, len(faces)) as advance:
             sums += embed_faces(encoder, faces, flip=flip, cache=options.cache, jobs=options.jobs, advance=advance)
     return unit_rows(sums, encoder.info.name)
 
 
 def agree(teacher: Embeddings, student: Embeddings) -> Agreement:
+    """Summarise the cosine of both encoders on the same images. Both: float32 N×D unit rows."""
     cosine = np.einsum("nd,nd->n", teacher, student)
     low, median = np.percentile(cosine, (5, 50))
     return Agreement(
@@ -71,6 +132,7 @@ def agree(teacher: Embeddings, student: Embeddings) -> Agreement:
 
 
 def describe_data(name: str, digest: str, labels: Ints) -> Data:
+    """Count images and identities for the report. ``labels``: int64 identity of each image."""
     counts = np.bincount(labels)
     return Data(
         name=name,
@@ -82,6 +144,8 @@ def describe_data(name: str, digest: str, labels: Ints) -> Data:
 
 
 class Common(TypedDict):
+    """List the fields of an Evaluation that every protocol fills alike."""
+
     tool: str
     created: str
     synthetic: bool
@@ -94,7 +158,8 @@ class Common(TypedDict):
     training: dict[str, Training]
 
 
-def common(lineup: Lineup, options: Options) -> Common:
+def common(encoder_set: EncoderSet, options: EvaluationOptions) -> Common:
+    """Fill the fields of an Evaluation that do not depend on the protocol."""
     return Common(
         tool=tool_version(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -102,15 +167,16 @@ def common(lineup: Lineup, options: Options) -> Common:
         flip=options.flip,
         resamples=options.resamples,
         seed=options.seed,
-        teacher=lineup.teacher.info,
-        student=lineup.student.info if lineup.student else None,
-        control=lineup.baseline or (Control(encoder=lineup.control.info) if lineup.control else None),
-        training=lineup.training,
+        teacher=encoder_set.teacher.info,
+        student=encoder_set.student.info if encoder_set.student else None,
+        control=encoder_set.baseline or (Control(encoder=encoder_set.control.info) if encoder_set.control else None),
+        training=encoder_set.training,
     )
 
 
-def notes_on(lineup: Lineup, options: Options, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
-    teacher, student = lineup.teacher, lineup.student
+def notes_on(encoder_set: EncoderSet, options: EvaluationOptions, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """List what a reader must know before relying on the comparisons: no certificate, and why."""
+    teacher, student = encoder_set.teacher, encoder_set.student
     notes = []
     if student and student.info.space != teacher.info.space:
         compared = teacher.info.space.dim == student.info.space.dim
@@ -122,10 +188,19 @@ def notes_on(lineup: Lineup, options: Options, comparisons: Sequence[Comparison]
                 else f", and {teacher.info.space.dim} and {student.info.space.dim} numbers have no cosine."
             )
         )
-    if lineup.control:
+    if encoder_set.control:
         notes.append("The control, mapped or not, is there for comparison and gets no certificate.")
     if options.flip and comparisons:
         notes.append("Embeddings are sums over image and mirror image, which no server computes: no certificate.")
     if uncertified := [c.name for c in comparisons if not c.points]:
         notes.append(f"No certificate for {', '.join(uncertified)}: the set resolves none of the false match rates.")
     return tuple(notes)
+
+
+@dataclass(frozen=True)
+class ProtocolResult:
+    """Hold all that one evaluation writes into its folder."""
+
+    evaluation: Evaluation
+    resample_values: ResampleValues
+    certificates: tuple[Certificate, ...] = ()

@@ -1,44 +1,51 @@
-"""Official pair lists: accuracy of right decisions, fold by fold."""
+"""Measure accuracy on official pair lists, fold by fold."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.encoders.base import Embeddings
-from pkd.toolkit.evaluation.comparison.outcome import Outcome
 from pkd.toolkit.evaluation.datasets.pair_list import PairList
-from pkd.toolkit.evaluation.metrics.bootstrap import drawn_accuracies, interval
-from pkd.toolkit.evaluation.metrics.kfold import best_threshold, out_of_fold
-from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats
-from pkd.toolkit.evaluation.metrics.resamples import Draws, drawn_from
-from pkd.toolkit.evaluation.protocols.common import Bar, Options, agree, common, describe_data, embed, notes_on
-from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
+from pkd.toolkit.evaluation.metrics.bootstrap import interval, resampled_accuracies
+from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Mask
+from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, resampled_from
+from pkd.toolkit.evaluation.protocols.common import (
+    EncoderSet,
+    EvaluationOptions,
+    ProtocolResult,
+    agree,
+    common,
+    describe_data,
+    embed,
+    notes_on,
+)
 from pkd.toolkit.evaluation.results.schema import Evaluation, PairAccuracy
 
 
 def pair_list_accuracy(
     pairs: PairList,
     name: str,
-    lineup: Lineup,
-    options: Options,
-    bar: Bar,
+    encoder_set: EncoderSet,
+    options: EvaluationOptions,
+    progress: Progress,
     *,
     threshold_pairs: PairList | None = None,
     threshold_name: str = "",
-) -> Outcome:
-    """Accuracy on an official pair list: each fold at the threshold that is best on the others.
+) -> ProtocolResult:
+    """Measure accuracy on an official pair list: each fold at the threshold that is best on the others.
 
     A list of one fold takes its threshold from ``threshold_pairs``, or else from the same pairs (and says so).
     """
-    cells = lineup.cells(with_probe=pairs.sides_differ, any_space=options.any_space)
-    encoders = lineup.encoders
-    vectors = {letter: embed(encoder, pairs.faces, options, bar) for letter, encoder in encoders.items()}
+    encoder_pairs = encoder_set.pairs(with_probe=pairs.sides_differ, any_space=options.any_space)
+    encoders = encoder_set.encoders
+    vectors = {letter: embed(encoder, pairs.faces, options, progress) for letter, encoder in encoders.items()}
     other = threshold_pairs and {
-        letter: embed(encoder, threshold_pairs.faces, options, bar) for letter, encoder in encoders.items()
+        letter: embed(encoder, threshold_pairs.faces, options, progress) for letter, encoder in encoders.items()
     }
     found = []
     values: dict[str, Doubles] = {}
-    for q, g in cells:
+    for q, g in encoder_pairs:
         scores = _pair_scores(pairs, vectors[q], vectors[g])
         if threshold_pairs and other:
             source = threshold_name
@@ -54,7 +61,7 @@ def pair_list_accuracy(
             right, thresholds = (scores >= tuned) == pairs.same, np.full(pairs.folds, tuned)
         labels = pairs.faces.labels
         per_fold = np.bincount(pairs.fold, right) / np.bincount(pairs.fold)
-        values[f"{q}–{g}/accuracy"] = drawn_accuracies(
+        values[f"{q}–{g}/accuracy"] = resampled_accuracies(
             right,
             pairs.same,
             labels[pairs.first],
@@ -81,13 +88,39 @@ def pair_list_accuracy(
         protocol=f"pair list of {pairs.folds} folds" if pairs.folds > 1 else "pair list",
         data=describe_data(name, pairs.faces.digest(), pairs.faces.labels),
         pair_accuracies=tuple(found),
-        agreement=agree(vectors["T"], vectors["S"]) if ("S", "T") in cells else None,
-        notes=(*pairs.notes, *notes_on(lineup, options, [])),
-        **common(lineup, options),
+        agreement=agree(vectors["T"], vectors["S"]) if ("S", "T") in encoder_pairs else None,
+        notes=(*pairs.notes, *notes_on(encoder_set, options, [])),
+        **common(encoder_set, options),
     )
-    return Outcome(evaluation, Draws({**drawn_from(evaluation), "pairs": pairs.digest()}, values))
+    return ProtocolResult(evaluation, ResampleValues({**resampled_from(evaluation), "pairs": pairs.digest()}, values))
 
 
 def _pair_scores(pairs: PairList, query: Embeddings, gallery: Embeddings) -> Floats:
     scores: Floats = np.einsum("nd,nd->n", query[pairs.first], gallery[pairs.second])
     return scores
+
+
+def best_threshold(scores: Floats, same: Mask) -> float:
+    """Find the threshold with the most right decisions, half-way to the next score; the middle one of equals."""
+    order = np.argsort(-scores, kind="stable")
+    down, genuine = scores[order].astype(np.float64), same[order]
+    right = np.concatenate([[0], np.cumsum(np.where(genuine, 1, -1))])  # + the impostors, a constant
+    allowed = np.concatenate([[True], down[1:] < down[:-1], [True]])  # equal scores fall on one side
+    best = np.flatnonzero(allowed & (right == right[allowed].max()))
+    cut = best[len(best) // 2]
+    padded = np.concatenate([[down[0] + 1e-6], down, [down[-1] - 1e-6]])
+    return float((padded[cut] + padded[cut + 1]) / 2)
+
+
+def out_of_fold(scores: Floats, same: Mask, fold: Ints) -> tuple[Mask, Doubles]:
+    """Decide each pair at the threshold that is best on the other folds (LFW View 2; Huang et al. 2007).
+
+    Returns which decisions are right (bool, one per pair) and the threshold of each fold.
+    """
+    right = np.empty(len(scores), bool)
+    thresholds = np.empty(int(fold.max()) + 1)
+    for k in range(len(thresholds)):
+        held = fold == k
+        thresholds[k] = best_threshold(scores[~held], same[~held])
+        right[held] = (scores[held] >= thresholds[k]) == same[held]
+    return right, thresholds

@@ -1,4 +1,4 @@
-"""Template matching as in IJB-B and IJB-C: listed pairs (1:1) and searches (1:N), of every ordered pair of encoders."""
+"""Match templates as IJB-B and IJB-C do: listed pairs (1:1) and searches (1:N), of every ordered pair of encoders."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ import numpy as np
 
 from pkd.toolkit.core.encoder_info import combine
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
-from pkd.toolkit.evaluation.comparison.outcome import Outcome
 from pkd.toolkit.evaluation.datasets.ijb import Templates
 from pkd.toolkit.evaluation.metrics.error_rates import require_resolved
-from pkd.toolkit.evaluation.metrics.identification import measure_searches
+from pkd.toolkit.evaluation.metrics.identification import joined, measure_searches, search
 from pkd.toolkit.evaluation.metrics.listed_pairs import ListedPairs, listed, score_listed
 from pkd.toolkit.evaluation.metrics.operating_points import measure, worst
 from pkd.toolkit.evaluation.metrics.pairing import Doubles
-from pkd.toolkit.evaluation.metrics.resamples import Draws, drawn_from
-from pkd.toolkit.evaluation.metrics.search import joined, search
-from pkd.toolkit.evaluation.protocols.common import Bar, Options, agree, common, describe_data, embed, notes_on
-from pkd.toolkit.evaluation.protocols.encoder_set import Lineup
+from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, resampled_from
+from pkd.toolkit.evaluation.protocols.common import (
+    EncoderPair,
+    EncoderSet,
+    EvaluationOptions,
+    ProtocolResult,
+    agree,
+    common,
+    describe_data,
+    embed,
+    notes_on,
+)
 from pkd.toolkit.evaluation.results.schema import Comparison, Evaluation, Identification, TemplateData
 
 FMRS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -28,12 +36,14 @@ FACES = 1 << 16
 """Faces that are embedded before they are pooled: 128 MB of 512-d vectors."""
 
 
-def template_matching(templates: Templates, name: str, lineup: Lineup, options: Options, bar: Bar) -> Outcome:
-    """Both protocols, where the meta folder has them. The second template of a pair is the probe.
+def template_matching(
+    templates: Templates, name: str, encoder_set: EncoderSet, options: EvaluationOptions, progress: Progress
+) -> ProtocolResult:
+    """Run both protocols, where the meta folder has them. The second template of a pair is the probe.
 
     Raises InputError for a list without pairs of either kind, SpaceMismatch, UnsupportedFmr.
     """
-    cells = lineup.cells(with_probe=True, any_space=options.any_space)
+    encoder_pairs = encoder_set.pairs(with_probe=True, any_space=options.any_space)
     pairing = _pairing(templates, name)
     for fmr in options.fmrs or ():
         if pairing is None:
@@ -42,17 +52,17 @@ def template_matching(templates: Templates, name: str, lineup: Lineup, options: 
             )
         require_resolved(pairing, fmr)
     digest = _digest(templates, options)
-    vectors = {letter: pool(encoder, templates, options, bar) for letter, encoder in lineup.encoders.items()}
+    vectors = {letter: pool(encoder, templates, options, progress) for letter, encoder in encoder_set.encoders.items()}
     comparisons: list[Comparison] = []
     identifications: list[Identification] = []
     values: dict[str, Doubles] = {}
-    for q, g in cells:
+    for q, g in encoder_pairs:
         if pairing:
-            comparison, drawn = _verify(pairing, templates, (q, g), vectors, lineup, options, bar)
+            comparison, drawn = _verify(pairing, templates, (q, g), vectors, encoder_set, options, progress)
             comparisons.append(comparison)
             values |= drawn
         if len(templates.probes):
-            identification, drawn = _identify(templates, (q, g), vectors, lineup, options, bar)
+            identification, drawn = _identify(templates, (q, g), vectors, encoder_set, options, progress)
             identifications.append(identification)
             values |= drawn
     evaluation = Evaluation(
@@ -67,7 +77,7 @@ def template_matching(templates: Templates, name: str, lineup: Lineup, options: 
         ),
         comparisons=tuple(comparisons),
         identifications=tuple(identifications),
-        agreement=agree(vectors["T"], vectors["S"]) if ("S", "T") in cells else None,
+        agreement=agree(vectors["T"], vectors["S"]) if ("S", "T") in encoder_pairs else None,
         notes=(
             *(
                 [
@@ -78,14 +88,14 @@ def template_matching(templates: Templates, name: str, lineup: Lineup, options: 
                 else []
             ),
             "Thresholds are of templates of several images. They hold for no single image, so nothing is certified.",
-            *notes_on(lineup, options, comparisons),
+            *notes_on(encoder_set, options, comparisons),
         ),
-        **common(lineup, options),
+        **common(encoder_set, options),
     )
-    return Outcome(evaluation, Draws(drawn_from(evaluation), values))
+    return ProtocolResult(evaluation, ResampleValues(resampled_from(evaluation), values))
 
 
-def pool(encoder: Encoder, templates: Templates, options: Options, bar: Bar) -> Embeddings:
+def pool(encoder: Encoder, templates: Templates, options: EvaluationOptions, progress: Progress) -> Embeddings:
     """Embed every face and pool → float32 T×D unit rows.
 
     Faces of one medium are averaged, media of one template are summed, and the sum is divided by its length: a sum over
@@ -95,7 +105,7 @@ def pool(encoder: Encoder, templates: Templates, options: Options, bar: Bar) -> 
     for start in range(0, len(templates.faces), FACES):
         here = np.arange(start, min(start + FACES, len(templates.faces)))
         rows = templates.faces.labels[here]
-        faces = embed(encoder, templates.faces.select(here), options, bar) * templates.weight[here, None]
+        faces = embed(encoder, templates.faces.select(here), options, progress) * templates.weight[here, None]
         order = np.argsort(rows, kind="stable")
         present, begins = np.unique(rows[order], return_index=True)
         sums[present] += np.add.reduceat(faces[order], begins, axis=0)
@@ -115,22 +125,22 @@ def _pairing(templates: Templates, name: str) -> ListedPairs | None:
 def _verify(
     pairing: ListedPairs,
     templates: Templates,
-    cell: tuple[str, str],
+    encoder_pair: EncoderPair,
     vectors: dict[str, Embeddings],
-    lineup: Lineup,
-    options: Options,
-    bar: Bar,
+    encoder_set: EncoderSet,
+    options: EvaluationOptions,
+    progress: Progress,
 ) -> tuple[Comparison, dict[str, Doubles]]:
-    q, g = cell
+    q, g = encoder_pair
     label = f"{q}–{g}"
-    with bar(f"scoring {label}", len(pairing.first)) as advance:
+    with progress(f"scoring {label}", len(pairing.first)) as advance:
         scores = score_listed(pairing, vectors[q], vectors[g], seed=options.seed, advance=advance)
-    with bar(f"intervals {label}", options.resamples) as advance:
+    with progress(f"intervals {label}", options.resamples) as advance:
         comparison, drawn = measure(
             scores,
             label,
-            lineup.encoders[q].info,
-            lineup.encoders[g].info,
+            encoder_set.encoders[q].info,
+            encoder_set.encoders[g].info,
             fmrs=options.fmrs or FMRS,
             resamples=options.resamples,
             seed=options.seed,
@@ -145,16 +155,16 @@ def _verify(
 
 def _identify(
     templates: Templates,
-    cell: tuple[str, str],
+    encoder_pair: EncoderPair,
     vectors: dict[str, Embeddings],
-    lineup: Lineup,
-    options: Options,
-    bar: Bar,
+    encoder_set: EncoderSet,
+    options: EvaluationOptions,
+    progress: Progress,
 ) -> tuple[Identification, dict[str, Doubles]]:
-    q, g = cell
+    q, g = encoder_pair
     label = f"{q}–{g}"
     probes = templates.probes
-    with bar(f"searching {label}", len(probes) * len(templates.galleries)) as advance:
+    with progress(f"searching {label}", len(probes) * len(templates.galleries)) as advance:
         searches = joined(
             [
                 search(
@@ -169,12 +179,12 @@ def _identify(
         )
     if not searches.mated.any():
         raise InputError("no probe template is of a subject in a gallery. Use the CSV files of one data set.")
-    with bar(f"intervals {label}", options.resamples) as advance:
+    with progress(f"intervals {label}", options.resamples) as advance:
         return measure_searches(
             searches,
             label,
-            lineup.encoders[q].info,
-            lineup.encoders[g].info,
+            encoder_set.encoders[q].info,
+            encoder_set.encoders[g].info,
             galleries="one gallery after the other, every probe searched in each",
             enrolled=[len(set(templates.subject[gallery].tolist())) for gallery in templates.galleries],
             identities=int(templates.subject.max()) + 1,
@@ -184,8 +194,8 @@ def _identify(
         )
 
 
-def _digest(templates: Templates, options: Options) -> str:
-    """Over contents, templates, subjects and protocols; remembers the digests of the crops in the cache."""
+def _digest(templates: Templates, options: EvaluationOptions) -> str:
+    """Digest contents, templates, subjects and protocols; the cache remembers the digests of the crops."""
     templates.faces.digests(options.cache)
     arrays = (templates.weight, templates.subject, *(templates.pairs or ()), *templates.galleries, templates.probes)
     return combine([templates.faces.digest(), *(hashlib.sha256(array.tobytes()).hexdigest() for array in arrays)])

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from pkd.toolkit.core.encoder_info import short
-from pkd.toolkit.evaluation.comparison.ranking import Ranked, Ranking
+from pkd.toolkit.evaluation.comparison.compare import Ranked, Ranking
 from pkd.toolkit.evaluation.report.compare_plots import LEVEL, pictures, probability, what
 from pkd.toolkit.evaluation.report.drawing import as_svg, write_png
 from pkd.toolkit.evaluation.report.html import bullets, facts, figure, page, percent, points, section, span, table

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pkd.toolkit.evaluation.comparison.ranking import Ranking
-from pkd.toolkit.evaluation.comparison.statistics import STATISTICS
+from pkd.toolkit.evaluation.comparison.compare import STATISTICS, Ranking
 from pkd.toolkit.evaluation.report.drawing import FAINT, INK, SOFT, Picture, on_axes
 from pkd.toolkit.evaluation.report.html import points
 from pkd.toolkit.evaluation.report.plots import det_curves, distance_distributions

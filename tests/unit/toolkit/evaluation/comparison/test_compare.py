@@ -12,10 +12,9 @@ import pytest
 
 from pkd.toolkit.cli.compare import main
 from pkd.toolkit.core.errors import InputError
-from pkd.toolkit.evaluation.comparison.compare import rank
+from pkd.toolkit.evaluation.comparison.compare import Ranking, rank
 from pkd.toolkit.evaluation.comparison.load import read_runs
-from pkd.toolkit.evaluation.comparison.ranking import Ranking
-from pkd.toolkit.evaluation.metrics.resamples import read_draws, write_draws
+from pkd.toolkit.evaluation.metrics.resamples import read_resample_values, write_resample_values
 from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict
 from pkd.toolkit.evaluation.report.html import points
 from pkd.toolkit.evaluation.results.schema import Evaluation
@@ -39,9 +38,12 @@ def test_runs_are_ranked_with_the_differences_of_their_own_draws(runs: Path) -> 
     found = rank(read_runs(evals(runs, "poor", "good", "fair")))
     assert [r.name for r in found.runs] == ["good", "fair", "poor"]
     assert (found.cell, found.by, found.target) == ("S–T", "tar", 0.01)
-    draws = {name: read_draws(runs / name / "evaluation").values["S–T/tar_balanced/0.01"] for name in ("good", "poor")}
+    values = {
+        name: read_resample_values(runs / name / "evaluation").values["S–T/tar_balanced/0.01"]
+        for name in ("good", "poor")
+    }
     (versus,) = (v for v in found.pairs if (v.a, v.b) == ("good", "poor"))
-    low, high = np.percentile(draws["good"] - draws["poor"], (2.5, 97.5))
+    low, high = np.percentile(values["good"] - values["poor"], (2.5, 97.5))
     observed = found.runs[0].first.value - found.runs[2].first.value
     assert versus.difference.difference == observed
     assert versus.difference.ci95 == pytest.approx((min(low, observed), max(high, observed)))
@@ -120,11 +122,11 @@ def test_older_damaged_and_mixed_up_folders_are_refused(runs: Path, tmp_path: Pa
     folder = tmp_path / "e"
     write_run(folder, name="net-x", noise=0.5)
     pair = [*evals(runs, "good"), str(folder)]
-    draws = read_draws(folder)
-    write_draws(folder, dataclasses.replace(draws, drawn={**draws.drawn, "seed": "5"}))
+    kept = read_resample_values(folder)
+    write_resample_values(folder, dataclasses.replace(kept, source={**kept.source, "seed": "5"}))
     with pytest.raises(InputError, match=r"draws.npz and report.json are of two evaluations"):
         read_runs(pair)
-    write_draws(folder, dataclasses.replace(draws, values={}))
+    write_resample_values(folder, dataclasses.replace(kept, values={}))
     with pytest.raises(InputError, match=r"its draws.npz holds no S–T/tar_balanced/0.01"):
         rank(read_runs(pair))
     (folder / "draws.npz").unlink()

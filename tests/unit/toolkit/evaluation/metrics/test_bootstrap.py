@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from pkd.toolkit.core.errors import UnsupportedFmr
-from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, drawn_accuracies, interval
+from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, interval, resampled_accuracies
 from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, rates, require_resolved, smallest_fmr
-from pkd.toolkit.evaluation.metrics.kfold import best_threshold, out_of_fold
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
+from pkd.toolkit.evaluation.protocols.pair_list import best_threshold, out_of_fold
 
 FMR = np.array([0.05])
 
@@ -134,7 +134,7 @@ def test_accuracy_interval_holds_the_accuracy_and_knows_certainty() -> None:
     first = random.integers(0, 100, 300)
     second = np.where(same, first, (first + 1 + random.integers(0, 98, 300)) % 100)
     right = random.random(300) < 0.9
-    low, high = interval(drawn_accuracies(right, same, first, second, resamples=300, seed=0))
+    low, high = interval(resampled_accuracies(right, same, first, second, resamples=300, seed=0))
     assert low < right.mean() < high and 0.03 < high - low < 0.2
     everything = np.ones(300, bool)
-    assert (drawn_accuracies(everything, same, first, second, resamples=100, seed=0) == 1).all()
+    assert (resampled_accuracies(everything, same, first, second, resamples=100, seed=0) == 1).all()

@@ -9,8 +9,8 @@ from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap
 from pkd.toolkit.evaluation.metrics.error_rates import rates
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
-from pkd.toolkit.evaluation.metrics.paired import holm, paired_difference
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
+from pkd.toolkit.evaluation.metrics.resamples import holm, paired_difference
 
 FMR = np.array([0.02])
 

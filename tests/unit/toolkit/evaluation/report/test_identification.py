@@ -9,8 +9,7 @@ import pytest
 
 from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.core.preprocess import Preprocess
-from pkd.toolkit.evaluation.metrics.identification import measure_searches
-from pkd.toolkit.evaluation.metrics.search import search
+from pkd.toolkit.evaluation.metrics.identification import measure_searches, search
 from pkd.toolkit.evaluation.report.html import percent
 from pkd.toolkit.evaluation.report.identification import how_searched, identification
 from pkd.toolkit.evaluation.report.plots import open_set_curves
