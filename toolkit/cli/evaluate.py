@@ -195,7 +195,7 @@ def _measure(asked: EvaluateOptions, progress: Progress) -> ProtocolResult:
         return pair_list_accuracy(
             pairs,
             _name(asked.pairs) if asked.pairs.is_dir() else asked.pairs.name,
-            encoders(pairs.faces, threshold_pairs and threshold_pairs.faces),
+            encoders(pairs.faces, threshold_pairs.faces if threshold_pairs else None),
             options,
             progress,
             threshold_pairs=threshold_pairs,
