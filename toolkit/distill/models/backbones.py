@@ -50,5 +50,5 @@ def parse(spec: str) -> tuple[str, float]:
 
 
 def parameters(network: nn.Module) -> int:
-    """Number of trained numbers."""
+    """Count the trained numbers."""
     return sum(p.numel() for p in network.parameters())

@@ -13,7 +13,7 @@ import torch
 
 from pkd.export.checks.golden import synthetic_crops
 from pkd.export.graph.build import onnx_network, torch_network, uint8_graph
-from pkd.export.graph.onnx_to_torch import OPERATORS, SETTLED, OnnxModule
+from pkd.export.formats.executorch import torch_module
 from pkd.export.graph.rewrite import shorten_names
 from pkd.export.quantization.quantize import calibrate, embeddings, quantise
 from pkd.toolkit.core.errors import InputError
@@ -27,7 +27,7 @@ CROPS = synthetic_crops(3, 112)
 
 def in_torch(graph: onnx.ModelProto) -> Embeddings:
     with torch.no_grad():
-        rows: Embeddings = OnnxModule(graph)(torch.from_numpy(CROPS.astype(np.float32))).numpy()
+        rows: Embeddings = torch_module(graph)(torch.from_numpy(CROPS.astype(np.float32))).numpy()
     return rows
 
 
@@ -54,9 +54,6 @@ def test_int8_has_the_steps_of_the_graph(form: str) -> None:
     assert np.abs(expected - embeddings(plain, CROPS)).max() > 1e-3, "int8 must show"
     step = np.ptp(expected) / 100  # of the last layer, where a rounding before it fell the other way
     assert np.abs(in_torch(made) - expected).max() < 1.5 * step < 0.02
-    kinds = {node.op_type for node in made.graph.node} | {node.op_type for node in plain.graph.node}
-    assert kinds <= {*OPERATORS, *SETTLED}
-    assert {*OPERATORS, *SETTLED} - kinds <= {"Clip", "MatMul", "Reshape", "Identity"}, "not in this network"
 
 
 def changed(kind: str, **attributes: object) -> onnx.ModelProto:
@@ -81,12 +78,9 @@ def with_last(kind: str, *constants: np.ndarray) -> onnx.ModelProto:
     ("made", "said"),
     [
         (with_last("CumSum", np.array(1)), "does not translate CumSum"),
-        (with_last("Pow", np.array(3, np.float32)), "Pow of this graph: only squares"),
-        (changed("Conv", auto_pad="SAME_UPPER"), "Conv of this graph: only with its padding in numbers"),
-        (changed("Conv", pads=[1, 1, 0, 0]), "Conv of this graph: only with the same padding on opposite sides"),
-        (changed("Gemm", alpha=2.0), "Gemm of this graph: only as a fully connected layer"),
-        (changed("Reshape", allowzero=1), "Reshape of this graph: only to flatten"),
-        (changed("PRelu", other=1), "PRelu of this graph: .*other"),
+        (changed("Gemm", transA=1), "Gemm of this graph: only behind the batch"),
+        (changed("Reshape", allowzero=1), "Reshape of this graph: only of what is behind the batch"),
+        (with_last("ReduceSum", np.array([0])), "ReduceSum of this graph: only of an embedding"),
     ],
 )
 def test_what_is_not_translated_is_refused_by_name(made: onnx.ModelProto, said: str) -> None:
@@ -98,4 +92,4 @@ def test_what_is_not_translated_is_refused_by_name(made: onnx.ModelProto, said: 
 def test_a_transformer_is_refused(shared: object) -> None:
     teacher = onnx_network(f"{shared}/models/teacher_edgeface_xs_512.onnx")
     with pytest.raises(InputError, match="does not translate"):
-        OnnxModule(uint8_graph(teacher, Preprocess(), 512))
+        torch_module(uint8_graph(teacher, Preprocess(), 512))
