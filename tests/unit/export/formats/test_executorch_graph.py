@@ -12,8 +12,8 @@ pytest.importorskip("torch")
 import torch
 
 from pkd.export.checks.golden import synthetic_crops
-from pkd.export.graph.build import onnx_network, torch_network, uint8_graph
 from pkd.export.formats.executorch import torch_module
+from pkd.export.graph.build import onnx_network, torch_network, uint8_graph
 from pkd.export.graph.rewrite import shorten_names
 from pkd.export.quantization.quantize import calibrate, embeddings, quantise
 from pkd.toolkit.core.errors import InputError
