@@ -3,37 +3,67 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO := $(VENV)/.ready-demo
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check soak bench clean
-.DEFAULT_GOAL := test
+.PHONY: help demo check test-fast test docs docs-serve soak bench dist clean
+.DEFAULT_GOAL := help
 
-# Editable, so that a change to the code needs no new install; the stamp is renewed when the dependencies change.
-$(READY): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pkd needs Python 3.10 or newer: make PYTHON=python3.12")'
+help: ## this list
+	@echo "make TARGET, one of:"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+
+$(VENV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pkd needs Python 3.10 or newer: make PYTHON=python3.12")'
+	@test -e pkd/toolkit/__init__.py || { echo "pkd/toolkit is no link to toolkit/. Clone again with symbolic links:" \
+	    "git clone -c core.symlinks=true URL" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch $(READY)
+
+# Editable, so that a change to the code needs no new install; the stamps are renewed when the dependencies change.
+$(READY): pyproject.toml | $(VENV)
+	$(PIP) --editable '.[dev]'
+	touch $(READY) $(DEMO)
+
+$(DEMO): pyproject.toml | $(VENV)
+	@echo "Installing what the demo needs: about 1.5 GB in .venv with torch's CPU build, which this takes where the package"
+	@echo "index has it. On plain PyPI, Linux gets torch's CUDA build instead, several GB more. For the small one:"
+	@echo "    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
+	$(PIP) --editable '.[demo]'
+	touch $(DEMO)
 
 # make demo FACES=photos-aligned TEACHER=teacher.onnx PREPROCESS=channels=rgb,mean=127.5,std=127.5
-demo: $(READY)
+demo: $(DEMO) ## the whole product on procedural faces, 5 minutes: demo/report.html
 	$(BIN)/pkd-demo --out demo $(if $(FACES),--faces '$(FACES)') $(if $(TEACHER),--teacher '$(TEACHER)') \
 	    $(if $(PREPROCESS),--teacher-preprocess '$(PREPROCESS)')
 
-check: $(READY)
+check: $(READY) ## everything but tests, under a minute: lint, format, types, imports, prose, docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/prose.py
+	REFERENCE=false NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-test: check
+test-fast: $(READY) ## the tests to run while you work, two minutes: nothing slow, no Milvus
+	$(BIN)/pytest -n auto --dist loadfile -m "not slow and not milvus and not gpu and not network" tests/unit
+
+test: check ## what CI runs: check, then every test
 	$(BIN)/pytest -n auto --dist loadfile
 
-# The long forms of the tests that have one: about an hour and a half.
-soak: $(READY)
+docs: $(READY) ## the documentation with its API reference: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(READY) ## the documentation while you write it: http://127.0.0.1:8001
+	REFERENCE=false NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
+
+soak: $(READY) ## the long forms of the tests that have one, an hour and a half
 	$(BIN)/pytest -m soak --soak --timeout 7200
 
-bench: $(READY)
+bench: $(READY) ## every benchmark, hours: benchmarks/results/, docs/performance.md
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
-clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+dist: $(READY) ## a wheel and an sdist: dist/
+	$(BIN)/python -m build
+
+clean: ## remove .venv, built files and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist site *.egg-info

@@ -28,11 +28,11 @@ def soak(request: pytest.FixtureRequest) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip ``shared`` tests once here, so that none of them has to."""
-    if HAS_SHARED:
-        return
+    """Mark the tests that need Milvus, and skip ``shared`` ones, once here, so that none of them has to."""
     for item in items:
-        if item.get_closest_marker("shared"):
+        if "milvus_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("milvus")
+        if not HAS_SHARED and item.get_closest_marker("shared"):
             item.add_marker(pytest.mark.skip(reason=NO_SHARED))
 
 
