@@ -3,7 +3,7 @@
 The rules, each kept for a reason that CONTRIBUTING.md gives:
 
 1. A docstring opens with a sentence: a function's begins with a verb in the imperative (tools/verbs.txt; add yours),
-   anything else's begins so or contains a finite verb. None begins with one of OPENINGS, which announce half a sentence.
+   anything else's begins so or contains a finite verb. None begins with one of OPENINGS, which announce a half.
 2. No identifier contains a word of RETIRED or is one of RETIRED_NAMES: there is a standard term for each.
 3. No sentence of the documentation is longer than 40 words.
 4. The help text of every numeric option names its unit, or what it counts.
