@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 
 from pkd.toolkit.distill.heads.frozen_softmax import FrozenHead, frozen_cross_entropy
 from pkd.toolkit.distill.heads.margin import Margin
-from pkd.toolkit.distill.training.distributed import Ranks, ShardedHead, join_ranks, shard_bounds
+from pkd.toolkit.distill.training.distributed import DistributedContext, ShardedHead, join_processes, shard_bounds
 
 RESULTS = Path(__file__).resolve().parent / "results" / "two_ranks.json"
 BATCH, DIM = 128, 512
@@ -42,8 +42,8 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.member:
-        with join_ranks() as ranks:
-            print(json.dumps(measure(args.classes, args.steps, ranks)))
+        with join_processes() as context:
+            print(json.dumps(measure(args.classes, args.steps, context)))
         return 0
     found = {
         "classes": args.classes, "batch": BATCH, "dim": DIM, "torch": torch.__version__,
@@ -69,21 +69,21 @@ def start(args: argparse.Namespace, world: int) -> list[dict[str, Any]]:
     return [json.loads(rank.communicate()[0]) for rank in ranks]
 
 
-def measure(classes: int, count: int, ranks: Ranks) -> dict[str, Any]:
+def measure(classes: int, count: int, context: DistributedContext) -> dict[str, Any]:
     """One rank's median CPU seconds per step and its memory; the rows of other ranks are never made."""
-    first, stop = shard_bounds(classes, ranks)
+    first, stop = shard_bounds(classes, context)
     base = kilobytes("VmRSS")
     rows = make_rows(first, stop)
-    head = ShardedHead(rows, first, classes) if ranks.world > 1 else FrozenHead(rows)
+    head = ShardedHead(rows, first, classes) if context.world > 1 else FrozenHead(rows)
     torch.manual_seed(10**9)  # no seed of a block of rows: an embedding that is a centre would be a special case
     embeddings, labels = torch.randn(BATCH, DIM), torch.randint(0, classes, (BATCH,))
-    mine = ranks.share(BATCH)
+    mine = context.batch_share(BATCH)
     own = embeddings[mine].requires_grad_()
     margin = Margin("arcface", 0.5)
     cpu: list[float] = []
     for step in range(count + 1):
         before = time.thread_time()
-        loss = frozen_cross_entropy(ranks.gather(own), head, ranks.gather(labels[mine]), margin, 64)
+        loss = frozen_cross_entropy(context.gather(own), head, context.gather(labels[mine]), margin, 64)
         torch.autograd.grad(loss, own)
         if step:
             cpu.append(time.thread_time() - before)

@@ -19,7 +19,7 @@ from pkd.toolkit.core.errors import BadHead, InputError
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.heads.frozen_softmax import FrozenHead, frozen_cross_entropy
 from pkd.toolkit.distill.heads.margin import Margin
-from pkd.toolkit.distill.training.distributed import ALONE, Ranks, ShardedHead, join_ranks
+from pkd.toolkit.distill.training.distributed import SINGLE_PROCESS, DistributedContext, ShardedHead, join_processes
 from pkd.toolkit.distill.training.setup import prepare
 from pkd.toolkit.distill.training.trainer import Trainer
 from tests.support.training_data import SIZE, make_pyramid, write_patterns
@@ -80,14 +80,14 @@ NORMALISED = "l2kd+fitnets"
 """Its adapter has batch normalisation, whose statistics are a rank's own: close to one process, not equal."""
 
 
-def trained(method: str, folder: Path, ranks: Ranks) -> dict[str, Tensor]:
+def trained(method: str, folder: Path, context: DistributedContext) -> dict[str, Tensor]:
     """Gradients and moved centres of a real trainer's second step; batch normalisation in eval mode."""
     config = DistillConfig(
         out=str(folder / "run"), faces=(str(folder / "faces"),), student="mobilefacenet-relu:0.125", batch=8,
         precision="fp32", threads=1, cache=str(folder / "cache"), teacher="pyramid", method=method, augment=0.3,
     )  # fmt: skip
     prepared = prepare(config, make_pyramid(), Console(quiet=True))
-    trainer = Trainer(config, prepared, 16, SIZE, ranks)
+    trainer = Trainer(config, prepared, 16, SIZE, context)
     trainer.student.eval()
     losses = [trainer.step(batch, 1e-9)[0] for batch in trainer.loader.run(0, 2)]
     kept = {name: p.grad for name, p in trainer.student.named_parameters() if p.grad is not None}
@@ -95,8 +95,8 @@ def trained(method: str, folder: Path, ranks: Ranks) -> dict[str, Tensor]:
     kept["losses"] = torch.tensor(losses)
     if trainer.own is not None and trainer.own.grad is not None:
         kept["own"] = trainer.own.grad
-    if trainer.moving is not None:
-        kept["moving"] = trainer.moving.units
+    if trainer.ema_head is not None:
+        kept["ema"] = trainer.ema_head.units
     return kept
 
 
@@ -105,45 +105,45 @@ def work(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     found: dict[str, list[Tensor]] = {}
-    with join_ranks() as ranks:
-        assert (ranks.rank, ranks.world, ranks.first) == (rank, 2, rank == 0)
+    with join_processes() as context:
+        assert (context.rank, context.world, context.is_rank_zero) == (rank, 2, rank == 0)
         for case in CASES:
-            found[case.name] = one_rank(case, ranks)
+            found[case.name] = one_rank(case, context)
         for method in (*METHODS, NORMALISED):
-            torch.save(trained(method, folder, ranks), folder / f"{method}.{rank}.pt")
-        assert ranks.agree(f"rank {rank}") == "rank 0"
-        assert ranks.mean(float(rank)) == 0.5 and ranks.any(rank == 1) and not ranks.any(False)
-        assert ranks.share(8) == slice(4 * rank, 4 * rank + 4)
-        ranks.require_same("images", "equal")
+            torch.save(trained(method, folder, context), folder / f"{method}.{rank}.pt")
+        assert context.broadcast(f"rank {rank}") == "rank 0"
+        assert context.mean(float(rank)) == 0.5 and context.any(rank == 1) and not context.any(False)
+        assert context.batch_share(8) == slice(4 * rank, 4 * rank + 4)
+        context.require_same("images", "equal")
         if rank == 0:
-            ranks.require_same("images", "0")
+            context.require_same("images", "0")
         else:
             with pytest.raises(InputError, match="rank 1: its images"):
-                ranks.require_same("images", "1")
+                context.require_same("images", "1")
         order: list[int] = []
-        ranks.in_turn(lambda: order.append(rank))
+        context.rank_zero_first(lambda: order.append(rank))
         assert order == [rank]
         layer = nn.Linear(2, 2)
         layer.weight.grad = torch.full((2, 2), float(rank))
-        ranks.average_gradients(layer)
+        context.average_gradients(layer)
         assert bool((layer.weight.grad == 0.5).all())
     assert not dist.is_initialized()
     torch.save(found, folder / f"{rank}.pt")
 
 
-def one_rank(case: Case, ranks: Ranks) -> list[Tensor]:
+def one_rank(case: Case, context: DistributedContext) -> list[Tensor]:
     inputs, centres, labels, exclude = problem(case)
-    start = sum(case.sizes[: ranks.rank])
-    mine = slice(start, start + case.sizes[ranks.rank])
+    start = sum(case.sizes[: context.rank])
+    mine = slice(start, start + case.sizes[context.rank])
     network = DistributedDataParallel(student())
     embeddings = network(inputs[mine])
     embeddings.retain_grad()
-    head = ShardedHead.split(centres, ranks, chunk=40)
+    head = ShardedHead.split(centres, context, chunk=40)
     assert head.classes == CLASSES and len(head.centres) in {150, 151}
-    loss = loss_of(ranks.gather(embeddings), head, ranks.gather(labels[mine]), exclude)
+    loss = loss_of(context.gather(embeddings), head, context.gather(labels[mine]), exclude)
     loss.backward()
     assert embeddings.grad is not None and network.module.weight.grad is not None
-    return [loss.detach(), embeddings.grad / ranks.world, network.module.weight.grad]
+    return [loss.detach(), embeddings.grad / context.world, network.module.weight.grad]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_two_ranks_equal_one_process(two_ranks: list[dict[str, list[Tensor]]], c
 @pytest.mark.usefixtures("two_ranks")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_training_step_over_two_ranks_equals_one_process(folder: Path, method: str) -> None:
-    alone = trained(method, folder, ALONE)
+    alone = trained(method, folder, SINGLE_PROCESS)
     first, second = (torch.load(folder / f"{method}.{rank}.pt", weights_only=True) for rank in range(2))
     assert alone.keys() == first.keys() == second.keys() and len(alone) > 20
     for name, expected in alone.items():
@@ -210,15 +210,15 @@ def test_ranks_stay_together_where_each_normalises_its_own_batch(folder: Path) -
 @pytest.mark.parametrize("batch", [3, 2, 65])
 def test_batches_that_do_not_split_are_refused(batch: int) -> None:
     with pytest.raises(InputError, match=f"--batch {batch}: 2 ranks"):
-        Ranks(0, 2).share(batch)
+        DistributedContext(0, 2).batch_share(batch)
 
 
 def test_a_head_smaller_than_the_ranks_is_refused() -> None:
     with pytest.raises(BadHead, match="cannot be split over 4"):
-        ShardedHead.split(torch.eye(3), Ranks(0, 4))
+        ShardedHead.split(torch.eye(3), DistributedContext(0, 4))
 
 
 def test_alone_nothing_is_gathered() -> None:
-    ranks, rows = Ranks(), torch.randn(3, 2)
-    assert ranks.gather(rows) is rows and ranks.mean(2.0) == 2 and ranks.agree("x") == "x"
-    assert isinstance(ShardedHead.split(rows, ranks), FrozenHead)
+    context, rows = DistributedContext(), torch.randn(3, 2)
+    assert context.gather(rows) is rows and context.mean(2.0) == 2 and context.broadcast("x") == "x"
+    assert isinstance(ShardedHead.split(rows, context), FrozenHead)

@@ -20,7 +20,7 @@ from pkd.toolkit.distill.models.open_encoder import open_encoder
 
 if TYPE_CHECKING:
     from pkd.toolkit.distill.heads.audit import Audit
-    from pkd.toolkit.distill.training.distributed import Ranks
+    from pkd.toolkit.distill.training.distributed import DistributedContext
 
 EXAMPLES = """
   pkd-distill --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --faces crops/ --out runs/student
@@ -33,7 +33,7 @@ EXAMPLES = """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
+    """Run the command and return its exit code."""
     try:
         import torch  # noqa: F401
         from tensorboard import version  # noqa: F401
@@ -53,29 +53,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, console: Console) -> Mapping[str, Any]:
-    from pkd.toolkit.distill.training.distributed import join_ranks
+    from pkd.toolkit.distill.training.distributed import join_processes
 
-    with join_ranks() as ranks:
-        if not ranks.first:  # one voice is enough
+    with join_processes() as context:
+        if not context.is_rank_zero:  # rank 0 alone prints
             args.json, console.quiet = False, True
-        return _distill(args, console, ranks)
+        return _distill(args, console, context)
 
 
-def _distill(args: argparse.Namespace, console: Console, ranks: Ranks) -> Mapping[str, Any]:
+def _distill(args: argparse.Namespace, console: Console, context: DistributedContext) -> Mapping[str, Any]:
     from pkd.toolkit.distill.training.loop import distill
     from pkd.toolkit.distill.training.setup import prepare
 
     config = _config(args)
-    ranks.share(config.batch)
+    context.batch_share(config.batch)
     if (config.run / "student.pt").is_file():
         raise InputError(f"{config.out}: holds a finished run. Choose another --out, or delete it.")
     teacher = open_encoder(config.teacher, config.teacher_preprocess) if config.teacher else None
-    prepared = ranks.in_turn(lambda: prepare(config, teacher, console))
+    prepared = context.rank_zero_first(lambda: prepare(config, teacher, console))
     if prepared.audit:
         console.print(_audit_table(prepared.audit))
         if prepared.audit.fault:  # the method does not classify by these labels, or it would have been refused
             console.print(f"warning: {prepared.audit.fault}")
-    summary = distill(config, prepared, teacher, console, ranks)
+    summary = distill(config, prepared, teacher, console, context)
     console.print(f"wrote {config.out}: {summary['encoder']}, {summary['parameters']:,} parameters")
     return summary
 
@@ -133,7 +133,7 @@ def _audit_table(audit: Audit) -> Table:
     table.add_row("mean cosine to the own centre", shown(audit.mean_cosine, ".3f"))
     table.add_row("nearest centre is the own", shown(audit.top1, ".1%"))
     sample = f", nearest centre of {audit.top1_images:,}" if audit.top1_images < audit.audited_images else ""
-    table.add_row("images judged", f"{audit.audited_images:,} of {audit.images:,}{sample}")
+    table.add_row("images audited", f"{audit.audited_images:,} of {audit.images:,}{sample}")
     if audit.misplaced_classes:
         table.add_row("classes with no image nearest to their centre", f"{audit.misplaced_classes:,}")
     if audit.empty_classes:

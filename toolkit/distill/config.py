@@ -1,4 +1,4 @@
-"""DistillConfig: every choice of a training run. Defaults live here alone; the command line is made from it."""
+"""Define every choice of a training run and its default; the command line of pkd-distill is made from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pkd.toolkit.core.models import Record
 
 
 class DistillConfig(Record):
-    """What to train, on what, and for how long."""
+    """Choose what to train, on which images, and for how long."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -21,15 +21,15 @@ class DistillConfig(Record):
     faces: tuple[str, ...] = ()
     """Aligned crops with identities: folders of one folder per identity, lists, RecordIO (.rec) or tar shards."""
     unlabelled: tuple[str, ...] = ()
-    """Aligned crops without identity, used by the methods that need no label."""
+    """Aligned crops without identity, in the same forms; used by the methods that need no label."""
     teacher: str | None = None
-    """FILE.onnx, FILE.pt (arcface_torch IResNet), insightface:PACK, a bundle or a run; none trains a teacher."""
+    """Teacher: FILE.onnx, FILE.pt (arcface_torch IResNet), insightface:PACK, bundle or run; none trains one."""
     teacher_preprocess: str | None = None
-    """How the teacher's pixels are scaled: channels=rgb,mean=127.5,std=127.5 or a JSON file."""
+    """Scaling of the teacher's pixels: channels=rgb,mean=127.5,std=127.5 or a JSON file."""
     head: tuple[str, ...] = ("auto",)
-    """The teacher's classifier: head.npz, an arcface_torch checkpoint or all shards of one (files, folder, pattern); or
-    made from its embeddings: means, fit (margin softmax), images or images:SHARE (a centre per image, SHARE of it the
-    image's own embedding, the rest its class mean); or auto: the teacher run's own, else means."""
+    """Class centres: head.npz, an arcface_torch checkpoint or all its shards (files, folder, pattern); or made from the
+    teacher's embeddings: means, fit (margin softmax), images or images:SHARE (a centre per image, SHARE of it its
+    own embedding, the rest the class mean); or auto: the teacher run's own, else means."""
     head_labels: str | None = None
     """Label map of the head's files: identities in order of the class rows, one a line, or JSON."""
     merge_duplicates: float | None = None
@@ -37,53 +37,54 @@ class DistillConfig(Record):
     student: str = "mobilefacenet:1.0"
     """Backbone and, after the colon, its width multiplier."""
     init: str | None = None
-    """Run, or FILE.pth of arcface_torch, whose weights to start from; its backbone must be the same."""
+    """Initial weights of the student: a run or FILE.pth of arcface_torch with the same backbone."""
     dim: int | None = None
-    """Embedding dimension; only without a teacher, whose space decides otherwise (then 512 if not given)."""
+    """Number of embedding dimensions; only without a teacher, whose space decides otherwise (then 512 if not given)."""
     template: str | None = None
     """Template that the crops are aligned to, none for images other than faces; only without a teacher, whose
     preprocessing decides otherwise (then arcface5pt if not given)."""
     name: str | None = None
-    """Name of the encoder that is trained, first part of its id; by default made from backbone and method."""
+    """Name of the trained encoder, first part of its id; by default made from backbone and method."""
     method: str = "proxylesskd"
-    """proxylesskd, l2kd, kd, adadistill, margindistillation, none (no distillation), fitnets, at, fsp, rkd, cckd, or a
-    weighted sum such as proxylesskd+l2kd:0.5. The last five alone stand beside the student's own classifier."""
+    """Loss of the training: proxylesskd, l2kd, kd, adadistill, margindistillation, none (no distillation), fitnets, at,
+    fsp, rkd, cckd, or a weighted sum such as proxylesskd+l2kd:0.5. The last five, named alone, are added to the
+    student's own classifier."""
     margin: str = "arcface:0.5"
-    """softmax, cosface:M (cosine units) or arcface:M (radians)."""
+    """Margin of the classification losses: softmax, cosface:M (cosine units) or arcface:M (radians)."""
     gradient: Literal["exact", "straight-through"] = "exact"
-    """Slope of the margin in the backward pass: its own, or 1 as in code that computes the margin without autograd."""
+    """Slope of the margin in the backward pass: exact, or 1 as in code that computes the margin without autograd."""
     scale: float = 64.0
-    """Factor on the cosine logits."""
+    """Factor on the cosines that makes them logits."""
     temperature: float = 4.0
-    """Divides the logits of kd, teacher's and student's alike."""
+    """Divisor of kd's logits, the teacher's and the student's alike."""
     teacher_stages: tuple[str, ...] = ()
-    """For fitnets, at, fsp: tensors of an ONNX teacher or submodules of a torch one; by default by resolution."""
+    """Teacher stages for fitnets, at, fsp: tensors of an ONNX graph or torch submodules; by default by resolution."""
     epochs: float = 10.0
-    """Passes over the images; ignored where steps or max_minutes is given."""
+    """Number of passes over the images; ignored where --steps or --max-minutes is given."""
     steps: int | None = None
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     max_minutes: float | None = None
-    """Time budget in minutes, turned into steps by a short measurement at the start."""
+    """Time budget in minutes; a short measurement at the start turns it into steps."""
     batch: int = 64
-    """Images per step."""
+    """Number of images per step."""
     lr: float = 2e-2
-    """Peak learning rate of AdamW, after the warm-up and before a cosine down to zero; less for small batches."""
+    """Peak learning rate, after the warm-up and before a cosine down to zero; smaller batches need less."""
     weight_decay: float = 0.05
-    """AdamW's decoupled weight decay; not applied to biases, normalisation and PReLU slopes."""
+    """Weight decay; not applied to biases, normalisation and PReLU slopes."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises linearly."""
     augment: float = 0.2
     """Strength of the augmentation, 0 (mirroring only) to 1 (strong light, blur, low resolution, occlusion)."""
     mirror: bool = True
-    """Show half of the images mirrored; not for images, such as digits, that then show something else."""
+    """Mirror half of the images; not for images, such as digits, that then show something else."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the student's forward and backward pass; auto is bf16 where the CPU or GPU has it."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentation."""
     checkpoint_seconds: float = 60.0
-    """Seconds between checkpoints; a killed run loses at most this."""
+    """Seconds between checkpoints; a killed run loses at most this time."""
     threads: int | None = None
-    """CPU threads of the training; by default all cores."""
+    """Number of CPU threads of the training; by default all cores."""
     cache: str | None = None
     """Folder for cached teacher embeddings; by default $PKD_CACHE or the user's cache folder."""
 
@@ -121,5 +122,5 @@ class DistillConfig(Record):
 
     @property
     def run(self) -> Path:
-        """The run folder."""
+        """Return the run folder as a path."""
         return Path(self.out)

@@ -1,4 +1,4 @@
-"""Audit: a head held against the teacher's embeddings of the images it is to be used with, before the first step."""
+"""Audit a head against the teacher's embeddings of the training images, before the first step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pkd.toolkit.distill.heads.duplicates import Duplicates, Merged
 from pkd.toolkit.distill.heads.head import Head
 from pkd.toolkit.distill.heads.rows import CHUNK, Int, class_sums, compute_device
 
-LEAST_AGREEMENT = 0.25
+MIN_AGREEMENT = 0.25
 """An audit whose chance-corrected top-1 is below this describes another space or other labels, not a hard data set."""
-PRODUCTS = 5e11
+MAX_PRODUCTS = 5e11
 """Multiplications spent on nearest centres; where all images would take more, a fixed random sample is looked up."""
 Double = NDArray[np.float64]
 
 
 class ClassAudit(Record):
-    """One class in the audit: mean cosine of the teacher's embeddings to this class's centre."""
+    """Record one class of the audit; ``cosine``: mean of its images' teacher embeddings to its centre."""
 
     identity: str
     images: int
@@ -31,7 +31,7 @@ class ClassAudit(Record):
 
 
 class Audit(Record):
-    """How well a head fits the teacher's embeddings of the training images."""
+    """Record how well a head fits the teacher's embeddings of the training images."""
 
     source: str
     classes: int
@@ -41,11 +41,11 @@ class Audit(Record):
     empty_classes: int
     """Classes of the head that no image shows."""
     audited_images: int
-    """Images that could be judged: with centres made of these images, those whose class has another image."""
+    """Images with a centre to compare with: with centres made of these images, those whose class has another image."""
     mean_cosine: float | None
     """Mean cosine of a teacher embedding to its own centre; with class means the image itself is left out."""
     top1_images: int
-    """Images whose nearest centre was looked up: all that could be judged, or a sample where that would take long."""
+    """Images whose nearest centre was looked up: all audited ones, or a sample where that would take long."""
     top1: float | None
     """Share of those whose nearest centre is their own."""
     misplaced_classes: int
@@ -62,8 +62,8 @@ class Audit(Record):
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """``own``: cosine of each judged image (``indices``) to its own centre."""
+class _OwnCosines:
+    """Hold the cosine (``own``) of each audited image (``indices``) to its own centre."""
 
     indices: Int
     own: Double
@@ -72,34 +72,34 @@ class _Judged:
 def audit(
     head: Head, plain: Rows, mirrored: Rows, labels: Int, *, leave_out: bool | None = None, worst: int = 10
 ) -> Audit:
-    """Hold the head against the teacher's embeddings of the images.
+    """Compare the head with the teacher's embeddings of the images.
 
     ``labels``: int64 N into the head's classes, −1 for unlabelled images. ``leave_out``: whether the centres were made
     of these very images; by default whether they are class means. A class mean contains the image itself, which would
     make any labelling look right; so then every image is compared with the mean of the others.
     """
     leave_out = head.source == "means" if leave_out is None else leave_out
-    judged = _left_out(plain, mirrored, labels, len(head.centres)) if leave_out else _own(head, plain, labels)
+    audited = _left_out(plain, mirrored, labels, len(head.centres)) if leave_out else _own(head, plain, labels)
     counts = np.bincount(labels[labels >= 0], minlength=len(head.centres))
     known = int(counts.sum())
     found = Audit(
         source=head.source, classes=len(head.centres), images=known, unlabelled_images=len(labels) - known,
-        empty_classes=int((counts == 0).sum()), audited_images=len(judged.indices), mean_cosine=None,
+        empty_classes=int((counts == 0).sum()), audited_images=len(audited.indices), mean_cosine=None,
         top1_images=0, top1=None, misplaced_classes=0, nearest_cosine=None, worst=(),
     )  # fmt: skip
-    if not len(judged.indices):
+    if not len(audited.indices):
         return found
-    sample = _sample(len(judged.indices), len(head.centres) * head.centres.shape[1])
-    looked, own = judged.indices[sample], judged.own[sample]
+    sample = _sample(len(audited.indices), len(head.centres) * head.centres.shape[1])
+    looked, own = audited.indices[sample], audited.own[sample]
     other, rival = nearest_other(head, plain, looked, labels[looked])
     found = found.model_copy(
         update={
-            "mean_cosine": float(judged.own.mean()),
+            "mean_cosine": float(audited.own.mean()),
             "top1_images": len(looked),
             "top1": float(np.mean(own > other)),
             "misplaced_classes": _misplaced(labels[looked], own > other),
             "nearest_cosine": float(np.maximum(own, other).mean()),
-            "worst": _worst(head, judged, labels, worst),
+            "worst": _worst(head, audited, labels, worst),
         }
     )
     nearest = np.where(own > other, labels[looked], rival)
@@ -107,7 +107,7 @@ def audit(
 
 
 def nearest_other(head: Head, plain: Rows, indices: Int, mine: Int) -> tuple[Double, Int]:
-    """Largest cosine of each image to a centre that is not row ``mine``, and that centre's row."""
+    """Find each image's largest cosine to a centre that is not row ``mine``, and that centre's row."""
     device = compute_device()
     best = np.full(len(indices), -2.0)
     rows = np.full(len(indices), -1, np.int64)
@@ -128,16 +128,16 @@ def nearest_other(head: Head, plain: Rows, indices: Int, mine: Int) -> tuple[Dou
     return best, rows
 
 
-def _own(head: Head, plain: Rows, labels: Int) -> _Judged:
+def _own(head: Head, plain: Rows, labels: Int) -> _OwnCosines:
     indices = np.flatnonzero(labels >= 0)
     own = np.empty(len(indices), np.float64)
     for start in range(0, len(indices), CHUNK):
         here = indices[start : start + CHUNK]
         own[start : start + CHUNK] = np.sum(plain[here] * head.rows(labels[here]), axis=1)
-    return _Judged(indices, own)
+    return _OwnCosines(indices, own)
 
 
-def _left_out(plain: Rows, mirrored: Rows, labels: Int, classes: int) -> _Judged:
+def _left_out(plain: Rows, mirrored: Rows, labels: Int, classes: int) -> _OwnCosines:
     found: list[tuple[Int, Double]] = []
     counts = np.bincount(labels[labels >= 0], minlength=classes)
     first = 0
@@ -148,19 +148,19 @@ def _left_out(plain: Rows, mirrored: Rows, labels: Int, classes: int) -> _Judged
         own: Double = (rest * rows).sum(axis=1).astype(np.float64)
         found.append((indices[several], own[several]))
         first += len(sums)
-    return _Judged(np.concatenate([i for i, _ in found]), np.concatenate([o for _, o in found]))
+    return _OwnCosines(np.concatenate([i for i, _ in found]), np.concatenate([o for _, o in found]))
 
 
 def _sample(count: int, products: int) -> Int:
-    affordable = max(1000, int(PRODUCTS / products))
+    affordable = max(1000, int(MAX_PRODUCTS / products))
     if affordable >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(0).choice(count, affordable, replace=False))
 
 
-def _worst(head: Head, judged: _Judged, labels: Int, worst: int) -> tuple[ClassAudit, ...]:
-    mine = labels[judged.indices]
-    totals = np.bincount(mine, judged.own, minlength=len(head.centres))
+def _worst(head: Head, audited: _OwnCosines, labels: Int, worst: int) -> tuple[ClassAudit, ...]:
+    mine = labels[audited.indices]
+    totals = np.bincount(mine, audited.own, minlength=len(head.centres))
     seen = np.bincount(mine, minlength=len(head.centres))
     mean: Double = np.full(len(seen), np.inf)
     np.divide(totals, seen, out=mean, where=seen > 0)
@@ -174,7 +174,9 @@ def _misplaced(labels: Int, right: NDArray[np.bool_]) -> int:
 
 
 def _fault(found: Audit, head: Head, labels: Int, nearest: Int) -> str | None:
-    """The nearest of C random directions has a cosine of about sqrt(2·ln C / D): well above it the centres are the
+    """Say why the head must not be used, None if it may.
+
+    The nearest of C random directions has a cosine of about sqrt(2·ln C / D): well above it the centres are the
     teacher's and only their labels are wrong; near it they are not the teacher's at all.
     """
     assert found.top1 is not None and found.nearest_cosine is not None
@@ -186,7 +188,7 @@ def _fault(found: Audit, head: Head, labels: Int, nearest: Int) -> str | None:
     if disorder:  # even if most rows are right: a few of many shards may be swapped
         return f"{seen}): {disorder}"
     chance = 1 / max(found.classes, 2)
-    if (found.top1 - chance) / (1 - chance) >= LEAST_AGREEMENT:
+    if (found.top1 - chance) / (1 - chance) >= MIN_AGREEMENT:
         return None
     random_level = math.sqrt(2 * math.log(max(found.classes, 2)) / head.centres.shape[1])
     if found.nearest_cosine > 1.5 * random_level:
@@ -202,7 +204,7 @@ def _fault(found: Audit, head: Head, labels: Int, nearest: Int) -> str | None:
 
 
 def _disorder(head: Head, labels: Int, nearest: Int) -> str | None:
-    """Whether rows lie a constant distance from where their labels say: all of them, or those of one file."""
+    """Say whether rows lie a constant distance from where their labels say: all of them, or those of one file."""
     if shift := _shift(labels, nearest):
         return (
             f"the rows are shifted: an image's own centre is {abs(shift)} row{'s' * (abs(shift) > 1)} "
@@ -221,7 +223,7 @@ def _disorder(head: Head, labels: Int, nearest: Int) -> str | None:
 
 
 def _shift(labels: Int, nearest: Int) -> int:
-    """The distance that most images have from their row to their nearest one, if three classes agree; else 0."""
+    """Return the distance from row to nearest row that most images share, if three classes agree; else 0."""
     if not len(labels):
         return 0
     shifts, counts = np.unique(nearest - labels, return_counts=True)

@@ -1,6 +1,6 @@
-"""Class centres in checkpoints of others: arcface_torch's in all its versions, PartialFC shards, plain classifiers.
+"""Read class centres from other trainers' checkpoints: arcface_torch of every version, PartialFC, plain classifiers.
 
-What arcface_torch leaves behind, one file per rank: ``rank_R_softmax_weight.pt`` (2021, a bare tensor, its momentum
+The files that arcface_torch writes, one per rank, are ``rank_R_softmax_weight.pt`` (2021, a bare tensor, its momentum
 beside it), ``softmax_fc_gpu_R.pt`` (2022, ``weight`` and optimiser buffers), ``checkpoint_gpu_R.pt`` (since 2022,
 ``state_dict_softmax_fc``). Of C classes, rank R of W holds C // W, and one more if R < C % W, in order of the classes.
 """
@@ -21,27 +21,27 @@ from pkd.toolkit.core.errors import BadHead
 from pkd.toolkit.distill.heads.rows import CHUNK, Float
 
 PATTERNS = ("head.npz", "checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt", "rank_*_softmax_weight.pt")
-"""What a folder is searched for: the head of a run of pkd-distill, then shards, newest layout first."""
-NESTED = ("state_dict_softmax_fc", "state_dict_head", "head", "state_dict")
-NAMES = ("weight", "kernel", "head.weight", "head.kernel")
-"""Where the centres are in a state dict. ``weight`` is C×D, ``kernel`` D×C, as is the custom."""
+"""File names that a folder is searched for: the head of a run of pkd-distill, then shards, newest layout first."""
+NESTED_KEYS = ("state_dict_softmax_fc", "state_dict_head", "head", "state_dict")
+CENTRE_NAMES = ("weight", "kernel", "head.weight", "head.kernel")
+"""Names of the centres in a state dict. ``weight`` is C×D, ``kernel`` D×C, as is the custom."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive class rows in one file: ``weight`` n×D (a view of the file where torch can map it)."""
+    """Hold consecutive class rows of one file: ``weight`` n×D (a view of the file where torch can map it)."""
 
     path: Path
     weight: Tensor
 
     def chunks(self) -> Iterator[Float]:
-        """float32 rows, CHUNK at a time."""
+        """Yield float32 rows, CHUNK at a time."""
         for start in range(0, len(self.weight), CHUNK):
             yield self.weight[start : start + CHUNK].float().contiguous().numpy()
 
 
 def expand(specs: Sequence[str]) -> list[Path]:
-    """Files, folders of shards and glob patterns → files. Raises BadHead for what names no file."""
+    """Expand files, folders of shards and glob patterns to files. Raises BadHead for a name that fits no file."""
     found: list[Path] = []
     for spec in map(Path, specs):
         if spec.is_dir():
@@ -68,7 +68,7 @@ def read_shards(paths: Sequence[Path], dim: int) -> list[Shard]:
         rank = _rank(path)
         if rank is None:
             raise BadHead(
-                f"{path}: its name tells no rank, so its place among {len(paths)} shards is unknown. Rename the files "
+                f"{path}: its name holds no rank, so its place among {len(paths)} shards is unknown. Rename the files "
                 "softmax_fc_gpu_0.pt, softmax_fc_gpu_1.pt, … in order of their classes."
             )
         if rank in ranks:
@@ -94,7 +94,7 @@ def read_shards(paths: Sequence[Path], dim: int) -> list[Shard]:
 
 
 def starts(shards: Sequence[Shard]) -> list[int]:
-    """First class row of every shard."""
+    """Return the first class row of every shard."""
     return [0, *accumulate(len(s.weight) for s in shards)][:-1]
 
 
@@ -125,9 +125,9 @@ def _weight(path: Path, dim: int) -> Tensor:
 
 
 def _pick(content: Any, path: Path) -> tuple[str, Tensor]:
-    """The classifier among the tensors of a state dict."""
+    """Pick the classifier among the tensors of a state dict."""
     state = content
-    for key in NESTED:
+    for key in NESTED_KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping | Tensor):
             state = state[key]
     if isinstance(state, Tensor):
@@ -137,7 +137,7 @@ def _pick(content: Any, path: Path) -> tuple[str, Tensor]:
         if isinstance(state, Mapping)
         else {}
     )
-    for name in NAMES:
+    for name in CENTRE_NAMES:
         if name in tensors:
             return name, tensors[name]
     plain = [k for k, v in tensors.items() if v.ndim == 2 and k.rpartition(".")[2] in {"weight", "kernel"}]
@@ -146,12 +146,12 @@ def _pick(content: Any, path: Path) -> tuple[str, Tensor]:
     what = "a backbone" if any(v.ndim == 4 for v in tensors.values()) else "no classifier that is known"
     raise BadHead(
         f"{path}: holds {what} ({len(tensors):,} tensors, first: {next(iter(tensors), 'none')}), class centres under "
-        f"none of {', '.join(NAMES)}. Give softmax_fc_gpu_N.pt or checkpoint_gpu_N.pt, or pass --head means."
+        f"none of {', '.join(CENTRE_NAMES)}. Give softmax_fc_gpu_N.pt or checkpoint_gpu_N.pt, or pass --head means."
     )
 
 
 def _load(path: Path) -> Any:
-    """Tensors and plain values only: nothing in the file is executed."""
+    """Load tensors and plain values; nothing in the file is executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:

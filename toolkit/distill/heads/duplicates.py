@@ -1,4 +1,4 @@
-"""Duplicates: classes that are one identity under two labels. Their centres nearly coincide; found, listed, merged."""
+"""Find, report and merge duplicate classes: one identity under two labels, whose centres nearly coincide."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from pkd.toolkit.core.models import Record
 from pkd.toolkit.distill.heads.rows import Int, compute_device
 
-SUSPECT = 0.7
-"""Cosine of two class centres from which they are reported as one identity; what the messages propose to merge at."""
-EXACT = 30_000
+SUSPECT_COSINE = 0.7
+"""Cosine of two class centres from which they are reported as one identity; messages propose to merge at it."""
+EXACT_CLASSES = 30_000
 """Classes up to which every pair is compared; above, only classes that share one of their nearest pivots."""
 NEIGHBOURS = 16
 """Nearest classes kept for each class."""
-PROBES = 8
+PIVOTS_PER_CLASS = 8
 """Nearest pivots that a class is listed under."""
 BLOCK = 2048
-SHOWN = 10
+REPORTED_PAIRS = 10
 """Nearest pairs that are reported, near or not."""
-MOST = 500_000
+MAX_UNASKED_CLASSES = 500_000
 """Classes above which duplicates are looked for only when they are to be merged: without a GPU that takes long."""
 
 
 class Pair(Record):
-    """Two classes and the cosine of their centres."""
+    """Record two classes and the cosine of their centres."""
 
     identities: tuple[str, str]
     images: tuple[int, int]
@@ -37,17 +37,17 @@ class Pair(Record):
 
 
 class Duplicates(Record):
-    """Classes whose centres have a cosine of ``threshold`` or more, and the nearest pairs."""
+    """Record how many pairs of centres have a cosine of ``threshold`` or more, and the nearest pairs."""
 
     threshold: float
     pairs: int
     left_apart: int | None
-    """Of these, pairs that a merge left apart, since some other class of their group is too far; None without one."""
+    """Pairs among these that a merge left apart, since another class of their group is too far; None if none was."""
     nearest: tuple[Pair, ...]
 
 
 class Merged(Record):
-    """Classes that became one. ``least_cosine``: of any two of their centres before."""
+    """Record classes that were merged into one. ``least_cosine``: lowest between any two of their centres."""
 
     identity: str
     others: tuple[str, ...]
@@ -57,23 +57,23 @@ class Merged(Record):
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Pairs of classes, nearest first: ``first`` < ``second``, int64 P, and their ``cosine``, float32 P."""
+    """Hold pairs of classes, nearest first: ``first`` < ``second``, int64 P, and their ``cosine``, float32 P."""
 
     first: Int
     second: Int
     cosine: NDArray[np.float32]
 
     def above(self, threshold: float) -> Neighbours:
-        """Those of at least ``threshold``."""
+        """Keep the pairs of at least ``threshold``."""
         count = int((self.cosine >= threshold).sum())
         return Neighbours(self.first[:count], self.second[:count], self.cosine[:count])
 
 
-def neighbours(centres: Tensor, threshold: float = SUSPECT, *, exact: int = EXACT) -> Neighbours:
-    """Pairs of classes of at least ``threshold``, up to NEIGHBOURS of each class, and in any case the nearest ten.
+def neighbours(centres: Tensor, threshold: float = SUSPECT_COSINE, *, exact: int = EXACT_CLASSES) -> Neighbours:
+    """Find pairs of classes of at least ``threshold``, up to NEIGHBOURS of each class, and always the nearest ten.
 
     ``centres``: C×D unit rows. Up to ``exact`` classes all pairs are compared. Beyond, an inverted file: about 4·√C of
-    the centres serve as pivots, each class is listed under its PROBES nearest ones, and pairs within a list are
+    the centres serve as pivots, each class is listed under its PIVOTS_PER_CLASS nearest, and pairs within a list are
     compared. Cost then grows with C·√C. Among 20,000 random directions it finds 93 % of the pairs at cosine 0.7 and
     99 % at 0.8; centres that form clusters are easier.
     """
@@ -99,7 +99,7 @@ def neighbours(centres: Tensor, threshold: float = SUSPECT, *, exact: int = EXAC
 
 @dataclass(frozen=True)
 class Merge:
-    """``classes``: int64 C, the new class of every old one. ``identities``: names of the new ones."""
+    """Map old classes to merged ones: ``classes`` int64 C, the new class of each old one; ``identities``: new names."""
 
     classes: Int
     identities: tuple[str, ...]
@@ -109,11 +109,13 @@ class Merge:
 def report_duplicates(
     found: Neighbours, identities: tuple[str, ...], images: Int, threshold: float, merge: Merge | None
 ) -> Duplicates:
-    """Report: how many pairs reach ``threshold``, and the nearest. ``images``: int64 C, image counts."""
+    """Count the pairs that reach ``threshold`` and list the nearest. ``images``: int64 C, image counts."""
     near = found.above(threshold)
     nearest = [
         Pair(identities=(identities[a], identities[b]), images=(int(images[a]), int(images[b])), cosine=float(c))
-        for a, b, c in zip(found.first[:SHOWN], found.second[:SHOWN], found.cosine[:SHOWN], strict=True)
+        for a, b, c in zip(
+            found.first[:REPORTED_PAIRS], found.second[:REPORTED_PAIRS], found.cosine[:REPORTED_PAIRS], strict=True
+        )
     ]
     apart = None if merge is None else int((merge.classes[near.first] != merge.classes[near.second]).sum())
     return Duplicates(threshold=threshold, pairs=len(near.first), left_apart=apart, nearest=tuple(nearest))
@@ -155,7 +157,7 @@ def _blocks(count: int) -> range:
 
 
 def _nearest(centres: Tensor, queries: Int, members: Int, threshold: float) -> tuple[Int, Int, NDArray[np.float32]]:
-    """Near members of each query class, itself left out, as (lower class, higher class, cosine)."""
+    """Find near members of each query class, itself left out, as (lower class, higher class, cosine)."""
     device = compute_device()
     wanted = min(NEIGHBOURS, len(members) - 1)
     if wanted < 1:
@@ -174,18 +176,18 @@ def _nearest(centres: Tensor, queries: Int, members: Int, threshold: float) -> t
         place = torch.cat([place, theirs[columns]], dim=1).gather(1, order)
     there, cosine = place.cpu().numpy().ravel(), best.cpu().numpy().ravel()
     here = np.repeat(queries, wanted)
-    tenth = np.sort(cosine)[-min(2 * SHOWN, len(cosine))]  # every pair may be there twice
+    tenth = np.sort(cosine)[-min(2 * REPORTED_PAIRS, len(cosine))]  # every pair may be there twice
     kept = (cosine > -2) & (cosine >= min(threshold, tenth))
     return np.minimum(here, there)[kept], np.maximum(here, there)[kept], cosine[kept]
 
 
 def _lists(centres: Tensor) -> list[Int]:
-    """Classes by pivot. Pivots are centres drawn at random with a fixed seed."""
+    """List the classes of each pivot. Pivots are centres drawn at random with a fixed seed."""
     device = compute_device()
     count = len(centres)
     chosen = np.sort(np.random.default_rng(0).choice(count, min(count, int(4 * math.sqrt(count))), replace=False))
     pivots = centres[torch.from_numpy(chosen)].to(device).float()
-    each = min(PROBES, len(chosen))
+    each = min(PIVOTS_PER_CLASS, len(chosen))
     probes = np.empty((count, each), np.int64)
     for start in _blocks(count):
         cosines = centres[start : start + BLOCK].to(device).float() @ pivots.T

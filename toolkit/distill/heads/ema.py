@@ -1,4 +1,4 @@
-"""MovingHead: class centres drawn towards the teacher's embeddings as the student learns (AdaDistill)."""
+"""Keep class centres drawn towards the teacher's embeddings as the student learns (AdaDistill)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from pkd.toolkit.distill.heads.frozen_softmax import FrozenHead
 
 
-class MovingHead:
-    """Centres with an adaptive moving average (Boutros et al. 2024, arXiv 2407.01332, §3.2).
+class EmaHead:
+    """Keep class centres as adaptive exponential moving averages (Boutros et al. 2024, arXiv 2407.01332, §3.2).
 
     A centre is stored as a unit row (C×D float32) and its length, because the average runs over vectors that are not
     normalised again. It starts from the given centres, so that classes not yet seen are sensible negatives.
@@ -42,10 +42,10 @@ class MovingHead:
         self.lengths[classes] = lengths
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the centres for a checkpoint."""
         return {"units": self.units, "lengths": self.lengths}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state``."""
+        """Load what ``state`` returned."""
         self.units.copy_(state["units"])
         self.lengths.copy_(state["lengths"])

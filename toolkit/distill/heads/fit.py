@@ -1,4 +1,4 @@
-"""Head by fitting: margin softmax centres trained on the frozen embeddings of a teacher whose classifier is unknown."""
+"""Fit a head: train margin softmax centres on the frozen embeddings of a teacher whose classifier is unknown."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SCALE = 32.0
 is the own for 92.1 % with class means, 93.1 % with these, 92.9 % at scale 64; selected among a dozen on these images.
 """
 EPOCHS = 6
-STEPS = (60, 1000)
-"""Least and most steps: small sets are repeated, large ones are not all looked at."""
-IMAGES = 1024
+STEP_LIMITS = (60, 1000)
+"""Fewest and most steps: small sets are repeated, of large ones a part is used."""
+IMAGES_PER_STEP = 1024
 """Images per step; each gives two embeddings, plain and mirrored."""
-RATE = 0.03
+STEP_LENGTH = 0.03
 """Step length at the start, as a share of a centre's unit length; falls to zero along half a cosine."""
-CLASSES = 8192
+CHUNK_CLASSES = 8192
 """Classes whose logits are held at a time."""
 
 
@@ -55,29 +55,29 @@ def fit_head(
     steps = steps_of(len(known))
     order = random.permutation(known)
     for step in range(steps):
-        while len(order) < min(IMAGES, len(known)):
+        while len(order) < min(IMAGES_PER_STEP, len(known)):
             order = np.concatenate([order, random.permutation(known)])
-        indices, order = np.sort(order[:IMAGES]), order[IMAGES:]
+        indices, order = np.sort(order[:IMAGES_PER_STEP]), order[IMAGES_PER_STEP:]
         rows = torch.from_numpy(np.concatenate([plain[indices], mirrored[indices]])).to(device)
         mine = torch.from_numpy(np.tile(labels[indices], 2)).to(device)
-        rate = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = STEP_LENGTH * 0.5 * (1 + math.cos(math.pi * step / steps))
         _step(centres, square, rows, mine, rate, 1 - 0.99 ** (step + 1))
         advance(1)
     return Head(centres.cpu(), means.identities, "fit")
 
 
 def steps_of(images: int) -> int:
-    """How many steps ``fit_head`` takes for so many labelled images."""
-    least, most = STEPS
-    return min(most, max(least, math.ceil(EPOCHS * images / IMAGES)))
+    """Count the steps that ``fit_head`` takes for a number of labelled images."""
+    least, most = STEP_LIMITS
+    return min(most, max(least, math.ceil(EPOCHS * images / IMAGES_PER_STEP)))
 
 
 def gradients(
     centres: Tensor, rows: Tensor, labels: Tensor, margin: Margin, scale: float
 ) -> tuple[Tensor, Callable[[int, int], Tensor]]:
-    """Mean margin softmax loss, and a function that gives its gradient for the centres ``start`` … ``stop`` − 1.
+    """Compute the mean margin softmax loss, and a function for its gradient at the centres ``start`` … ``stop`` − 1.
 
-    ``centres``: C×D unit rows. ``rows``: B×D unit rows. ``labels``: int64 B. Holds B × CLASSES logits at most.
+    ``centres``: C×D unit rows. ``rows``: B×D unit rows. ``labels``: int64 B. Holds B × CHUNK_CLASSES logits at most.
     """
     cosine = (rows * centres[labels]).sum(dim=1).clamp(-1, 1).requires_grad_()
     with torch.enable_grad():
@@ -85,8 +85,8 @@ def gradients(
         (slope,) = torch.autograd.grad(target.sum(), cosine)
     target = scale * target.detach()
     total = target.clone()
-    for start in range(0, len(centres), CLASSES):
-        total = torch.logaddexp(total, _logits(centres, rows, labels, scale, start, CLASSES).logsumexp(dim=1))
+    for start in range(0, len(centres), CHUNK_CLASSES):
+        total = torch.logaddexp(total, _logits(centres, rows, labels, scale, start, CHUNK_CLASSES).logsumexp(dim=1))
 
     def gradient(start: int, stop: int) -> Tensor:
         weights = (_logits(centres, rows, labels, scale, start, stop - start) - total[:, None]).exp_()
@@ -108,8 +108,8 @@ def _step(
     seen: float,
 ) -> None:
     _, gradient = gradients(centres, rows, labels, MARGIN, SCALE)
-    for start in range(0, len(centres), CLASSES):
-        stop = min(start + CLASSES, len(centres))
+    for start in range(0, len(centres), CHUNK_CLASSES):
+        stop = min(start + CHUNK_CLASSES, len(centres))
         old = centres[start:stop]
         slope = gradient(start, stop)
         slope -= (slope * old).sum(dim=1, keepdim=True) * old  # along the sphere
@@ -119,7 +119,7 @@ def _step(
 
 
 def _logits(centres: Tensor, rows: Tensor, labels: Tensor, scale: float, start: int, count: int) -> Tensor:
-    """B×count logits without the targets, which are −inf."""
+    """Compute B×count logits; those of the targets are −inf."""
     fast = _product_dtype(rows)
     logits = (rows.to(fast) @ centres[start : start + count].T.to(fast)).to(rows.dtype).mul_(scale)
     inside = torch.nonzero((labels >= start) & (labels < start + logits.shape[1]))[:, 0]
@@ -128,7 +128,7 @@ def _logits(centres: Tensor, rows: Tensor, labels: Tensor, scale: float, start: 
 
 
 def _product_dtype(rows: Tensor) -> torch.dtype:
-    """bfloat16 for the large products of float32 rows where the machine has instructions for it."""
+    """Choose bfloat16 for the large products of float32 rows where the machine has instructions for it."""
     if rows.dtype != torch.float32:
         return rows.dtype
     fast = torch.cuda.is_bf16_supported() if rows.is_cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()

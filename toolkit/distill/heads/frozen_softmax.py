@@ -1,4 +1,4 @@
-"""Softmax over a frozen head in one pass over its rows: the exact loss and gradient without ever holding B×C.
+"""Compute softmax losses over a frozen head in one pass: exact loss and gradient without ever holding B×C.
 
 The head is constant, so a training step needs no gradient for it, no optimiser state and no stored logits. Class rows
 come in chunks; a running maximum, sum and weighted centre per sample are all that stays (Milakov and Gimelshein 2018,
@@ -20,10 +20,10 @@ from pkd.toolkit.core.errors import BadHead, InputError
 
 
 class FrozenHead:
-    """Class centres that a loss may ask about, wherever their rows are kept.
+    """Hold frozen class centres and answer what losses ask of them.
 
-    ``centres``: C×D unit rows, float32 or bfloat16, in memory or memory-mapped. ``ShardedHead`` keeps a part per rank
-    and answers the same questions.
+    ``centres``: C×D unit rows, float32 or bfloat16, in memory or memory-mapped. ``ShardedHead`` keeps a part per
+    process and answers the same.
     """
 
     def __init__(self, centres: Tensor, *, chunk: int | None = None) -> None:
@@ -37,29 +37,29 @@ class FrozenHead:
 
     @property
     def classes(self) -> int:
-        """C, over all ranks."""
+        """Count the classes of all processes together."""
         return len(self.centres)
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Centres of int64 class indices, K → K×D, float32 (float64 for a float64 head). No gradient."""
+        """Return the centres of int64 class indices, K → K×D, float32 (float64 for a float64 head). No gradient."""
         rows = self.centres.detach()[indices]
         return rows if rows.dtype == torch.float64 else rows.float()
 
     def logsumexp(self, unit: Tensor, scale: float, *, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``streaming_logsumexp`` of these centres."""
+        """Compute ``streaming_logsumexp`` over these centres."""
         wide = unit if unit.dtype == torch.float64 else unit.float()
         result: tuple[Tensor, Tensor] = _LogSumExp.apply(wide, self, scale, exclude)  # type: ignore[no-untyped-call]
         return result
 
     def reduce(self, unit: Tensor, scale: float, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
-        """log Σ exp and the softmax-weighted centre, without autograd."""
+        """Compute log Σ exp and the softmax-weighted centre, without autograd."""
         return finish(*stream(unit, self.centres, scale, exclude, self.chunk))
 
 
 def streaming_logsumexp(
     unit: Tensor, centres: Tensor | FrozenHead, scale: float, *, exclude: Tensor | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log Σ_j exp(scale · unit_i · centre_j) over the classes, and the centre that these weights point to.
+    """Compute log Σ_j exp(scale · unit_i · centre_j) over the classes, and the centre that these weights point to.
 
     ``unit``: B×D float32 (or float64) unit rows. ``centres``: C×D unit rows, float32 or bfloat16, or a FrozenHead.
     ``exclude``: int64 B×2, half-open range of class rows left out of each sample's sum. ``chunk``: class rows at a
@@ -80,7 +80,7 @@ def frozen_cross_entropy(
     exclude: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Margin softmax loss log(1 + exp(a − s·ψ)) with a = log Σ_{j≠y} exp(s·c_j) over a frozen head.
+    """Compute the margin softmax loss log(1 + exp(a − s·ψ)) with a = log Σ_{j≠y} exp(s·c_j) over a frozen head.
 
     ``embeddings``: B×D, any length. ``centres``: C×D unit rows or a FrozenHead. ``labels``: int64 B in 0…C−1. ``psi``:
     B target cosines → B replaced cosines, a ``Margin`` or any differentiable function. ``exclude``: int64 B×2, ranges
@@ -100,8 +100,10 @@ def frozen_cross_entropy(
 def stream(
     unit: Tensor, centres: Tensor, scale: float, exclude: Tensor | None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over the class rows: per sample the largest logit in bits (B), Σ 2^(logit − largest) (B), and the sum of
-    the centres with the same weights (B×D). Logits are scale · cosine / ln 2, since exp2 costs a third of exp.
+    """Pass once over the class rows.
+
+    Returns per sample the largest logit in bits (B), Σ 2^(logit − largest) (B), and the sum of the centres with the
+    same weights (B×D). Logits are scale · cosine / ln 2, since exp2 costs a third of exp.
 
     ``exclude`` counts from the first of these rows and may reach beyond them.
     """
@@ -113,7 +115,7 @@ def stream(
     total = unit.new_zeros((batch, 1))
     weighted = torch.zeros_like(unit)
     buffers = _Buffers(unit, exact, size)
-    holes = _Holes(exclude, classes, size)
+    excluded = _Excluded(exclude, classes, size)
     least = torch.finfo(exact).eps / 2 / math.ceil(classes / size)
     for index, start in enumerate(range(0, classes, size)):
         rows = buffers.rows(centres[start : start + size])
@@ -121,7 +123,7 @@ def stream(
         torch.mm(queries, rows.T, out=product)
         if weights is not product:
             weights.copy_(product)
-        holes.mask(weights, index, start)
+        excluded.mask(weights, index, start)
         new = torch.maximum(top, weights.amax(dim=1, keepdim=True))
         fade = (top - new).exp2_()
         sums = weights.sub_(new).exp2_().sum(dim=1, keepdim=True)
@@ -139,13 +141,15 @@ def stream(
 
 
 def finish(top: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``stream`` found, as log Σ exp and the weighted mean of the centres."""
+    """Turn the result of ``stream`` into log Σ exp and the weighted mean of the centres."""
     return (top + total.log2()) * math.log(2), weighted / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
 
 
 def chunk_rows(batch: int, device: torch.device, product: torch.dtype = torch.float32) -> int:
-    """Class rows at a time: logits that stay in the cache between the two products on a CPU, and enough work for every
-    thread; on a GPU as many as fit 64 MiB.
+    """Choose the class rows of a chunk.
+
+    On a CPU the logits stay in the cache between the two products and every thread has enough work; on a GPU they fill
+    64 MiB.
     """
     if device.type == "cpu":
         return max(256, min(4096 // product.itemsize * torch.get_num_threads(), 2**22 // max(batch, 1)))
@@ -153,7 +157,7 @@ def chunk_rows(batch: int, device: torch.device, product: torch.dtype = torch.fl
 
 
 class _Buffers:
-    """The memory of one chunk, used again for every chunk."""
+    """Hold the memory of one chunk, used again for every chunk."""
 
     def __init__(self, unit: Tensor, product: torch.dtype, size: int) -> None:
         self._logits = unit.new_empty(len(unit) * size)
@@ -163,7 +167,7 @@ class _Buffers:
         self._batch = len(unit)
 
     def rows(self, centres: Tensor) -> Tensor:
-        """The chunk's centres in the dtype and on the device of the products; no copy where they have both."""
+        """Return the chunk's centres in the dtype and on the device of the products; copy only if they differ."""
         if centres.dtype == self._rows.dtype and centres.device == self._rows.device:
             return centres
         if not len(self._rows):
@@ -171,15 +175,15 @@ class _Buffers:
         return self._rows[: len(centres)].copy_(centres)
 
     def logits(self, count: int) -> tuple[Tensor, Tensor]:
-        """B×count twice: in the dtype of sums and in that of products; one tensor where these are the same."""
+        """Return B×count twice: in the dtype of sums and in that of products; one tensor where these are the same."""
         wide = self._logits[: self._batch * count].view(self._batch, count)
         if self._product is self._logits:
             return wide, wide
         return wide, self._product[: self._batch * count].view(self._batch, count)
 
 
-class _Holes:
-    """The (sample, class) pairs that a sum leaves out, grouped by chunk."""
+class _Excluded:
+    """Group by chunk the (sample, class) pairs that a sum leaves out."""
 
     def __init__(self, exclude: Tensor | None, classes: int, size: int) -> None:
         self._bounds: list[int] | None = None
@@ -203,7 +207,7 @@ class _Holes:
 
 
 class _LogSumExp(torch.autograd.Function):
-    """d/dunit log Σ exp(s·unit·w_j) = s · (softmax-weighted centre), which the forward pass has already."""
+    """Differentiate by d/dunit log Σ exp(s·unit·w_j) = s · (softmax-weighted centre), known from the forward pass."""
 
     @staticmethod
     def forward(
@@ -223,7 +227,7 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _heavy(sums: Tensor, least: Tensor) -> Tensor | None:
-    """Samples whose weights in this chunk survive rounding. None: nearly all do, or asking would stall a GPU."""
+    """Find samples whose weights in this chunk survive rounding; None where nearly all do, and on a GPU."""
     if sums.device.type != "cpu":
         return None
     heavy = (sums > least)[:, 0]
@@ -232,7 +236,7 @@ def _heavy(sums: Tensor, least: Tensor) -> Tensor | None:
 
 
 def _fast_bf16(unit: Tensor) -> bool:
-    """Whether products of bfloat16 matrices are worth it: instructions for them, not an emulation."""
+    """Tell whether products of bfloat16 matrices are worth it: instructions for them, not an emulation."""
     if unit.dtype == torch.float64:
         return False
     if unit.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Head: the frozen classifier, C×D unit class centres in the teacher's space, from files or from embeddings."""
+"""Make, read and save a head: C×D unit class centres in the teacher's space, from files or from embeddings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ FILE = "head.npz"
 
 @dataclass(frozen=True)
 class Head:
-    """``centres``: C×D unit rows, float32, or bfloat16 mapped from disk where they are many. ``source``: where from.
+    """Hold a classifier's class centres.
+
+    ``centres``: C×D unit rows, float32, or bfloat16 mapped from disk where they are many. ``source``: its file or kind.
 
     ``identities``: names in class order. ``owners``: int64 C, sorted, where every image is a centre: the identity that
     a row belongs to; numbers from ``len(identities)`` on are images without identity. ``parts``: the files of a sharded
@@ -46,13 +48,13 @@ class Head:
             raise BadHead(f"{self.source}: an identity names two classes. Merge them first.")
 
     def rows(self, indices: Int) -> Float:
-        """float32 B×D centres of int64 class rows."""
+        """Return float32 B×D centres of int64 class rows."""
         found: Float = self.centres[torch.from_numpy(indices)].float().numpy()
         return found
 
     @property
     def exclude(self) -> Int | None:
-        """int64 C×2, by row: half-open range of the rows of the same identity. None where each has one row."""
+        """Return int64 C×2: per row the half-open range of rows of its identity. None where each has one row."""
         if self.owners is None:
             return None
         return np.stack([np.searchsorted(self.owners, self.owners, side) for side in ("left", "right")], axis=1)
@@ -61,7 +63,7 @@ class Head:
 def class_means(
     plain: Rows, mirrored: Rows, labels: Int, identities: tuple[str, ...], scratch: Path | None = None
 ) -> Head:
-    """Mean of the teacher's unit embeddings of each identity's images and their mirror images, normalised.
+    """Average the teacher's unit embeddings of each identity's images and their mirror images, and normalise.
 
     ``plain``, ``mirrored``: N×D unit rows. ``labels``: int64 N, −1 for unlabelled images, which do not count.
     ``scratch``: folder for a head too large for memory.
@@ -82,7 +84,7 @@ def image_centres(
     share: float = 1.0,
     scratch: Path | None = None,
 ) -> tuple[Head, Int]:
-    """A centre per image: ``share`` × the image's own embedding + (1 − ``share``) × its class mean, normalised.
+    """Make a centre per image: ``share`` × its own embedding + (1 − ``share``) × its class mean, normalised.
 
     An image's embedding is the normalised sum of its plain and mirrored rows; images without identity are classes of
     their own. Returns the head, rows sorted by owner, and int64 N: the row of every image.
@@ -108,7 +110,7 @@ def image_centres(
 
 
 def merge_classes(head: Head, classes: Int, identities: tuple[str, ...], scratch: Path | None = None) -> Head:
-    """A head with fewer classes: the mean direction of the centres that become one.
+    """Merge classes of a head: the mean direction of the centres that become one.
 
     ``classes``: int64 C, the new class of every old one. ``identities``: names of the new ones.
     """
@@ -174,7 +176,7 @@ def save_head(head: Head, path: Path, key: str = "") -> None:
 
 
 def _read_npz(path: Path, dim: int) -> tuple[tuple[str, ...] | None, NDArray[np.floating]]:
-    """Names, if the file has any, and the centres, mapped from the file where they are not compressed."""
+    """Read names, if the file has any, and centres, mapped from the file where they are not compressed."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = tuple(map(str, arrays["identities"])) if "identities" in arrays else None
@@ -193,7 +195,7 @@ def _read_npz(path: Path, dim: int) -> tuple[tuple[str, ...] | None, NDArray[np.
 
 
 def _map_member(path: Path, name: str) -> NDArray[np.floating] | None:
-    """An array inside an uncompressed npz as a memory map, None where it is compressed."""
+    """Map an array inside an uncompressed npz; None where it is compressed."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entry = archive.getinfo(name)
         if entry.compress_type != zipfile.ZIP_STORED:

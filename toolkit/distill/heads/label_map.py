@@ -1,4 +1,4 @@
-"""Label maps: which identity each class row of a head stands for."""
+"""Read label maps, which say whose class each row of a head is."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from pkd.toolkit.core.errors import BadHead
 
 NUMBERS = ("08d", "d")
-"""How class numbers are written: as the readers of packed images name them, and plainly."""
+"""Formats of class numbers: as the readers of packed images name them, and plain."""
 
 
 def read_label_map(path: str | Path) -> tuple[str, ...]:
-    """Identities in order of the class rows: text with one a line, a JSON list, or a JSON object identity → row.
+    """Read identities in order of the class rows: one a line, a JSON list, or a JSON object identity → row.
 
-    Raises BadHead for a file that is none of these, an identity on two rows, a row without one.
+    Raises BadHead for any other file, an identity on two rows, and a row without one.
     """
     path = Path(path)
     try:
@@ -28,18 +28,20 @@ def read_label_map(path: str | Path) -> tuple[str, ...]:
     names = _from_json(path, text) if text.lstrip()[:1] in {"[", "{"} else _from_lines(path, text)
     if not names:
         raise BadHead(f"{path}: names no identity. It needs one a line, in order of the head's rows.")
-    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
-        first, second = [i for i, name in enumerate(names) if name == twice][:2]
-        raise BadHead(f"{path}: {twice} stands at row {first} and row {second}. A class has one row: correct the map.")
+    if duplicate := next((name for name, count in Counter(names).items() if count > 1), None):
+        first, second = [i for i, name in enumerate(names) if name == duplicate][:2]
+        raise BadHead(
+            f"{path}: {duplicate} stands at row {first} and row {second}. A class has one row: correct the map."
+        )
     return names
 
 
 def class_names(
     given: tuple[str, ...] | None, identities: Sequence[str], classes: int, source: str, labels: str | None
 ) -> tuple[str, ...]:
-    """Names of a head's rows: ``given`` if a map was, else numbers if the identities are, else the identities' order.
+    """Name a head's rows: ``given`` if there is a map, else numbers if the identities are, else the identities' order.
 
-    Identities that are class numbers are those of RecordIO and tar shards, where the label is the row. Raises BadHead
+    Identities that are class numbers come from RecordIO and tar shards, where the label is the row. Raises BadHead
     for a map of another length, and for identities of the images that have no row.
     """
     number = next((form for form in NUMBERS if identities and all(_is_number(i, form) for i in identities)), None)
@@ -94,8 +96,8 @@ def _from_json(path: Path, text: str) -> tuple[str, ...]:
     if isinstance(content, dict) and all(type(row) is int for row in content.values()):
         rows = {row: name for name, row in content.items()}
         if len(rows) < len(content):
-            twice = next(row for row, count in Counter(content.values()).items() if count > 1)
-            raise BadHead(f"{path}: row {twice} stands for more than one identity. Correct the map.")
+            duplicate = next(row for row, count in Counter(content.values()).items() if count > 1)
+            raise BadHead(f"{path}: row {duplicate} stands for more than one identity. Correct the map.")
         if gap := next((str(row) for row in range(len(rows)) if row not in rows), ""):
             raise BadHead(f"{path}: row {gap} has no identity. Rows count from 0 without gaps: complete the map.")
         return tuple(rows[row] for row in range(len(rows)))

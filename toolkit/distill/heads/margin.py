@@ -1,4 +1,4 @@
-"""Margins of the softmax loss: pure functions of the cosine between an embedding and its own class centre.
+"""Apply the margin of a softmax loss: a pure function of the cosine between an embedding and its class centre.
 
 Sources: CosFace, Wang et al. 2018 (arXiv 1801.09414, eq. 4); ArcFace, Deng et al. 2019 (arXiv 1801.07698, eq. 3).
 """
@@ -20,7 +20,7 @@ _CLAMP = 1e-6  # sqrt(1 − c²) has an infinite slope at ±1
 
 @dataclass(frozen=True)
 class Margin:
-    """ψ(c), what replaces the target's cosine c. ``size``: radians for arcface, cosine units for cosface.
+    """Replace a target's cosine c by ψ(c). ``size``: radians for arcface, cosine units for cosface.
 
     ``gradient``: exact is dψ/dc, which ArcFace makes large near its centre (sin(θ + m) / sin θ); straight-through takes
     it as 1, as code does that computes the margin without autograd. The values are the same.
@@ -32,7 +32,7 @@ class Margin:
 
     @classmethod
     def parse(cls, spec: str, gradient: Gradient = "exact") -> Margin:
-        """``softmax``, ``cosface:0.35`` or ``arcface:0.5``. Raises InputError."""
+        """Read ``softmax``, ``cosface:0.35`` or ``arcface:0.5``. Raises InputError."""
         kind, _, size = spec.partition(":")
         example = "Use softmax, cosface:0.35 or arcface:0.5."
         try:
@@ -50,7 +50,7 @@ class Margin:
         raise InputError(f"--margin {spec!r}: cosface takes 0 to 1 (cosine), arcface 0 to {math.pi / 2:.2f} (radians).")
 
     def __call__(self, cosine: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """ψ of each cosine, same shape. Computed in float32 or better. ``sizes``: a margin per cosine in place of one.
+        """Compute ψ of each cosine, same shape. Float32 or better. ``sizes``: a margin per cosine in place of one.
 
         ArcFace is cos(θ + m) while θ + m ≤ π and continues as c − m·sin(π − m), so that it never rises again.
         """
@@ -72,7 +72,7 @@ class Margin:
 
 
 def margin_cross_entropy(embeddings: Tensor, centres: Tensor, labels: Tensor, margin: Margin, scale: float) -> Tensor:
-    """Mean margin softmax loss.
+    """Compute the mean margin softmax loss.
 
     ``embeddings``: B×D, any length. ``centres``: C×D unit rows; gradients reach them only if they require them.
     ``labels``: int64 B in 0…C−1. ``scale``: factor on the cosines.

@@ -1,4 +1,4 @@
-"""Which head a run uses: inherited, or made from the teacher's embeddings; audited before anything is trained on it."""
+"""Resolve the head of a run: inherited, or made from the teacher's embeddings; audited before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from pkd.toolkit.core.errors import BadHead, InputError
 from pkd.toolkit.data.row_store import Rows
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.heads.audit import Audit, audit
-from pkd.toolkit.distill.heads.duplicates import MOST, SUSPECT, Duplicates, Merge, merge, neighbours, report_duplicates
+from pkd.toolkit.distill.heads.duplicates import (
+    MAX_UNASKED_CLASSES,
+    SUSPECT_COSINE,
+    Duplicates,
+    Merge,
+    merge,
+    neighbours,
+    report_duplicates,
+)
 from pkd.toolkit.distill.heads.fit import MARGIN, SCALE, fit_head, steps_of
 from pkd.toolkit.distill.heads.head import FILE, Head, class_means, image_centres, merge_classes, read_head, save_head
 from pkd.toolkit.distill.heads.rows import Int
@@ -24,7 +32,10 @@ from pkd.toolkit.distill.heads.rows import Int
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """``files``: of an inherited head. ``share``: of an image's own embedding in its centre, for ``images``."""
+    """Say where the centres come from.
+
+    ``files``: those of an inherited head. ``share``: weight of an image's own embedding in its centre, for ``images``.
+    """
 
     kind: Literal["files", "means", "fit", "images"]
     files: tuple[str, ...] = ()
@@ -32,7 +43,7 @@ class HeadChoice:
 
     @classmethod
     def parse(cls, specs: Sequence[str], teacher: str | None) -> HeadChoice:
-        """``auto``, ``means``, ``fit``, ``images``, ``images:0.5``, or files. Raises InputError.
+        """Read ``auto``, ``means``, ``fit``, ``images``, ``images:0.5``, or files. Raises InputError.
 
         ``auto``: the classifier that ``--method none`` left in the teacher's run folder, else means.
         """
@@ -55,7 +66,7 @@ class HeadChoice:
 
 @dataclass(frozen=True)
 class Classes:
-    """What a training needs to know of its classes.
+    """Hold the classes of a training.
 
     ``head``: None where the method reads none. ``labels``: int64 N into the head's rows (or into ``identities``, where
     there is no head), −1 where unknown. ``audit``: None without identities.
@@ -76,7 +87,7 @@ def resolve_head(
     key: str,
     console: Console,
 ) -> Classes:
-    """Merge what is to be merged, make or read the head, audit it.
+    """Merge duplicate classes if asked, make or read the head, and audit it.
 
     ``choice``: None where the method reads no head; then the class means are audited, as a check of the labels.
     ``targets``: plain and mirrored embeddings. ``key``: digest of teacher and images, by which a fitted head is known
@@ -151,7 +162,7 @@ def _make(
 def _fit(
     config: DistillConfig, means: Head, targets: tuple[Rows, Rows], labels: Int, key: str, console: Console
 ) -> Head:
-    """The fitted head, from the run folder if it was fitted there to the same images with the same settings."""
+    """Fit the head, or read it from the run folder if it was fitted there to the same images and settings."""
     settings = f"{key} {MARGIN} {SCALE} {config.seed} {config.merge_duplicates}"
     digest = hashlib.sha256(settings.encode()).hexdigest()
     path = config.run / FILE
@@ -161,7 +172,7 @@ def _fit(
         head = fit_head(means, *targets, labels, config.seed, advance)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_head(head, path, digest)
-    return _stored(path, digest, means) or head  # what the resumed run will read, to the last bit
+    return _stored(path, digest, means) or head  # equal to the last bit to the head that a resumed run reads
 
 
 def _stored(path: Path, digest: str, means: Head) -> Head | None:
@@ -176,9 +187,9 @@ def _stored(path: Path, digest: str, means: Head) -> Head | None:
 
 
 def _duplicates(config: DistillConfig, head: Head, counts: Int) -> tuple[Duplicates | None, Merge | None]:
-    if config.merge_duplicates is None and len(head.centres) > MOST:
+    if config.merge_duplicates is None and len(head.centres) > MAX_UNASKED_CLASSES:
         return None, None
-    threshold = config.merge_duplicates or SUSPECT
+    threshold = config.merge_duplicates or SUSPECT_COSINE
     near = neighbours(head.centres, threshold)
     merged = None if config.merge_duplicates is None else merge(head.centres, near, head.identities, counts, threshold)
     return report_duplicates(near, head.identities, counts, threshold, merged), merged

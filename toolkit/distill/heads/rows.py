@@ -1,4 +1,4 @@
-"""Rows of a head on their way in: read from anywhere in chunks, made unit, kept in memory or mapped from disk."""
+"""Read the rows of a head in chunks, normalise them, and keep them in memory or mapped from disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def unit_rows(
 ) -> Tensor:
     """Normalise ``count`` rows that come in chunks → C×D: float32 in memory, or above MEMORY_BYTES bfloat16 on disk.
 
-    ``describe``: what a message calls a row. ``scratch``: folder of the file; without one all stays in memory. Raises
+    ``describe``: names a row in messages. ``scratch``: folder of the file; without one all stays in memory. Raises
     BadHead for rows that are zero or not finite: they have no direction, and each would join every denominator.
     """
     target = _mapped(scratch, count, dim) if scratch and count * dim * 4 > MEMORY_BYTES else torch.empty(count, dim)
@@ -75,9 +75,9 @@ def class_sums(plain: Rows, mirrored: Rows, labels: Int, classes: int) -> Iterab
 
 
 def map_rows(path: Path, count: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """C×D rows in a file of nothing but their values, memory-mapped: pages are read when used and can be dropped again,
-    so that a head may be larger than memory. A missing file is made, full of zeros; writing to the tensor writes to it.
+    """Map C×D rows from a file that holds their values alone, so that a head may be larger than memory.
 
+    A missing file is made, full of zeros; writing to the tensor writes to the file.
     Raises BadHead for a file of another size.
     """
     expected = count * dim * dtype.itemsize
@@ -97,5 +97,5 @@ def _mapped(folder: Path, count: int, dim: int) -> Tensor:
 
 
 def compute_device() -> torch.device:
-    """Where large products are made before training: a GPU if there is one."""
+    """Choose the device of large products before training: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Losses over embeddings alone, one by one (l2kd) or in their relations (rkd, cckd). None needs a label."""
+"""Compute losses over embeddings alone, one by one (l2kd) or in their relations (rkd, cckd). None needs a label."""
 
 from __future__ import annotations
 
@@ -8,45 +8,46 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize, smooth_l1_loss
 
-from pkd.toolkit.distill.losses.inputs import Step
+from pkd.toolkit.distill.losses.inputs import LossInputs
 
 ANGLE_WEIGHT = 2.0
 """Weight of RKD's angles beside its distances, 1:2 as published."""
-GAMMA = 0.4
+KERNEL_WIDTH = 0.4
 """Width of CCKD's Gaussian kernel, as published."""
-ORDER = 2
+TAYLOR_ORDER = 2
 """Order of CCKD's Taylor expansion, as published."""
 
 
-def l2kd(step: Step) -> Tensor:
-    """Mean squared distance ‖x̂ − t̂‖² of unit embeddings: plain regression onto the teacher."""
-    student, teacher = _units(step)
+def l2kd(inputs: LossInputs) -> Tensor:
+    """Average the squared distance ‖x̂ − t̂‖² of unit embeddings: plain regression onto the teacher."""
+    student, teacher = _units(inputs)
     return (student - teacher).square().sum(dim=1).mean()
 
 
-def rkd(step: Step) -> Tensor:
-    """Distances of pairs plus twice the angles of triplets, Huber loss (Park et al. 2019, arXiv 1904.05068, §3.2).
+def rkd(inputs: LossInputs) -> Tensor:
+    """Compare pair distances and, twice as heavy, triplet angles by Huber loss.
 
-    Distances are divided by their mean in the batch. All means run over every ordered pair or triplet of the batch.
+    Source: Park et al. 2019, arXiv 1904.05068, §3.2. Distances are divided by their mean in the
+    batch. All means run over every ordered pair or triplet of the batch.
     """
-    student, teacher = _units(step)
+    student, teacher = _units(inputs)
     distance = smooth_l1_loss(_distances(student), _distances(teacher))
     return distance + ANGLE_WEIGHT * smooth_l1_loss(_angles(student), _angles(teacher))
 
 
-def cckd(step: Step) -> Tensor:
-    """Mean squared difference of the two correlation matrices (Peng et al. 2019, arXiv 1904.01802).
+def cckd(inputs: LossInputs) -> Tensor:
+    """Average the squared difference of the two correlation matrices (Peng et al. 2019, arXiv 1904.01802).
 
     Correlation: Gaussian kernel of unit embeddings, expanded to second order in their cosine.
     """
-    student, teacher = _units(step)
+    student, teacher = _units(inputs)
     return mse_loss(_correlation(student @ student.T), _correlation(teacher @ teacher.T))
 
 
-def _units(step: Step) -> tuple[Tensor, Tensor]:
-    assert step.teacher is not None
-    embeddings = step.embeddings if step.embeddings.dtype == torch.float64 else step.embeddings.float()
-    return normalize(embeddings), step.teacher.to(embeddings.dtype)
+def _units(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    assert inputs.teacher is not None
+    embeddings = inputs.embeddings if inputs.embeddings.dtype == torch.float64 else inputs.embeddings.float()
+    return normalize(embeddings), inputs.teacher.to(embeddings.dtype)
 
 
 def _squared(units: Tensor) -> Tensor:
@@ -79,5 +80,5 @@ def _angles(units: Tensor) -> Tensor:
 
 
 def _correlation(cosines: Tensor) -> Tensor:
-    terms = [(2 * GAMMA) ** p / math.factorial(p) * cosines**p for p in range(1, ORDER + 1)]
-    return math.exp(-2 * GAMMA) * sum(terms, torch.ones_like(cosines))
+    terms = [(2 * KERNEL_WIDTH) ** p / math.factorial(p) * cosines**p for p in range(1, TAYLOR_ORDER + 1)]
+    return math.exp(-2 * KERNEL_WIDTH) * sum(terms, torch.ones_like(cosines))

@@ -1,4 +1,4 @@
-"""Stage features of student and teacher: from named submodules of a torch network or tensors of an ONNX graph."""
+"""Read stage features: from named submodules of a torch network or named tensors of an ONNX graph."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pkd.toolkit.distill.models.student import TorchEncoder
 from pkd.toolkit.encoders.base import Encoder, OnnxEncoder, make_session, ort_reason
 from pkd.toolkit.images.codec import Rgb
 
-INSTEAD = "Use rkd, cckd, kd or l2kd instead, which need its embeddings only."
+ALTERNATIVES = "Use rkd, cckd, kd or l2kd instead, which need its embeddings only."
 
 
-class Taps:
-    """The outputs of named submodules of a torch network, kept from its last forward pass."""
+class FeatureHooks:
+    """Keep the outputs of a network's named submodules from its last forward pass."""
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         self._outputs: dict[str, Tensor] = {}
@@ -27,8 +27,8 @@ class Taps:
         for name in self._names:
             network.get_submodule(name).register_forward_hook(self._keeper(name))
 
-    def take(self) -> list[Tensor]:
-        """Their outputs in order, float32, each once."""
+    def pop(self) -> list[Tensor]:
+        """Return their outputs in order as float32, and forget them."""
         return [self._outputs.pop(name).float() for name in self._names]
 
     def _keeper(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -39,20 +39,20 @@ class Taps:
 
 
 class TeacherStages(Protocol):
-    """Stage features of a frozen teacher."""
+    """Compute a frozen teacher's stage features."""
 
     def __call__(self, crops: Rgb) -> list[Tensor]:
-        """uint8 N×H×W×3 RGB → N×C×h×w float32 per stage, fine resolution first."""
+        """Map crops, uint8 N×H×W×3 RGB, to N×C×h×w float32 per stage, fine resolution first."""
 
 
 class _TorchStages:
     def __init__(self, teacher: TorchEncoder, names: Sequence[str]) -> None:
         self._teacher = teacher
-        self._taps = Taps(teacher.module, names)
+        self._taps = FeatureHooks(teacher.module, names)
 
     def __call__(self, crops: Rgb) -> list[Tensor]:
         self._teacher.embed(crops)
-        return [features.clone() for features in self._taps.take()]  # out of inference mode
+        return [features.clone() for features in self._taps.pop()]  # out of inference mode
 
 
 class _OnnxStages:
@@ -68,7 +68,7 @@ class _OnnxStages:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Which stages of student and teacher face each other: those of equal resolution, fine first."""
+    """Pair stages of student and teacher of equal resolution, fine first."""
 
     teacher: TeacherStages
     pairs: tuple[tuple[int, int], ...]
@@ -88,28 +88,28 @@ def plan_stages(
     are the last four-dimensional tensor at each resolution. ``least``: pairs the method needs. Raises InputError,
     saying what to use instead.
     """
-    tapped = open_stages(teacher, names, threads)
+    teacher_stages = open_stages(teacher, names, threads)
     crops = np.zeros((2, size, size, 3), np.uint8)
-    taught = [tuple(features.shape[1:]) for features in tapped(crops)]
-    taps = Taps(student, student.stages)  # type: ignore[arg-type]
+    taught = [tuple(features.shape[1:]) for features in teacher_stages(crops)]
+    hooks = FeatureHooks(student, student.stages)  # type: ignore[arg-type]
     with torch.inference_mode():
         student.eval()(torch.zeros(2, 3, size, size))
-    own = [tuple(features.shape[1:]) for features in taps.take()]
+    own = [tuple(features.shape[1:]) for features in hooks.pop()]
     by_side = {shape[-1]: i for i, shape in enumerate(taught) if len(shape) == 3 and shape[1] == shape[2]}
     pairs = tuple((i, by_side[shape[-1]]) for i, shape in enumerate(own) if shape[-1] in by_side)
     if len(pairs) < least:
         raise InputError(
             f"teacher {teacher.info.name}: its stages {_shapes(taught)} and the student's {_shapes(own)} have "
             f"{len(pairs)} resolutions in common, at least {least} are needed. Name others with --teacher-stages. "
-            f"{INSTEAD}"
+            f"{ALTERNATIVES}"
         )
     return StagePlan(
-        tapped, pairs, [(own[i][0], taught[j][0]) for i, j in pairs], [own[i][-1] for i, _ in pairs]
+        teacher_stages, pairs, [(own[i][0], taught[j][0]) for i, j in pairs], [own[i][-1] for i, _ in pairs]
     )  # fmt: skip
 
 
 def open_stages(teacher: Encoder, names: Sequence[str], threads: int = 1) -> TeacherStages:
-    """The stage features of a torch or ONNX teacher. Raises InputError naming what the teacher has."""
+    """Open the stage features of a torch or ONNX teacher. Raises InputError naming the stages that it has."""
     if isinstance(teacher, TorchEncoder):
         names = tuple(names) or tuple(getattr(teacher.module, "stages", ()))
         known = dict(teacher.module.named_modules())
@@ -124,8 +124,8 @@ def open_stages(teacher: Encoder, names: Sequence[str], threads: int = 1) -> Tea
     if isinstance(teacher, OnnxEncoder) and teacher.path is not None:
         return _open_onnx_stages(teacher, names, threads)
     raise InputError(
-        f"teacher {teacher.info.name}: the stages of a bundle's graph cannot be tapped. Give the ONNX file or the run "
-        f"that it was made from. {INSTEAD}"
+        f"teacher {teacher.info.name}: the stages of a bundle's graph cannot be read. Give the ONNX file or the run "
+        f"that it was made from. {ALTERNATIVES}"
     )
 
 
@@ -150,7 +150,7 @@ def _open_onnx_stages(teacher: OnnxEncoder, names: Sequence[str], threads: int) 
         )
     chosen = list(names) or [last[side] for side in sorted(last, reverse=True)]
     if not chosen:
-        raise InputError(f"teacher {teacher.path}: its graph shows no stage features (N×C×H×W tensors). {INSTEAD}")
+        raise InputError(f"teacher {teacher.path}: its graph shows no stage features (N×C×H×W tensors). {ALTERNATIVES}")
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in chosen if name not in present)
     try:
@@ -158,7 +158,9 @@ def _open_onnx_stages(teacher: OnnxEncoder, names: Sequence[str], threads: int) 
         size = teacher.info.preprocess.size
         stages(np.zeros((2, size, size, 3), np.uint8))
     except Exception as error:  # onnxruntime's own errors share no public base class
-        raise InputError(f"teacher {teacher.path}: its stages cannot be read: {ort_reason(error)} {INSTEAD}") from None
+        raise InputError(
+            f"teacher {teacher.path}: its stages cannot be read: {ort_reason(error)} {ALTERNATIVES}"
+        ) from None
     return stages
 
 

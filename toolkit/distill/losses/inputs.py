@@ -1,4 +1,4 @@
-"""Step: what a loss sees of one batch."""
+"""Define the inputs of a loss: everything that is known of one batch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from pkd.toolkit.distill.heads.ema import MovingHead
+from pkd.toolkit.distill.heads.ema import EmaHead
 from pkd.toolkit.distill.heads.frozen_softmax import FrozenHead
 from pkd.toolkit.distill.heads.margin import Margin
 
 
 @dataclass(frozen=True)
 class StagePair:
-    """Features of one stage at the same resolution: student N×C×H×W, teacher N×C′×H×W, both float32."""
+    """Hold the features of one stage at the same resolution: student N×C×H×W, teacher N×C′×H×W, both float32."""
 
     student: Tensor
     teacher: Tensor
 
 
 @dataclass(frozen=True)
-class Step:
-    """One batch. Every method reads from it what it needs; what the chosen methods do not need is not there."""
+class LossInputs:
+    """Hold one batch for a loss. Fields that no chosen method needs are None or empty."""
 
     embeddings: Tensor
     """Student output B×D, float32, not normalised."""
@@ -31,11 +31,11 @@ class Step:
     scale: float
     """Factor on the cosines."""
     teacher: Tensor | None = None
-    """Unit rows of the teacher for the same (mirrored) images, B×D."""
+    """The teacher's unit embeddings for the same (mirrored) images, B×D."""
     head: FrozenHead | None = None
     """The teacher's classifier, frozen."""
-    moving: MovingHead | None = None
-    """Centres on their way from the teacher's classifier towards its embeddings (adadistill)."""
+    ema_head: EmaHead | None = None
+    """Centres that move from the teacher's classifier towards its embeddings (adadistill)."""
     trained: Tensor | None = None
     """The student's own centres, C×D unit rows with gradient (none)."""
     exclude: Tensor | None = None

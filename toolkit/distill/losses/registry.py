@@ -1,4 +1,4 @@
-"""Distillation methods: what a student is trained towards. METHODS is the whole registry; a sum of them is a recipe."""
+"""Register the distillation methods (METHODS) and parse weighted sums of them."""
 
 from __future__ import annotations
 
@@ -12,54 +12,56 @@ from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.distill.losses.classification import adadistill, kd, margindistillation, own_classifier, proxylesskd
 from pkd.toolkit.distill.losses.embedding import cckd, l2kd, rkd
 from pkd.toolkit.distill.losses.feature import at, fitnets, fsp
-from pkd.toolkit.distill.losses.inputs import Step
+from pkd.toolkit.distill.losses.inputs import LossInputs
 
-Classifier = Literal["frozen", "moving", "trained", "none"]
+Classifier = Literal["frozen", "ema", "trained", "none"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A loss and what it needs."""
+    """Describe a loss and what it needs."""
 
-    loss: Callable[[Step], Tensor]
+    loss: Callable[[LossInputs], Tensor]
     head: Classifier = "none"
-    """Whose class centres it reads: the teacher's, frozen; the teacher's, moving; its own, trained; none."""
+    """Class centres that it reads: the teacher's, frozen; an EMA from the teacher's on; the student's own, trained."""
     teacher: bool = True
-    """Whether it reads the teacher at all."""
+    """It reads the teacher's embeddings, stages or centres."""
     labels: bool = False
-    """Whether images without identity are idle in it."""
-    ties: bool = False
-    """Whether it alone puts the student into the teacher's space, so that a query can meet the teacher's gallery."""
+    """It ignores images without identity."""
+    aligns: bool = False
+    """It alone puts the student into the teacher's space, so that probes can be matched with the teacher's gallery."""
     stages: int = 0
-    """How many resolutions student and teacher must have in common."""
-    beside: float | None = None
-    """Its weight beside the student's own classifier, as it was published; None for a loss that stands alone."""
+    """Number of resolutions that student and teacher must have in common."""
+    default_weight: float = 1.0
+    """Weight in a sum where none is given, as published."""
+    auxiliary: bool = False
+    """It cannot stand alone: without another loss it is added to the student's own classifier, as published."""
 
 
 METHODS: dict[str, Method] = {
-    "proxylesskd": Method(proxylesskd, head="frozen", labels=True, ties=True),
-    "l2kd": Method(l2kd, ties=True),
-    "kd": Method(kd, head="frozen", ties=True),
-    "adadistill": Method(adadistill, head="moving", labels=True, ties=True),
-    "margindistillation": Method(margindistillation, head="frozen", labels=True, ties=True),
-    "fitnets": Method(fitnets, stages=1, beside=10.0),
-    "at": Method(at, stages=1, beside=10.0),
-    "fsp": Method(fsp, stages=2, beside=10.0),
-    "rkd": Method(rkd, beside=25.0),
-    "cckd": Method(cckd, beside=100.0),
+    "proxylesskd": Method(proxylesskd, head="frozen", labels=True, aligns=True),
+    "l2kd": Method(l2kd, aligns=True),
+    "kd": Method(kd, head="frozen", aligns=True),
+    "adadistill": Method(adadistill, head="ema", labels=True, aligns=True),
+    "margindistillation": Method(margindistillation, head="frozen", labels=True, aligns=True),
+    "fitnets": Method(fitnets, stages=1, default_weight=10.0, auxiliary=True),
+    "at": Method(at, stages=1, default_weight=10.0, auxiliary=True),
+    "fsp": Method(fsp, stages=2, default_weight=10.0, auxiliary=True),
+    "rkd": Method(rkd, default_weight=25.0, auxiliary=True),
+    "cckd": Method(cckd, default_weight=100.0, auxiliary=True),
     "none": Method(own_classifier, head="trained", teacher=False, labels=True),
 }
 
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """Methods with their weights, for example ``proxylesskd+l2kd:0.5``."""
+    """Sum methods with their weights, for example ``proxylesskd+l2kd:0.5``."""
 
     terms: tuple[tuple[str, float], ...]
 
     @classmethod
     def parse(cls, spec: str) -> WeightedSum:
-        """``at`` alone means ``none+at:10``: beside the student's own classifier, as such methods were published.
+        """Read a sum; ``at`` alone means ``none+at:10``, beside the student's own classifier, as published.
 
         Raises InputError for unknown methods, weights that are no positive numbers, and terms that exclude each other.
         """
@@ -68,7 +70,7 @@ class WeightedSum:
             name, _, number = term.strip().partition(":")
             if name not in METHODS:
                 raise InputError(f"--method {spec!r}: unknown method {name!r}. Choose from {', '.join(METHODS)}.")
-            usual = METHODS[name].beside or 1.0
+            usual = METHODS[name].default_weight
             try:
                 weight = float(number) if number else usual
             except ValueError:
@@ -78,7 +80,7 @@ class WeightedSum:
             terms.append((name, weight))
         if len({name for name, _ in terms}) != len(terms):
             raise InputError(f"--method {spec!r}: names a method twice. Add up its weights.")
-        if all(METHODS[name].beside is not None for name, _ in terms):
+        if all(METHODS[name].auxiliary for name, _ in terms):
             terms.insert(0, ("none", 1.0))
         classifiers = {METHODS[name].head: name for name, _ in terms if METHODS[name].head != "none"}
         if len(classifiers) > 1:
@@ -93,30 +95,30 @@ class WeightedSum:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term looks at the teacher's embeddings, stages or centres."""
+        """Tell whether any term reads the teacher's embeddings, stages or centres."""
         return any(METHODS[name].teacher for name, _ in self.terms)
 
     @property
-    def ties(self) -> bool:
-        """Whether the student ends up in the teacher's space; otherwise in one of its own."""
-        return any(METHODS[name].ties for name, _ in self.terms)
+    def aligns(self) -> bool:
+        """Tell whether the student is trained into the teacher's space; otherwise it gets its own."""
+        return any(METHODS[name].aligns for name, _ in self.terms)
 
     @property
     def head(self) -> Classifier:
-        """The one classifier that the terms read."""
+        """Return the one classifier that the terms read."""
         return next((METHODS[name].head for name, _ in self.terms if METHODS[name].head != "none"), "none")
 
     @property
     def needs_labels(self) -> bool:
-        """Whether every term needs labels, so that unlabelled images would be idle."""
+        """Tell whether every term needs labels, so that unlabelled images would be ignored."""
         return all(METHODS[name].labels for name, _ in self.terms)
 
     @property
     def stages(self) -> int:
-        """How many resolutions student and teacher must have in common."""
+        """Return the number of resolutions that student and teacher must have in common."""
         return max(METHODS[name].stages for name, _ in self.terms)
 
-    def loss(self, step: Step) -> Tensor:
-        """The weighted sum, a scalar."""
-        total = [weight * METHODS[name].loss(step) for name, weight in self.terms]
+    def loss(self, inputs: LossInputs) -> Tensor:
+        """Compute the weighted sum, a scalar."""
+        total = [weight * METHODS[name].loss(inputs) for name, weight in self.terms]
         return sum(total[1:], total[0])

@@ -1,4 +1,4 @@
-"""Fake quantisation: a student computes in float32 what its INT8 graph will, and still has gradients.
+"""Compute in float32 what a student's INT8 graph will, with gradients (fake quantisation).
 
 Values are rounded to the steps that QuantizeLinear and DequantizeLinear leave of them; in the backward pass rounding
 counts as the identity and what was clipped gets no gradient (Bengio et al. 2013, arXiv 1308.3432; Jacob et al. 2018,
@@ -29,7 +29,7 @@ SUMS = (Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add)
 
 @dataclass(frozen=True)
 class Grid:
-    """The integers that activations are rounded to."""
+    """Describe the integers that activations are rounded to."""
 
     lowest: int
     highest: int
@@ -44,7 +44,7 @@ SIGNED = Grid(-128, 127, 254, symmetric=True)
 
 
 def scale_of(low: float, high: float, grid: Grid) -> tuple[float, int]:
-    """Width of a step and the integer of zero, as onnxruntime's quantiser takes them for a range; zero is inside."""
+    """Return a range's step width and the integer of zero, as onnxruntime's quantiser takes them; zero is inside."""
     low, high = min(low, 0.0), max(high, 0.0)
     if grid.symmetric:
         high = max(-low, high)
@@ -56,13 +56,13 @@ def scale_of(low: float, high: float, grid: Grid) -> tuple[float, int]:
 
 
 def fake_quantise(values: Tensor, low: float, high: float, grid: Grid) -> Tensor:
-    """float32 of any shape → the same, rounded to ``grid`` over the range ``low`` to ``high`` and clipped to it."""
+    """Round float32 values of any shape to ``grid`` over the range ``low`` to ``high`` and clip them to it."""
     scale, zero = scale_of(low, high, grid)
     return torch.fake_quantize_per_tensor_affine(values, scale, zero, grid.lowest, grid.highest)
 
 
 def fake_quantise_weight(weight: Tensor) -> Tensor:
-    """float32 outputs×…: symmetric INT8, 127 steps on either side, a scale for each output."""
+    """Round a weight, float32 outputs×…, to symmetric INT8: 127 steps on either side, a scale per output."""
     largest = weight.detach().abs().amax(dim=tuple(range(1, weight.ndim)))
     scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
     zeros = torch.zeros_like(scale, dtype=torch.int32)
@@ -70,8 +70,10 @@ def fake_quantise_weight(weight: Tensor) -> Tensor:
 
 
 def folded(student: nn.Module) -> nn.Module:
-    """A trainable copy of ``student`` as it is exported: branches fused, batch normalisation folded into the linear
-    layer before it. What is normalised before a layer instead stays (IResNet)."""
+    """Copy ``student`` as it is exported, trainable: branches fused, batch normalisation folded into the layer before.
+
+    Normalisation that has no linear layer before it stays (IResNet).
+    """
     made = fused(copy.deepcopy(student).eval())
     graph = fx.symbolic_trace(made).graph
     parts = dict(made.named_modules())
@@ -92,9 +94,9 @@ def folded(student: nn.Module) -> nn.Module:
 
 
 class Int8Student(Backbone):
-    """A folded student that computes with INT8 weights and activations, once it has ``ranges``.
+    """Run a folded student with INT8 weights and activations, once it has ``ranges``.
 
-    Rounded is what QDQQuantizer rounds in the graph: weights, and whatever enters or leaves a convolution, a linear
+    It rounds what QDQQuantizer rounds in the graph: weights, and whatever enters or leaves a convolution, a linear
     layer or a sum. It stays in eval mode: running statistics and dropout belong to an earlier training.
     """
 
@@ -106,7 +108,7 @@ class Int8Student(Backbone):
         self.ranges: Ranges = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """N×3×S×S → N×dim."""
+        """Map pixels N×3×S×S to embeddings N×dim."""
         rounding = _Rounding(self.ranges, self.grid)
         x = rounding.made(x, ())
         with rounding:
@@ -114,7 +116,7 @@ class Int8Student(Backbone):
         return out
 
     def activations(self, x: Tensor) -> dict[str, Tensor]:
-        """Everything that gets a range, in float32 for N×3×S×S, by name."""
+        """Return by name, in float32, the activations of N×3×S×S that get a range."""
         watching = _Watching()
         watching.made(x, ())
         with torch.no_grad(), watching:
@@ -128,7 +130,7 @@ class Int8Student(Backbone):
 
 
 class _Calls(TorchFunctionMode, ABC):
-    """Within it every call that makes a tensor has a number, the same in every pass."""
+    """Number every call that makes a tensor, alike in every pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,29 +146,29 @@ class _Calls(TorchFunctionMode, ABC):
         return self.made(out, ()) if isinstance(out, Tensor) else out
 
     def made(self, values: Tensor, read: Sequence[Tensor], *, linear: bool = False) -> Tensor:
-        """What takes the place of ``values``, which a linear operator made, of ``read``, or anything else."""
+        """Return what replaces ``values``, made from ``read`` by a ``linear`` operator or by any other."""
         name = str(self._number)
         self._number += 1
         return self.replaced(name, values, read, linear)
 
     @abstractmethod
     def replaced(self, name: str, values: Tensor, read: Sequence[Tensor], linear: bool) -> Tensor:
-        """As ``made``."""
+        """Return what replaces ``values``, the result of call ``name``."""
 
     @abstractmethod
     def weight(self, weight: Tensor) -> Tensor:
-        """What takes the place of a weight."""
+        """Return what replaces a weight."""
 
 
 class _Watching(_Calls):
-    """Keeps what is made, and notes what a linear operator reads or makes."""
+    """Keep what is made, and note what a linear operator reads or makes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[str, Tensor] = {}
         self.rounded: set[str] = set()
         self._maker: dict[int, tuple[str, Tensor]] = {}
-        """By identity; the tensor is kept, so that no other gets its identity."""
+        """Call name and tensor by ``id``; the tensor is kept so that no other gets its id."""
 
     def replaced(self, name: str, values: Tensor, read: Sequence[Tensor], linear: bool) -> Tensor:
         self._maker[id(values)] = name, values
@@ -179,7 +181,7 @@ class _Watching(_Calls):
 
 
 class _Rounding(_Calls):
-    """Rounds whatever has a range, and weights."""
+    """Round weights and every value that has a range."""
 
     def __init__(self, ranges: Ranges, grid: Grid) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Quantisation-aware distillation: a run's student is trained on, for a few steps and as INT8 will compute it.
+"""Train a run's student on for a few steps, computing as INT8 will (quantisation-aware distillation).
 
 Teacher, head, method and images are those of the run; loop and losses are those of every training.
 """
@@ -25,22 +25,24 @@ from pkd.toolkit.distill.training.loop import CONFIG, train
 from pkd.toolkit.distill.training.setup import Prepared, prepare
 from pkd.toolkit.distill.training.trainer import Trainer
 
-RATE = 0.1
-"""Peak learning rate, of that of the run: its weights are near where they should end up."""
+LR_FACTOR = 0.1
+"""Peak learning rate as a share of the run's: its weights are near where they should end up."""
 
 
 def read_config(run: Path, faces: Path | None, steps: int) -> DistillConfig:
-    """The configuration of ``run``, for ``steps`` more. ``faces``: instead of its own, which may be gone.
+    """Read the configuration of ``run``, for ``steps`` more. ``faces``: instead of its own, which may be gone.
 
-    Raises InputError where there is none, where images or teacher are gone, or no teacher ties the student.
+    Raises InputError where there is none, where images or teacher are gone, or the student is in no teacher's space.
     """
     folder = run if run.is_dir() else run.parent
     try:
         config = DistillConfig.model_validate_json((folder / CONFIG).read_bytes())
     except (OSError, ValidationError):
         raise InputError(f"{folder}: holds no {CONFIG} of pkd-distill, so that --qat cannot go on with it.") from None
-    if config.teacher is None or not WeightedSum.parse(config.method).ties:
-        raise InputError(f"--qat: {run} was trained by --method {config.method}, which no teacher's space ties.")
+    if config.teacher is None or not WeightedSum.parse(config.method).aligns:
+        raise InputError(
+            f"--qat: {run} was trained by --method {config.method}, which leaves it outside its teacher's space."
+        )
     if faces:
         config = config.model_copy(update={"faces": (str(faces),), "unlabelled": ()})
     gone = [name for name in (*config.faces, *config.unlabelled) if not Path(name).exists()]
@@ -49,12 +51,12 @@ def read_config(run: Path, faces: Path | None, steps: int) -> DistillConfig:
     teacher = config.teacher or ""
     if not teacher.startswith("insightface:") and not Path(teacher).exists():
         raise InputError(f"--qat: {teacher}, the teacher of {run}, is gone. Put it back, or run without --qat.")
-    changes = {"init": None, "steps": steps, "max_minutes": None, "precision": "fp32", "lr": RATE * config.lr}
+    changes = {"init": None, "steps": steps, "max_minutes": None, "precision": "fp32", "lr": LR_FACTOR * config.lr}
     return config.model_copy(update={**changes, "weight_decay": 0.0})  # biases carry what normalisation did
 
 
 def prepare_again(config: DistillConfig, info: EncoderInfo) -> Prepared:
-    """Images, cached teacher embeddings and head, as when the run of the encoder ``info`` began. Raises InputError."""
+    """Prepare images, cached teacher embeddings and head as when the run of ``info`` began. Raises InputError."""
     assert config.teacher is not None
     teacher = open_encoder(config.teacher, config.teacher_preprocess)
     require_same_space(info, teacher.info)
@@ -64,7 +66,7 @@ def prepare_again(config: DistillConfig, info: EncoderInfo) -> Prepared:
 def train_int8(
     config: DistillConfig, prepared: Prepared, student: Int8Student, info: EncoderInfo, advance: Callable[[int], None]
 ) -> tuple[nn.Module, EncoderInfo]:
-    """Train ``student`` of the run's encoder ``info``. Its new weights, frozen and on the CPU, and whose they are.
+    """Train ``student`` of the run's encoder ``info``. Returns its new weights, frozen and on the CPU, and their info.
 
     The same run, images, ranges and steps give the same weights. Raises TrainingDiverged and KeyboardInterrupt.
     """

@@ -1,7 +1,7 @@
-"""Ranks: the processes of one training under torchrun, and a frozen head whose rows are split over them.
+"""Coordinate the processes of one training under torchrun, and split a frozen head's rows over them.
 
-Every rank gathers the embeddings of the whole batch and evaluates the same losses on it, so that a loss knows nothing
-of ranks: means over labelled images, pairs and duplicate labels are those of one process.
+Every process gathers the embeddings of the whole batch and evaluates the same losses on it. So no loss has to know of
+other processes: means over labelled images, pairs and duplicate labels are those of a single process.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ PREPARE_SECONDS = 7 * 24 * 3600.0
 T = TypeVar("T")
 
 
-class Ranks:
-    """This process among ``world``; alone, everything here returns what it was given."""
+class DistributedContext:
+    """Exchange values between ``world`` processes, of which this is number ``rank``; alone, return what was given."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank = rank
         self.world = world
 
     @property
-    def first(self) -> bool:
-        """Whether this rank prints, and writes the run folder."""
+    def is_rank_zero(self) -> bool:
+        """Tell whether this process is the one that prints and writes the run folder."""
         return self.rank == 0
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Rows of all ranks, in the order of the ranks, B_r×… → ΣB_r×…; ranks may have different numbers of rows.
+        """Gather the rows of all processes in rank order, B_r×… → ΣB_r×…; processes may have different numbers of rows.
 
-        Gradients come back as this rank's rows times ``world``: every rank computes the whole batch's loss, and
+        Gradients come back as this process's rows times ``world``: every process computes the whole batch's loss, and
         DistributedDataParallel will divide by ``world``.
         """
         if self.world == 1:
@@ -51,8 +51,8 @@ class Ranks:
         result: Tensor = _Gather.apply(rows, self.rank, self.world)  # type: ignore[no-untyped-call]
         return result
 
-    def share(self, batch: int) -> slice:
-        """This rank's images of a batch. Raises InputError for batches that do not split evenly, two or more each."""
+    def batch_share(self, batch: int) -> slice:
+        """Return this process's part of a batch. Raises InputError where the parts are unequal or under two images."""
         if batch % self.world or (self.world > 1 and batch < 2 * self.world):
             raise InputError(
                 f"--batch {batch}: {self.world} ranks need the same number of images each, and at least 2. Give a "
@@ -62,7 +62,7 @@ class Ranks:
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def mean(self, value: float) -> float:
-        """Mean over the ranks; the same bits on every rank."""
+        """Average a value over all processes; the same bits in each."""
         if self.world == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=_device())
@@ -70,37 +70,37 @@ class Ranks:
         return float(total) / self.world
 
     def any(self, value: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Tell whether ``value`` is true in any process."""
         return self.mean(float(value)) > 0
 
     def average_gradients(self, module: nn.Module) -> None:
-        """For trained layers outside DistributedDataParallel that saw this rank's images alone."""
+        """Average the gradients of layers outside DistributedDataParallel that saw this process's images alone."""
         if self.world > 1:
             for parameter in module.parameters():
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= self.world
 
-    def agree(self, value: T) -> T:
-        """The first rank's value, on every rank. Plain values only."""
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value in every process. Takes picklable values."""
         if self.world == 1:
             return value
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0, device=_device())
-        agreed: T = box[0]
-        return agreed
+        received: T = box[0]
+        return received
 
     def require_same(self, what: str, value: str) -> None:
-        """Raises InputError where ranks differ in what must be equal, such as the images they see."""
-        if self.agree(value) != value:
+        """Raise InputError where processes differ in a value that must be equal, such as the digest of their images."""
+        if self.broadcast(value) != value:
             raise InputError(f"rank {self.rank}: its {what} differ from those of rank 0. Give every machine the same.")
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """Rank 0 works first, so that the others find its results in the cache. Raises RankLost where rank 0 failed."""
+    def rank_zero_first(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0, then on the others, which find its results cached. Raises RankLost if 0 failed."""
         if self.world == 1:
             return work()
         patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=PREPARE_SECONDS))
-        if self.first:
+        if self.is_rank_zero:
             done = torch.zeros(1)
             try:
                 result = work()
@@ -109,38 +109,38 @@ class Ranks:
                 dist.broadcast(done, src=0, group=patient)
         else:
             done = torch.zeros(1)
-            with _noticing(self.rank):
+            with _detect_lost_rank(self.rank):
                 dist.broadcast(done, src=0, group=patient)
             if not bool(done):
                 raise RankLost(f"rank {self.rank}: rank 0 ended before training began; its message says why.")
             result = work()
-        with _noticing(self.rank):
+        with _detect_lost_rank(self.rank):
             dist.barrier(patient)
         return result
 
     @contextmanager
-    def watch(self, remedy: Callable[[], str]) -> Iterator[None]:
-        """Turn a broken connection to another rank into RankLost, which ends with ``remedy``."""
+    def report_lost_ranks(self, remedy: Callable[[], str]) -> Iterator[None]:
+        """Turn a broken connection to another process into RankLost, whose message ends with ``remedy``."""
         if self.world == 1:
             yield
             return
-        with _noticing(self.rank, remedy):
+        with _detect_lost_rank(self.rank, remedy):
             yield
 
 
-ALONE = Ranks()
-"""One process."""
+SINGLE_PROCESS = DistributedContext()
+"""The context of a training in one process."""
 
 
 @contextmanager
-def join_ranks() -> Iterator[Ranks]:
-    """The ranks that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR in the environment); otherwise this process alone.
+def join_processes() -> Iterator[DistributedContext]:
+    """Join the processes that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR in the environment), if it did.
 
-    Over NCCL with a GPU per rank, over gloo without. Raises InputError if the ranks cannot find each other.
+    Uses NCCL with a GPU per process, gloo without. Raises InputError if the processes cannot find each other.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield Ranks()
+        yield DistributedContext()
         return
     cuda = torch.cuda.is_available()
     if cuda:
@@ -150,15 +150,15 @@ def join_ranks() -> Iterator[Ranks]:
     except (ValueError, RuntimeError) as error:
         raise InputError(f"torchrun: the ranks cannot find each other: {_line(error)}.") from None
     try:
-        yield Ranks(dist.get_rank(), world)
+        yield DistributedContext(dist.get_rank(), world)
     finally:
         dist.destroy_process_group()
 
 
 class ShardedHead(FrozenHead):
-    """A frozen head of which every rank keeps the rows of its own share: ``shard_bounds`` of all C.
+    """Keep this process's part of a frozen head's rows: ``shard_bounds`` of all C.
 
-    Asked by all ranks about the same (gathered) batch, it gives all of them the answer of the whole head: each rank
+    Asked by all processes about the same (gathered) batch, it gives each the answer of the whole head: every process
     reduces its rows to a largest logit, a sum and a weighted centre per sample, and B×(D+1) numbers are summed.
     """
 
@@ -169,19 +169,26 @@ class ShardedHead(FrozenHead):
 
     @classmethod
     def split(
-        cls, centres: Tensor, ranks: Ranks, device: torch.device | str = "cpu", *, chunk: int | None = None
+        cls,
+        centres: Tensor,
+        context: DistributedContext,
+        device: torch.device | str = "cpu",
+        *,
+        chunk: int | None = None,
     ) -> FrozenHead:
-        """This rank's share of ``centres`` (C×D, which may be memory-mapped: only the share is read)."""
-        if ranks.world == 1:
+        """Take this process's part of ``centres`` (C×D, which may be memory-mapped: only that part is read)."""
+        if context.world == 1:
             return FrozenHead(centres.to(device), chunk=chunk)
-        first, stop = shard_bounds(len(centres), ranks)
+        first, stop = shard_bounds(len(centres), context)
         return cls(centres[first:stop].to(device), first, len(centres), chunk=chunk)
 
     @property
     def classes(self) -> int:
+        """Count the classes of all processes together."""
         return self._classes
 
     def rows(self, indices: Tensor) -> Tensor:
+        """Collect the centres of int64 class indices, K → K×D, from the processes that hold them."""
         here = indices - self._first
         inside = (here >= 0) & (here < len(self.centres))
         rows = super().rows(here.clamp(0, len(self.centres) - 1)) * inside[:, None]
@@ -189,6 +196,7 @@ class ShardedHead(FrozenHead):
         return rows
 
     def reduce(self, unit: Tensor, scale: float, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute log Σ exp and the softmax-weighted centre over the rows of all processes."""
         here = None if exclude is None else exclude - self._first
         top, total, weighted = stream(unit, self.centres, scale, here, self.chunk)
         highest = top.clone()
@@ -198,11 +206,11 @@ class ShardedHead(FrozenHead):
         return finish(highest, sums[:, 0], sums[:, 1:])
 
 
-def shard_bounds(classes: int, ranks: Ranks) -> tuple[int, int]:
-    """First row of this rank and first of the next. Raises BadHead for fewer classes than ranks."""
-    if classes < ranks.world:
-        raise BadHead(f"a head of {classes} classes cannot be split over {ranks.world} ranks. Start fewer ranks.")
-    return classes * ranks.rank // ranks.world, classes * (ranks.rank + 1) // ranks.world
+def shard_bounds(classes: int, context: DistributedContext) -> tuple[int, int]:
+    """Return the first row of this process and of the next. Raises BadHead for fewer classes than processes."""
+    if classes < context.world:
+        raise BadHead(f"a head of {classes} classes cannot be split over {context.world} ranks. Start fewer ranks.")
+    return classes * context.rank // context.world, classes * (context.rank + 1) // context.world
 
 
 class _Gather(torch.autograd.Function):
@@ -226,7 +234,7 @@ class _Gather(torch.autograd.Function):
 
 
 @contextmanager
-def _noticing(rank: int, remedy: Callable[[], str] = lambda: "") -> Iterator[None]:
+def _detect_lost_rank(rank: int, remedy: Callable[[], str] = lambda: "") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -238,13 +246,13 @@ def _noticing(rank: int, remedy: Callable[[], str] = lambda: "") -> Iterator[Non
 
 
 def _is_connection(error: RuntimeError) -> bool:
-    """Whether torch.distributed raised it: gloo and NCCL errors are DistError or name their transport."""
+    """Tell whether torch.distributed raised it: gloo and NCCL errors are DistError or name their transport."""
     signs = ("gloo", "nccl", "connection", "timed out", "timeout", "recv", "peer")
     return isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
 
 
 def _line(error: Exception) -> str:
-    """First sentence of a message, without the place in torch's source that it starts with."""
+    """Cut a message to its first sentence, without the place in torch's source that it starts with."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[[^]]*\] *", "", first).split(". ")[0].strip().rstrip(".")[:160]
 

@@ -1,4 +1,4 @@
-"""Batches of augmented crops in a fixed order: image, order and augmentation depend on (seed, step) alone."""
+"""Load batches of augmented crops in a fixed order: image and augmentation depend on seed and step alone."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pkd.toolkit.core.parallel import in_order
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.images.codec import Rgb
 
-AHEAD = 6
+BATCHES_AHEAD = 6
 """Batches prepared before they are asked for."""
-WHOLE = slice(None)
+WHOLE_BATCH = slice(None)
 """The part of every batch that one process alone works on."""
 
 
 @dataclass(frozen=True)
 class CropBatch:
-    """``crops`` uint8 B×H×W×3 RGB; ``indices`` int64 B into the face set; ``mirrored`` bool B."""
+    """Hold one batch: ``crops`` uint8 B×H×W×3 RGB, ``indices`` int64 B into the face set, ``mirrored`` bool B."""
 
     crops: Rgb
     indices: NDArray[np.int64]
@@ -29,9 +29,9 @@ class CropBatch:
 
 
 class Loader:
-    """Endless batches of a face set. Batch ``step`` is the same in every run with the same seed.
+    """Yield endless batches of a face set; batch number ``step`` is the same in every run with the same seed.
 
-    ``share``: which images of every batch to yield; all shares together are the batch of one process.
+    ``share``: the part of every batch to yield; the parts of all processes together are the batch of a single one.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Loader:
         augment: float,
         seed: int,
         mirror: bool = True,
-        share: slice = WHOLE,
+        share: slice = WHOLE_BATCH,
         workers: int = 2,
     ) -> None:
         self.faces = faces
@@ -58,9 +58,9 @@ class Loader:
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def run(self, start: int, stop: int) -> Iterator[CropBatch]:
-        """Batches ``start`` … ``stop − 1``, prepared in threads and yielded in order."""
+        """Yield batches ``start`` … ``stop − 1`` in order; threads prepare them."""
         drawn = ((step, self._indices(step)[self._share]) for step in range(start, stop))
-        return in_order(lambda each: self.make(*each), drawn, workers=self._workers, ahead=AHEAD)
+        return in_order(lambda each: self.make(*each), drawn, workers=self._workers, ahead=BATCHES_AHEAD)
 
     def make(self, step: int, indices: NDArray[np.int64]) -> CropBatch:
         """Decode and augment one batch."""
@@ -81,7 +81,7 @@ class Loader:
 
 
 def augment(image: Rgb, strength: float, random: np.random.Generator) -> Rgb:
-    """What cameras do to aligned crops: small misalignment, light, colour, low resolution, blur, occlusion.
+    """Change a crop as cameras do: small misalignment, light, colour, low resolution, blur, occlusion.
 
     ``image``: uint8 H×W×3. ``strength``: 0 (unchanged) to 1. Mirroring is decided by the caller, since the teacher's
     embedding of the mirrored image exists.
@@ -120,7 +120,7 @@ def augment(image: Rgb, strength: float, random: np.random.Generator) -> Rgb:
 
 
 def light(image: Rgb, gain: NDArray[np.float64], offset: float) -> Rgb:
-    """Per-channel gain and one offset around mid-grey, by table: uint8 H×W×3 → the same."""
+    """Apply a gain per channel and one offset around mid-grey, by table: uint8 H×W×3 → the same."""
     levels = np.arange(256, dtype=np.float64)[:, None]
     table = np.clip((levels - 127.5) * gain + 127.5 + offset, 0, 255).astype(np.uint8)
     return cv2.LUT(image, table.reshape(1, 256, 3)).astype(np.uint8, copy=False)

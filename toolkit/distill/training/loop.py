@@ -1,8 +1,9 @@
-"""The training loop: steps, checkpoints, resume, and what is left on disk at the end."""
+"""Run the training loop: steps, log, checkpoints, resume, and the run folder that is left at the end."""
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import fcntl
 import json
 import math
@@ -26,8 +27,7 @@ from pkd.toolkit.distill.heads.head import FILE as HEAD_FILE
 from pkd.toolkit.distill.heads.head import Head, save_head
 from pkd.toolkit.distill.models.backbones import parameters
 from pkd.toolkit.distill.models.student import load_weights, save_atomically, save_student, weights_digest
-from pkd.toolkit.distill.training.distributed import ALONE, Ranks
-from pkd.toolkit.distill.training.malloc import keep_freed_memory
+from pkd.toolkit.distill.training.distributed import SINGLE_PROCESS, DistributedContext
 from pkd.toolkit.distill.training.run_log import RunLog, StepLog
 from pkd.toolkit.distill.training.schedule import learning_rate, resolve
 from pkd.toolkit.distill.training.setup import Prepared
@@ -36,21 +36,27 @@ from pkd.toolkit.encoders.base import Encoder
 
 CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.json"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt(3)."""
 
 
 def distill(
-    config: DistillConfig, prepared: Prepared, teacher: Encoder | None, console: Console, ranks: Ranks = ALONE
+    config: DistillConfig,
+    prepared: Prepared,
+    teacher: Encoder | None,
+    console: Console,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train and write the run folder. Continues from its checkpoint if there is one. Returns the run's summary.
 
     Raises TrainingDiverged, RankLost (the last good checkpoint stays) and KeyboardInterrupt (one is written first).
     """
-    with ranks.watch(lambda: _go_on(config.run, ranks)):
-        return _distill(config, prepared, teacher, console, ranks)
+    with context.report_lost_ranks(lambda: _resume_hint(config.run, context)):
+        return _distill(config, prepared, teacher, console, context)
 
 
 def _distill(
-    config: DistillConfig, prepared: Prepared, teacher: Encoder | None, console: Console, ranks: Ranks
+    config: DistillConfig, prepared: Prepared, teacher: Encoder | None, console: Console, context: DistributedContext
 ) -> dict[str, Any]:
     run = config.run
     size = teacher.info.preprocess.size if teacher else prepared.faces.crop_size()
@@ -58,35 +64,35 @@ def _distill(
     if config.threads:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
-    ranks.require_same("images", prepared.data_digest)
-    config = resolve(config, prepared, dim, size, console, ranks)
+    context.require_same("images", prepared.data_digest)
+    config = resolve(config, prepared, dim, size, console, context)
     with ExitStack() as stack:
-        if ranks.first:
+        if context.is_rank_zero:
             stack.enter_context(_exclusive(run))
-        trainer = Trainer(config, prepared, dim, size, ranks)
+        trainer = Trainer(config, prepared, dim, size, context)
         start = _restore(trainer, run, prepared.data_digest)
-        ranks.require_same("checkpoints", str(start))
+        context.require_same("checkpoints", str(start))
         stop = stack.enter_context(StopRequest())
-        if not ranks.first:
+        if not context.is_rank_zero:
             train(trainer, start, run, None, stop)
-            return ranks.agree({})
+            return context.broadcast({})
         _write_json(run / CONFIG, json.loads(config.model_dump_json()))
         if prepared.audit:
             _write_json(run / "audit.json", json.loads(prepared.audit.model_dump_json()))
         log = stack.enter_context(RunLog(run, start, config.steps or 0, config.batch, console))
         train(trainer, start, run, log.write, stop)
-        return ranks.agree(_finish(trainer, run, teacher, log.last))
+        return context.broadcast(_finish(trainer, run, teacher, log.last))
 
 
 def train(
-    trainer: Trainer, start: int, run: Path | None, tell: Callable[[StepLog], None] | None, stop: StopRequest
+    trainer: Trainer, start: int, run: Path | None, write_log: Callable[[StepLog], None] | None, stop: StopRequest
 ) -> None:
-    """All steps from ``start`` on. ``run``: where the first rank keeps checkpoints; None: nothing is kept.
+    """Take all steps from ``start`` on. ``run``: folder in which rank 0 keeps checkpoints; None keeps nothing.
 
     Raises TrainingDiverged, and KeyboardInterrupt once ``stop`` is requested.
     """
-    config, steps, ranks = trainer.config, trainer.config.steps or 0, trainer.ranks
-    saved = -math.inf if ranks.world > 1 else time.monotonic()  # a lost rank always leaves something to resume
+    config, steps, context = trainer.config, trainer.config.steps or 0, trainer.context
+    saved = -math.inf if context.world > 1 else time.monotonic()  # a lost process always leaves something to resume
     trainer.student.train()
     for step, batch in enumerate(trainer.loader.run(start, steps), start=start):
         lr = learning_rate(step, steps, config)
@@ -94,10 +100,10 @@ def train(
             loss, cosine = trainer.step(batch, lr)
         except TrainingDiverged as error:
             raise _diverged(f"{error} at step {step + 1:,} of {steps:,}", run) from None
-        last, stopping = step + 1 == steps, ranks.any(stop.requested)
-        if tell:
-            tell(StepLog(step + 1, loss, cosine, lr))
-        if ranks.first and (last or stopping or time.monotonic() - saved > config.checkpoint_seconds):
+        last, stopping = step + 1 == steps, context.any(stop.requested)
+        if write_log:
+            write_log(StepLog(step + 1, loss, cosine, lr))
+        if context.is_rank_zero and (last or stopping or time.monotonic() - saved > config.checkpoint_seconds):
             if not trainer.finite():
                 raise _diverged(f"a weight is not finite after step {step + 1:,} of {steps:,}", run)
             if run:
@@ -105,7 +111,7 @@ def train(
                 save_atomically(content, run / CHECKPOINT)
             saved = time.monotonic()
         if stopping and not last:
-            kept = f"Step {step + 1:,} of {steps:,} is saved: {_command(ranks)} --resume --out {run}"
+            kept = f"LossInputs {step + 1:,} of {steps:,} is saved: {_resume_command(context)} --resume --out {run}"
             raise KeyboardInterrupt(kept if run else "Nothing was written.")
 
 
@@ -158,21 +164,21 @@ def _identify(trainer: Trainer, student: nn.Module, teacher: Encoder | None) -> 
     dim = teacher.info.space.dim if teacher else config.dim or 512
     template = teacher.info.preprocess.template if teacher else config.template or Preprocess().template
     preprocess = trainer.preprocess.model_copy(update={"template": template})
-    if trainer.method.ties and teacher:
+    if trainer.method.aligns and teacher:
         return describe(name, "student", digest, preprocess, dim, space=teacher.info.space)
     own = describe(name, "teacher", digest, preprocess, dim)  # nothing tied it to a teacher: a space of its own
     return own if teacher is None else own.model_copy(update={"role": "student"})
 
 
-def _go_on(run: Path, ranks: Ranks) -> str:
+def _resume_hint(run: Path, context: DistributedContext) -> str:
     if (run / CHECKPOINT).is_file():
-        return f"The last checkpoint is kept: {_command(ranks)} --resume --out {run}"
+        return f"The last checkpoint is kept: {_resume_command(context)} --resume --out {run}"
     return "No checkpoint was written yet."
 
 
-def _command(ranks: Ranks) -> str:
+def _resume_command(context: DistributedContext) -> str:
     one = "pkd-distill"
-    return one if ranks.world == 1 else f"torchrun --nproc_per_node {ranks.world} -m pkd.toolkit.cli.distill"
+    return one if context.world == 1 else f"torchrun --nproc_per_node {context.world} -m pkd.toolkit.cli.distill"
 
 
 def _diverged(what: str, run: Path | None) -> TrainingDiverged:
@@ -206,3 +212,17 @@ def _exclusive(run: Path) -> Iterator[None]:
                 f"{run}: another pkd-distill is writing this run. Wait for it or choose another --out."
             ) from None
         yield
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep memory that it has freed. False where the C library is not glibc; then nothing changes.
+
+    glibc takes each large activation straight from the kernel, which clears it page by page, and returns it after use.
+    A small student's step spends up to a third of its CPU time on that (benchmarks/training_speed.py). Results are the
+    same to the bit; the process stays as large as its largest step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))

@@ -1,4 +1,4 @@
-"""RunLog: one line per step in log.csv, the same in TensorBoard, and the progress bar."""
+"""Record every step: a line in log.csv, the same in TensorBoard, and the progress bar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = ("step", "loss", "cosine", "lr", "images_per_second", "seconds")
 
 @dataclass(frozen=True)
 class StepLog:
-    """``step`` counts from 1. ``cosine``: mean teacher–student cosine of the batch, NaN without a teacher."""
+    """Hold one step's figures. ``step`` counts from 1; ``cosine``: mean S–T cosine of the batch, NaN if untaught."""
 
     step: int
     loss: float
@@ -28,7 +28,7 @@ class StepLog:
 
 
 class RunLog:
-    """Writes to a run folder; a resumed run first drops the lines after its checkpoint."""
+    """Write the log of a run folder; a resumed run first drops the lines after its checkpoint."""
 
     def __init__(self, run: Path, start: int, steps: int, batch: int, console: Console) -> None:
         self.last: StepLog | None = None

@@ -1,4 +1,4 @@
-"""How long a training lasts and in which arithmetic: ``auto`` and time budgets become facts before the first step."""
+"""Fix the steps, learning rates and arithmetic of a training before its first step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 
 from pkd.toolkit.distill.config import DistillConfig
-from pkd.toolkit.distill.training.distributed import ALONE, Ranks
+from pkd.toolkit.distill.training.distributed import SINGLE_PROCESS, DistributedContext
 from pkd.toolkit.distill.training.setup import Prepared
 from pkd.toolkit.distill.training.trainer import Trainer
 
 
 def learning_rate(step: int, steps: int, config: DistillConfig) -> float:
-    """Linear warm-up to ``config.lr``, then half a cosine down to zero."""
+    """Return the learning rate of a step: linear warm-up to ``config.lr``, then half a cosine down to zero."""
     warm = max(1, round(config.warmup * steps))
     if step < warm:
         return config.lr * (step + 1) / warm
@@ -24,15 +24,20 @@ def learning_rate(step: int, steps: int, config: DistillConfig) -> float:
 
 
 def resolve(
-    config: DistillConfig, prepared: Prepared, dim: int, size: int, console: Console, ranks: Ranks = ALONE
+    config: DistillConfig,
+    prepared: Prepared,
+    dim: int,
+    size: int,
+    console: Console,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> DistillConfig:
-    """Turn ``auto`` precision and the time or epoch budget into facts, so that a resumed run repeats them."""
+    """Replace ``auto`` precision and a time or epoch budget by numbers, so that a resumed run repeats them."""
     if config.precision == "auto":
-        faster = ranks.agree(_faster_precision(config, prepared, dim, size, ranks))
+        faster = context.broadcast(_faster_precision(config, prepared, dim, size, context))
         config = config.model_copy(update={"precision": faster})
     if config.steps is None:
         if config.max_minutes is not None:
-            seconds = ranks.agree(_seconds_per_step(config, prepared, dim, size, ranks))
+            seconds = context.broadcast(_seconds_per_step(config, prepared, dim, size, context))
             steps = max(1, int(config.max_minutes * 60 / seconds))
             console.print(f"measured {seconds:.2f} s a step: {steps:,} steps fit {config.max_minutes:g} minutes")
         else:
@@ -41,23 +46,25 @@ def resolve(
     return config
 
 
-def _faster_precision(config: DistillConfig, prepared: Prepared, dim: int, size: int, ranks: Ranks) -> str:
+def _faster_precision(
+    config: DistillConfig, prepared: Prepared, dim: int, size: int, context: DistributedContext
+) -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "fp32"
     timed = {
-        p: _seconds_per_step(config.model_copy(update={"precision": p}), prepared, dim, size, ranks)
+        p: _seconds_per_step(config.model_copy(update={"precision": p}), prepared, dim, size, context)
         for p in ("bf16", "fp32")
     }
     return min(timed, key=lambda p: timed[p])
 
 
 def _seconds_per_step(
-    config: DistillConfig, prepared: Prepared, dim: int, size: int, ranks: Ranks, count: int = 5
+    config: DistillConfig, prepared: Prepared, dim: int, size: int, context: DistributedContext, count: int = 5
 ) -> float:
-    """Median over ``count`` steps of a throwaway trainer, decoding included, after two to warm up."""
-    trainer = Trainer(config, prepared, dim, size, ranks)
+    """Measure a throwaway trainer: the median of ``count`` steps, decoding included, after two to warm up."""
+    trainer = Trainer(config, prepared, dim, size, context)
     trainer.student.train()
     times: list[float] = []
     before = time.monotonic()

@@ -1,4 +1,4 @@
-"""Everything a training needs before its first step: images, teacher targets, an audited head."""
+"""Prepare a training before its first step: images, teacher embeddings, an audited head."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from pkd.toolkit.encoders.embed import default_cache, embed_stored
 
 @dataclass(frozen=True)
 class Prepared:
-    """``targets``: the teacher's unit embeddings of every image, plain and mirrored, each N×D and read by index from
+    """Hold the data of a training.
+
+    ``targets``: the teacher's unit embeddings of every image, plain and mirrored, each N×D and read by index from
     disk; None without a teacher.
 
     ``labels``: int64 N into the head's rows (or the identities, where the head is trained), −1 where unknown.
@@ -55,7 +57,7 @@ def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) ->
     if "margindistillation" in dict(method.terms) and Margin.parse(config.margin).kind == "softmax":
         raise InputError(f"--method {config.method}: varies a margin and --margin softmax has none. Use arcface:0.5.")
     stages = _plan(config, teacher, method.stages) if teacher and method.stages else None
-    choice = HeadChoice.parse(config.head, config.teacher) if method.head in {"frozen", "moving"} else None
+    choice = HeadChoice.parse(config.head, config.teacher) if method.head in {"frozen", "ema"} else None
     faces = _read_faces(config, method, choice, console)
     if len(faces) < config.batch:
         raise InputError(f"{len(faces):,} images are fewer than --batch {config.batch}. Give more or a smaller batch.")

@@ -1,4 +1,4 @@
-"""Trainer: a student, its optimiser and everything that one step needs."""
+"""Train a student: the optimiser step and everything that it needs."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch.nn.parallel import DistributedDataParallel
 from pkd.toolkit.core.errors import TrainingDiverged
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.distill.config import DistillConfig
-from pkd.toolkit.distill.heads.ema import MovingHead
+from pkd.toolkit.distill.heads.ema import EmaHead
 from pkd.toolkit.distill.heads.frozen_softmax import FrozenHead
 from pkd.toolkit.distill.heads.margin import Margin
 from pkd.toolkit.distill.losses.feature import ADAPTED, adapters
-from pkd.toolkit.distill.losses.feature_hooks import Taps
-from pkd.toolkit.distill.losses.inputs import StagePair, Step
+from pkd.toolkit.distill.losses.feature_hooks import FeatureHooks
+from pkd.toolkit.distill.losses.inputs import LossInputs, StagePair
 from pkd.toolkit.distill.losses.registry import WeightedSum
 from pkd.toolkit.distill.models.backbones import build
 from pkd.toolkit.distill.models.initial_weights import start_from
 from pkd.toolkit.distill.models.layers import Backbone
-from pkd.toolkit.distill.training.distributed import ALONE, Ranks, ShardedHead
+from pkd.toolkit.distill.training.distributed import SINGLE_PROCESS, DistributedContext, ShardedHead
 from pkd.toolkit.distill.training.loader import CropBatch, Loader
 from pkd.toolkit.distill.training.setup import Prepared
 
 
 class Trainer:
-    """One training in memory. The same config and data give the same weights, step by step.
+    """Hold one training: student, centres and optimiser. Equal config and data give equal weights at each step.
 
     Over several ranks each sees its share of every batch; the losses see the whole batch on every rank, the frozen head
-    is split, and moving or trained centres are kept whole and stay equal, since all ranks make the same update.
+    is split, and EMA or trained centres are kept whole and stay equal, since all ranks make the same update.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Trainer:
         prepared: Prepared,
         dim: int,
         size: int,
-        ranks: Ranks = ALONE,
+        context: DistributedContext = SINGLE_PROCESS,
         student: Backbone | None = None,
     ) -> None:
-        """``student``: trained in the place of a new one of ``config.student``."""
+        """Build the student, its classifier and its optimiser. ``student``: trained instead of a new one."""
         self.config = config
-        self.ranks = ranks
+        self.context = context
         self.prepared = prepared
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.method = WeightedSum.parse(config.method)
@@ -58,35 +58,35 @@ class Trainer:
         self.started_from = start_from(config.init, student, config.student, dim, size) if config.init else None
         self.student = student.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.head: FrozenHead | None = None
-        self.moving: MovingHead | None = None
+        self.ema_head: EmaHead | None = None
         self.own: nn.Parameter | None = None
         if self.method.head == "trained":
             self.own = nn.Parameter(torch.randn(len(prepared.identities), dim, device=self.device) * 0.05)
-        elif self.method.head in {"frozen", "moving"}:
+        elif self.method.head in {"frozen", "ema"}:
             assert prepared.head is not None
             centres = torch.as_tensor(prepared.head.centres)
             if self.method.head == "frozen":
-                self.head = ShardedHead.split(centres, ranks, self.device)
+                self.head = ShardedHead.split(centres, context, self.device)
             else:
-                self.moving = MovingHead(centres.to(self.device))
+                self.ema_head = EmaHead(centres.to(self.device))
         self.plan = prepared.stages
-        self.taps = Taps(self.student, student.stages) if self.plan else None
+        self.hooks = FeatureHooks(self.student, student.stages) if self.plan else None
         self.adapters = nn.ModuleDict()
         if self.plan:
             needed = [name for name, _ in self.method.terms if name in ADAPTED]
             self.adapters.update({name: adapters(name, self.plan.channels) for name in needed})
         self.adapters.to(self.device)
-        self.network: nn.Module = self.student if ranks.world == 1 else DistributedDataParallel(self.student)
+        self.network: nn.Module = self.student if context.world == 1 else DistributedDataParallel(self.student)
         self.optimiser = torch.optim.AdamW(self._groups(), lr=config.lr, betas=(0.9, 0.999))
         self.loader = Loader(
             prepared.faces, config.batch, size, augment=config.augment, seed=config.seed, mirror=config.mirror,
-            share=ranks.share(config.batch),
+            share=context.batch_share(config.batch),
         )  # fmt: skip
         self.preprocess = Preprocess(size=size)
         self.bf16 = config.precision == "bf16"
 
     def step(self, batch: CropBatch, lr: float) -> tuple[float, float]:
-        """One optimiser step. Returns the loss and the mean teacher–student cosine (NaN without a teacher)."""
+        """Take one optimiser step. Returns the loss and the mean teacher–student cosine (NaN without a teacher)."""
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         pixels = torch.from_numpy(batch.crops).to(self.device).permute(0, 3, 1, 2)  # channels last, no copy
@@ -98,29 +98,29 @@ class Trainer:
         cosine = math.nan
         if step.teacher is not None:
             cosine = float((normalize(step.embeddings.detach()) * step.teacher).sum(dim=1).mean())
-        value = self.ranks.mean(float(loss.detach()))  # stages are seen by their own rank alone
+        value = self.context.mean(float(loss.detach()))  # stages are seen by their own rank alone
         if not math.isfinite(value):
             raise TrainingDiverged(f"the loss is {value}")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.ranks.average_gradients(self.adapters)
+        self.context.average_gradients(self.adapters)
         self.optimiser.step()
         return value, cosine
 
-    def _step(self, batch: CropBatch, embeddings: Tensor) -> Step:
-        """The whole batch, of all ranks, apart from stage features, which stay with the rank that made them."""
+    def _step(self, batch: CropBatch, embeddings: Tensor) -> LossInputs:
+        """Gather the batch of all processes; stage features stay with the process that made them."""
         drawn = torch.from_numpy(np.stack([batch.indices, batch.mirrored], axis=1)).to(self.device)
-        indices, mirrored = self.ranks.gather(drawn).cpu().numpy().T
+        indices, mirrored = self.context.gather(drawn).cpu().numpy().T
         labels = self.prepared.labels[indices]
         exclude = self.prepared.exclude
-        return Step(
-            embeddings=self.ranks.gather(embeddings),
+        return LossInputs(
+            embeddings=self.context.gather(embeddings),
             labels=torch.from_numpy(labels).to(self.device),
             margin=self.margin,
             scale=self.config.scale,
             teacher=self._targets(indices, mirrored),
             head=self.head,
-            moving=self.moving,
+            ema_head=self.ema_head,
             trained=None if self.own is None else normalize(self.own),
             exclude=None if exclude is None else torch.from_numpy(exclude[labels]).to(self.device),
             temperature=self.config.temperature,
@@ -129,38 +129,38 @@ class Trainer:
         )
 
     def _stages(self, batch: CropBatch) -> tuple[StagePair, ...]:
-        if self.plan is None or self.taps is None:
+        if self.plan is None or self.hooks is None:
             return ()
-        student, teacher = self.taps.take(), self.plan.teacher(batch.crops)
+        student, teacher = self.hooks.pop(), self.plan.teacher(batch.crops)
         return tuple(StagePair(student[i], teacher[j].to(self.device)) for i, j in self.plan.pairs)
 
     def finite(self) -> bool:
-        """Whether every weight, running statistic and centre is finite."""
+        """Tell whether every weight, running statistic and centre is finite."""
         kept = [*self.student.state_dict().values(), *self.adapters.state_dict().values()]
         kept += [] if self.own is None else [self.own]
-        kept += [] if self.moving is None else [self.moving.units]
+        kept += [] if self.ema_head is None else [self.ema_head.units]
         return all(bool(torch.isfinite(t).all()) for t in kept if t.is_floating_point())
 
     def state(self) -> dict[str, Any]:
-        """All that a bit-for-bit continuation needs; order and augmentation follow from the step alone."""
+        """Return what a bit-for-bit continuation needs; order and augmentation follow from the step number."""
         state: dict[str, Any] = {"student": self.student.state_dict(), "optimiser": self.optimiser.state_dict()}
         state["adapters"] = self.adapters.state_dict()
         if self.own is not None:
             state["centres"] = self.own.detach()
-        if self.moving is not None:
-            state["moving"] = self.moving.state()
+        if self.ema_head is not None:
+            state["ema"] = self.ema_head.state()
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state``."""
+        """Load what ``state`` returned."""
         self.student.load_state_dict(state["student"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.adapters.load_state_dict(state["adapters"])
         if self.own is not None:
             with torch.no_grad():
                 self.own.copy_(state["centres"])
-        if self.moving is not None:
-            self.moving.restore(state["moving"])
+        if self.ema_head is not None:
+            self.ema_head.restore(state["ema"])
 
     def _targets(self, indices: NDArray[np.int64], mirrored: NDArray[np.int64]) -> Tensor | None:
         if self.prepared.targets is None:

@@ -53,7 +53,7 @@ def test_a_sample_is_looked_up_where_all_would_take_long(monkeypatch: pytest.Mon
     plain, mirrored, labels = clusters(300, 5, 16, noise=0.4)
     head = class_means(plain, mirrored, labels, tuple(map(str, range(300))))
     whole = audit(head, plain, mirrored, labels)
-    monkeypatch.setattr(module, "PRODUCTS", 1)
+    monkeypatch.setattr(module, "MAX_PRODUCTS", 1)
     sampled = audit(head, plain, mirrored, labels)
     assert (whole.top1_images, sampled.top1_images) == (1500, 1000)
     assert sampled.mean_cosine == whole.mean_cosine and whole.top1 is not None

@@ -74,7 +74,7 @@ def test_a_shard_twice_and_a_shard_without_a_rank(tmp_path: Path) -> None:
     with pytest.raises(BadHead, match="rank 1 is given twice"):
         read([*map(str, paths), str(copy)])
     renamed = paths[1].rename(tmp_path / "second.pt")
-    with pytest.raises(BadHead, match=r"second\.pt: its name tells no rank.*Rename"):
+    with pytest.raises(BadHead, match=r"second\.pt: its name holds no rank.*Rename"):
         read([str(paths[0]), str(renamed)])
 
 

@@ -1,16 +1,16 @@
-"""MovingHead: AdaDistill's average, image by image, and the batches that make it hard."""
+"""EmaHead: AdaDistill's average, image by image, and the batches that make it hard."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import normalize
 
-from pkd.toolkit.distill.heads.ema import MovingHead
+from pkd.toolkit.distill.heads.ema import EmaHead
 
 
-def make(count: int = 4, dim: int = 8) -> tuple[MovingHead, torch.Tensor, torch.Tensor]:
+def make(count: int = 4, dim: int = 8) -> tuple[EmaHead, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    head = MovingHead(normalize(torch.randn(3, dim, dtype=torch.float64)))
+    head = EmaHead(normalize(torch.randn(3, dim, dtype=torch.float64)))
     return head, *(normalize(torch.randn(count, dim, dtype=torch.float64)) for _ in range(2))
 
 
@@ -62,7 +62,7 @@ def test_it_leaves_the_centres_it_started_from_alone_and_comes_back_from_a_check
     torch.manual_seed(0)
     centres = normalize(torch.randn(3, 8))
     kept = centres.clone()
-    head, again = MovingHead(centres), MovingHead(centres)
+    head, again = EmaHead(centres), EmaHead(centres)
     vectors = normalize(torch.randn(2, 8))
     head.update(vectors, vectors.flip(0), torch.tensor([0, 2]))
     assert torch.equal(centres, kept) and not torch.equal(head.units, kept)

@@ -20,7 +20,7 @@ NAMES = tuple(map(str, range(60)))
 def test_loss_and_gradient_equal_autograd_of_the_plain_loss(
     kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "CLASSES", chunk)
+    monkeypatch.setattr(fit, "CHUNK_CLASSES", chunk)
     random = np.random.default_rng(0)
     centres, rows = (torch.from_numpy(unit(random.normal(size=(n, 12)))).double() for n in (23, 40))
     centres, rows = (torch.nn.functional.normalize(t) for t in (centres, rows))
@@ -47,7 +47,7 @@ def test_fitting_lowers_the_loss_and_repeats_with_the_same_seed(monkeypatch: pyt
     losses = [float(gradients(c, rows, ids, fit.MARGIN, fit.SCALE)[0]) for c in (before, head.centres)]
     assert losses[1] < 0.9 * losses[0]
     assert torch.equal(fit_head(means, plain, mirrored, labels, 0).centres, head.centres)
-    monkeypatch.setattr(fit, "CLASSES", 7)  # bfloat16 products may round otherwise in other shapes
+    monkeypatch.setattr(fit, "CHUNK_CLASSES", 7)  # bfloat16 products may round otherwise in other shapes
     torch.testing.assert_close(fit_head(means, plain, mirrored, labels, 0).centres, head.centres, atol=5e-3, rtol=0)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize
 
 from pkd.toolkit.distill.losses.embedding import cckd, l2kd, rkd
-from tests.support.distill_step import make_step
+from tests.support.loss_inputs import make_inputs
 
 LABELS = [0, 1, 2, 3, -1]
 
@@ -35,71 +35,71 @@ def relations(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_rkd_against_numpy() -> None:
-    step = make_step(LABELS, dtype=torch.float64)
-    assert step.teacher is not None
-    student = relations(normalize(step.embeddings).numpy())
-    teacher = relations(step.teacher.numpy())
+    inputs = make_inputs(LABELS, dtype=torch.float64)
+    assert inputs.teacher is not None
+    student = relations(normalize(inputs.embeddings).numpy())
+    teacher = relations(inputs.teacher.numpy())
     distance, angle = (float(np.mean([huber(d) for d in (s - t).flat])) for s, t in zip(student, teacher, strict=True))
-    assert float(rkd(step)) == pytest.approx(distance + 2 * angle, rel=1e-9)
+    assert float(rkd(inputs)) == pytest.approx(distance + 2 * angle, rel=1e-9)
 
 
 def test_cckd_against_numpy() -> None:
-    step = make_step(LABELS, dtype=torch.float64)
-    assert step.teacher is not None
+    inputs = make_inputs(LABELS, dtype=torch.float64)
+    assert inputs.teacher is not None
 
     def correlation(units: np.ndarray) -> np.ndarray:
         cosines = units @ units.T
         return math.exp(-0.8) * (1 + 0.8 * cosines + 0.8**2 / 2 * cosines**2)
 
-    off = correlation(normalize(step.embeddings).numpy()) - correlation(step.teacher.numpy())
-    assert float(cckd(step)) == pytest.approx(float(np.mean(off**2)), rel=1e-9)
+    off = correlation(normalize(inputs.embeddings).numpy()) - correlation(inputs.teacher.numpy())
+    assert float(cckd(inputs)) == pytest.approx(float(np.mean(off**2)), rel=1e-9)
 
 
 def test_l2kd_is_twice_one_minus_cosine() -> None:
-    step = make_step(LABELS)
-    assert step.teacher is not None
-    cosine = cosine_similarity(step.embeddings, step.teacher).mean()
-    assert float(l2kd(step)) == pytest.approx(float(2 - 2 * cosine), abs=1e-5)
+    inputs = make_inputs(LABELS)
+    assert inputs.teacher is not None
+    cosine = cosine_similarity(inputs.embeddings, inputs.teacher).mean()
+    assert float(l2kd(inputs)) == pytest.approx(float(2 - 2 * cosine), abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", [l2kd, rkd, cckd])
 def test_the_teacher_itself_costs_nothing_at_any_length(loss) -> None:  # type: ignore[no-untyped-def]
-    step = make_step(LABELS, dtype=torch.float64)
-    assert step.teacher is not None
-    assert float(loss(replace(step, embeddings=step.teacher * 7))) == pytest.approx(0, abs=1e-12)
+    inputs = make_inputs(LABELS, dtype=torch.float64)
+    assert inputs.teacher is not None
+    assert float(loss(replace(inputs, embeddings=inputs.teacher * 7))) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("loss", [rkd, cckd])
 def test_relations_do_not_see_a_rotation_of_the_space(loss) -> None:  # type: ignore[no-untyped-def]
-    step = make_step(LABELS, dtype=torch.float64)
-    assert step.teacher is not None
+    inputs = make_inputs(LABELS, dtype=torch.float64)
+    assert inputs.teacher is not None
     rotation, _ = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))
-    assert float(loss(replace(step, embeddings=step.teacher @ rotation))) == pytest.approx(0, abs=1e-12)
-    assert float(l2kd(replace(step, embeddings=step.teacher @ rotation))) > 0.1
+    assert float(loss(replace(inputs, embeddings=inputs.teacher @ rotation))) == pytest.approx(0, abs=1e-12)
+    assert float(l2kd(replace(inputs, embeddings=inputs.teacher @ rotation))) > 0.1
 
 
 @pytest.mark.parametrize("loss", [l2kd, rkd, cckd])
 def test_gradients(loss) -> None:  # type: ignore[no-untyped-def]
-    step = make_step(LABELS, dtype=torch.float64)
-    start = step.embeddings.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: loss(replace(step, embeddings=x)), (start,))
+    inputs = make_inputs(LABELS, dtype=torch.float64)
+    start = inputs.embeddings.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss(replace(inputs, embeddings=x)), (start,))
 
 
 @pytest.mark.parametrize("loss", [l2kd, rkd, cckd])
 def test_images_that_coincide_have_a_finite_gradient(loss) -> None:  # type: ignore[no-untyped-def]
     """The same photograph twice in a batch, and a student that maps everything to one point."""
-    step = make_step(LABELS)
-    assert step.teacher is not None
-    twice = torch.cat([step.embeddings[:2], step.embeddings[:2], step.embeddings[4:]])
-    collapsed = step.embeddings[:1].repeat(5, 1)
+    inputs = make_inputs(LABELS)
+    assert inputs.teacher is not None
+    twice = torch.cat([inputs.embeddings[:2], inputs.embeddings[:2], inputs.embeddings[4:]])
+    collapsed = inputs.embeddings[:1].repeat(5, 1)
     for embeddings in (twice, collapsed):
         start = embeddings.clone().requires_grad_()
-        value = loss(replace(step, embeddings=start))
+        value = loss(replace(inputs, embeddings=start))
         value.backward()
         assert torch.isfinite(value) and start.grad is not None and bool(torch.isfinite(start.grad).all())
 
 
 @pytest.mark.parametrize("loss", [rkd, cckd])
 def test_float32_agrees_with_float64(loss) -> None:  # type: ignore[no-untyped-def]
-    exact, single = make_step(LABELS, dtype=torch.float64), make_step(LABELS)
+    exact, single = make_inputs(LABELS, dtype=torch.float64), make_inputs(LABELS)
     assert float(loss(single)) == pytest.approx(float(loss(exact)), rel=1e-4)

@@ -10,21 +10,21 @@ import torch
 from torch import nn
 
 from pkd.toolkit.distill.losses.feature import adapters, at, fitnets, fsp
-from pkd.toolkit.distill.losses.inputs import StagePair, Step
-from tests.support.distill_step import make_step
+from pkd.toolkit.distill.losses.inputs import LossInputs, StagePair
+from tests.support.loss_inputs import make_inputs
 
 LABELS = [0, 1, -1]
 
 
-def plain(step: Step) -> Step:
+def plain(inputs: LossInputs) -> LossInputs:
     """Adapters in eval mode at their start: a 1×1 convolution and a division by sqrt(1 + 1e-5)."""
-    return replace(step, adapters=step.adapters.eval())
+    return replace(inputs, adapters=inputs.adapters.eval())
 
 
-def adapted(step: Step, method: str, stage: int) -> np.ndarray:
-    convolution = step.adapters[method].get_submodule(str(stage))[0]  # type: ignore[index]
+def adapted(inputs: LossInputs, method: str, stage: int) -> np.ndarray:
+    convolution = inputs.adapters[method].get_submodule(str(stage))[0]  # type: ignore[index]
     weights = convolution.weight.detach().numpy()[:, :, 0, 0]
-    features = step.stages[stage].student.numpy()
+    features = inputs.stages[stage].student.numpy()
     return np.einsum("oc,nchw->nohw", weights, features) / np.sqrt(1 + 1e-5)
 
 
@@ -34,27 +34,27 @@ def in_units(features: torch.Tensor) -> np.ndarray:
 
 
 def test_at_against_numpy() -> None:
-    step = make_step(LABELS, dtype=torch.float64)
+    inputs = make_inputs(LABELS, dtype=torch.float64)
     total = 0.0
-    for pair in step.stages:
+    for pair in inputs.stages:
         maps = []
         for features in (pair.student.numpy(), pair.teacher.numpy()):
             attention = (features**2).sum(axis=1).reshape(len(features), -1)
             maps.append(attention / np.linalg.norm(attention, axis=1, keepdims=True))
         total += float(np.mean(np.sum((maps[0] - maps[1]) ** 2, axis=1)))
-    assert float(at(step)) == pytest.approx(total, rel=1e-9)
+    assert float(at(inputs)) == pytest.approx(total, rel=1e-9)
 
 
 def test_fitnets_against_numpy() -> None:
-    step = plain(make_step(LABELS, dtype=torch.float64))
-    expected = np.mean((adapted(step, "fitnets", 1) - in_units(step.stages[1].teacher)) ** 2)
-    assert float(fitnets(step).detach()) == pytest.approx(float(expected), rel=1e-9)
+    inputs = plain(make_inputs(LABELS, dtype=torch.float64))
+    expected = np.mean((adapted(inputs, "fitnets", 1) - in_units(inputs.stages[1].teacher)) ** 2)
+    assert float(fitnets(inputs).detach()) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_fsp_against_numpy() -> None:
-    step = plain(make_step(LABELS, dtype=torch.float64))
-    students = [adapted(step, "fsp", i) for i in range(3)]
-    teachers = [in_units(pair.teacher) for pair in step.stages]
+    inputs = plain(make_inputs(LABELS, dtype=torch.float64))
+    students = [adapted(inputs, "fsp", i) for i in range(3)]
+    teachers = [in_units(pair.teacher) for pair in inputs.stages]
 
     def flow(fine: np.ndarray, coarse: np.ndarray) -> np.ndarray:
         count, _, side, _ = coarse.shape
@@ -66,50 +66,50 @@ def test_fsp_against_numpy() -> None:
         taught = flow(teachers[i], teachers[i + 1])
         off = flow(students[i], students[i + 1]) - taught
         relative.append(np.mean(np.sum(off**2, axis=(1, 2)) / np.sum(taught**2, axis=(1, 2))))
-    assert float(fsp(step).detach()) == pytest.approx(float(np.mean(relative)), rel=1e-9)
+    assert float(fsp(inputs).detach()) == pytest.approx(float(np.mean(relative)), rel=1e-9)
 
 
 @pytest.mark.parametrize("loss", [at, fitnets, fsp])
 def test_the_teacher_itself_costs_nothing(loss) -> None:  # type: ignore[no-untyped-def]
     """With adapters that pass features on unchanged, in the teacher's units."""
-    step = make_step(LABELS, dtype=torch.float64)
+    inputs = make_inputs(LABELS, dtype=torch.float64)
 
     class InUnits(nn.Module):
         def forward(self, features: torch.Tensor) -> torch.Tensor:
             return features / features.square().mean().sqrt()
 
     passing = nn.ModuleDict({name: nn.ModuleDict({str(i): InUnits() for i in range(3)}) for name in ("fitnets", "fsp")})
-    same = tuple(StagePair(pair.teacher, pair.teacher) for pair in step.stages)
-    assert float(loss(replace(step, stages=same, adapters=passing))) == pytest.approx(0, abs=1e-12)
+    same = tuple(StagePair(pair.teacher, pair.teacher) for pair in inputs.stages)
+    assert float(loss(replace(inputs, stages=same, adapters=passing))) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("loss", [at, fitnets, fsp])
 def test_gradients(loss) -> None:  # type: ignore[no-untyped-def]
-    step = make_step(LABELS, dtype=torch.float64)
-    starts = tuple(pair.student.clone().requires_grad_() for pair in step.stages)
+    inputs = make_inputs(LABELS, dtype=torch.float64)
+    starts = tuple(pair.student.clone().requires_grad_() for pair in inputs.stages)
 
     def value(*features: torch.Tensor) -> torch.Tensor:
-        pairs = tuple(StagePair(f, pair.teacher) for f, pair in zip(features, step.stages, strict=True))
-        return loss(replace(step, stages=pairs))  # type: ignore[no-any-return]
+        pairs = tuple(StagePair(f, pair.teacher) for f, pair in zip(features, inputs.stages, strict=True))
+        return loss(replace(inputs, stages=pairs))  # type: ignore[no-any-return]
 
     assert torch.autograd.gradcheck(value, starts, atol=1e-4, fast_mode=True)
 
 
 @pytest.mark.parametrize("loss", [at, fitnets, fsp])
 def test_the_scale_of_the_teachers_features_does_not_matter(loss) -> None:  # type: ignore[no-untyped-def]
-    step = make_step(LABELS, dtype=torch.float64)
-    louder = replace(step, stages=tuple(StagePair(p.student, p.teacher * 1000) for p in step.stages))
-    assert float(loss(louder).detach()) == pytest.approx(float(loss(step).detach()), rel=1e-9)
+    inputs = make_inputs(LABELS, dtype=torch.float64)
+    louder = replace(inputs, stages=tuple(StagePair(p.student, p.teacher * 1000) for p in inputs.stages))
+    assert float(loss(louder).detach()) == pytest.approx(float(loss(inputs).detach()), rel=1e-9)
 
 
 @pytest.mark.parametrize("loss", [at, fitnets, fsp])
 def test_a_dead_stage_costs_a_finite_amount(loss) -> None:  # type: ignore[no-untyped-def]
-    step = make_step(LABELS, requires_grad=True)
-    dead = replace(step, stages=tuple(StagePair(p.student * 0, p.teacher * 0) for p in step.stages))
+    inputs = make_inputs(LABELS, requires_grad=True)
+    dead = replace(inputs, stages=tuple(StagePair(p.student * 0, p.teacher * 0) for p in inputs.stages))
     value = loss(dead)
     value.backward()
     assert torch.isfinite(value)
-    assert all(p.student.grad is None or bool(torch.isfinite(p.student.grad).all()) for p in step.stages)
+    assert all(p.student.grad is None or bool(torch.isfinite(p.student.grad).all()) for p in inputs.stages)
 
 
 def test_adapters_are_made_where_they_are_needed() -> None:

@@ -1,4 +1,4 @@
-"""Stages: taps on torch and ONNX teachers give the same features; what cannot be met is said with a way out."""
+"""Stages: hooks on torch and ONNX teachers give the same features; what cannot be met is said with a way out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.preprocess import Preprocess
-from pkd.toolkit.distill.losses.feature_hooks import Taps, open_stages, plan_stages
+from pkd.toolkit.distill.losses.feature_hooks import FeatureHooks, open_stages, plan_stages
 from pkd.toolkit.distill.models.backbones import build
 from pkd.toolkit.distill.models.student import TorchEncoder
 from pkd.toolkit.encoders.base import open_onnx
@@ -59,9 +59,9 @@ def test_pairs_are_those_of_equal_resolution(teacher: TorchEncoder) -> None:
     plan = plan_stages(teacher, (), student, SIZE, least=2)
     assert plan.sides == [16, 8, 4]
     taught = plan.teacher(crops(2))
-    taps = Taps(student, student.stages)
+    hooks = FeatureHooks(student, student.stages)
     student.eval()(torch.zeros(2, 3, SIZE, SIZE))
-    own = taps.take()
+    own = hooks.pop()
     for (i, j), (mine, theirs), side in zip(plan.pairs, plan.channels, plan.sides, strict=True):
         assert own[i].shape[1:] == (mine, side, side) and taught[j].shape[1:] == (theirs, side, side)
 

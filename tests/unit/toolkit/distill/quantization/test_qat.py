@@ -9,7 +9,7 @@ import pytest
 
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.distill.config import DistillConfig
-from pkd.toolkit.distill.quantization.qat import RATE, read_config
+from pkd.toolkit.distill.quantization.qat import LR_FACTOR, read_config
 from tests.support.training_data import write_patterns, write_teacher
 
 
@@ -30,7 +30,7 @@ def test_the_run_goes_on_as_it_was_for_other_steps(tmp_path: Path, choices: dict
     run = write(tmp_path, {**choices, "method": "l2kd", "unlabelled": (str(tmp_path / "faces"),)})
     config = read_config(run / "student.pt", None, 7)
     assert (config.method, config.faces, config.steps, config.max_minutes) == ("l2kd", choices["faces"], 7, None)
-    assert config.lr == pytest.approx(RATE * 0.5) and config.precision == "fp32"
+    assert config.lr == pytest.approx(LR_FACTOR * 0.5) and config.precision == "fp32"
     other = write_patterns(tmp_path / "other", 2, 2)
     config = read_config(run, other, 7)
     assert (config.faces, config.unlabelled) == ((str(other),), ())

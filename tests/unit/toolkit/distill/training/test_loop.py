@@ -68,9 +68,9 @@ def test_every_method_learns(tmp_path: Path, faces: Path, method: str) -> None:
     assert len(losses) == 60 and np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     student = load_student(config.run)
     assert student.info.id == summary["encoder"] and summary["method"] == str(WeightedSum.parse(method))
-    ties = WeightedSum.parse(method).ties
-    assert (student.info.space == teacher.info.space) == ties
-    if ties:
+    aligns = WeightedSum.parse(method).aligns
+    assert (student.info.space == teacher.info.space) == aligns
+    if aligns:
         assert summary["cosine"] > (0.4 if "l2kd" in method else 0.15)
 
 
@@ -105,7 +105,7 @@ def test_a_teacher_is_trained_with_its_classifier_and_a_student_inherits_it(tmp_
 
 def test_the_frozen_head_stays_and_the_others_move(tmp_path: Path, faces: Path, teacher: TorchEncoder) -> None:
     def centres(trainer: Trainer) -> torch.Tensor:
-        kept = (trainer.head and trainer.head.centres, trainer.moving and trainer.moving.units, trainer.own)
+        kept = (trainer.head and trainer.head.centres, trainer.ema_head and trainer.ema_head.units, trainer.own)
         return next(tensor for tensor in kept if tensor is not None).detach().clone()
 
     for method, moves in (("proxylesskd", False), ("adadistill", True), ("none", True)):

@@ -1,4 +1,4 @@
-"""A Step with everything in it, for tests of losses."""
+"""A LossInputs with everything in it, for tests of losses."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pkd.toolkit.distill.heads.ema import MovingHead
+from pkd.toolkit.distill.heads.ema import EmaHead
 from pkd.toolkit.distill.heads.frozen_softmax import FrozenHead
 from pkd.toolkit.distill.heads.margin import Margin
 from pkd.toolkit.distill.losses.feature import adapters
-from pkd.toolkit.distill.losses.inputs import StagePair, Step
+from pkd.toolkit.distill.losses.inputs import LossInputs, StagePair
 
 CHANNELS = [(4, 6), (5, 5), (6, 3)]
 SIDES = [8, 4, 2]
 CLASSES, DIM = 5, 16
 
 
-def make_step(
+def make_inputs(
     labels: Sequence[int],
     *,
     rows: Sequence[int] | None = None,
@@ -27,7 +27,7 @@ def make_step(
     dtype: torch.dtype = torch.float32,
     margin: str = "arcface:0.5",
     seed: int = 1,
-) -> Step:
+) -> LossInputs:
     """The same batch for the same seed and number of labels; ``rows`` keeps some of its images."""
     random = torch.Generator().manual_seed(seed)
 
@@ -45,14 +45,14 @@ def make_step(
         pairs.append(StagePair(features, noise(count, taught, side, side)[kept]))
     torch.manual_seed(seed)
     layers = nn.ModuleDict({name: adapters(name, CHANNELS) for name in ("fitnets", "fsp")}).to(dtype)
-    return Step(
+    return LossInputs(
         embeddings=embeddings,
         labels=torch.tensor(labels)[kept],
         margin=Margin.parse(margin),
         scale=32.0,
         teacher=teacher,
         head=FrozenHead(centres),
-        moving=MovingHead(centres),
+        ema_head=EmaHead(centres),
         trained=normalize(noise(CLASSES, DIM)).requires_grad_(requires_grad),
         temperature=4.0,
         stages=tuple(pairs),

@@ -11,7 +11,7 @@ PROGRAM = """
 import resource, sys
 import numpy as np
 if sys.argv[1] == "keep":
-    from pkd.toolkit.distill.training.malloc import keep_freed_memory
+    from pkd.toolkit.distill.training.loop import keep_freed_memory
     if not keep_freed_memory():
         print(-1)
         sys.exit()
