@@ -30,6 +30,7 @@ from pkd.toolkit.evaluation.protocols.all_pairs import cross_matrix
 from pkd.toolkit.evaluation.protocols.baselines import require_control, with_maps
 from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, ProtocolResult
 from pkd.toolkit.evaluation.protocols.pair_list import pair_list_accuracy
+from pkd.toolkit.evaluation.protocols.registry import find_protocol
 from pkd.toolkit.evaluation.protocols.templates import template_matching
 from pkd.toolkit.evaluation.report.evaluation_page import render, require_plots, write_figures
 from pkd.toolkit.evaluation.results.schema import Evaluation
@@ -71,6 +72,8 @@ class EvaluateOptions(Options):
     """Pair list: LFW's pairs.txt or CFP's Split/FP, of --faces DIR; or a .bin with its own images."""
     templates: Annotated[Path | None, Argument("META")] = None
     """Meta folder of IJB-B or IJB-C; --faces is its loose_crop."""
+    protocol: Annotated[str | None, Argument("NAME")] = None
+    """Protocol to run on --faces: all-pairs, or MODULE:NAME for a function of your own; all-pairs by default."""
     no_detector_score: bool = False
     """Weigh every face of a template the same within its medium."""
     threshold_pairs: Annotated[Path | None, Argument("FILE")] = None
@@ -109,6 +112,8 @@ class EvaluateOptions(Options):
             raise InputError("--demographics goes with --faces or --gallery and --probe. Drop it, or --templates.")
         if self.no_detector_score and not self.templates:
             raise InputError("--no-detector-score goes with --templates META. Drop it.")
+        if self.protocol and (self.pairs or self.templates or any(sides) or self.demographics or not self.faces):
+            raise InputError("--protocol NAME runs on --faces DIR, without other options that say what to compare.")
         if self.pairs and any(sides):
             raise InputError(
                 "--pairs FILE takes its images from --faces DIR or holds them: drop --gallery and --probe."
@@ -204,6 +209,9 @@ def _measure(asked: EvaluateOptions, progress: Progress) -> ProtocolResult:
     if asked.templates and asked.faces:
         templates = read_templates(asked.templates, asked.faces, scored=options.detector_score)
         return template_matching(templates, _name(asked.templates), encoders(templates.faces), options, progress)
+    if asked.protocol and asked.faces:
+        measure, faces = find_protocol(asked.protocol), FaceSet.read(asked.faces)
+        return measure(faces, _name(asked.faces), encoders(faces), options, progress)
     if asked.gallery and asked.probe:
         faces, probe = FaceSet.read(asked.gallery), FaceSet.read(asked.probe)
         name = f"{_name(asked.gallery)} (gallery), {_name(asked.probe)} (probe)"

@@ -1,0 +1,63 @@
+"""A newcomer extends pkd from outside, as CONTRIBUTING.md says: one file of theirs, named on a command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pkd.toolkit.evaluation.results.schema import Evaluation
+from tests.support.evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
+
+ROOT = Path(__file__).resolve().parents[2]
+PROTOCOL = '''
+"""Measure how alike student and teacher see the same image."""
+
+from pkd.toolkit.evaluation.protocols.common import ProtocolResult, agree, common, describe_data, embed
+from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, resampled_from
+from pkd.toolkit.evaluation.results.schema import Evaluation
+
+
+def same_image(faces, name, encoder_set, options, progress):
+    vectors = {letter: embed(encoder, faces, options, progress) for letter, encoder in encoder_set.encoders.items()}
+    evaluation = Evaluation(
+        **common(encoder_set, options),
+        protocol="the same image twice",
+        data=describe_data(name, "0" * 64, faces.labels),
+        agreement=agree(vectors["T"], vectors["S"]),
+    )
+    return ProtocolResult(evaluation, ResampleValues(resampled_from(evaluation), {}))
+'''
+
+
+def run(program: str, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run an installed command in a folder that holds the newcomer's module."""
+    command = [str(Path(sys.executable).with_name(program)), *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_an_evaluation_protocol(tmp_path: Path) -> None:
+    (tmp_path / "own_protocol.py").write_text(PROTOCOL)
+    write_people(tmp_path / "faces", [2] * 6)
+    write_teacher(tmp_path)
+    write_student(tmp_path, teacher_info(tmp_path / "teacher.onnx").space)
+    arguments = [
+        "--teacher", "teacher.onnx", "--teacher-preprocess", PREPROCESS, "--student", "student", "--faces", "faces",
+        "--cache", "cache", "--out", "out", "--bootstrap", "100",
+    ]  # fmt: skip
+    done = run("pkd-evaluate", tmp_path, *arguments, "--protocol", "own_protocol:same_image")
+    assert done.returncode == 0, done.stderr
+    evaluation = Evaluation.model_validate_json((tmp_path / "out/report.json").read_bytes())
+    assert evaluation.protocol == "the same image twice"
+    assert evaluation.agreement and 0 < evaluation.agreement.mean < 1
+    assert "the same image twice" in (tmp_path / "out/report.html").read_text()
+
+    done = run("pkd-evaluate", tmp_path, *arguments, "--protocol", "own_protocol:absent")
+    assert done.returncode == 2 and "has no absent" in done.stderr
+
+
+@pytest.mark.parametrize("named", ["toolkit/evaluation/protocols/registry.py"])
+def test_the_table_that_contributing_names_exists(named: str) -> None:
+    assert (ROOT / named).is_file()
