@@ -48,7 +48,7 @@ class DistillConfig(Record):
     method: str = "proxylesskd"
     """Loss of the training: proxylesskd, l2kd, kd, adadistill, margindistillation, none (no distillation), fitnets, at,
     fsp, rkd, cckd, or a weighted sum such as proxylesskd+l2kd:0.5. The last five, named alone, are added to the
-    student's own classifier."""
+    student's own classifier. MODULE:NAME is a loss of your own, alone or in a sum."""
     margin: str = "arcface:0.5"
     """Margin of the classification losses: softmax, cosface:M (cosine units) or arcface:M (radians)."""
     gradient: Literal["exact", "straight-through"] = "exact"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
@@ -19,7 +23,7 @@ Classifier = Literal["frozen", "ema", "trained", "none"]
 
 @dataclass(frozen=True)
 class Method:
-    """Describe a loss and what it needs."""
+    """Describe a loss and what it needs. A module of anybody's may define one for ``--method MODULE:NAME``."""
 
     loss: Callable[[LossInputs], Tensor]
     head: Classifier = "none"
@@ -54,10 +58,87 @@ METHODS: dict[str, Method] = {
 
 
 @dataclass(frozen=True)
+class Term:
+    """Hold one summand: a method, the name it was asked for by, and its weight."""
+
+    name: str
+    weight: float
+    method: Method
+
+    @classmethod
+    def parse(cls, spec: str, term: str) -> Term:
+        """Read ``l2kd``, ``l2kd:0.5``, ``mymodule:loss`` or ``mymodule:loss:0.5`` of the sum ``spec``."""
+        name, *rest = term.strip().split(":")
+        if name in METHODS:
+            method = METHODS[name]
+        elif rest and rest[0].isidentifier():
+            module, name = name, f"{name}:{rest[0]}"
+            method = load_method(module, rest.pop(0))
+        else:
+            raise InputError(
+                f"--method {spec!r}: unknown method {name!r}. Choose from {', '.join(METHODS)}, or name a loss of "
+                "your own as MODULE:NAME."
+            )
+        try:
+            weight = float(":".join(rest)) if rest else method.default_weight
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf"):
+            raise InputError(f"--method {spec!r}: the weight {':'.join(rest)!r} is not a positive number.")
+        return cls(name, weight, method)
+
+    def loss(self, inputs: LossInputs) -> Tensor:
+        """Compute the loss without its weight. Raises InputError where a loss of somebody's own is no scalar tensor."""
+        value = self.method.loss(inputs)
+        if not isinstance(value, Tensor) or value.ndim or (inputs.embeddings.requires_grad and not value.requires_grad):
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"--method {self.name}: returned {found}. A loss is one number with a gradient: a scalar tensor that "
+                "depends on inputs.embeddings."
+            )
+        return value
+
+
+def load_method(module: str, name: str) -> Method:
+    """Import a loss from a module of the user's, found as Python finds modules, the current folder included.
+
+    ``name``: a ``Method``, or a function of ``LossInputs`` alone, which then reads the teacher and needs nothing else.
+    Raises InputError where module or name is missing, or what it names cannot be a loss. Errors inside the module keep
+    their traceback.
+    """
+    asked = f"--method {module}:{name}"
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        content = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
+            raise
+        raise InputError(
+            f"{asked}: no module {module!r} in {Path.cwd()} or on Python's path. Start in its folder or set PYTHONPATH."
+        ) from None
+    found = getattr(content, name, None)
+    if isinstance(found, Method):
+        return found
+    if found is None:
+        defined = [each for each, value in vars(content).items() if callable(value) and each[0] != "_"]
+        raise InputError(f"{asked}: {module} defines no {name}. It defines {', '.join(defined) or 'nothing callable'}.")
+    if not callable(found):
+        raise InputError(f"{asked}: is a {type(found).__name__}, not a function or Method. Name a loss.")
+    try:
+        inspect.signature(found).bind(None)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{asked}: takes other arguments than one. Define it as def {name}(inputs: LossInputs) -> Tensor."
+        ) from None
+    return Method(found)
+
+
+@dataclass(frozen=True)
 class WeightedSum:
     """Sum methods with their weights, for example ``proxylesskd+l2kd:0.5``."""
 
-    terms: tuple[tuple[str, float], ...]
+    terms: tuple[Term, ...]
 
     @classmethod
     def parse(cls, spec: str) -> WeightedSum:
@@ -65,24 +146,12 @@ class WeightedSum:
 
         Raises InputError for unknown methods, weights that are no positive numbers, and terms that exclude each other.
         """
-        terms: list[tuple[str, float]] = []
-        for term in spec.split("+"):
-            name, _, number = term.strip().partition(":")
-            if name not in METHODS:
-                raise InputError(f"--method {spec!r}: unknown method {name!r}. Choose from {', '.join(METHODS)}.")
-            usual = METHODS[name].default_weight
-            try:
-                weight = float(number) if number else usual
-            except ValueError:
-                weight = 0.0
-            if not 0 < weight < float("inf"):
-                raise InputError(f"--method {spec!r}: the weight {number!r} is not a positive number.")
-            terms.append((name, weight))
-        if len({name for name, _ in terms}) != len(terms):
+        terms = [Term.parse(spec, term) for term in spec.split("+")]
+        if len({term.name for term in terms}) != len(terms):
             raise InputError(f"--method {spec!r}: names a method twice. Add up its weights.")
-        if all(METHODS[name].auxiliary for name, _ in terms):
-            terms.insert(0, ("none", 1.0))
-        classifiers = {METHODS[name].head: name for name, _ in terms if METHODS[name].head != "none"}
+        if all(term.method.auxiliary for term in terms):
+            terms.insert(0, Term("none", 1.0, METHODS["none"]))
+        classifiers = {term.method.head: term.name for term in terms if term.method.head != "none"}
         if len(classifiers) > 1:
             raise InputError(
                 f"--method {spec!r}: {' and '.join(classifiers.values())} need different classifiers "
@@ -91,34 +160,43 @@ class WeightedSum:
         return cls(tuple(terms))
 
     def __str__(self) -> str:
-        return "+".join(name if weight == 1 else f"{name}:{weight:g}" for name, weight in self.terms)
+        return "+".join(term.name if term.weight == 1 else f"{term.name}:{term.weight:g}" for term in self.terms)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the terms."""
+        return tuple(term.name for term in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
         """Tell whether any term reads the teacher's embeddings, stages or centres."""
-        return any(METHODS[name].teacher for name, _ in self.terms)
+        return any(term.method.teacher for term in self.terms)
 
     @property
     def aligns(self) -> bool:
         """Tell whether the student is trained into the teacher's space; otherwise it gets its own."""
-        return any(METHODS[name].aligns for name, _ in self.terms)
+        return any(term.method.aligns for term in self.terms)
 
     @property
     def head(self) -> Classifier:
         """Return the one classifier that the terms read."""
-        return next((METHODS[name].head for name, _ in self.terms if METHODS[name].head != "none"), "none")
+        return next((term.method.head for term in self.terms if term.method.head != "none"), "none")
 
     @property
     def needs_labels(self) -> bool:
         """Tell whether every term needs labels, so that unlabelled images would be ignored."""
-        return all(METHODS[name].labels for name, _ in self.terms)
+        return all(term.method.labels for term in self.terms)
 
     @property
     def stages(self) -> int:
         """Return the number of resolutions that student and teacher must have in common."""
-        return max(METHODS[name].stages for name, _ in self.terms)
+        return max(term.method.stages for term in self.terms)
 
     def loss(self, inputs: LossInputs) -> Tensor:
         """Compute the weighted sum, a scalar."""
-        total = [weight * METHODS[name].loss(inputs) for name, weight in self.terms]
-        return sum(total[1:], total[0])
+        losses = [term.weight * term.loss(inputs) for term in self.terms]
+        return sum(losses[1:], losses[0])
+
+    def not_finite(self, inputs: LossInputs) -> tuple[str, ...]:
+        """Name the terms whose loss is not finite."""
+        return tuple(term.name for term in self.terms if not bool(term.loss(inputs).isfinite()))

@@ -54,7 +54,7 @@ def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) ->
     method = WeightedSum.parse(config.method)
     if method.needs_teacher and teacher is None:
         raise InputError(f"--method {config.method}: needs --teacher. Without one, --method none trains a teacher.")
-    if "margindistillation" in dict(method.terms) and Margin.parse(config.margin).kind == "softmax":
+    if "margindistillation" in method.names and Margin.parse(config.margin).kind == "softmax":
         raise InputError(f"--method {config.method}: varies a margin and --margin softmax has none. Use arcface:0.5.")
     stages = _plan(config, teacher, method.stages) if teacher and method.stages else None
     choice = HeadChoice.parse(config.head, config.teacher) if method.head in {"frozen", "ema"} else None

@@ -73,7 +73,7 @@ class Trainer:
         self.hooks = FeatureHooks(self.student, student.stages) if self.plan else None
         self.adapters = nn.ModuleDict()
         if self.plan:
-            needed = [name for name, _ in self.method.terms if name in ADAPTED]
+            needed = [name for name in self.method.names if name in ADAPTED]
             self.adapters.update({name: adapters(name, self.plan.channels) for name in needed})
         self.adapters.to(self.device)
         self.network: nn.Module = self.student if context.world == 1 else DistributedDataParallel(self.student)
@@ -100,7 +100,8 @@ class Trainer:
             cosine = float((normalize(step.embeddings.detach()) * step.teacher).sum(dim=1).mean())
         value = self.context.mean(float(loss.detach()))  # stages are seen by their own rank alone
         if not math.isfinite(value):
-            raise TrainingDiverged(f"the loss is {value}")
+            wrong = " and ".join(self.method.not_finite(step)) or "another process's part"
+            raise TrainingDiverged(f"the loss is {value} ({wrong})")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.context.average_gradients(self.adapters)
