@@ -17,7 +17,7 @@ from pkd.toolkit.evaluation.comparison.load import read_runs
 from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict, write_ranking_figures
 from pkd.toolkit.evaluation.report.compare_plots import probability, what
 from pkd.toolkit.evaluation.report.drawing import require_plots
-from pkd.toolkit.evaluation.report.html import points
+from pkd.toolkit.evaluation.report.page import points
 
 EXAMPLES = """
   pkd-compare runs/l2kd/evaluation runs/proxylesskd/evaluation --out comparison
@@ -77,7 +77,7 @@ def _show(console: Console, r: Ranking, out: Path) -> None:
     if r.synthetic:
         console.print("[bold]Synthetic faces: these rates say nothing about people.[/bold]")
     table = Table(title=f"{what(r)}, % with 95 % interval", title_justify="left")
-    for heading in ("", "run", "identities alike" if r.runs[0].raw else r.by, "raw", "minus the best", "p"):
+    for heading in ("", "run", "macro (balanced)" if r.runs[0].raw else r.by, "micro (raw)", "minus the best", "p"):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=heading != "run")
     for place, ranked in enumerate(r.runs, 1):
         first, raw, behind = ranked.first, ranked.raw, ranked.behind_best

@@ -288,7 +288,7 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
 
 def _matrix(evaluation: Evaluation) -> Table:
     table = Table(title="True accept rate, % with 95 % interval; query–gallery", title_justify="left")
-    for heading in ("pair", "FMR", "identities alike", "pairs alike (raw)", "threshold"):
+    for heading in ("pair", "FMR", "macro (balanced)", "micro (raw)", "threshold"):
         table.add_column(heading, justify="left" if heading == "pair" else "right", no_wrap=True)
     for comparison in evaluation.comparisons:
         for point in comparison.points:
@@ -316,7 +316,7 @@ def identification_table(evaluation: Evaluation) -> Table:
     """
     first = evaluation.identifications[0]
     table = Table(
-        title=f"Search among {' and '.join(f'{n:,}' for n in first.enrolled)} people, identities alike, % with 95 % "
+        title=f"Search among {' and '.join(f'{n:,}' for n in first.enrolled)} people, macro (balanced), % with 95 % "
         "interval; probe–gallery",
         title_justify="left",
     )

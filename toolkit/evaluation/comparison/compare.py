@@ -36,9 +36,9 @@ class Ranked(Record):
     """How the query side's encoder was trained; None where its file does not tell."""
     flip: bool
     first: Measured
-    """What is ranked by: every identity alike, where the statistic knows identities."""
+    """What is ranked by: macro (balanced), where the statistic knows identities."""
     raw: Measured | None
-    """Every pair alike; None for statistics without it."""
+    """Micro (raw); None for statistics without it."""
     behind_best: PairedDifference | None
     """This run minus the best; None for the best."""
     p_adjusted: float | None
@@ -82,7 +82,7 @@ class Ranking(Record):
 
 
 ByTarget = dict[float | None, tuple[Measured, Measured | None]]
-"""Target rate (None for statistics without one) → every identity alike, and every pair (or search) alike."""
+"""Target rate (None for statistics without one) → macro (balanced), and micro (raw)."""
 
 
 @dataclass(frozen=True)

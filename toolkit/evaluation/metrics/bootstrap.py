@@ -66,7 +66,7 @@ class Bootstrap:
         """Compute a log-normal interval (a rate is a small count): FMR · exp(± t √times · relative standard deviation).
 
         Of the variance of an FMR one part comes from people (some match everyone more easily) and one, V, from pairs
-        alone. Drawing people brings V in three times: once by the product of two draws, and, for every person's part
+        alone. Resampling people brings V in three times: once by the product of two draws, and, for every person's part
         is estimated from noisy pairs, once more by either draw (Owen 2007, The pigeonhole bootstrap, for two-way
         data). At small rates nearly all is V, and without taking 2 V off intervals would be 1.7 times too wide.
         """
@@ -90,7 +90,7 @@ def bootstrap(
 ) -> Bootstrap:
     """Draw the identities with replacement ``resamples`` times and measure each resample.
 
-    Impostors a ≠ b weigh draws(a)·draws(b), a genuine pair of a draws(a): pairs between two
+    Impostors a ≠ b weigh multiplicity(a)·multiplicity(b), a genuine pair of a multiplicity(a): pairs between two
     copies of one drawn identity are left out, for they would be genuine pairs posing as impostors. A draw without any
     impostor or genuine pair (possible only in tiny sets) is drawn again.
     """

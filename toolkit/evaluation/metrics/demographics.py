@@ -207,7 +207,7 @@ def _false_non_matches(scores: PairScores, thresholds: Doubles, *, resamples: in
     for multiplicity in multiplicities:
         while not multiplicity[has].any():
             multiplicity[:] = random.multinomial(len(pairs), even)
-    people, alike = multiplicities @ has, multiplicities @ pairs
+    people, pairs_drawn = multiplicities @ has, multiplicities @ pairs
     accepted = matching(scores.genuine, thresholds)
     made = []
     for first in accepted:  # genuine scores descend: those from here on lie below the threshold
@@ -218,7 +218,7 @@ def _false_non_matches(scores: PairScores, thresholds: Doubles, *, resamples: in
                 float(share.sum() / has.sum()),
                 _interval((multiplicities @ share) / people, float(has.sum())),
                 float(lost.sum() / pairs.sum()),
-                _interval((multiplicities @ lost) / alike, effective(pairs)),
+                _interval((multiplicities @ lost) / pairs_drawn, effective(pairs)),
             )
         )
     return made
@@ -227,7 +227,7 @@ def _false_non_matches(scores: PairScores, thresholds: Doubles, *, resamples: in
 def _interval(drawn: Doubles, people: float) -> Interval:
     """Compute a 95 % interval, at either end no narrower than that of as many people of whom none failed (or all).
 
-    Where hardly anyone failed, draws hardly vary, though nothing rules out that one person in ``people`` / 4 fails
+    Where hardly anyone failed, resamples hardly vary, though nothing rules out that one person in ``people`` / 4 fails
     (Clopper and Pearson 1934, the exact interval for a count of zero).
     """
     low, high = interval(drawn, people)

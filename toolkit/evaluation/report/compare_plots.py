@@ -1,4 +1,4 @@
-"""The pictures of a comparison: the ranking, every two runs, error trade-offs and distances of all runs."""
+"""Draw the pictures of a comparison: the ranking, every two runs, error trade-offs and distances of all runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from pkd.toolkit.evaluation.comparison.compare import STATISTICS, Ranking
 from pkd.toolkit.evaluation.report.drawing import FAINT, INK, SOFT, Picture, on_axes
-from pkd.toolkit.evaluation.report.html import points
+from pkd.toolkit.evaluation.report.page import points
 from pkd.toolkit.evaluation.report.plots import det_curves, distance_distributions
 
 COLOURS = ("#0b63c5", "#b45309", "#0f766e", "#a21caf", "#475569", "#be123c", "#4d7c0f", "#6d28d9")
@@ -20,28 +20,28 @@ LONGEST = 26
 
 
 def pictures(r: Ranking) -> dict[str, Picture]:
-    """Every picture of a comparison, by name."""
+    """List every picture of a comparison, by name."""
     drawn = [ranking(r), pairwise(r)]
-    cells = {run.name: run.comparison for run in r.runs if run.comparison and r.by == "tar"}
-    curves = {_label(name): c.det for name, c in cells.items() if c.det.fmr}
+    comparisons = {run.name: run.comparison for run in r.runs if run.comparison and r.by == "tar"}
+    curves = {_label(name): c.det for name, c in comparisons.items() if c.det.fmr}
     if curves:
         drawn.append(det_curves(curves, title=r.cell, lines=_lines(r)))
-    if cells:
-        drawn.append(distance_distributions([(_label(name), c) for name, c in cells.items()]))
+    if comparisons:
+        drawn.append(distance_distributions([(_label(name), c) for name, c in comparisons.items()]))
     return {picture.name: picture for picture in drawn}
 
 
 def ranking(r: Ranking) -> Picture:
-    """Each run's value with its interval, best on top; the raw rate as an open circle."""
+    """Draw each run's value with its interval, best on top; the raw rate as an open circle."""
 
     def draw(axes: Any) -> None:
         for place, run in enumerate(r.runs):
             colour = _lines(r)[_label(run.name)][0]
             low, high = (100 * end for end in run.first.ci95)
             axes.plot([low, high], [place, place], color=colour, lw=2.2, solid_capstyle="butt")
-            axes.plot([100 * run.first.value], [place], "o", color=colour, ms=8, label="every identity alike")
+            axes.plot([100 * run.first.value], [place], "o", color=colour, ms=8, label="macro (balanced)")
             if run.raw:
-                axes.plot([100 * run.raw.value], [place], "o", mfc="none", mec=SOFT, ms=6, label="every pair alike")
+                axes.plot([100 * run.raw.value], [place], "o", mfc="none", mec=SOFT, ms=6, label="micro (raw)")
         axes.set_yticks(range(len(r.runs)), [_label(run.name) for run in r.runs])
         axes.set(ylim=(len(r.runs) - 0.5, -0.5), xlabel=f"{what(r)}, %")
         axes.grid(True, axis="x")
@@ -52,7 +52,7 @@ def ranking(r: Ranking) -> Picture:
 
 
 def pairwise(r: Ranking) -> Picture:
-    """Row minus column in points, with the adjusted p-value; blue where the row wins, red where it loses."""
+    """Draw row minus column in points, with the adjusted p-value; blue where the row wins, red where it loses."""
     names = [run.name for run in r.runs]
     place = {name: i for i, name in enumerate(names)}
 
@@ -93,13 +93,13 @@ def pairwise(r: Ranking) -> Picture:
 
 
 def what(r: Ranking) -> str:
-    """What is ranked by, in words."""
+    """Say what is ranked by, in words."""
     target = "" if r.target is None else f"{100 * r.target:g} %"
     return f"{r.cell} {STATISTICS[r.by].words.format(target)}"
 
 
 def probability(p: float) -> str:
-    """A p-value with two significant digits."""
+    """Write a p-value with two significant digits."""
     return f"{p:.2g}"
 
 
@@ -117,6 +117,6 @@ def _lines(r: Ranking) -> dict[str, tuple[str, Any]]:
 
 
 def _label(name: str) -> str:
-    """A name that fits beside a picture: a long one loses its middle. matplotlib's mathematics is not for names."""
+    """Fit a name beside a picture: a long one loses its middle, and no dollar sign starts mathematics."""
     cut = name if len(name) <= LONGEST else f"{name[: LONGEST // 2 - 1]}…{name[-LONGEST // 2 :]}"
     return cut.replace("$", r"\$")

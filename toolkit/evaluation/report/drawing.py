@@ -1,4 +1,4 @@
-"""Picture: one figure, drawn as inline SVG for the page or as a PNG file. matplotlib is imported when one is drawn."""
+"""Draw one figure as inline SVG for the page or as a PNG file. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PNG_DPI = 200
 
 @dataclass(frozen=True)
 class Picture:
-    """What to draw, in which size and under which name. Drawing touches no global state of matplotlib."""
+    """Say what to draw, in which size and under which name. Drawing touches no global state of matplotlib."""
 
     name: str
     """Stem of the PNG's name, and part of every id in the SVG: unique within a page."""
@@ -42,11 +42,11 @@ class Picture:
     size: tuple[float, float]
     """Inches."""
     draw: Callable[[Any], None]
-    """Draws into a matplotlib Figure."""
+    """Function that draws into a matplotlib Figure."""
 
 
 def on_axes(draw: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A ``Picture.draw`` of one pair of axes."""
+    """Make a ``Picture.draw`` of one pair of axes."""
 
     def draw_figure(figure: Any) -> None:
         axes = figure.subplots()
@@ -65,7 +65,7 @@ def require_plots() -> None:
 
 
 def as_svg(picture: Picture) -> str:
-    """An ``<svg>`` element that scales with its surroundings and whose text stays text."""
+    """Draw an ``<svg>`` element that scales with its surroundings and whose text stays text."""
     buffer = io.StringIO()
     _save(picture, buffer, {"svg.hashsalt": f"pkd {picture.name}"}, format="svg", transparent=True)
     svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
@@ -87,7 +87,7 @@ def write_png(picture: Picture, folder: Path) -> Path:
 
 
 def _coarser(path: re.Match[str]) -> str:
-    """A path to a hundredth of a point, which is finer than any screen or printer."""
+    """Round a path to a hundredth of a point, which is finer than any screen or printer."""
     return re.sub(r"(\d+\.\d\d)\d+", r"\1", path.group())
 
 

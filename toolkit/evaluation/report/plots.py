@@ -1,4 +1,4 @@
-"""The pictures of a report: error trade-offs, distances and scores of every ordered pair of encoders."""
+"""Draw the pictures of a report: error trade-offs, distances and scores of every ordered pair of encoders."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ USED = 2e-5
 
 
 def pictures(e: Evaluation) -> dict[str, Picture]:
-    """Every picture of a report, by name. Empty where nothing can be drawn."""
+    """List every picture of a report, by name. Empty where nothing can be drawn."""
     drawn = [scores_of(c, e.comparisons) for c in e.comparisons]
     if any(c.det.fmr for c in e.comparisons):
         drawn.append(det_curves({c.name: c.det for c in e.comparisons}, title="query–gallery"))
@@ -48,9 +48,9 @@ def pictures(e: Evaluation) -> dict[str, Picture]:
     return {picture.name: picture for picture in drawn}
 
 
-def file_name(cell: str) -> str:
-    """A cell's name in ASCII: ``S–T`` → ``S-T``."""
-    return cell.replace("–", "-")
+def file_name(encoder_pair: str) -> str:
+    """Write an encoder pair's name in ASCII: ``S–T`` → ``S-T``."""
+    return encoder_pair.replace("–", "-")
 
 
 def det_curves(
@@ -61,18 +61,18 @@ def det_curves(
     name: str = "det",
     rates: tuple[str, str] = ("false match rate (FMR)", "false non-match rate (FNMR)"),
 ) -> Picture:
-    """FNMR against FMR on log axes with bands, each curve down to the smallest FMR that its set resolves."""
+    """Draw FNMR against FMR on log axes with bands, each curve down to the smallest FMR that its set resolves."""
     curves = {label: det for label, det in curves.items() if det.fmr}
 
     def draw(axes: Any) -> None:
-        floor = _floor(curves.values())
+        lowest = _lower_end(curves.values())
         band = 0.13 if len(curves) <= 4 else 0.08
         for label, det in curves.items():
             colour, dashes = lines[label]
-            low, high, rate = (np.maximum(x, floor / 10) for x in (det.low, det.high, det.fnmr))
+            low, high, rate = (np.maximum(x, lowest / 10) for x in (det.low, det.high, det.fnmr))
             axes.fill_between(det.fmr, low, high, color=colour, alpha=band, lw=0)
             axes.plot(det.fmr, rate, color=colour, ls=dashes, lw=2, label=label)
-        axes.set(xscale="log", yscale="log", ylim=(floor, 1.0))
+        axes.set(xscale="log", yscale="log", ylim=(lowest, 1.0))
         axes.set_xlim(min(min(det.fmr) for det in curves.values()), 1.0)
         axes.set(xlabel=rates[0], ylabel=rates[1])
         axes.grid(True, which="major")
@@ -94,14 +94,14 @@ def det_curves(
 
 
 def open_set_curves(found: Sequence[Identification]) -> Picture:
-    """FNIR against FPIR, as ``det_curves``."""
+    """Draw FNIR against FPIR, as ``det_curves``."""
     curves = {i.name: Det(fmr=i.curve.fpir, fnmr=i.curve.fnir, low=i.curve.low, high=i.curve.high) for i in found}
     rates = "false positive identification rate (FPIR)", "false negative identification rate (FNIR)"
     return det_curves(curves, title="probe–gallery", name="identification", rates=rates)
 
 
 def distance_distributions(rows: Sequence[tuple[str, Comparison]], *, name: str = "distances") -> Picture:
-    """Densities of the Euclidean distance of genuine and impostor pairs, a row each on one axis, with their means.
+    """Draw densities of the Euclidean distance of genuine and impostor pairs, a row each on one axis, with their means.
 
     ``rows``: label and comparison. The distance of two unit vectors is √(2 − 2·cosine), 0 to 2.
     """
@@ -133,7 +133,7 @@ def distance_distributions(rows: Sequence[tuple[str, Comparison]], *, name: str 
 
 
 def scores_of(comparison: Comparison, beside: tuple[Comparison, ...]) -> Picture:
-    """Genuine and impostor scores of one ordered pair with its thresholds, on one scale with those ``beside`` it."""
+    """Draw genuine and impostor scores of one ordered pair with its thresholds, on the scale of those ``beside`` it."""
 
     def draw(axes: Any) -> None:
         for part, colour, name in (
@@ -158,7 +158,7 @@ def scores_of(comparison: Comparison, beside: tuple[Comparison, ...]) -> Picture
 
 
 def agreement_histogram(agreement: Agreement) -> Picture:
-    """Cosine between teacher and student on the same image."""
+    """Draw the cosine between teacher and student on the same image."""
 
     def draw(axes: Any) -> None:
         edges = _edges(agreement.histogram)
@@ -191,13 +191,13 @@ def _edges(histogram: Histogram) -> Doubles:
 
 
 def _distances(histogram: Histogram) -> Doubles:
-    """The histogram's edges as distances: from 2 (opposite) down to 0 (equal)."""
+    """Return the histogram's edges as distances: from 2 (opposite) down to 0 (equal)."""
     distances: Doubles = np.sqrt(np.maximum(2 - 2 * _edges(histogram), 0))
     return distances
 
 
 def _range(*histograms: Histogram) -> tuple[float, float]:
-    """The cosines that occur, with a little room."""
+    """Find the range of cosines that occur, with a little room."""
     used = [np.flatnonzero(np.array(h.fractions) > USED) for h in histograms]
     edges = _edges(histograms[0])
     return float(edges[max(0, min(u[0] for u in used) - 2)]), float(
@@ -206,12 +206,12 @@ def _range(*histograms: Histogram) -> tuple[float, float]:
 
 
 def _at_end(det: Det) -> float:
-    """FNMR at the smallest FMR."""
+    """Return the FNMR at the smallest FMR."""
     return det.fnmr[-1]
 
 
-def _floor(curves: Any) -> float:
-    """Lower end of the FNMR axis: the decade below the smallest rate at an FMR ≤ 10 %. Beyond, all fall to 0."""
+def _lower_end(curves: Any) -> float:
+    """Choose the lower end of the FNMR axis: the decade below the smallest rate at an FMR ≤ 10 %."""
     positive = [rate for det in curves for fmr, rate in zip(det.fmr, det.fnmr, strict=True) if rate > 0 and fmr <= 0.1]
     return float(10 ** np.floor(np.log10(max(min(positive, default=0.1) * 0.8, 1e-4))))
 

@@ -253,7 +253,7 @@ class Gain(Record):
     """``R–T``, ``P–T`` or ``C–T``."""
     fmr: float
     difference: PairedDifference
-    """Of the TAR, every identity alike, over the same drawn people."""
+    """Difference of the balanced TAR, over the same resampled people."""
 
 
 class Control(Record):

@@ -16,7 +16,7 @@ from pkd.toolkit.evaluation.comparison.compare import Ranking, rank
 from pkd.toolkit.evaluation.comparison.load import read_runs
 from pkd.toolkit.evaluation.metrics.resamples import read_resample_values, write_resample_values
 from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict
-from pkd.toolkit.evaluation.report.html import points
+from pkd.toolkit.evaluation.report.page import points
 from pkd.toolkit.evaluation.results.schema import Evaluation
 from tests.support.evaluation_runs import write_run
 
