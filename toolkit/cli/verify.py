@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pkd.toolkit.certificates.signing import TrustedKeys, new_key
+from pkd.toolkit.cli.device_kit import grade_device, write_device_kit
 from pkd.toolkit.cli.verification import Check, Verdict, verify
 from pkd.toolkit.core.cli_options import Argument, Options, run_command
 from pkd.toolkit.core.cli_support import Result
@@ -23,6 +24,8 @@ EXAMPLES = """
   pkd-evaluate --sign evidence.pem …
   pkd-export runs/student --certificates evaluation -o bundles/student --sign evidence.pem --zip
   pkd-verify evaluation bundles/student bundles/student.zip --trust-key evidence.pub.pem
+  pkd-verify bundles/student --device-kit kit                    # photographs and expected results for a device
+  pkd-verify bundles/student --device-kit kit --device-report phone.json
   pkd-verify evaluation/certificates/student@…__teacher@….json --trust-key evidence.pub.pem
 """
 COLOUR = {"ok": "green", "failed": "bold red", "not checked": "yellow"}
@@ -37,6 +40,12 @@ class VerifyOptions(Options):
     """ed25519 public key that must have signed; repeatable. Without it, authenticity is not checked."""
     new_key: Annotated[Path | None, Argument("FILE")] = None
     """Write a new private key to FILE and, beside it, its public half."""
+    device_kit: Annotated[Path | None, Argument("DIR")] = None
+    """Write the one given bundle's conformance kit for devices into DIR; with --device-report, read it from there."""
+    device_report: Annotated[Path | None, Argument("REPORT.json")] = None
+    """Grade what a device computed for the kit of --device-kit."""
+    detector: Annotated[str | None, Argument("YUNET.onnx")] = None
+    """Face detector whose landmarks a new kit holds, too, for devices that run the same one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: VerifyOptions, console: Console, failed: list[Check]) -> Result:
+    if options.device_kit or options.device_report or options.detector:
+        return _device(options, console, failed)
     if bool(options.targets) == bool(options.new_key) or (options.new_key and options.trust_key):
         raise InputError("what to check? Give certificates, evaluations or bundles; or --new-key FILE alone.")
     if options.new_key:
@@ -84,6 +95,19 @@ def _run(options: VerifyOptions, console: Console, failed: list[Check]) -> Resul
         "trusted_keys": list(keys.fingerprints) if keys else [],
         "targets": [verdict.model_dump() for verdict in verdicts],
     }
+
+
+def _device(options: VerifyOptions, console: Console, failed: list[Check]) -> Result:
+    if options.device_kit is None or len(options.targets) != 1 or options.new_key or options.trust_key:
+        raise InputError(
+            "a device kit is made of one bundle: pkd-verify BUNDLE --device-kit DIR [--device-report FILE]."
+        )
+    (bundle,) = options.targets
+    if options.device_report is None:
+        return write_device_kit(bundle, options.device_kit, options.detector, console)
+    if options.detector:
+        raise InputError("--detector belongs to writing a kit. Leave it out where a report is graded.")
+    return grade_device(bundle, options.device_kit, options.device_report, console, failed)
 
 
 def _show(console: Console, verdict: Verdict) -> None:
