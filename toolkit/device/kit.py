@@ -252,7 +252,8 @@ def read_report(path: Path) -> DeviceReport:
 def grade(folder: Path, kit: Kit, report: DeviceReport, encoder: Encoder) -> list[Grade]:
     """Compare a device's report with the kit, step by step, in the order of the pipeline.
 
-    ``encoder``: the bundle's own, which embeds from the landmarks that the device found. Raises InputError where the report is of another encoder or names a photograph that the kit has not.
+    ``encoder``: the bundle's own, which embeds from the landmarks that the device found. Raises InputError where the
+    report is of another encoder or names a photograph that the kit has not.
     """
     if report.encoder != kit.encoder:
         raise InputError(
