@@ -27,7 +27,8 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("pkd-")
 ]
-TREE = next(block for _, block in BLOCKS if block.startswith("toolkit/"))
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PARTS = ("toolkit", "export", "serving")
 
 
 def test_there_is_something_to_check() -> None:
@@ -46,21 +47,27 @@ def test_every_option_exists(line: str, capsys: pytest.CaptureFixture[str]) -> N
     assert {argument for argument in arguments if argument.startswith("-")} <= offered
 
 
-def test_every_file_of_the_tree_exists() -> None:
-    folder = ""
-    for line in TREE.splitlines():
-        names = [name for name in line.split() if re.fullmatch(r"[\w/]+(\.py|/)", name)]
+def test_the_map_of_the_house_shows_every_folder_and_no_other() -> None:
+    (block,) = re.findall(r"^```\n(toolkit/.*?)^```$", CONTRIBUTING, re.MULTILINE | re.DOTALL)
+    shown: set[str] = set()
+    for line in block.splitlines():
         if not line.startswith(" "):
-            folder = names[0]
-            assert (ROOT / folder).is_dir(), folder
+            part = line.split()[0]
         else:
-            assert names, line
-            for name in names:
-                assert (ROOT / folder / name).exists(), folder + name
+            shown |= {part + folder for folder in re.findall(r"[a-z_]+/", re.split(r"\s{2,}", line.strip())[0])}
+    folders = [init.parent for part in PARTS for init in (ROOT / part).glob("*/__init__.py")]
+    assert shown == {f"{folder.relative_to(ROOT).as_posix()}/" for folder in folders}
+
+
+def test_every_table_that_a_newcomer_adds_a_line_to_is_where_contributing_says() -> None:
+    named = re.findall(r"`(\w+)`, `([\w/]+\.py)` \|$", CONTRIBUTING, re.MULTILINE)
+    assert {name for name, _ in named} >= {"METHODS", "PROTOCOLS"} and len(named) == 3
+    for name, path in named:
+        assert re.search(rf"^{name}\b", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE), (name, path)
 
 
 def test_every_link_leads_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT + CONTRIBUTING):
         assert (ROOT / target).is_file(), target
 
 
@@ -69,16 +76,24 @@ def test_the_program_for_the_device_runs(tmp_path: Path) -> None:
     (program,) = (block for language, block in BLOCKS if language == "python")
     made = family(tmp_path / "bundles")
     for i, crop in enumerate(crops(2)):
-        path = tmp_path / f"faces/test/ann/{i + 1}.webp"
+        path = tmp_path / f"faces/test/somebody/{i + 1}.webp"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rgb(path, crop)
+    (tmp_path / "faces/test/skipped.csv").write_text("")  # as pkd-align leaves it
     with running(Service(Encoders.open(made.folders), Settings(threads=1), None)) as client:
         address = str(client.base_url).rstrip("/")
         assert "http://127.0.0.1:8000" in program
         program = program.replace("http://127.0.0.1:8000", address)
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = _run(program, tmp_path)
+        refused = _run(program.replace("1e-2", "1e-9"), tmp_path)
     assert done.returncode == 0, done.stderr
     match, score, threshold, fmr = done.stdout.split()
     assert match == str(float(score) >= float(threshold))
     assert float(threshold) == 0.5  # the student → teacher certificate's at FMR 1e-2
     assert 0 < float(fmr) <= 1
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("422: ") and "1e-09" in refused.stderr, "the server's explanation is shown"
+
+
+def _run(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=60)
