@@ -6,12 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from pkd.toolkit.evaluation.results.schema import Evaluation
+from tests.support import training_data
 from tests.support.evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
 
-ROOT = Path(__file__).resolve().parents[2]
 PROTOCOL = '''
 """Measure how alike student and teacher see the same image."""
 
@@ -29,6 +27,18 @@ def same_image(faces, name, encoder_set, options, progress):
         agreement=agree(vectors["T"], vectors["S"]),
     )
     return ProtocolResult(evaluation, ResampleValues(resampled_from(evaluation), {}))
+'''
+
+
+LOSS = '''
+"""Pull the worse half of the batch towards the teacher."""
+
+import torch
+
+
+def worse_half(inputs):
+    distances = 1 - (torch.nn.functional.normalize(inputs.embeddings) * inputs.teacher).sum(dim=1)
+    return distances.topk(len(distances) // 2).values.mean()
 '''
 
 
@@ -58,6 +68,16 @@ def test_an_evaluation_protocol(tmp_path: Path) -> None:
     assert done.returncode == 2 and "has no absent" in done.stderr
 
 
-@pytest.mark.parametrize("named", ["toolkit/evaluation/protocols/registry.py"])
-def test_the_table_that_contributing_names_exists(named: str) -> None:
-    assert (ROOT / named).is_file()
+def test_a_distillation_loss(tmp_path: Path) -> None:
+    (tmp_path / "own_loss.py").write_text(LOSS)
+    training_data.write_patterns(tmp_path / "crops")
+    training_data.write_teacher(tmp_path / "teacher.onnx")
+    done = run(
+        "pkd-distill", tmp_path, "--teacher", "teacher.onnx", "--teacher-preprocess",
+        f"mean=127.5,std=127.5,size={training_data.SIZE},template=none", "--faces", "crops",
+        "--student", "mobilefacenet-relu:0.125", "--steps", "3", "--batch", "8", "--precision", "fp32",
+        "--threads", "1", "--cache", "cache", "--out", "run", "--method", "none+own_loss:worse_half:5",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/student.pt").is_file()
+    assert "own_loss:worse_half:5" in (tmp_path / "run/config.json").read_text()
