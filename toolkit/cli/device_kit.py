@@ -42,8 +42,8 @@ def grade_device(bundle: Path, folder: Path, report: Path, console: Console, fai
         if one.result == "deviates":
             first.setdefault(one.case, one)
     for one in first.values():
-        console.print(f"{one.case}: first deviates at {one.step}. {_told(one)}", markup=False, soft_wrap=True)
-        failed.append(Check(file=one.case, question=one.step, result="failed", detail=f"{one.step}: {_told(one)}"))
+        console.print(f"{one.case}: first deviates at {one.step}. {_amount(one)}", markup=False, soft_wrap=True)
+        failed.append(Check(file=one.case, question=one.step, result="failed", detail=f"{one.step}: {_amount(one)}"))
     passed = not first and any(one.result == "ok" for one in grades)
     if not first and not passed:
         failed.append(Check(file=str(report), question="reported", result="failed", detail="reports nothing to check."))
@@ -63,6 +63,6 @@ def _row(grades: list[Grade]) -> tuple[str, ...]:
     return (*counts, f"{worst.deviation:.2g}" if worst else "", f"{worst.allowed:g}" if worst else "")
 
 
-def _told(one: Grade) -> str:
+def _amount(one: Grade) -> str:
     size = f"{one.deviation:.3g}, allowed {one.allowed:g}." if one.deviation is not None else ""
     return f"{size} {one.detail}".strip()

@@ -43,7 +43,7 @@ STEPS: tuple[Step, ...] = ("decode", "matrix", "crop", "embedding", "encoding", 
 
 
 class Tolerances(Record):
-    """How far a device may be from the kit."""
+    """Say how far a device may be from the kit."""
 
     decode_mean: float = 1.0
     """Mean absolute difference of decoded pixels, grey levels; decoders of JPEG and WebP round differently."""
@@ -62,7 +62,7 @@ class Tolerances(Record):
 
 
 class Case(Record):
-    """One photograph and what each step makes of it. Files lie in the kit's folder."""
+    """Hold one photograph and what each step makes of it. Files lie in the kit's folder."""
 
     name: str
     shows: str
@@ -91,7 +91,7 @@ class Case(Record):
 
 
 class Kit(Record):
-    """What ``kit.json`` holds."""
+    """Hold what ``kit.json`` says."""
 
     schema_version: Literal[1] = 1
     encoder: str
@@ -105,7 +105,7 @@ class Kit(Record):
 
 
 class DeviceCase(Record):
-    """What a device computed for one photograph. Everything may be left out; what is left out is not checked."""
+    """Hold what a device computed for one photograph. Everything may be left out; what is left out is not checked."""
 
     rgb_sha256: str | None = None
     rgb_base64: str | None = None
@@ -127,7 +127,7 @@ class DeviceCase(Record):
 
 
 class DeviceReport(Record):
-    """The one JSON file that a device writes."""
+    """Hold the one JSON file that a device writes."""
 
     device: str
     """What it is, for people."""
@@ -138,7 +138,7 @@ class DeviceReport(Record):
 
 
 class Grade(Record):
-    """One step of one photograph. ``deviation`` and ``allowed`` are in the unit of the step's tolerance."""
+    """Grade one step of one photograph. ``deviation`` and ``allowed`` are in the unit of the step's tolerance."""
 
     case: str
     step: Step

@@ -21,7 +21,7 @@ ORIENTATION = 0x0112
 
 @dataclass(frozen=True)
 class Photograph:
-    """A picture file and where its face is. ``landmarks``: float64 5×2 pixels of the upright, decoded picture."""
+    """Hold a picture file and where its face is. ``landmarks``: float64 5×2 pixels of the upright, decoded picture."""
 
     name: str
     """Last part of the file's name is its form: ``plain.png``."""
