@@ -27,8 +27,8 @@ from real_faces import EDGEFACE, ROOT, SHARED, Report, command, evaluate, markdo
 from torch import nn
 from torch.nn.functional import normalize
 
+from pkd.export.draft import open_run
 from pkd.export.graph.build import serialise, uint8_graph
-from pkd.export.source import open_run
 from pkd.toolkit.distill.models.backbones import build, parameters
 from pkd.toolkit.encoders.base import make_session
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from real_faces import EDGEFACE, ROOT, SHARED, Report, command, markdown_table, prose, teacher_options
 
-from pkd.export.cli import FORMATS, PRECISIONS
+from pkd.export.formats.registry import FORMATS
+from pkd.export.options import PRECISIONS
 from pkd.toolkit.bundle.bundle import Bundle
 
 RESULTS = ROOT / "benchmarks" / "results" / "targets.json"

@@ -1,100 +1,182 @@
-"""Tries: what is changed about INT8 until it passes its gate. First the costliest layers in float32, then the weights.
+"""Change INT8 targets until they pass their gate: first the costliest layers in float32, then weights trained on.
 
-1, 2, 4, 8 … layers, up to a quarter of them: with more in float32 the device runs little of the network in INT8. And
-only while the file is at most half of the fp32 one: from there on fp16 is as small and loses nothing.
+1, 2, 4, 8 … layers are left in float32, up to a quarter of them: with more, the device runs little of the network in
+INT8. And only while the file is at most half of the fp32 one: from there on fp16 is as small and loses nothing.
 
 The gate sees the same people every time, so that one of several tries may pass by luck. The first is judged by the
 95 % interval, as always; the others, at most K, share another 5 % (Bonferroni): each is judged by its 1 − 0.05/K
-interval. What truly loses more than was allowed then passes with a chance of at most 5 %, however many tries there are:
-2.5 % and 2.5 %, since only upper ends decide.
+interval. A target that truly loses more than was allowed then passes with a chance of at most 5 %, however many tries
+there are: 2.5 % and 2.5 %, since only upper ends decide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pkd.export.checks.gate import Gate, Judged
+from pkd.export.checks.gate import Gate, GateResult
 from pkd.export.checks.parity import ParityRow
-from pkd.export.formats.registry import TARGETS, Made
-from pkd.export.graph.precision_variants import Form, TypedGraphs
-from pkd.export.qat import Qat
+from pkd.export.formats.registry import BuildResults, TargetBuilder, TargetRequest
+from pkd.export.graph.build import torch_network, uint8_graph
+from pkd.export.graph.precision_variants import GraphForm, Int8Weights, PrecisionVariants
+from pkd.export.quantization.quantize import INT8_TYPES
+from pkd.export.quantization.ranges import BATCH, Activations, Calibration, Ranges, choose_ranges
+from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.toolkit.core.progress import Progress
+from pkd.toolkit.encoders.base import batches
+
+if TYPE_CHECKING:
+    from pkd.toolkit.distill.config import DistillConfig
+    from pkd.toolkit.distill.quantization.fake_quant import Int8Student
+    from pkd.toolkit.distill.training.setup import Prepared
 
 MOST_LAYERS = 4
 """One of this many layers may stay in float32."""
 MOST_BYTES = 2
 """One of this many bytes of the fp32 file may be left."""
-Pairs = Sequence[tuple[str, str]]
-"""Format and precision."""
+
+
+def recover_int8(
+    requests: Sequence[TargetRequest], built: BuildResults, gate: Gate, builder: TargetBuilder, qat: Retrainer | None
+) -> tuple[BuildResults, list[GateResult]]:
+    """Gate what was ``built`` for ``requests``, and build the INT8 targets that fail again, otherwise.
+
+    Returns the targets as they are in the end, and the gate's result of every try. ``qat`` trains on where layers in
+    float32 were not enough; None: nothing does.
+    """
+    judged = gate.judge(built.encoders)
+    variants = builder.variants
+    if variants.calibration is None:  # INT8 graphs of an older bundle, if any: nothing to make others of
+        return built, judged
+    for form in dict.fromkeys(request.format.form for request in requests if request.precision == "int8"):
+        own = [request for request in requests if request.precision == "int8" and request.format.form == form]
+        if _passed(own, judged, built.parity):
+            continue
+        level = 1 - 0.05 / max(1, _most_tries(variants, form, qat))
+        for change in _changes(variants, form, qat):
+            again = builder.build(own)
+            built = built.replaced(again)
+            latest = gate.judge(again.encoders, change, level)
+            judged += latest
+            if _passed(own, latest, again.parity):
+                break
+    return built, judged
+
+
+def _passed(requests: Sequence[TargetRequest], judged: Sequence[GateResult], parity: Sequence[ParityRow]) -> bool:
+    """Whether every target passes gate and parity: what parity refuses may be rescued, too."""
+    names = {request.name for request in requests}
+    ok = all(result.row.passed for result in judged if result.row.target in names)
+    return ok and all(row.passed for row in parity if row.graph in names)
+
+
+def _changes(variants: PrecisionVariants, form: GraphForm, qat: Retrainer | None) -> Iterator[str]:
+    """Change ``variants`` step by step, as long as that makes sense, and say what was changed."""
+    yield from _more_in_float(variants, form, "")
+    if qat:
+        variants.use_weights(form, qat.retrain(form))
+        trained = f"trained on for {qat.steps} steps"
+        yield trained
+        yield from _more_in_float(variants, form, f"{trained}, ")
+
+
+def _more_in_float(variants: PrecisionVariants, form: GraphForm, before: str) -> Iterator[str]:
+    for count in _layer_counts(variants, form):
+        if not _small(variants, form):  # before layers are measured, and more of them can only make it larger
+            return
+        variants.keep_in_float(form, count)
+        if not _small(variants, form):
+            return
+        yield f"{before}{count} layer{'s' if count > 1 else ''} in float32"
+
+
+def _small(variants: PrecisionVariants, form: GraphForm) -> bool:
+    return len(variants.get("int8", form).data) * MOST_BYTES <= len(variants.get("fp32", form).data)
+
+
+def _layer_counts(variants: PrecisionVariants, form: GraphForm) -> list[int]:
+    """List the numbers of layers to leave in float32; none where --keep-float states one."""
+    if variants.keep_float:
+        return []
+    most = max(1, variants.layer_count(form) // MOST_LAYERS)
+    return [1 << power for power in range(most.bit_length())]
+
+
+def _most_tries(variants: PrecisionVariants, form: GraphForm, qat: Retrainer | None) -> int:
+    """Count the tries after the first that there can be, before any is made."""
+    mixed = len(_layer_counts(variants, form))
+    return mixed + (1 + mixed if qat else 0)
 
 
 @dataclass
-class Tries:
-    """Judges what was made, and makes the INT8 targets that fail again, otherwise."""
+class Retrainer:
+    """Train the student of a run on for an INT8 form. Data and teacher are opened once, when first needed."""
 
-    gate: Gate
-    graphs: TypedGraphs
-    build: Callable[[Pairs], Made]
-    qat: Qat | None
-    """Retrains, after layers in float32 were not enough; None: nothing does."""
+    run: Path
+    encoder: EncoderInfo
+    """The run's encoder."""
+    faces: Path | None
+    """Face set instead of the one that the run was trained on."""
+    steps: int
+    calibration: Calibration
+    progress: Progress
+    config: DistillConfig = field(init=False)
 
-    def run(self, made: Made, pairs: Pairs) -> tuple[Made, list[Judged]]:
-        """What is left in the end, and every row on the way. ``made``: all of ``pairs``, as they were ordered."""
-        judged = self.gate.judge(made.encoders)
-        if self.graphs.calibration is None:  # INT8 graphs of an older bundle, if any: nothing to make others of
-            return made, judged
-        forms = dict.fromkeys(TARGETS[format].form for format, precision in pairs if precision == "int8")
-        for form in forms:
-            own = [(format, p) for format, p in pairs if p == "int8" and TARGETS[format].form == form]
-            if _passed(judged, made.rows, own):
-                continue
-            level = 1 - 0.05 / max(1, self._planned(form))
-            for tried in self._changes(form):
-                again = self.build(own)
-                made = made.replaced(again)
-                latest = self.gate.judge(again.encoders, tried, level)
-                judged += latest
-                if _passed(latest, again.rows, own):
-                    break
-        return made, judged
+    def __post_init__(self) -> None:
+        from pkd.toolkit.distill.quantization.qat import read_config
 
-    def _changes(self, form: Form) -> Iterator[str]:
-        """Change ``graphs`` and say what was changed, as long as anything makes sense."""
-        yield from self._mixed(form, "")
-        if self.qat:
-            self.graphs.retrain(form, self.qat.retrain(form))
-            trained = f"trained on for {self.qat.order.steps} steps"
-            yield trained
-            yield from self._mixed(form, f"{trained}, ")
+        self.config = read_config(self.run, self.faces, self.steps)
 
-    def _mixed(self, form: Form, before: str) -> Iterator[str]:
-        for count in self._counts(form):
-            if not self._small(form):  # before layers are measured, and more of them can only make it larger
-                return
-            self.graphs.leave(form, count)
-            if not self._small(form):
-                return
-            yield f"{before}{count} layer{'s' if count > 1 else ''} in float32"
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The run's images, the teacher's embeddings of them, the head."""
+        from pkd.toolkit.distill.quantization.qat import prepare_again
 
-    def _small(self, form: Form) -> bool:
-        made, plain = self.graphs.get("int8", form).data, self.graphs.get("fp32", form).data
-        return len(made) * MOST_BYTES <= len(plain)
+        with self.progress("qat: teacher embeddings and head"):
+            return prepare_again(self.config, self.encoder)
 
-    def _counts(self, form: Form) -> list[int]:
-        """Numbers of layers to leave in float32; none where a number was ordered."""
-        if self.graphs.keep_float:
-            return []
-        most = max(1, self.graphs.layers(form) // MOST_LAYERS)
-        return [1 << power for power in range(most.bit_length())]
+    def retrain(self, form: GraphForm) -> Int8Weights:
+        """Train new weights for ``form``. Raises TrainingDiverged, InputError, KeyboardInterrupt."""
+        from pkd.toolkit.distill.models.student import load_student
+        from pkd.toolkit.distill.quantization.fake_quant import SIGNED, UNSIGNED, Int8Student, folded
+        from pkd.toolkit.distill.quantization.qat import train_int8
 
-    def _planned(self, form: Form) -> int:
-        """The most tries after the first, known before any."""
-        mixed = len(self._counts(form))
-        return mixed + (1 + mixed if self.qat else 0)
+        symmetric = INT8_TYPES[form.int8][1].get("ActivationSymmetric", False)
+        plain = folded(load_student(self.run).module)
+        student = Int8Student(plain, SIGNED if symmetric else UNSIGNED)
+        prepared = self.prepared
+        student.ranges = _ranges(student, self.calibration, self.encoder, self.progress)
+        with self.progress(f"qat int8-{form.int8}", self.steps) as advance:
+            module, made = train_int8(self.config, prepared, student, self.encoder, advance)
+        preprocess = self.encoder.preprocess
+        return Int8Weights(
+            uint8_graph(torch_network(module, preprocess.size), preprocess, self.encoder.space.dim),
+            made,
+            {
+                "qat_steps": self.steps,
+                "qat_images": len(prepared.faces),
+                "qat_data": prepared.data_digest,
+                "qat_seed": self.config.seed,
+                "qat_from": self.encoder.id,
+                "qat_encoder": made.id,
+            },
+        )
 
 
-def _passed(judged: Sequence[Judged], rows: Sequence[ParityRow], pairs: Pairs) -> bool:
-    """Whether every target of ``pairs`` passes gate and parity: what parity refuses may be rescued, too."""
-    names = {f"{TARGETS[format].runtime}-{precision}" for format, precision in pairs}
-    ok = all(each.row.passed for each in judged if each.row.target in names)
-    return ok and all(row.passed for row in rows if row.graph in names)
+def _ranges(student: Int8Student, calibration: Calibration, encoder: EncoderInfo, progress: Progress) -> Ranges:
+    """Choose the ranges of the student's activations as calibration does of a graph's."""
+    import torch
+
+    crops = calibration.crops
+    with progress("qat: ranges", calibration.passes * len(crops)) as advance:
+
+        def activations() -> Iterator[Activations]:
+            for chunk in batches(len(crops), BATCH):
+                pixels = torch.from_numpy(encoder.preprocess(crops[chunk.start : chunk.stop]))
+                yield {name: values.numpy() for name, values in student.activations(pixels).items()}
+                advance(len(chunk))
+
+        return choose_ranges(activations, calibration.method)

@@ -1,265 +1,200 @@
-"""Produce a bundle, or more targets for one: everything is made and checked in memory, then written at once."""
+"""Run pkd-export stage by stage: everything is made and checked in memory, then written at once."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict
 from pathlib import Path
 
-import onnx
 from rich.console import Console
 
+from pkd.export.assembly import assemble, collect_certificates
 from pkd.export.checks.bench import BENCH, ROUNDS, bench, bench_table, size_on_disk
-from pkd.export.checks.certificates import collect
-from pkd.export.checks.gate import Gate, Gated, GateOrder, gate_table, require_passed
-from pkd.export.checks.golden import COUNT, TOLERANCE, synthetic_crops
-from pkd.export.checks.parity import BATCHES, ParityRow, insightface_blob, measure, onnx_runner, parity_table, require
-from pkd.export.formats.registry import TARGETS, Made, make, wanted
-from pkd.export.formats.tensorrt import BuildOptions
-from pkd.export.graph.build import OPSET, WEB_OPSET, float_graph, opset_of, serialise, uint8_graph
-from pkd.export.graph.precision_variants import TypedGraph, TypedGraphs
-from pkd.export.int8_recovery import Pairs, Tries
-from pkd.export.qat import SETTINGS as QAT_SETTINGS
-from pkd.export.qat import Qat, QatOrder
-from pkd.export.quantization.calibration import read_calibration
-from pkd.export.quantization.ranges import Method
-from pkd.export.source import open_run, open_teacher
+from pkd.export.checks.gate import Gate, GateResults, gate_table, require_passed
+from pkd.export.checks.parity import ParityRow, measure, parity_table, require_parity
+from pkd.export.draft import Draft, draft_from_bundle, draft_new, opset_notes, read_source
+from pkd.export.formats.registry import BuildResults, TargetBuilder, TargetRequest, target_requests
+from pkd.export.graph.build import precision_of
+from pkd.export.graph.precision_variants import PrecisionVariants
+from pkd.export.int8_recovery import Retrainer, recover_int8
+from pkd.export.options import ExportOptions, GateOptions
+from pkd.export.quantization.ranges import Calibration, read_calibration
 from pkd.toolkit.bundle.archive import zip_path
-from pkd.toolkit.bundle.bundle import NOT_GATED, Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
-from pkd.toolkit.certificates.signing import SUFFIX, SigningKey
-from pkd.toolkit.core.cli_support import Result, tool_version
+from pkd.toolkit.bundle.bundle import Bundle, Manifest, write_bundle
+from pkd.toolkit.certificates.signing import SigningKey
+from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.encoder_info import EncoderInfo, in_mode
-from pkd.toolkit.core.errors import InputError
-from pkd.toolkit.encoders.base import Embeddings, Encoder, open_bundle
-from pkd.toolkit.images.codec import Rgb
-
-Begin = Callable[[str, int], Callable[[int], None]]
+from pkd.toolkit.core.progress import Progress
 
 
-@dataclass(frozen=True)
-class Order:
-    """What pkd-export was asked for. One of ``run``, ``teacher`` and ``from_bundle`` is given."""
+def export(options: ExportOptions, console: Console, progress: Progress, *, bench_rounds: int = ROUNDS) -> Result:
+    """Make a bundle, or more targets for one, as ``options`` say. Raises PkdError before anything is written."""
+    key = SigningKey.read(options.sign) if options.sign else None
+    requests = target_requests(options.formats, options.precision)
+    warn_of_missing_packages(requests, console)
 
-    run: str | None
-    teacher: str | None
-    teacher_preprocess: str | None
-    from_bundle: Path | None
-    out: Path
-    formats: Sequence[str]
-    precisions: Sequence[str]
-    calib: Path | None
-    calib_method: Method
-    keep_float: int
-    build: BuildOptions
-    certificates: Sequence[Path]
-    gate: GateOrder | None
-    qat: QatOrder | None
-    float_nchw: Path | None
-    licence: str
-    key: SigningKey | None
-    zip: bool
-    bench: bool
-    force: bool
+    draft = read_draft(options)
+    require_certificates_fit(options.certificates, draft.manifest, options.precision)
+    with progress("checking encoder.onnx"):
+        parity = check_graphs(draft, console)
 
-
-def produce(order: Order, console: Console, begin: Begin) -> Result:
-    """Open, convert, check, write a bundle. Raises before anything is written."""
-    pairs = wanted(order.formats, order.precisions)
-    if order.run:
-        source = open_run(order.run)
-    else:
-        source = open_teacher(str(order.teacher), order.teacher_preprocess)
-    info, preprocess = source.info, source.info.preprocess
-    if "int8" not in order.precisions:  # its id is known only once it is made; else refuse before anything slow
-        collect(order.certificates, info, *(in_mode(info, precision) for precision in order.precisions))
-    graph = uint8_graph(source.network, preprocess, info.space.dim)
-    model, opset = serialise(graph), opset_of(graph)
-    floats = serialise(float_graph(source.network, preprocess, info.space.dim)) if order.float_nchw else b""
-
-    graphs = _graphs(order, graph, info, begin)
-    begin("checking encoder.onnx", 0)
-    crops = synthetic_crops(max(BATCHES), preprocess.size)
-    expected = source.encoder.embed(crops)
-    rows = measure("uint8 NHWC", expected, crops, onnx_runner(model, lambda crops: crops, source.name))
-    if floats:
-        rows += measure("float NCHW", expected, crops, onnx_runner(floats, insightface_blob, source.name))
-    _judge(rows, console)
-    made, gated = _targets(order, pairs, graphs, source.encoder, crops, expected, console, begin)
-    manifest = Manifest(
-        encoder=info,
-        graph=GraphSpec(opset=opset),
-        golden_tolerance=TOLERANCE,
-        licence=order.licence,
-        training=source.training,
-        targets=tuple(made.targets),
-        gate=gated.said,
-        tool=tool_version(),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        files={},
+    calibration = sample_crops(options, draft.reference.info, progress)
+    variants = PrecisionVariants(
+        draft.graph, draft.manifest.encoder, calibration, options.keep_float, progress, dict(draft.known)
     )
-    evidence = _certificates(gated) | collect(order.certificates, *manifest.encoders.values())
-    golden = pack_golden(Golden(crops[:COUNT], expected[:COUNT]))
-    with _written_with(order.float_nchw, floats):
-        files = {"encoder.onnx": model, "golden.npz": golden, **evidence, **made.files}
-        files |= _bench(order, files, manifest, console, begin)
-        bundle = write_bundle(order.out, files, manifest, replace=order.force, key=order.key)
-    if opset != OPSET:
-        console.print(f"note: the graph stays at its own opset {opset}; torch students get {OPSET}.")
-    if opset > WEB_OPSET:
-        console.print(
-            f"note: browsers will refuse encoder.onnx: onnxruntime-web loads graphs up to opset {WEB_OPSET}. "
-            "Export the teacher to an older one if it is for them."
-        )
-    return _result(order, bundle, rows, made, graphs, gated)
+    builder = TargetBuilder(variants, options.build_options, draft.standard, progress, precision_of(draft.graph))
+    retrainer = open_retrainer(options, variants, progress)
+    built = builder.build(requests)
+    built, gated = gate_targets(requests, built, builder, retrainer, options.gate_options, draft, console)
+
+    manifest, files = assemble(draft, built, gated, options.certificates)
+    if options.bench:
+        files |= measure_cost(files, manifest, bench_rounds, console, progress)
+    with written_with(draft.beside):
+        replace = options.force or options.from_bundle is not None
+        bundle = write_bundle(options.bundle, files, manifest, replace=replace, key=key)
+    packed = bundle.pack(zip_path(options.bundle)) if options.zip else None
+    for note in notes(draft, bundle):
+        console.print(note)
+    return result(options, bundle, packed, [*parity, *built.parity], built, variants, gated)
 
 
-def add_targets(order: Order, console: Console, begin: Begin) -> Result:
-    """Build targets from a bundle's own graphs and put them into it, in the place of older ones of the same name."""
-    pairs = wanted(order.formats, order.precisions)
-    bundle = Bundle.open(order.out)
-    manifest = bundle.manifest
-    graph = onnx.load_model_from_string(bundle.read("encoder.onnx"))
-    if not any(node.name == "pkd/unit" for node in graph.graph.node):
-        raise InputError(f"{order.out}/encoder.onnx was not made by pkd-export. Export the source again.")
-    graphs = _graphs(order, graph, manifest.encoder, begin)
-    forms = {row.runtime: row.form for row in TARGETS.values()}
-    for target in manifest.targets:
-        if target.runtime in forms and not order.calib:
-            settings = {k: v for k, v in target.settings.items() if k in INT8_SETTINGS}
-            known = TypedGraph(bundle.read(target.graph), target.encoder, settings)
-            graphs.give(target.precision, forms[target.runtime], known)
-
-    crops = synthetic_crops(max(BATCHES), manifest.encoder.preprocess.size)
-    reference = open_bundle(bundle)
-    expected = reference.embed(crops)
-    made, gated = _targets(order, pairs, graphs, reference, crops, expected, console, begin)
-    added = {target.name for target in made.targets}
-    kept = [target for target in manifest.targets if target.name not in added]
-    needed = {name for target in kept for name in (target.graph, target.file) if name}
-    files = {
-        name: bundle.read(name)
-        for name in manifest.files
-        if name != BENCH and (not any(name.startswith(f"targets/{old}/") for old in added) or name in needed)
-    }
-    said = (
-        gated.said if manifest.gate == NOT_GATED else f"{manifest.gate}. {', '.join(sorted(added))} later: {gated.said}"
-    )
-    manifest = manifest.model_copy(update={"targets": (*kept, *made.targets), "gate": said})
-    evidence = _certificates(gated) | collect(order.certificates, *manifest.encoders.values())
-    # A newer certificate comes with its own signature or with none; the older one's would say that it was changed.
-    stale = {name + SUFFIX for name, data in evidence.items() if files.get(name, data) != data}
-    files = {name: data for name, data in files.items() if name not in stale}
-    if bundle.signature and not order.key:
-        console.print(
-            "note: the manifest changes, so its old signature is dropped. Sign the new one with --sign KEY.pem."
-        )
-    files = {**files, **made.files, **evidence}
-    files |= _bench(order, files, manifest, console, begin)
-    bundle = write_bundle(order.out, files, manifest, replace=True, key=order.key)
-    return _result(order, bundle, [], made, graphs, gated)
+def warn_of_missing_packages(requests: Sequence[TargetRequest], console: Console) -> None:
+    """Say before anything slow which targets this machine cannot build, and why."""
+    for request in requests:
+        if reason := request.format.unavailable():
+            console.print(f"note: {request.name} will not be built, only its graph: {reason}.", markup=False)
 
 
-INT8_SETTINGS = ("int8", "calibration", "layers_in_fp32", "similarity_rms", *QAT_SETTINGS)
+def read_draft(options: ExportOptions) -> Draft:
+    """Read the source into a new bundle's draft, or the older bundle that gets more."""
+    if options.from_bundle:
+        return draft_from_bundle(options.from_bundle, recalibrated=options.calib is not None)
+    return draft_new(read_source(options), options.licence, options.float_nchw)
 
 
-def _graphs(order: Order, graph: onnx.ModelProto, info: EncoderInfo, begin: Begin) -> TypedGraphs:
-    calibration = None
-    if order.calib and "int8" in order.precisions:
-        begin(f"reading {order.calib}", 0)
-        calibration = read_calibration(order.calib, info.preprocess.size, order.calib_method)
-    return TypedGraphs(graph, info, calibration, order.keep_float, begin)
+def require_certificates_fit(sources: Sequence[Path], manifest: Manifest, precisions: Sequence[str]) -> None:
+    """Refuse foreign certificates before anything slow. INT8's own encoder is known only once it is made."""
+    if "int8" not in precisions:
+        derived = [in_mode(manifest.encoder, precision) for precision in precisions]
+        collect_certificates(sources, *manifest.encoders.values(), *derived)
 
 
-def _targets(
-    order: Order,
-    pairs: Pairs,
-    graphs: TypedGraphs,
-    reference: Encoder,
-    crops: Rgb,
-    expected: Embeddings,
+def check_graphs(draft: Draft, console: Console) -> list[ParityRow]:
+    """Compare the graphs that were just made with the source. Raises GateFailed where one computes something else."""
+    crops, expected, precision = draft.standard.crops, draft.standard.embeddings, precision_of(draft.graph)
+    rows = [row for name, embed in draft.unchecked.items() for row in measure(name, expected, crops, embed, precision)]
+    show_parity(rows, console)
+    return rows
+
+
+def show_parity(rows: Sequence[ParityRow], console: Console) -> None:
+    """Print the comparison, and raise GateFailed unless every row passed."""
+    if rows:
+        console.print(parity_table(rows))
+    require_parity(rows)
+
+
+def sample_crops(options: ExportOptions, encoder: EncoderInfo, progress: Progress) -> Calibration | None:
+    """Read the real crops that INT8 ranges are chosen on, where INT8 is wanted and crops were given."""
+    if options.calib is None or "int8" not in options.precision:
+        return None
+    with progress(f"reading {options.calib}"):
+        return read_calibration(options.calib, encoder.preprocess.size, options.calib_method)
+
+
+def open_retrainer(options: ExportOptions, variants: PrecisionVariants, progress: Progress) -> Retrainer | None:
+    """Check that a run can be trained on, where --qat asks for it. Raises InputError."""
+    if not options.qat or variants.calibration is None:
+        return None
+    run, faces = Path(str(options.run)), options.qat_faces
+    return Retrainer(run, variants.encoder, faces, options.qat_steps, variants.calibration, progress)
+
+
+def gate_targets(
+    requests: Sequence[TargetRequest],
+    built: BuildResults,
+    builder: TargetBuilder,
+    retrainer: Retrainer | None,
+    options: GateOptions | None,
+    draft: Draft,
     console: Console,
-    begin: Begin,
-) -> tuple[Made, Gated]:
-    """Make every target, and make those in INT8 again until they pass the gate, where one was ordered."""
+) -> tuple[BuildResults, GateResults]:
+    """Judge the targets by parity and, with ``options``, by the gate, and build INT8 again until it passes.
 
-    def build(some: Pairs) -> Made:
-        return make(some, graphs, order.build, crops, expected, _teller(begin))
-
-    @contextmanager
-    def bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield begin(label, total)
-
-    qat = _qat(order, graphs, begin)
-    made = build(pairs)
-    if order.gate is None:
-        _judge(made.rows, console)
-        return made, Gated((), NOT_GATED, ())
-    _judge([row for row in made.rows if row.precision != "int8"], console)
-    gate = Gate(order.gate, reference, bar)
-    made, judged = Tries(gate, graphs, build, qat).run(made, pairs)
+    Raises GateFailed.
+    """
+    if options is None:
+        show_parity(built.parity, console)
+        return built, GateResults()
+    show_parity([row for row in built.parity if row.precision != "int8"], console)
+    gate = Gate(options, draft.reference, builder.progress)
+    built, judged = recover_int8(requests, built, gate, builder, retrainer)
     gated = gate.conclude(judged)
     if gated.rows:
         console.print(gate_table(gated.rows))
     require_passed(gated)
-    _judge([row for row in made.rows if row.precision == "int8"], console)
-    return made, gated
+    show_parity([row for row in built.parity if row.precision == "int8"], console)
+    return built, gated
 
 
-def _qat(order: Order, graphs: TypedGraphs, begin: Begin) -> Qat | None:
-    if order.qat is None or order.run is None:
-        return None
-    if graphs.calibration is None:
-        raise InputError("--qat trains for INT8: pass --precision int8 and --calib DIR or LIST, too.")
-    return Qat(order.qat, Path(order.run), graphs.info, graphs.calibration, begin)
-
-
-def _bench(
-    order: Order, files: Mapping[str, bytes], manifest: Manifest, console: Console, begin: Begin
+def measure_cost(
+    files: Mapping[str, bytes], manifest: Manifest, rounds: int, console: Console, progress: Progress
 ) -> dict[str, bytes]:
-    if not order.bench:
-        return {}
-    found = bench(files, manifest, ROUNDS, begin("benchmark, round", ROUNDS))
+    """Measure every target on this machine; the figures go into the bundle as ``bench.json``."""
+    with progress("benchmark, round", rounds) as advance:
+        found = bench(files, manifest, rounds, advance)
     console.print(bench_table(found))
     for name, reason in found.skipped.items():
         console.print(f"not measured: {name}: {reason}", markup=False)
     return {BENCH: (found.model_dump_json(indent=2) + "\n").encode()}
 
 
-def _certificates(gated: Gated) -> dict[str, bytes]:
-    return {
-        f"certificates/{certificate.file_name}": (certificate.model_dump_json(indent=2) + "\n").encode()
-        for certificate in gated.certificates
-        if certificate.points
-    }
+def notes(draft: Draft, bundle: Bundle) -> list[str]:
+    """Say what the user might miss: encoders without a certificate, a dropped signature, an unusual opset."""
+    said = opset_notes(bundle.manifest.graph.opset) if draft.unchecked else []
+    if draft.signed and bundle.signature is None:
+        said.append("note: the manifest has changed, so its old signature is dropped. Sign it with --sign KEY.pem.")
+    if uncertified := _uncertified(bundle):
+        said.append(
+            f"note: no certificate covers {', '.join(uncertified)}: in another precision a target is an encoder of its "
+            f"own. Measure one with --gate here, or with pkd-evaluate --student BUNDLE/targets/{uncertified[0]}."
+        )
+    return said
 
 
-def _judge(rows: Sequence[ParityRow], console: Console) -> None:
-    if rows:
-        console.print(parity_table(rows))
-    require(rows)
+def _uncertified(bundle: Bundle) -> list[str]:
+    """Name the targets that are encoders of their own and that no certificate has as query."""
+    known = {bundle.manifest.encoder.id, *(certificate.query for certificate in bundle.certificates())}
+    return [target.name for target in bundle.manifest.targets if target.encoder.id not in known]
 
 
-def _result(
-    order: Order, bundle: Bundle, rows: Sequence[ParityRow], made: Made, graphs: TypedGraphs, gated: Gated
-) -> Mapping[str, object]:
+def result(
+    options: ExportOptions,
+    bundle: Bundle,
+    packed: Path | None,
+    parity: Sequence[ParityRow],
+    built: BuildResults,
+    variants: PrecisionVariants,
+    gated: GateResults,
+) -> Result:
+    """Gather the figures of --json."""
     manifest = bundle.manifest
     info = manifest.encoder
-    packed = bundle.pack(zip_path(order.out)) if order.zip else None
     return {
-        "bundle": str(order.out),
+        "bundle": str(options.bundle),
         "zip": str(packed) if packed else None,
         "signed_by": bundle.signature.key if bundle.signature else None,
-        "float_nchw": str(order.float_nchw) if order.float_nchw else None,
+        "float_nchw": str(options.float_nchw) if options.float_nchw else None,
         "encoder": info.id,
         "space": info.space.id,
         "role": info.role,
         "dim": info.space.dim,
         "opset": manifest.graph.opset,
         "bytes": len(bundle.read("encoder.onnx")),
-        "parity": [row.model_dump() for row in [*rows, *made.rows]],
+        "parity": [row.model_dump() for row in parity],
         "targets": [
             {
                 "name": target.name,
@@ -270,10 +205,11 @@ def _result(
                 "golden_tolerance": target.golden_tolerance,
                 "settings": target.settings,
             }
-            for target in made.targets
+            for target in built.targets
         ],
-        "sensitivity": {form: [cost.model_dump() for cost in costs] for form, costs in graphs.costs.items()},
-        "missing": made.missing,
+        "sensitivity": {form: [cost.model_dump() for cost in costs] for form, costs in variants.costs.items()},
+        "missing": {name: asdict(entry) for name, entry in built.missing.items()},
+        "uncertified": _uncertified(bundle),
         "certificates": [f"{c.query} against {c.gallery}" for c in bundle.certificates()],
         "gate": manifest.gate,
         "bench": json.loads(bundle.read(BENCH)) if BENCH in manifest.files else None,
@@ -281,24 +217,17 @@ def _result(
     }
 
 
-def _teller(begin: Begin) -> Callable[[str], None]:
-    def tell(label: str) -> None:
-        begin(label, 0)
-
-    return tell
-
-
 @contextmanager
-def _written_with(path: Path | None, data: bytes) -> Iterator[None]:
-    """Write ``data`` to ``path`` only if the block succeeds."""
-    if path is None:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+def written_with(files: Mapping[Path, bytes]) -> Iterator[None]:
+    """Write ``files`` (path → content) if the block succeeds, else none of them."""
+    parts = {path: path.with_name(path.name + ".part") for path in files}
     try:
-        part.write_bytes(data)
+        for path, part in parts.items():
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(files[path])
         yield
-        part.replace(path)
+        for path, part in parts.items():
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)

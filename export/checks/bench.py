@@ -1,4 +1,4 @@
-"""Bench: what every target of a bundle costs on this machine, beside onnxruntime on encoder.onnx and insightface.
+"""Measure what every target of a bundle costs here, beside onnxruntime on encoder.onnx and insightface.
 
 Each runs in a process of its own, on one thread. They take turns within every round, so that a machine that is busy
 with something else is so for all alike, and each is compared with the baseline of the same round.
@@ -38,7 +38,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 
 class Time(Record):
-    """One encoder at one batch size; medians over the rounds."""
+    """Hold the time of one encoder at one batch size, as medians over the rounds."""
 
     batch: int
     cpu_ms: float
@@ -50,14 +50,14 @@ class Time(Record):
 
 
 class BenchRow(Record):
-    """One encoder."""
+    """Hold the cost of one encoder."""
 
     name: str
     """A target, ``encoder.onnx`` (the baseline, in onnxruntime) or ``insightface`` (its ArcFaceONNX)."""
     runtime: str
     """Package and version."""
     bytes: int
-    """On disk: what the runtime loads."""
+    """Size on disk of the files that the runtime loads."""
     memory_mb: float
     """Peak while loading and running all batches, above the process with the runtime imported."""
     golden_error: float
@@ -66,7 +66,7 @@ class BenchRow(Record):
 
 
 class Bench(Record):
-    """``bench.json``."""
+    """Hold the content of ``bench.json``."""
 
     cpu: str
     cores: int
@@ -92,18 +92,18 @@ def bench(files: Mapping[str, bytes], manifest: Manifest, rounds: int, advance: 
         sizes = {BASELINE: len(files[BASELINE])}
         sizes |= {target.name: size_on_disk(bundle, target.file) for target in manifest.targets if target.file}
         floats = Path(folder) / "floats.onnx"
-        with _skipping(INSIGHTFACE, skipped):
+        with skipping(INSIGHTFACE, skipped):
             sizes[INSIGHTFACE] = floats.write_bytes(_floats(bundle))
-        running: dict[str, _Process] = {}
+        running: dict[str, BenchProcess] = {}
         for name in sizes:
-            process = stack.enter_context(_Process(bundle.path, name, floats))
-            with _skipping(name, skipped):
+            process = stack.enter_context(BenchProcess(bundle.path, name, floats))
+            with skipping(name, skipped):
                 process.warm_up()
                 running[name] = process
         for _ in range(rounds):
             for batch in BATCHES:
                 for name in list(running):
-                    with _skipping(name, skipped, running):
+                    with skipping(name, skipped, running):
                         running[name].measure(batch)
             advance(1)
         if BASELINE not in running:
@@ -121,7 +121,7 @@ def bench(files: Mapping[str, bytes], manifest: Manifest, rounds: int, advance: 
 
 
 def bench_table(found: Bench) -> Table:
-    """For the console."""
+    """Lay out the figures for the console."""
     title = f"CPU ms per image on one thread, × that of {BASELINE}; {found.rounds} rounds on {found.cpu}"
     table = Table(title=title, title_justify="left")
     for heading in ("", "MB", "peak MB", *(f"batch {batch}" for batch in BATCHES)):
@@ -133,7 +133,7 @@ def bench_table(found: Bench) -> Table:
 
 
 def size_on_disk(bundle: Bundle, file: str | None) -> int:
-    """Bytes of a target's file, and of weights beside it."""
+    """Count the bytes of a target's file and of the weights beside it."""
     if file is None:
         return 0
     stem = file.rpartition(".")[0]
@@ -141,12 +141,12 @@ def size_on_disk(bundle: Bundle, file: str | None) -> int:
     return sum(len(bundle.read(name)) for name in parts if name == file or not name.endswith(".onnx"))
 
 
-class _Process:
-    """One encoder in its process, and what it took so far."""
+class BenchProcess:
+    """Run one encoder in a process of its own, and keep what it took so far."""
 
     def __init__(self, bundle: Path, name: str, floats: Path) -> None:
         self.name = name
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "pkd.export.checks.bench_worker", str(bundle), name, str(floats)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -157,12 +157,12 @@ class _Process:
         self._took: dict[int, list[dict[str, float]]] = {batch: [] for batch in BATCHES}
         self._calls: dict[int, int] = {}
 
-    def __enter__(self) -> _Process:
+    def __enter__(self) -> BenchProcess:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self.process.kill()
+        self.process.communicate()
 
     def warm_up(self) -> None:
         """Wait until it is ready, run every batch size, and see how many calls make a measurement. Raises PkdError."""
@@ -175,11 +175,11 @@ class _Process:
             self._calls[batch] = ceil(SHORTEST / max(seconds, 1e-4))
 
     def measure(self, batch: int) -> None:
-        """One more measurement. Raises PkdError if the process has ended."""
+        """Take one more measurement. Raises PkdError if the process has ended."""
         self._took[batch].append(self._ask(batch, self._calls[batch]))
 
-    def row(self, size: int, baseline: _Process) -> BenchRow:
-        """What was found, beside the baseline's same rounds."""
+    def row(self, size: int, baseline: BenchProcess) -> BenchRow:
+        """Gather what was found, beside the baseline's same rounds."""
         times = []
         for batch, took in self._took.items():
             pairs = zip(took, baseline._took[batch], strict=True)
@@ -202,20 +202,20 @@ class _Process:
 
     def _ask(self, batch: int, calls: int) -> Any:
         with suppress(BrokenPipeError):
-            print(json.dumps([batch, calls]), file=self._process.stdin, flush=True)
+            print(json.dumps([batch, calls]), file=self.process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line:
-            raise PkdError(f"its process ended with exit code {self._process.wait()}.")
+            raise PkdError(f"its process ended with exit code {self.process.wait()}.")
         return json.loads(line)
 
 
 @contextmanager
-def _skipping(name: str, skipped: dict[str, str], running: dict[str, _Process] | None = None) -> Iterator[None]:
-    """What cannot run, or ends, is out of the race and says why."""
+def skipping(name: str, skipped: dict[str, str], running: dict[str, BenchProcess] | None = None) -> Iterator[None]:
+    """Note in ``skipped`` why ``name`` cannot run or has ended, and take it out of ``running``."""
     try:
         yield
     except PkdError as reason:
@@ -225,14 +225,14 @@ def _skipping(name: str, skipped: dict[str, str], running: dict[str, _Process] |
 
 
 def _floats(bundle: Bundle) -> bytes:
-    """The bundle's network with the input that insightface's ArcFaceONNX feeds. Raises InputError."""
+    """Make the bundle's network with the input that insightface's ArcFaceONNX feeds. Raises InputError."""
     info = bundle.manifest.encoder
     network = network_of(onnx.load_model_from_string(bundle.read(BASELINE)))
     return serialise(float_graph(network, info.preprocess, info.space.dim))
 
 
 def _cpu() -> str:
-    """Name of the processor."""
+    """Name the processor."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

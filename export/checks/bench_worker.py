@@ -1,4 +1,4 @@
-"""One encoder of a bundle in a process of its own, timed on request, so that its memory and its threads are its own.
+"""Time one encoder of a bundle in a process of its own, so that its memory and its threads are its own.
 
 Run as: python -m pkd.export.checks.bench_worker BUNDLE NAME [FILE.onnx]. It speaks JSON, a line each: first who it is
 or why it cannot run; then, for every ``[batch, calls]`` it reads, what that took.
@@ -84,7 +84,7 @@ def _open(bundle: Bundle, name: str, file: str) -> Embed:
 
 
 def _insightface(file: str) -> Embed:
-    """ArcFaceONNX as insightface opens it, but on one thread and, like ours, without spinning."""
+    """Open ArcFaceONNX as insightface does, but on one thread and, like ours, without spinning."""
     import onnxruntime
     from insightface.model_zoo import get_model
 
@@ -100,14 +100,14 @@ def _insightface(file: str) -> Embed:
 
 
 def _level() -> int:
-    """Bytes that the process holds now; what it held before for a moment is forgotten where the system can."""
+    """Count the bytes that the process holds now; its peak so far is forgotten where the system can."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _peak()
 
 
 def _peak() -> int:
-    """Bytes that the process held at most. Not from getrusage on Linux: there it begins with the peak of its parent."""
+    """Count the bytes that the process held at most. On Linux getrusage would begin with the peak of the parent."""
     with suppress(OSError):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

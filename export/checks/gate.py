@@ -1,4 +1,4 @@
-"""Gate: does a target still accept the genuine queries that the fp32 encoder accepts, against the teacher's gallery?
+"""Gate targets: a target must still accept the genuine queries that the fp32 encoder accepts, in the teacher's gallery.
 
 Both are measured on the same people, each at its own threshold for one false match rate. A target passes where even the
 upper end of the interval of what it loses is no more than was allowed: "not shown to be worse" is not enough.
@@ -6,18 +6,19 @@ upper end of the interval of what it loses is no more than was allowed: "not sho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from pkd.export.options import GateOptions
+from pkd.toolkit.bundle.bundle import NOT_GATED
 from pkd.toolkit.certificates.certificate import Certificate, file_name
 from pkd.toolkit.core.encoder_info import require_same_space
-from pkd.toolkit.core.errors import GateFailed, InputError
+from pkd.toolkit.core.errors import GateFailed
 from pkd.toolkit.core.models import Record
+from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.models.open_encoder import open_encoder
 from pkd.toolkit.encoders.base import Encoder
@@ -31,69 +32,49 @@ from pkd.toolkit.evaluation.protocols.all_pairs import certify, pair_up
 from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, common
 from pkd.toolkit.evaluation.results.schema import Comparison, Evaluation, PairedDifference
 
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Opens a progress bar: (label, total) → a function that is told how many more are done."""
 FMRS = (1e-2, 1e-3, 1e-4, 1e-5)
-"""What the certificates of the gated encoders hold where the faces resolve it."""
+"""False match rates in the certificates of the gated encoders, where the faces resolve them."""
 LEVEL = 0.95
-"""Of the interval that a target as it was ordered is judged by."""
-
-
-@dataclass(frozen=True)
-class GateOrder:
-    """What pkd-export's gate was asked for. The only defaults."""
-
-    faces: Path
-    """Aligned crops with identities, other than those that INT8 was calibrated on."""
-    teacher: str | None
-    """Encoder of the gallery; None where the exported encoder is the teacher itself."""
-    teacher_preprocess: str | None
-    fmr: float = 1e-3
-    max_drop: float = 0.01
-    """Of the TAR, a fraction: no more may be lost, by the upper end of the interval."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_drop < 1:
-            raise InputError(f"--max-tar-drop {self.max_drop:g}: a fraction of 0 to below 1; 0.01 is one point.")
-        if not 0 < self.fmr < 1:
-            raise InputError(f"--gate-fmr {self.fmr:g}: a false match rate lies between 0 and 1.")
+"""Level of the interval that a target's first try is judged by."""
 
 
 class GateRow(Record):
-    """One target, as it was ordered or as it was tried, against the fp32 encoder."""
+    """Compare one try of one target with the fp32 encoder."""
 
     target: str
     encoder: str
     tried: str
-    """What was changed to make it pass; empty for the target as it was ordered."""
+    """Change that was to make it pass; empty for the first try."""
     fmr: float
     reference: float
-    """TAR of the fp32 encoder, every identity alike."""
+    """TAR of the fp32 encoder, macro: every identity weighs the same."""
     tar: float
     drop: PairedDifference
-    """What the target loses, paired over the same drawn people."""
+    """Loss of TAR, paired over the same bootstrap resamples of people."""
     level: float
-    """Of the interval that it is judged by: 0.95, and more for each of several tries."""
+    """Level of the interval that it is judged by: 0.95, and more for each of several tries."""
     most: float
     """The upper end of that interval."""
     passed: bool
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A row, and the certificate that was measured on the way."""
+class GateResult:
+    """Hold one row, and the certificate that was measured on the way."""
 
     row: GateRow
     certificate: Certificate
 
 
 @dataclass(frozen=True)
-class Gated:
-    """Every row in the order of measuring, a sentence for the manifest, and certificates of what is left in the end."""
+class GateResults:
+    """Hold every row in the order of measuring, and the verdict on the targets as they are in the end."""
 
-    rows: tuple[GateRow, ...]
-    said: str
-    certificates: tuple[Certificate, ...]
+    rows: tuple[GateRow, ...] = ()
+    summary: str = NOT_GATED
+    """Sentence for the manifest."""
+    certificates: tuple[Certificate, ...] = ()
+    """Certificates of the targets as they are in the end, and of the fp32 encoder."""
 
 
 @dataclass(frozen=True)
@@ -104,25 +85,25 @@ class _Measured:
 
 
 class Gate:
-    """The people, the gallery and the fp32 encoder, measured once: targets are judged against them one by one."""
+    """Measure people, gallery and fp32 encoder once, and judge targets against them one by one."""
 
-    def __init__(self, order: GateOrder, reference: Encoder, bar: Bar) -> None:
-        """Raises SpaceMismatch for another teacher, UnsupportedFmr for a rate that is not resolved, InputError."""
-        self._order, self._reference, self._bar = order, reference, bar
-        self._teacher = open_encoder(order.teacher, order.teacher_preprocess) if order.teacher else reference
+    def __init__(self, options: GateOptions, reference: Encoder, progress: Progress) -> None:
+        """Measure. Raises SpaceMismatch for another teacher, UnsupportedFmr for an unresolved rate, InputError."""
+        self._gate, self._reference, self._progress = options, reference, progress
+        self._teacher = open_encoder(options.teacher, options.teacher_preprocess) if options.teacher else reference
         require_same_space(self._teacher.info, reference.info)
-        self._faces = FaceSet.read(order.faces)
-        fmrs = tuple(sorted({order.fmr, *FMRS}, reverse=True))
+        self._faces = FaceSet.read(options.faces)
+        fmrs = tuple(sorted({options.fmr, *FMRS}, reverse=True))
         self._options = EvaluationOptions(fmrs=fmrs, cache=default_cache())
-        self._data, self._pairing = pair_up(self._faces, self._faces, order.faces.name, self._options.cache)
-        require_resolved(self._pairing, order.fmr)
-        with bar("embedding the gallery", len(self._faces)) as advance:
+        self._data, self._pairing = pair_up(self._faces, self._faces, options.faces.name, self._options.cache)
+        require_resolved(self._pairing, options.fmr)
+        with progress("embedding the gallery", len(self._faces)) as advance:
             self._gallery = embed_faces(self._teacher, self._faces, cache=self._options.cache, advance=advance)
         self._plain = self._measure("fp32", reference)
 
-    def judge(self, targets: Mapping[str, Encoder], tried: str = "", level: float = LEVEL) -> list[Judged]:
-        """A row for every target that is an encoder of its own. ``targets``: name → encoder."""
-        order, judged = self._order, []
+    def judge(self, targets: Mapping[str, Encoder], tried: str = "", level: float = LEVEL) -> list[GateResult]:
+        """Judge every target that is an encoder of its own. ``targets``: name → encoder."""
+        judged = []
         for target, encoder in _own(self._reference, targets).items():
             found = self._measure(target, encoder)
             lost = self._plain.tar - found.tar
@@ -134,36 +115,37 @@ class Gate:
                 target=target,
                 encoder=encoder.info.id,
                 tried=tried,
-                fmr=order.fmr,
+                fmr=self._gate.fmr,
                 reference=self._plain.tar,
                 tar=found.tar,
                 drop=drop,
                 level=level,
                 most=most,
-                passed=most <= order.max_drop,
+                passed=most <= self._gate.max_drop,
             )
             assert found.certificate is not None
-            judged.append(Judged(row, found.certificate))
+            judged.append(GateResult(row, found.certificate))
         return judged
 
-    def conclude(self, judged: Sequence[Judged]) -> Gated:
-        """What is left: the last row of every target."""
+    def conclude(self, judged: Sequence[GateResult]) -> GateResults:
+        """Take the last row of every target for the verdict."""
         final = {each.row.target: each for each in judged}
         certificates = [each.certificate for each in final.values()]
         if self._plain.certificate:
             certificates.insert(0, self._plain.certificate)
-        return Gated(tuple(each.row for each in judged), self._said([e.row for e in judged]), tuple(certificates))
+        rows = tuple(each.row for each in judged)
+        return GateResults(rows, self._summary(rows), tuple(certificates))
 
     def _measure(self, label: str, encoder: Encoder) -> _Measured:
         options, reference = self._options, encoder is self._reference
-        with self._bar(f"gate {label}", len(self._faces)) as advance:
+        with self._progress(f"gate {label}", len(self._faces)) as advance:
             # not from the cache: another graph may have had this name and precision
             query = embed_faces(encoder, self._faces, jobs=None if reference else 1, advance=advance)
         comparison, values = self._compare(query, encoder)
-        point = next(p for p in comparison.points if p.fmr == self._order.fmr)
+        point = next(p for p in comparison.points if p.fmr == self._gate.fmr)
         encoder_set = EncoderSet(self._teacher, encoder)
         certificate = None if encoder is self._teacher else self._certificate(comparison, encoder_set, options)
-        return _Measured(point.tar_balanced, values[f"S–T/tar_balanced/{self._order.fmr:g}"], certificate)
+        return _Measured(point.tar_balanced, values[f"S–T/tar_balanced/{self._gate.fmr:g}"], certificate)
 
     def _compare(self, query: Floats, encoder: Encoder) -> tuple[Comparison, dict[str, Doubles]]:
         options = self._options
@@ -184,8 +166,8 @@ class Gate:
         )
         return certify(named, evaluation)
 
-    def _said(self, rows: Sequence[GateRow]) -> str:
-        order, data = self._order, self._data
+    def _summary(self, rows: Sequence[GateRow]) -> str:
+        options, data = self._gate, self._data
         people = f"on {data.name}, {data.images:,} images of {data.identities:,} people"
         final = {row.target: row for row in rows}.values()
         if not rows:
@@ -193,22 +175,22 @@ class Gate:
         verdict = "passed" if all(row.passed for row in final) else "gate failed"
         tries = {row.target: sum(other.target == row.target for other in rows) for row in final}
         found = "; ".join(_sentence(row, tries[row.target]) for row in final)
-        return f"{verdict}: TAR at FMR {order.fmr:g} {people}, allowed {100 * order.max_drop:g} points: {found}"
+        return f"{verdict}: TAR at FMR {options.fmr:g} {people}, allowed {100 * options.max_drop:g} points: {found}"
 
 
-def require_passed(gated: Gated) -> None:
+def require_passed(results: GateResults) -> None:
     """Raise GateFailed with every figure where a target, as it is in the end, loses too much."""
-    final = {row.target: row for row in gated.rows}.values()
+    final = {row.target: row for row in results.rows}.values()
     if not all(row.passed for row in final):
         raise GateFailed(
-            f"{gated.said}. Nothing was written. Calibrate on more faces, train for INT8 with --qat, choose another "
-            "--precision, or allow more with --max-tar-drop."
+            f"{results.summary}. Nothing was written. Calibrate on more faces, train for INT8 with --qat, choose "
+            "another --precision, or allow more with --max-tar-drop."
         )
 
 
 def gate_table(rows: Sequence[GateRow]) -> Table:
-    """For the console: every try."""
-    table = Table(title="Gate: TAR against the teacher's gallery, identities alike, %", title_justify="left")
+    """Lay out every try for the console."""
+    table = Table(title="Gate: TAR against the teacher's gallery, macro, %", title_justify="left")
     for heading in ("target", "FMR", "fp32", "target's", "lost, 95 % interval", "at most", "gate"):
         table.add_column(heading, justify="left" if heading == "target" else "right", no_wrap=heading != "target")
     for row in rows:
@@ -225,7 +207,7 @@ def gate_table(rows: Sequence[GateRow]) -> Table:
 
 
 def _own(reference: Encoder, targets: Mapping[str, Encoder]) -> dict[str, Encoder]:
-    """Targets that are encoders of their own, each once. Parity judges the others, which differ by rounding."""
+    """Choose the targets that are encoders of their own, each once. The others differ by rounding: parity judges."""
     found: dict[str, Encoder] = {}
     for name, encoder in targets.items():
         if encoder.info.id not in {reference.info.id, *(e.info.id for e in found.values())}:

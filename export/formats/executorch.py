@@ -1,4 +1,4 @@
-"""ExecuTorch, for phones and small boards: the ONNX graph as one program that XNNPACK computes from end to end."""
+"""Build ExecuTorch targets, for phones and small boards: one program that XNNPACK computes from end to end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from pkd.toolkit.core.errors import InputError, PkdError, TargetUnavailable
-from pkd.toolkit.encoders.executorch import quiet
+from pkd.export.formats.base import Built, Format, Tell, need_packages
+from pkd.export.graph.precision_variants import GraphForm, Variant
+from pkd.export.options import BuildOptions
+from pkd.toolkit.core.errors import InputError, PkdError, TargetUnavailable, plain_reason
+from pkd.toolkit.encoders.executorch import ExecuTorchNet, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,16 +21,16 @@ if TYPE_CHECKING:
     from pkd.toolkit.distill.models.onnx_graph import Node, Translate
 
 AROUND = ("executorch_call_delegate", "getitem")
-"""What a graph consists of whose every operation was given away."""
+"""Calls that remain in a graph whose every operation was given to XNNPACK."""
 
 
 def to_executorch(model: bytes) -> tuple[bytes, int, str]:
-    """ONNX of ``uint8_graph``, plain or quantised → ``.pte``, how many operations XNNPACK got, ExecuTorch's version.
+    """Convert the ONNX of ``uint8_graph`` to ``.pte``, the number of operations that XNNPACK got, ExecuTorch's version.
 
-    Bytes as tensors and a batch of any size would each leave operations outside XNNPACK: the program is given float32
-    1×S×S×3, values 0 to 255, one crop at a time. INT8 keeps the graph's own ranges. Raises TargetUnavailable without
-    ExecuTorch, InputError for a graph that is not XNNPACK's from end to end: the rest would run in kernels that are
-    many times slower.
+    The graph is plain or quantised, and INT8 keeps its ranges. The program takes float32 1×S×S×3, values 0 to 255, one
+    crop at a time: bytes as tensors and a batch of any size would each leave operations outside XNNPACK. Raises
+    TargetUnavailable without ExecuTorch, InputError for a graph that is not XNNPACK's from end to end: the rest would
+    run in kernels that are many times slower.
     """
     try:
         with quiet():
@@ -49,15 +52,16 @@ def to_executorch(model: bytes) -> tuple[bytes, int, str]:
     except PkdError:
         raise
     except Exception as error:  # torch's and ExecuTorch's errors share no base class
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"ExecuTorch {made_with} cannot convert the graph: {reason}") from None
+        raise InputError(
+            f"ExecuTorch {made_with} cannot convert the graph: {plain_reason(error)} Leave --format executorch out."
+        ) from None
     if left or not given:
         raise InputError(f"XNNPACK has no {', '.join(left)}, which this network needs. Leave --format executorch out.")
     return data, given, made_with
 
 
 def _shares(module: Any) -> tuple[int, list[str]]:
-    """How many operations went to a delegate, and the names of those that did not."""
+    """Count the operations that went to a delegate, and name those that did not."""
     called = [node for node in module.graph.nodes if node.op == "call_function"]
     names = [getattr(node.target, "__name__", str(node.target)) for node in called]
     inner = [getattr(module, node.target) for node in module.graph.nodes if node.op == "get_attr"]
@@ -100,7 +104,7 @@ def _quantised() -> Mapping[str, Translate]:
     import torch
     from torch import nn
     from torch.ao.quantization.fx import _decomposed  # noqa: F401  registers torch.ops.quantized_decomposed
-    from torch.nn import functional as F
+    from torch.nn.functional import linear
 
     from pkd.toolkit.distill.models.onnx_graph import Bound, Function, need
 
@@ -147,7 +151,7 @@ def _quantised() -> Mapping[str, Translate]:
             self.register_buffer("ones", torch.ones(1, width))
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.get_buffer("ones"))
+            return linear(x, self.get_buffer("ones"))
 
     def row_sum(node: Node) -> nn.Module:
         shape = node.shape()
@@ -160,3 +164,15 @@ def _quantised() -> Mapping[str, Translate]:
         return nn.Identity()
 
     return {"Cast": cast, "DequantizeLinear": dequantise, "QuantizeLinear": quantise, "ReduceSum": row_sum}
+
+
+def _build(graph: Variant, precision: str, options: BuildOptions, tell: Tell) -> Built:
+    program, given, made_with = to_executorch(graph.data)
+    net = ExecuTorchNet(program, 1)
+    settings = {"xnnpack_operations": given}
+    return Built({"encoder.pte": program}, f"executorch {made_with}", {**settings}, net.version, net)
+
+
+FORMAT = Format(
+    "executorch", ("fp32", "int8"), GraphForm("u8s8"), _build, need_packages("executorch", "executorch", "torch")
+)

@@ -1,4 +1,4 @@
-"""ncnn, for phones and small boards: the ONNX graph converted by pnnx, in float32."""
+"""Build ncnn targets, for phones and small boards: the ONNX graph converted by pnnx, in float32."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from tempfile import TemporaryDirectory
 import onnx
 from onnx import TensorProto
 
+from pkd.export.formats.base import Built, Format, Tell, need_packages
 from pkd.export.graph.build import serialise
+from pkd.export.graph.precision_variants import GraphForm, Variant
+from pkd.export.options import BuildOptions
 from pkd.toolkit.core.errors import InputError, TargetUnavailable
+from pkd.toolkit.encoders.ncnn import NcnnNet
 
 SECONDS = 300
-"""Small networks take two; a limit, for pnnx says nothing while it works."""
+"""Time limit of pnnx, which says nothing while it works. Small networks take two seconds."""
 
 
 def to_ncnn(model: bytes) -> tuple[bytes, bytes, str]:
-    """ONNX of ``uint8_graph`` → ``.param``, ``.bin`` and pnnx's version.
+    """Convert the ONNX of ``uint8_graph`` to ``.param``, ``.bin`` and pnnx's version.
 
-    ncnn has neither bytes as tensors nor a batch: it is given float32 S×S×3, values 0 to 255, one crop at a time.
+    ncnn has neither bytes as tensors nor a batch, so the file takes float32 S×S×3, values 0 to 255, one crop at a time.
     Raises TargetUnavailable without pnnx, InputError if it converts to something that ncnn does not have.
     """
     found = importlib.util.find_spec("pnnx")
@@ -41,19 +45,17 @@ def to_ncnn(model: bytes) -> tuple[bytes, bytes, str]:
         param, weights = source.with_suffix(".ncnn.param"), source.with_suffix(".ncnn.bin")
         if done.returncode or not param.is_file() or not weights.is_file():
             said = " ".join((done.stderr or done.stdout).split())[-300:]
-            raise InputError(f"pnnx cannot convert the graph: {said}")
+            raise InputError(f"pnnx cannot convert the graph: {said}. Leave --format ncnn out.")
         text = param.read_text()
         kinds = [line.split()[0] for line in text.splitlines()[2:] if line.strip()]
-        unknown = sorted(
-            {kind for kind in kinds if "." in kind or "::" in kind}
-        )  # what pnnx leaves as torch's or ONNX's
+        unknown = sorted({kind for kind in kinds if "." in kind or "::" in kind})  # left as torch's or ONNX's
         if unknown:
             raise InputError(f"ncnn has no {', '.join(unknown)}, which this network needs. Leave --format ncnn out.")
         return text.encode(), weights.read_bytes(), _version()
 
 
 def _float_pixels(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with float pixels for input: its first node, the Cast from bytes, is left out."""
+    """Give the graph float pixels for input, in place, by leaving out its first node, the Cast from bytes."""
     graph = model.graph
     taken, cast = graph.input[0], graph.node[0]
     if cast.op_type != "Cast" or cast.input[0] != taken.name:
@@ -69,3 +71,12 @@ def _version() -> str:
         return version("pnnx")
     except PackageNotFoundError:
         return "of unknown version"
+
+
+def _build(graph: Variant, precision: str, options: BuildOptions, tell: Tell) -> Built:
+    param, weights, made_with = to_ncnn(graph.data)
+    net = NcnnNet(param, weights, 1)
+    return Built({"encoder.param": param, "encoder.bin": weights}, f"pnnx {made_with}", {}, net.version, net)
+
+
+FORMAT = Format("ncnn", ("fp32",), GraphForm("u8s8"), _build, need_packages("ncnn", "pnnx", "ncnn"))

@@ -1,15 +1,20 @@
-"""OpenVINO: the ONNX graph as IR (a network and a weights file), nothing rounded on the way."""
+"""Build OpenVINO targets: the ONNX graph as IR (a network and a weights file), with nothing rounded on the way."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pkd.toolkit.core.errors import InputError, TargetUnavailable
+from pkd.export.formats.base import Built, Format, Tell, need_packages
+from pkd.export.graph.precision_variants import GraphForm, Variant
+from pkd.export.graph.rewrite import decompose_prelu
+from pkd.export.options import BuildOptions
+from pkd.toolkit.core.errors import InputError, TargetUnavailable, plain_reason
+from pkd.toolkit.encoders.openvino import HINTS, OpenVinoModel
 
 
 def to_ir(model: bytes) -> tuple[bytes, bytes, str]:
-    """ONNX → ``.xml``, ``.bin`` and OpenVINO's version. Raises TargetUnavailable or InputError."""
+    """Convert ONNX to ``.xml``, ``.bin`` and OpenVINO's version. Raises TargetUnavailable or InputError."""
     try:
         import openvino
     except ImportError:
@@ -21,6 +26,25 @@ def to_ir(model: bytes) -> tuple[bytes, bytes, str]:
             # not convert_model: offline it was seen to hang with idle child processes, probably of its telemetry
             openvino.save_model(openvino.Core().read_model(onnx), xml, compress_to_fp16=False)
         except Exception as error:  # openvino's errors share no public base class
-            reason = " ".join(str(error).split())[-300:]
-            raise InputError(f"OpenVINO {openvino.__version__} cannot convert the graph: {reason}") from None
+            raise InputError(
+                f"OpenVINO {openvino.__version__} cannot convert the graph: {plain_reason(error)} "
+                "Leave --format openvino out."
+            ) from None
         return xml.read_bytes(), xml.with_suffix(".bin").read_bytes(), str(openvino.__version__).split("-")[0]
+
+
+def _build(graph: Variant, precision: str, options: BuildOptions, tell: Tell) -> Built:
+    xml, weights, version = to_ir(graph.data)
+    model = OpenVinoModel(xml, weights, precision, 1)
+    files = {"encoder.xml": xml, "encoder.bin": weights}
+    settings = {"INFERENCE_PRECISION_HINT": HINTS[precision]}
+    return Built(files, f"openvino {version}", {**settings}, model.version, model)
+
+
+FORMAT = Format(
+    "openvino",
+    ("fp32", "bf16", "int8"),
+    GraphForm("s8s8", decompose_prelu, decompose_prelu),
+    _build,
+    need_packages("openvino", "openvino"),
+)

@@ -1,4 +1,4 @@
-"""TensorRT engines: one network-building code for ``tensorrt`` 10, ``tensorrt`` 11 and ``tensorrt_rtx``.
+"""Build TensorRT engines, with one code for ``tensorrt`` 10, ``tensorrt`` 11 and ``tensorrt_rtx``.
 
 The precision lives in the ONNX graph (a strongly typed network): fp32, float16 tensors, or QuantizeLinear and
 DequantizeLinear. No flag of the builder changes it, because TensorRT 11 has none left. ``tensorrt`` needs an NVIDIA GPU
@@ -8,49 +8,43 @@ to build; ``tensorrt_rtx`` builds anywhere and compiles the rest when the engine
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pkd.export.formats.base import ORT, Built, Format, Tell, need_packages
+from pkd.export.graph.precision_variants import GraphForm, Settings, Variant
+from pkd.export.options import BuildOptions
 from pkd.toolkit.core.errors import InputError, PkdError, TargetUnavailable
 from pkd.toolkit.core.gpu import find_gpu
-from pkd.toolkit.encoders.tensorrt import EXTRAS, error_logger, one_line
+from pkd.toolkit.encoders.tensorrt import EXTRAS, error_logger, load_engine, one_line
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How an engine is built."""
-
-    batches: tuple[int, int, int] = (1, 8, 32)
-    """Smallest, most frequent and largest batch: the optimisation profile. Others are refused by the engine."""
-    workspace: int = 1024
-    """MiB of GPU memory that one layer may use as scratch space."""
-    timing_cache: Path | None = None
-    """File that remembers measured kernels, so that the next build on the same GPU takes seconds. tensorrt only."""
+PORTS = ("crops", "embedding")
+"""Input and output of every graph of a bundle, as graph/build.py names them."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A serialised engine and what it depends on."""
+    """Hold a serialised engine, the builder's version, and what the engine depends on."""
 
     data: bytes
     version: str
-    settings: dict[str, str | int | float | bool]
+    settings: Settings
 
 
-def build_engine(package: str, model: bytes, options: BuildOptions, tell: Callable[[str], None]) -> Engine:
+def build_engine(package: str, model: bytes, options: BuildOptions, tell: Tell) -> Engine:
     """Build ``model`` (ONNX with a dynamic first dimension) with ``tensorrt`` or ``tensorrt_rtx``.
 
     ``tell`` is given the phase that the builder is in. Raises TargetUnavailable without the package, or for
     ``tensorrt`` without a GPU; InputError for a graph that the parser refuses.
     """
     gpu = find_gpu()
-    if package == "tensorrt" and gpu is None:
-        raise TargetUnavailable("no NVIDIA GPU with a working driver was found, and tensorrt builds on one only")
-    trt = _package(package)
+    if reason := _unavailable(package):
+        raise TargetUnavailable(reason)
+    trt = importlib.import_module(package)
     messages: list[str] = []
     logger = error_logger(trt, messages)
     builder = trt.Builder(logger)
@@ -74,7 +68,7 @@ def build_engine(package: str, model: bytes, options: BuildOptions, tell: Callab
     if cache is not None and options.timing_cache is not None:
         options.timing_cache.write_bytes(bytes(cache.serialize()))
     low, usual, high = options.batches
-    settings: dict[str, str | int | float | bool] = {
+    settings: Settings = {
         "tensorrt": trt.__version__,
         "gpu": gpu.name if gpu and package == "tensorrt" else "any that tensorrt_rtx supports",
         "compute_capability": gpu.capability if gpu and package == "tensorrt" else "8.0 and later",
@@ -85,25 +79,14 @@ def build_engine(package: str, model: bytes, options: BuildOptions, tell: Callab
     return Engine(bytes(data), str(trt.__version__), settings)
 
 
-def parse_batches(text: str) -> tuple[int, int, int]:
-    """``1:8:32`` → smallest, most frequent, largest batch. Raises InputError."""
-    parts = text.split(":")
-    if len(parts) == 3 and all(part.isdecimal() for part in parts):
-        low, usual, high = map(int, parts)
-        if 1 <= low <= usual <= high <= 4096:
-            return low, usual, high
-    raise InputError(f"--batch {text!r}: give smallest:usual:largest between 1 and 4096, for example 1:8:32.")
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise TargetUnavailable(f"{name} is not installed (pip install 'pkd[{EXTRAS[name]}]')") from None
+def _unavailable(package: str) -> str | None:
+    if package == "tensorrt" and find_gpu() is None:
+        return "no NVIDIA GPU with a working driver was found, and tensorrt builds on one only"
+    return need_packages(EXTRAS[package], package)()
 
 
 def _typed(trt: Any) -> int:
-    """The creation flag of a strongly typed network; where there is no other kind, there may be no flag."""
+    """Return the creation flag of a strongly typed network; where there is no other kind, there may be no flag."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -117,7 +100,7 @@ def _profile(builder: Any, network: Any, batches: tuple[int, int, int]) -> Any:
 
 
 def _open_cache(config: Any, path: Path | None) -> Any:
-    """A timing cache, filled from ``path``; one of another GPU or version is ignored by TensorRT and begun anew."""
+    """Make a timing cache and fill it from ``path``; one of another GPU or version is begun anew."""
     if path is None:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
@@ -127,7 +110,7 @@ def _open_cache(config: Any, path: Path | None) -> Any:
     return cache
 
 
-def _monitor(trt: Any, tell: Callable[[str], None]) -> Any:
+def _monitor(trt: Any, tell: Tell) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
@@ -145,3 +128,19 @@ def _monitor(trt: Any, tell: Callable[[str], None]) -> Any:
             self.steps.pop(phase_name, None)
 
     return Monitor()
+
+
+def _build(package: str, graph: Variant, precision: str, options: BuildOptions, tell: Tell) -> Built:
+    engine = build_engine(package, graph.data, options, tell)
+    made_with, embed = f"{package} {engine.version}", None
+    with suppress(TargetUnavailable):  # built here, but it runs elsewhere
+        embed = load_engine(package, engine.data, engine.settings, graph.encoder, PORTS).raw
+    return Built({"encoder.engine": engine.data}, made_with, engine.settings, made_with if embed else ORT, embed)
+
+
+def _format(package: str) -> Format:
+    build, unavailable = partial(_build, package), partial(_unavailable, package)
+    return Format(package, ("fp32", "fp16", "int8"), GraphForm("s8s8"), build, unavailable)
+
+
+FORMAT, FORMAT_RTX = _format("tensorrt"), _format("tensorrt_rtx")

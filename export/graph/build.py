@@ -1,4 +1,4 @@
-"""A network, from torch or from an ONNX file, becomes the graph that devices run.
+"""Build the graph that devices run, of a network from torch or from an ONNX file.
 
 Every network is first brought to one form, float N×3×S×S (preprocessed) → N×D (not normalised), with a dynamic batch.
 Two graphs are made of it: ``uint8_graph`` for bundles and ``float_graph`` for programs that scale pixels themselves.
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, compose, helper, numpy_helper, shape_inference, version_converter
 from onnx.utils import Extractor
 
 from pkd.export.graph.rewrite import fold_batch_norm
 from pkd.toolkit.core.errors import InputError, MissingExtra, PkdError
 from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.encoders.onnx_ports import Ports
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,14 +35,16 @@ IR_VERSION = 8
 WEB_OPSET, WEB_IR_VERSION = 26, 13
 """The newest that browsers load, with onnxruntime-web 1.30. tests/parity/test_onnxruntime_web.py asks it."""
 BATCH = "batch"
+ENTRY, UNIT = "pkd/network", "pkd/unit"
+"""Names of the node that feeds the network, and of the last one, which divides by the length."""
 
 
 def torch_network(module: nn.Module, size: int) -> onnx.ModelProto:
-    """Trace ``module``: float32 N×3×S×S → N×D. Batch normalisation is folded into the
-    linear operator beside it, and parallel branches (RepViT's) into one convolution.
+    """Trace ``module``: float32 N×3×S×S → N×D. Raises InputError in train mode.
 
-    The TorchScript exporter is used on purpose: for these networks it gives the plainer graph (IR 8, exactly the opset
-    asked for) in 0.3 s instead of 7 s, in every torch that pkd allows. Raises InputError in train mode.
+    Batch normalisation is folded into the linear operator beside it, and parallel branches (RepViT's) into one
+    convolution. The TorchScript exporter is used on purpose: for these networks it gives the plainer graph (IR 8,
+    exactly the opset asked for) in 0.3 s instead of 7 s, in every torch that pkd allows.
     """
     try:
         import torch
@@ -72,12 +76,12 @@ def torch_network(module: nn.Module, size: int) -> onnx.ModelProto:
     return fold_batch_norm(network)
 
 
-def onnx_network(path: str | Path) -> onnx.ModelProto:
-    """Read an ONNX encoder (one float N×3×S×S input; its first output counts), free its batch dimension and fold
-    its batch normalisations.
+def onnx_network(path: str | Path, ports: Ports | None = None) -> onnx.ModelProto:
+    """Read an ONNX encoder as float32 N×3×S×S → N×D, free its batch dimension and fold its batch normalisations.
 
-    Raised to ``OPSET`` where onnx can convert it, else left at its own. Raises InputError for a file that is neither
-    convertible nor recent enough.
+    ``ports``: layout and type of its input, and its output; None: they are float32 N×3×S×S and the first. Raised to
+    ``OPSET`` where onnx can convert it, else left at its own. Raises InputError for a file that is neither convertible
+    nor recent enough.
     """
     try:
         network = onnx.load(str(path))
@@ -87,22 +91,24 @@ def onnx_network(path: str | Path) -> onnx.ModelProto:
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]  # old files list their weights as inputs
     _replace(graph.input, inputs)
-    _replace(graph.output, list(graph.output)[:1])
+    _replace(graph.output, [v for v in graph.output if v.name == (ports.output if ports else graph.output[0].name)])
     network.ir_version = max(network.ir_version, 4)  # from here on weights need not be inputs
     network = _raise_opset(network, str(path))
     _free_batch(network)
+    if ports:
+        _adapt_ports(network, ports)
     return fold_batch_norm(network)
 
 
 def uint8_graph(network: onnx.ModelProto, preprocess: Preprocess, dim: int) -> onnx.ModelProto:
-    """``crops`` uint8 N×S×S×3 RGB → ``embedding`` float32 N×D, unit rows."""
+    """Build the graph of a bundle: ``crops`` uint8 N×S×S×3 RGB → ``embedding`` float32 N×D, unit rows."""
     size = preprocess.size
     front = _Chain("crops")
     front.add("Cast", to=TensorProto.FLOAT)  # before Transpose: TensorRT refuses to transpose uint8
-    if preprocess.mean != 0:
-        front.add("Sub", np.float32(preprocess.mean))
-    if preprocess.std != 1:
-        front.add("Div", np.float32(preprocess.std))
+    if np.any(preprocess.mean):
+        front.add("Sub", _of_rgb(preprocess.mean, preprocess))
+    if np.any(np.not_equal(preprocess.std, 1)):
+        front.add("Div", _of_rgb(preprocess.std, preprocess))
     if preprocess.channels == "bgr":
         front.add("Gather", np.array([2, 1, 0], np.int64), axis=3)
     front.add("Transpose", perm=[0, 3, 1, 2])
@@ -110,18 +116,24 @@ def uint8_graph(network: onnx.ModelProto, preprocess: Preprocess, dim: int) -> o
     return _assemble(taken, front, network, dim)
 
 
+def _of_rgb(values: ArrayLike, preprocess: Preprocess) -> NDArray[np.float32]:
+    """Give one number, or one per channel of the network, as float32 in the order of RGB crops."""
+    numbers = np.asarray(values, np.float32)
+    return numbers[::-1].copy() if numbers.ndim and preprocess.channels == "bgr" else numbers
+
+
 def network_of(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """The float32 N×3×S×S network inside what ``uint8_graph`` made."""
-    (entry,), (unit,) = ([n for n in graph.graph.node if n.name == name] for name in ("pkd/network", "pkd/unit"))
+    """Extract the float32 N×3×S×S network from what ``uint8_graph`` made."""
+    (entry,), (unit,) = ([n for n in graph.graph.node if n.name == name] for name in (ENTRY, UNIT))
     return Extractor(shape_inference.infer_shapes(graph)).extract_model([entry.output[0]], [unit.input[0]])
 
 
 def float_graph(network: onnx.ModelProto, preprocess: Preprocess, dim: int) -> onnx.ModelProto:
-    """``pixels`` float32 N×3×S×S RGB, (value − 127.5) / 127.5 → ``embedding`` float32 N×D, unit rows.
+    """Build the graph for other programs: ``pixels`` float32 N×3×S×S RGB → ``embedding`` float32 N×D, unit rows.
 
-    That is what insightface's ArcFaceONNX feeds to a graph without ``Sub…`` and ``Mul…`` among its first node names;
-    the difference to the network's own scaling is in the graph. Raises InputError for a crop size that insightface
-    takes for another kind of network.
+    Pixels are (value − 127.5) / 127.5, which is what insightface's ArcFaceONNX feeds to a graph without ``Sub…`` and
+    ``Mul…`` among its first node names; the difference to the network's own scaling is in the graph. Raises InputError
+    for a crop size that insightface takes for another kind of network.
     """
     size = preprocess.size
     if size < 112 or size % 16 or size == 192:
@@ -130,10 +142,10 @@ def float_graph(network: onnx.ModelProto, preprocess: Preprocess, dim: int) -> o
             "multiple of 16 from 112 on, but not 192. Leave --float-nchw out."
         )
     front = _Chain("pixels")
-    if preprocess.std != 127.5:
-        front.add("Mul", np.float32(127.5 / preprocess.std))
-    if preprocess.mean != 127.5:
-        front.add("Add", np.float32((127.5 - preprocess.mean) / preprocess.std))
+    mean, std = np.asarray(preprocess.mean, np.float64), np.asarray(preprocess.std, np.float64)
+    for operator, values in (("Mul", 127.5 / std), ("Add", (127.5 - mean) / std)):
+        if np.any(values != (operator == "Mul")):
+            front.add(operator, _of_rgb(values, preprocess).reshape(-1, 1, 1) if values.ndim else np.float32(values))
     if preprocess.channels == "bgr":
         front.add("Gather", np.array([2, 1, 0], np.int64), axis=1)
     taken = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, [BATCH, 3, size, size])
@@ -141,7 +153,7 @@ def float_graph(network: onnx.ModelProto, preprocess: Preprocess, dim: int) -> o
 
 
 def serialise(model: onnx.ModelProto) -> bytes:
-    """One file, weights inside. Raises InputError over protobuf's limit of 2 GiB."""
+    """Serialise to one file with its weights inside. Raises InputError over protobuf's limit of 2 GiB."""
     try:
         data: bytes = model.SerializeToString(deterministic=True)
     except ValueError:
@@ -150,12 +162,17 @@ def serialise(model: onnx.ModelProto) -> bytes:
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """Version of the default operator set that ``model`` asks for."""
+    """Return the version of the default operator set that ``model`` asks for."""
     return next((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
+def precision_of(model: onnx.ModelProto) -> str:
+    """Name the precision that a network's own weights ask for: fp16 or fp32."""
+    return "fp16" if any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer) else "fp32"
+
+
 class _Chain:
-    """Operators one after the other, each fed by the one before it and by constants."""
+    """Collect operators, each fed by the one before it and by constants."""
 
     def __init__(self, start: str) -> None:
         self.start = self.end = start
@@ -173,7 +190,7 @@ class _Chain:
 
 
 def _assemble(taken: onnx.ValueInfoProto, front: _Chain, network: onnx.ModelProto, dim: int) -> onnx.ModelProto:
-    """front → network → unit length, in one graph with one input and one output."""
+    """Join front, network and division by the length in one graph with one input and one output."""
     inner = compose.add_prefix(network, "net/", rename_functions=False)
     graph = inner.graph
     length = _Chain(graph.output[0].name)  # √Σx², no shorter than 1e-12: a zero row stays zero and is noticed
@@ -181,8 +198,8 @@ def _assemble(taken: onnx.ValueInfoProto, front: _Chain, network: onnx.ModelProt
     length.add("ReduceSum", np.array([1], np.int64), keepdims=1)
     length.add("Sqrt")
     length.add("Max", np.float32(1e-12))
-    entry = helper.make_node("Identity", [front.end], [graph.input[0].name], name="pkd/network")
-    unit = helper.make_node("Div", [graph.output[0].name, length.end], ["embedding"], name="pkd/unit")
+    entry = helper.make_node("Identity", [front.end], [graph.input[0].name], name=ENTRY)
+    unit = helper.make_node("Div", [graph.output[0].name, length.end], ["embedding"], name=UNIT)
     made = helper.make_graph(
         [*front.nodes, entry, *graph.node, *length.nodes, unit],
         "encoder",
@@ -243,6 +260,26 @@ def _free_batch(network: onnx.ModelProto) -> None:
             dimensions[0].dim_param = BATCH
 
 
+def _adapt_ports(network: onnx.ModelProto, ports: Ports) -> None:
+    """Give the network a float32 N×3×S×S input and a float32 N×D output, in place, where it has others."""
+    graph = network.graph
+    taken, given = graph.input[0], graph.output[0]
+    if ports.input.nhwc or ports.input.dtype is not np.float32:
+        front = _Chain(f"pkd-{taken.name}")
+        if ports.input.nhwc:
+            front.add("Transpose", perm=[0, 2, 3, 1])
+        front.add("Cast", to=taken.type.tensor_type.elem_type)
+        front.nodes[-1].output[0] = taken.name
+        _replace(graph.input, [helper.make_tensor_value_info(front.start, TensorProto.FLOAT, [BATCH, 3, None, None])])
+        _replace(graph.node, [*front.nodes, *graph.node])
+    if given.type.tensor_type.elem_type != TensorProto.FLOAT or not ports.flat:
+        rows = _Chain(given.name)
+        rows.add("Flatten", axis=1)
+        rows.add("Cast", to=TensorProto.FLOAT)
+        graph.node.extend(rows.nodes)
+        _replace(graph.output, [helper.make_tensor_value_info(rows.end, TensorProto.FLOAT, [BATCH, ports.dim])])
+
+
 def _leading_dimensions(network: onnx.ModelProto) -> dict[str, int]:
     try:
         graph = shape_inference.infer_shapes(network).graph
@@ -262,8 +299,8 @@ def _strip(model: onnx.ModelProto) -> None:
         tensor.ClearField("metadata_props")
 
 
-def _replace(field: Any, values: Sequence[onnx.ValueInfoProto]) -> None:
-    kept = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in values]
+def _replace(field: Any, values: Sequence[Any]) -> None:
+    kept = [type(value).FromString(value.SerializeToString()) for value in values]
     del field[:]
     field.extend(kept)
 

@@ -1,4 +1,4 @@
-"""fp16: weights and activations of the network in half precision; pixels in and unit rows out as in fp32.
+"""Make fp16 graphs: weights and activations in half precision; pixels in and unit rows out as in fp32.
 
 onnxruntime's own converter leaves graphs that begin with a Cast unsorted, and casts once for every blocked operator.
 Our graphs have one entry and one exit, so two casts are enough.
@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from pkd.export.graph.build import ENTRY, UNIT
 from pkd.toolkit.core.errors import InputError
 
 LARGEST = float(np.finfo(np.float16).max)
@@ -19,7 +20,7 @@ ALWAYS_FLOAT = {"Resize": (1, 2)}
 
 
 def to_half(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``graph`` (of ``uint8_graph`` or ``float_graph``) that computes the network in float16.
+    """Return a copy of a ``uint8_graph`` or ``float_graph`` that computes the network in float16.
 
     Preprocessing stays in float32, and so does the division by the length: a sum of 512 squares leaves float16's range
     (65,504) from features of 12 on. Raises InputError for a network that cannot be typed so.
@@ -28,8 +29,8 @@ def to_half(graph: onnx.ModelProto) -> onnx.ModelProto:
     made.CopyFrom(graph)
     body = made.graph
     ours = [node for node in body.node if node.name.startswith("pkd/")]
-    entry = next(node for node in ours if node.name == "pkd/network")
-    features = next(node for node in ours if node.name == "pkd/unit").input[0]
+    entry = next(node for node in ours if node.name == ENTRY)
+    features = next(node for node in ours if node.name == UNIT).input[0]
     inner = [node for node in body.node if not node.name.startswith("pkd/")]
     kept = {node.input[i] for node in inner for i in ALWAYS_FLOAT.get(node.op_type, ()) if i < len(node.input)}
     kept |= {name for node in ours for name in node.input}
@@ -68,7 +69,7 @@ def _halve(tensor: onnx.TensorProto) -> None:
 
 
 def _halve_attributes(node: onnx.NodeProto, kept: set[str]) -> None:
-    """Constants, and types that nodes state: float32 becomes float16."""
+    """Turn float32 into float16 in the node's constants, and in the types that it states."""
     for attribute in node.attribute:
         if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
             raise InputError(f"--precision fp16: {node.op_type} has branches of its own. Use fp32.")

@@ -1,4 +1,4 @@
-"""Typed graphs: the encoder's graph in a precision, as one family of runtimes wants it, and whose numbers it gives."""
+"""Make the encoder's graph in a precision, as one family of runtimes wants it, and say which encoder it computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import onnx
 from pkd.export.graph.build import serialise
 from pkd.export.graph.fp16 import to_half
 from pkd.export.graph.rewrite import shorten_names
-from pkd.export.quantization.calibration import Calibration
 from pkd.export.quantization.quantize import (
     LayerCost,
     calibrate,
@@ -21,31 +20,35 @@ from pkd.export.quantization.quantize import (
     sensitivity,
     similarity_rms,
 )
-from pkd.export.quantization.ranges import Ranges
+from pkd.export.quantization.ranges import Calibration, Ranges
 from pkd.toolkit.core.encoder_info import EncoderInfo, in_mode
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.progress import Progress
 
 Settings = dict[str, str | int | float | bool]
+INT8_SETTINGS = (
+    *("int8", "calibration", "layers_in_fp32", "similarity_rms"),
+    *("qat_steps", "qat_images", "qat_data", "qat_seed", "qat_from", "qat_encoder"),
+)
+"""Settings of a target that belong to its INT8 graph, not to the file that was built from it."""
 Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
-Progress = Callable[[str, int], Callable[[int], None]]
-"""Label and total → a function that is told of each step."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """What distinguishes the graphs of two runtimes in one precision."""
+class GraphForm:
+    """Say how a family of runtimes wants the graph of each precision written."""
 
     int8: str
-    """One of quantize.FORMS."""
+    """Type of INT8: one of quantize.INT8_TYPES."""
     float_rewrite: Rewrite | None = None
-    """What a graph in float goes through; None: nothing."""
+    """Rewrite of graphs in float; None: they stay as they are."""
     int8_rewrite: Rewrite | None = None
-    """What a graph goes through after it was quantised: its own sums are not to be rounded."""
+    """Rewrite of a graph after it was quantised, whose own sums are not to be rounded."""
 
 
 @dataclass(frozen=True)
-class TypedGraph:
-    """A graph as bytes of an ONNX file, the encoder that it computes, and what its numbers depend on."""
+class Variant:
+    """Hold a graph as bytes of an ONNX file, the encoder that it computes, and what its numbers depend on."""
 
     data: bytes
     encoder: EncoderInfo
@@ -53,80 +56,75 @@ class TypedGraph:
 
 
 @dataclass(frozen=True)
-class Retrained:
-    """Weights that were trained on for INT8: their plain uint8 graph, the encoder that it is, and how it was made."""
+class Int8Weights:
+    """Hold what INT8 graphs are made from: the plain uint8 graph, its encoder, and how its weights were trained on."""
 
     plain: onnx.ModelProto
-    info: EncoderInfo
-    settings: Settings
+    encoder: EncoderInfo
+    settings: Settings = field(default_factory=dict)
 
 
 @dataclass
-class Int8Source:
-    """What the INT8 graphs of one form are made from. Ranges and costs are measured once."""
+class _Int8State:
+    """Keep what is known of one INT8 form: ranges and costs are measured once for given weights."""
 
-    plain: onnx.ModelProto
-    info: EncoderInfo
-    settings: Settings
+    weights: Int8Weights
     label: str
-    keep: int
-    """How many of the costliest layers stay in float32."""
     ranges: Ranges
+    in_float: int
+    """Number of the costliest layers that stay in float32."""
     costs: list[LayerCost] = field(default_factory=list)
 
 
 @dataclass
-class TypedGraphs:
-    """Makes each graph once, on demand, from the plain uint8 graph ``plain`` of the encoder ``info``."""
+class PrecisionVariants:
+    """Make each variant once, on demand, from the plain uint8 graph ``plain`` of ``encoder``."""
 
     plain: onnx.ModelProto
-    info: EncoderInfo
+    encoder: EncoderInfo
     calibration: Calibration | None
+    """Real crops that INT8 needs; None: there can be no INT8."""
     keep_float: int
+    """Number of the costliest layers that stay in float32 in INT8."""
     progress: Progress
+    known: dict[tuple[str, GraphForm], Variant] = field(default_factory=dict)
+    """Precision and form → variant: those of an older bundle at first, then all that were made."""
     costs: dict[str, list[LayerCost]] = field(default_factory=dict)
-    """INT8 form, ``(qat)`` where its weights were trained on → what each layer costs, where that was measured."""
-    _made: dict[tuple[str, Form], TypedGraph] = field(default_factory=dict)
-    _sources: dict[Form, Int8Source] = field(default_factory=dict)
+    """INT8 type, ``(qat)`` where its weights were trained on → cost of each layer, where that was measured."""
+    _int8: dict[GraphForm, _Int8State] = field(default_factory=dict)
 
-    def give(self, precision: str, form: Form, graph: TypedGraph) -> None:
-        """A graph that is known already, from an older bundle."""
-        self._made.setdefault((precision, form), graph)
+    def get(self, precision: str, form: GraphForm) -> Variant:
+        """Return the graph in ``precision``. Raises InputError where it cannot be made."""
+        if (precision, form) not in self.known:
+            self.known[precision, form] = self._make(precision, form)
+        return self.known[precision, form]
 
-    def get(self, precision: str, form: Form) -> TypedGraph:
-        """The graph in ``precision``. Raises InputError where it cannot be made."""
-        if (precision, form) not in self._made:
-            self._made[precision, form] = self._make(precision, form)
-        return self._made[precision, form]
+    def keep_in_float(self, form: GraphForm, count: int) -> None:
+        """Leave ``count`` of the costliest layers of this INT8 form in float32 from now on."""
+        self._state(form).in_float = count
+        self.known.pop(("int8", form), None)
 
-    def leave(self, form: Form, count: int) -> None:
-        """From now on ``count`` of the costliest layers of this INT8 form stay in float32."""
-        self._source(form).keep = count
-        self._made.pop(("int8", form), None)
+    def use_weights(self, form: GraphForm, weights: Int8Weights) -> None:
+        """Make this INT8 form from other weights from now on."""
+        self._int8[form] = self._measured(form, weights, " (qat)")
+        self.known.pop(("int8", form), None)
 
-    def retrain(self, form: Form, retrained: Retrained) -> None:
-        """From now on this INT8 form is made from other weights."""
-        self._sources[form] = self._measured(form, retrained.plain, retrained.info, retrained.settings, " (qat)")
-        self._made.pop(("int8", form), None)
+    def layer_count(self, form: GraphForm) -> int:
+        """Count the layers that INT8 computes."""
+        return len(layers(self._state(form).weights.plain))
 
-    def layers(self, form: Form) -> int:
-        """How many layers INT8 computes."""
-        return len(layers(self._source(form).plain))
-
-    def _make(self, precision: str, form: Form) -> TypedGraph:
+    def _make(self, precision: str, form: GraphForm) -> Variant:
         if precision == "int8":
-            return self._int8(form)
+            return self._quantised(form)
         graph = form.float_rewrite(self.plain) if form.float_rewrite else self.plain
-        if precision == "fp32":
-            return TypedGraph(serialise(graph), self.info, {})
-        if precision == "bf16":  # the runtime rounds, see openvino_runtime.HINTS
-            return TypedGraph(serialise(graph), in_mode(self.info, "bf16"), {})
-        return TypedGraph(serialise(shorten_names(to_half(graph))), in_mode(self.info, "fp16"), {})
+        if precision == "fp16":
+            graph = shorten_names(to_half(graph))
+        return Variant(serialise(graph), in_mode(self.encoder, precision), {})  # the runtime rounds bf16 itself
 
-    def _int8(self, form: Form) -> TypedGraph:
-        source, calibration = self._source(form), self._calibration()
-        keep = self._costliest(form, source)
-        made = quantise(source.plain, source.ranges, form.int8, keep)
+    def _quantised(self, form: GraphForm) -> Variant:
+        state, calibration = self._state(form), self._require_calibration()
+        in_float = self._costliest(form, state)
+        made = quantise(state.weights.plain, state.ranges, form.int8, in_float)
         if form.int8_rewrite:
             made = form.int8_rewrite(made)
         data = serialise(shorten_names(made))
@@ -134,37 +132,34 @@ class TypedGraphs:
         settings: Settings = {
             "int8": form.int8,
             "calibration": f"{calibration.method} on {len(calibration.crops)} crops of {calibration.name}",
-            "layers_in_fp32": ", ".join(keep) or "none",
+            "layers_in_fp32": ", ".join(in_float) or "none",
             "similarity_rms": round(similarity_rms(embeddings(made, held), embeddings(self.plain, held)), 5),
-            **source.settings,
+            **state.weights.settings,
         }
         digest = hashlib.sha256(data).hexdigest()  # another calibration is another encoder
-        return TypedGraph(data, in_mode(source.info, f"int8-{form.int8}-{digest[:16]}"), settings)
+        return Variant(data, in_mode(state.weights.encoder, f"int8-{form.int8}-{digest[:16]}"), settings)
 
-    def _source(self, form: Form) -> Int8Source:
-        if form not in self._sources:
-            self._sources[form] = self._measured(form, self.plain, self.info, {}, "")
-        return self._sources[form]
+    def _state(self, form: GraphForm) -> _Int8State:
+        if form not in self._int8:
+            self._int8[form] = self._measured(form, Int8Weights(self.plain, self.encoder), "")
+        return self._int8[form]
 
-    def _measured(
-        self, form: Form, plain: onnx.ModelProto, info: EncoderInfo, settings: Settings, note: str
-    ) -> Int8Source:
-        calibration, label = self._calibration(), f"{form.int8}{note}"
-        passes = 1 if calibration.method == "minmax" else 2
-        advance = self.progress(f"calibrate int8-{label}", passes * len(calibration.crops))
-        ranges = calibrate(plain, calibration.crops, calibration.method, advance)
-        return Int8Source(plain, info, settings, label, self.keep_float, ranges)
+    def _measured(self, form: GraphForm, weights: Int8Weights, note: str) -> _Int8State:
+        calibration, label = self._require_calibration(), f"{form.int8}{note}"
+        with self.progress(f"calibrate int8-{label}", calibration.passes * len(calibration.crops)) as advance:
+            ranges = calibrate(weights.plain, calibration.crops, calibration.method, advance)
+        return _Int8State(weights, label, ranges, self.keep_float)
 
-    def _costliest(self, form: Form, source: Int8Source) -> list[str]:
-        if source.keep and not source.costs:
-            held = self._calibration().held_out
-            advance = self.progress(f"layer sensitivity int8-{source.label}", len(layers(source.plain)))
+    def _costliest(self, form: GraphForm, state: _Int8State) -> list[str]:
+        if state.in_float and not state.costs:
+            plain, held = state.weights.plain, self._require_calibration().held_out
             expected = embeddings(self.plain, held)
-            source.costs = sensitivity(source.plain, source.ranges, form.int8, held, advance, expected)
-            self.costs[source.label] = source.costs
-        return [cost.layer for cost in source.costs[: source.keep]]
+            with self.progress(f"layer sensitivity int8-{state.label}", len(layers(plain))) as advance:
+                state.costs = sensitivity(plain, state.ranges, form.int8, held, advance, expected)
+            self.costs[state.label] = state.costs
+        return [cost.layer for cost in state.costs[: state.in_float]]
 
-    def _calibration(self) -> Calibration:
+    def _require_calibration(self) -> Calibration:
         if self.calibration is None:
             raise InputError("--precision int8 needs real crops to find the ranges on: pass --calib DIR or LIST.")
         return self.calibration

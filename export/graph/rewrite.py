@@ -1,4 +1,4 @@
-"""Rewrites of a graph that leave its numbers alone: what one runtime computes faster, or only then quantises well.
+"""Rewrite graphs without changing their numbers, so that a runtime computes them faster or quantises them well.
 
 ``fold_batch_norm`` is for every graph. PRelu costs onnxruntime and OpenVINO more than four plain operators:
 ``decompose_prelu`` gives those that are fastest, ``split_prelu`` those that are smallest beside INT8 weights. TensorRT
@@ -23,7 +23,7 @@ PASSES = {"Flatten", "Reshape", "Identity", "Dropout"}
 
 
 def fold_batch_norm(network: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``network`` with every batch normalisation folded into the linear operator beside it.
+    """Return a copy of ``network`` with every batch normalisation folded into the linear operator beside it.
 
     Folded: after Conv, Gemm and MatMul, and before Gemm, MatMul and unpadded Conv (through a flattening). What remains
     stands before a padded convolution (pre-activation networks, as IResNet): its shift is not the padding's zero.
@@ -38,7 +38,7 @@ def fold_batch_norm(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def decompose_prelu(network: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``network`` where PRelu with a constant slope a is a·x + (1 − a)·ReLU(x).
+    """Return a copy of ``network`` where PRelu with a constant slope a is a·x + (1 − a)·ReLU(x).
 
     The two agree to a rounding of the last bit: for x ≥ 0 the sum is a·x + (1 − a)·x instead of x.
     """
@@ -56,7 +56,7 @@ def decompose_prelu(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def split_prelu(network: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``network`` where PRelu with a constant slope a is ReLU(x) + a·min(x, 0), to the last bit.
+    """Return a copy of ``network`` where PRelu with a constant slope a is ReLU(x) + a·min(x, 0), to the last bit.
 
     One constant a channel instead of two, which an INT8 file notices. For a graph that is quantised already: its sum is
     not to be rounded.
@@ -75,7 +75,7 @@ def split_prelu(network: onnx.ModelProto) -> onnx.ModelProto:
 
 
 Parts = Callable[["_Graph", str, str, NDArray[np.generic], str], list[onnx.NodeProto]]
-"""Name, input, slope and output of a PRelu → the nodes in its place."""
+"""Name, input, slope and output of a PRelu → the nodes that take its place."""
 
 
 def _without_prelu(network: onnx.ModelProto, parts: Parts) -> onnx.ModelProto:
@@ -88,7 +88,7 @@ def _without_prelu(network: onnx.ModelProto, parts: Parts) -> onnx.ModelProto:
 
 
 def _affine(graph: _Graph, node: onnx.NodeProto) -> tuple[Doubles, Doubles] | None:
-    """Scale and shift (C each) that the node computes in inference; None unless all four inputs are constants."""
+    """Return scale and shift (C each) that the node computes in inference; None unless all inputs are constants."""
     values = [graph.constant(name) for name in node.input[1:5]]
     training = any(a.name == "training_mode" and a.i for a in node.attribute)
     used = [name for name in node.output if name]
@@ -101,7 +101,7 @@ def _affine(graph: _Graph, node: onnx.NodeProto) -> tuple[Doubles, Doubles] | No
 
 
 def _fold_back(graph: _Graph, norm: onnx.NodeProto, scale: Doubles, shift: Doubles) -> bool:
-    """Into the linear operator whose only reader is ``norm``."""
+    """Fold ``norm`` into the linear operator whose only reader it is; False where that cannot be."""
     before = graph.maker.get(norm.input[0])
     if before is None or len(graph.readers[norm.input[0]]) != 1 or norm.input[0] in graph.outputs:
         return False
@@ -116,7 +116,7 @@ def _fold_back(graph: _Graph, norm: onnx.NodeProto, scale: Doubles, shift: Doubl
 
 
 def _fold_forward(graph: _Graph, norm: onnx.NodeProto, scale: Doubles, shift: Doubles) -> bool:
-    """Into the linear operator that alone reads ``norm``, through nodes that only change the shape."""
+    """Fold ``norm`` into the linear operator that alone reads it, through nodes that only change the shape."""
     name = norm.output[0]
     after = graph.only_reader(name)
     while after is not None and after.op_type in PASSES and after.input[0] == name:
@@ -153,7 +153,7 @@ def _fold_forward(graph: _Graph, norm: onnx.NodeProto, scale: Doubles, shift: Do
 
 
 def _linear(graph: _Graph, node: onnx.NodeProto) -> tuple[Doubles, Doubles] | None:
-    """Weight (outputs first) and bias (zeros where there is none) of a Conv, Gemm or plain MatMul by a constant."""
+    """Return weight (outputs first) and bias (zeros where there is none) of a Conv, Gemm or MatMul by a constant."""
     options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     stored = graph.constant(node.input[1]) if len(node.input) > 1 else None
     added = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1)
@@ -173,7 +173,7 @@ def _linear(graph: _Graph, node: onnx.NodeProto) -> tuple[Doubles, Doubles] | No
 
 
 def _as_node(graph: _Graph, like: onnx.NodeProto, weight: Doubles, bias: Doubles, output: str) -> onnx.NodeProto:
-    """``like`` with other weights and another output; what was a MatMul becomes a Gemm."""
+    """Make ``like`` with other weights and another output; a MatMul becomes a Gemm."""
     name = like.name or like.output[0]
     inputs = [like.input[0], graph.add(f"{name}/weight", weight), graph.add(f"{name}/bias", bias)]
     if like.op_type == "Conv":
@@ -193,7 +193,7 @@ def _column(values: Doubles, like: Doubles) -> Doubles:
 
 
 class _Graph:
-    """A copy of a model's graph with the look-ups that rewrites need. Nodes within control flow are left alone."""
+    """Hold a copy of a model's graph with the look-ups that rewrites need. Nodes within control flow are left alone."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = onnx.ModelProto()
@@ -220,20 +220,20 @@ class _Graph:
                 self.readers[name] += [node, node]  # read from within a branch: never the only plain reader
 
     def of(self, operator: str) -> list[onnx.NodeProto]:
-        """The nodes of one kind, as they are now."""
+        """List the nodes of one kind, as they are now."""
         return [node for node in self.nodes if node.op_type == operator and node.domain in ("", "ai.onnx")]
 
     def constant(self, name: str) -> NDArray[np.generic] | None:
-        """The values behind ``name`` where they are known."""
+        """Return the values behind ``name`` where they are known."""
         return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
-        """The one node that reads ``name``; None for an output of the graph and for several readers."""
+        """Return the one node that reads ``name``; None for an output of the graph and for several readers."""
         readers = self.readers[name]
         return readers[0] if len(readers) == 1 and name not in self.outputs else None
 
     def add(self, name: str, values: NDArray[np.generic]) -> str:
-        """A new float32 constant; its name is made unique."""
+        """Add a float32 constant; its name is made unique."""
         while name in self._constants:
             name += "'"
         self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name)
@@ -247,7 +247,7 @@ class _Graph:
         self._index()
 
     def finished(self) -> onnx.ModelProto:
-        """The model with the nodes as they are now, and only the constants that one of them reads."""
+        """Return the model with the nodes as they are now, and only the constants that one of them reads."""
         graph = self.model.graph
         read = {name for node in self.nodes for name in [*node.input, *_captured(node)]} | self.outputs
         used = [n for n in self.nodes if n.op_type not in ("Constant", "Identity") or n.output[0] in read]
@@ -260,7 +260,7 @@ class _Graph:
 
 
 def _captured(node: onnx.NodeProto) -> set[str]:
-    """Names that branches and loop bodies of ``node`` read from around them."""
+    """Collect the names that branches and loop bodies of ``node`` read from around them."""
     found: set[str] = set()
     for attribute in node.attribute:
         for body in [attribute.g, *attribute.graphs] if attribute.type in BRANCHES else []:
@@ -271,7 +271,7 @@ def _captured(node: onnx.NodeProto) -> set[str]:
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """Inferred shapes by name; 0 for a dimension that is not known."""
+    """Infer shapes by name; 0 for a dimension that is not known."""
     try:
         graph = shape_inference.infer_shapes(model).graph
     except Exception:  # unknown operators: nothing is known then, and less is folded
@@ -281,7 +281,7 @@ def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
 
 
 def shorten_names(network: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``network`` with one or two characters for each inner name, and none for nodes.
+    """Return a copy of ``network`` with one or two characters for each inner name, and none for nodes.
 
     In an INT8 file of a small network the names that exporters and quantisers make are a fifth of the bytes. A graph
     with control flow stays as it is.

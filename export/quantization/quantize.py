@@ -1,4 +1,4 @@
-"""INT8 by static quantisation: weights per output channel, activations by their range on real crops.
+"""Quantise graphs to INT8 statically: weights per output channel, activations by their range on real crops.
 
 The ranges are measured once; a graph is then quantised as often as needed: in two forms, with layers left in float32,
 and with each layer left out in turn to see what it costs.
@@ -17,28 +17,29 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from pkd.export.quantization.ranges import Method, Ranges, observe
+from pkd.export.options import RangeMethod
+from pkd.export.quantization.ranges import Ranges, observe
 from pkd.toolkit.core.models import Record
 from pkd.toolkit.encoders.base import Embeddings, batches, make_session, unit_rows
 from pkd.toolkit.images.codec import Rgb
 
 LINEAR = ("Conv", "Gemm", "MatMul")
-"""What INT8 makes smaller: these are the layers that can be left in float32."""
+"""Layers that INT8 makes smaller, and that can be left in float32."""
 OPERATORS = (*LINEAR, "Add")
 AROUND = ("Relu", "Clip", "PRelu")
 """Their outputs feed quantised layers, so their ranges are needed, too."""
 COMMON = {"WeightSymmetric": True, "MatMulConstBOnly": True, "QuantizeBias": False}
 """Biases stay in float32: TensorRT refuses int32 ones, and onnxruntime makes them itself, to the same bits."""
-FORMS: dict[str, tuple[QuantType, dict[str, bool]]] = {
+INT8_TYPES: dict[str, tuple[QuantType, dict[str, bool]]] = {
     "u8s8": (QuantType.QUInt8, COMMON),
     "s8s8": (QuantType.QInt8, {**COMMON, "ActivationSymmetric": True}),
 }
-"""Type of the activations, and options. ``u8s8``: unsigned with an offset, what x86 has instructions for. ``s8s8``:
-signed without offset, the only form that TensorRT takes."""
+"""Name → type of the activations, and options. ``u8s8``: unsigned with an offset, what x86 has instructions for.
+``s8s8``: signed without offset, the only one that TensorRT takes."""
 
 
 class LayerCost(Record):
-    """What one layer contributes to the error of an INT8 graph."""
+    """Say how much of the error of an INT8 graph is one layer's."""
 
     layer: str
     operator: str
@@ -46,20 +47,21 @@ class LayerCost(Record):
     """Pairwise-similarity RMS of the whole INT8 graph less the same with this layer in float32. Larger: costlier."""
 
 
-def calibrate(graph: onnx.ModelProto, crops: Rgb, method: Method, advance: Callable[[int], None]) -> Ranges:
-    """Ranges of every activation that INT8 may touch, on ``crops`` uint8 N×S×S×3."""
+def calibrate(graph: onnx.ModelProto, crops: Rgb, method: RangeMethod, advance: Callable[[int], None]) -> Ranges:
+    """Choose the range of every activation that INT8 may touch, on ``crops`` uint8 N×S×S×3."""
     constant = {tensor.name for tensor in graph.graph.initializer}
     touched = [n for n in graph.graph.node if n.op_type in (*OPERATORS, *AROUND) and not _ours(n)]
     names = [name for n in touched for name in [*n.input, *n.output] if name and name not in constant]
     return observe(graph, list(dict.fromkeys(names)), crops, method, advance)
 
 
-def quantise(graph: onnx.ModelProto, ranges: Ranges, form: str, keep: Sequence[str] = ()) -> onnx.ModelProto:
-    """A copy of ``graph`` (one of ``FORMS``) with QuantizeLinear and DequantizeLinear around every linear layer.
+def quantise(graph: onnx.ModelProto, ranges: Ranges, int8: str, keep: Sequence[str] = ()) -> onnx.ModelProto:
+    """Return a copy of ``graph`` with QuantizeLinear and DequantizeLinear around every linear layer.
 
-    ``keep``: names of layers that stay in float32. Preprocessing and the division by the length always do.
+    ``int8``: one of ``INT8_TYPES``. ``keep``: names of layers that stay in float32. Preprocessing and the division by
+    the length always do.
     """
-    activation, options = FORMS[form]
+    activation, options = INT8_TYPES[int8]
     data = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
     with _quiet():
         quantiser = QDQQuantizer(
@@ -82,7 +84,7 @@ def quantise(graph: onnx.ModelProto, ranges: Ranges, form: str, keep: Sequence[s
 
 
 def layers(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The layers that INT8 computes, in the order of the graph."""
+    """List the layers that INT8 computes, in the order of the graph."""
     constant = {tensor.name for tensor in graph.graph.initializer}
     return [n for n in graph.graph.node if n.op_type in LINEAR and not _ours(n) and n.input[1] in constant]
 
@@ -90,21 +92,21 @@ def layers(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
 def sensitivity(
     graph: onnx.ModelProto,
     ranges: Ranges,
-    form: str,
+    int8: str,
     crops: Rgb,
     advance: Callable[[int], None],
     expected: Embeddings | None = None,
 ) -> list[LayerCost]:
-    """Every layer and what it costs in INT8, costliest first: the error with all in INT8 less that with it in float32.
+    """Measure what each layer costs in INT8, costliest first: the error with all in INT8 less that with it in float32.
 
     ``crops``: uint8 N×S×S×3 that did not take part in the calibration. ``expected``: the N×D unit rows that errors are
     measured against, by default those of ``graph`` itself.
     """
     expected = embeddings(graph, crops) if expected is None else expected
-    whole = similarity_rms(embeddings(quantise(graph, ranges, form), crops), expected)
+    whole = similarity_rms(embeddings(quantise(graph, ranges, int8), crops), expected)
     costs = []
     for node in layers(graph):
-        without = embeddings(quantise(graph, ranges, form, [node.name]), crops)
+        without = embeddings(quantise(graph, ranges, int8, [node.name]), crops)
         saved = whole - similarity_rms(without, expected)
         costs.append(LayerCost(layer=node.name, operator=node.op_type, saved=saved))
         advance(1)
@@ -112,7 +114,7 @@ def sensitivity(
 
 
 def embeddings(graph: onnx.ModelProto, crops: Rgb) -> Embeddings:
-    """Unit rows that onnxruntime gives for uint8 N×S×S×3."""
+    """Embed uint8 N×S×S×3 in onnxruntime as float32 N×D unit rows."""
     session = make_session(graph.SerializeToString(), 1)
     taken = session.get_inputs()[0].name
     parts = [session.run(None, {taken: crops[c.start : c.stop]})[0] for c in batches(len(crops), 32)]
@@ -120,7 +122,7 @@ def embeddings(graph: onnx.ModelProto, crops: Rgb) -> Embeddings:
 
 
 def similarity_rms(rows: Embeddings, expected: Embeddings) -> float:
-    """Root mean square difference of the cosines of all pairs of N×D unit rows: what matching notices of an error.
+    """Return the root mean square difference of the cosines of all pairs of N×D unit rows: an error as matching sees.
 
     A row's cosine to its own reference hides it: errors that all rows share leave similarities alone, and others ruin
     them at 0.9999.
@@ -131,13 +133,13 @@ def similarity_rms(rows: Embeddings, expected: Embeddings) -> float:
 
 
 def _ours(node: onnx.NodeProto) -> bool:
-    """Preprocessing and normalisation, as to_onnx names them."""
+    """Tell preprocessing and normalisation, by the names that graph/build.py gives them."""
     return bool(node.name.startswith("pkd/"))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without onnxruntime's advice on the root logger."""
+    """Silence onnxruntime's advice on the root logger."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

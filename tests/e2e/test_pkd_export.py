@@ -71,7 +71,7 @@ def test_a_run_becomes_a_bundle_without_noise(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["-o", "made"], 2, "required"),
+        (["-o", "made"], 2, "Give one of RUN, --teacher SPEC and --from-bundle BUNDLE."),
         (["--teacher", "t.onnx", "-o", "made"], 2, "preprocessing is not stated"),
         (["--teacher", "text.onnx", *STATED, "-o", "made"], 2, "text.onnx: onnxruntime cannot load it"),
         (["--teacher", "t.onnx", *STATED, "-o", "text.onnx", "--force"], 2, "not a bundle"),

@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 import torch
 from rich.console import Console
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.cli import main
 from pkd.toolkit.bundle.bundle import Bundle, self_test
 from pkd.toolkit.core.encoder_info import describe

@@ -12,11 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from pkd.export.checks.golden import TOLERANCE, synthetic_crops
-from pkd.export.checks.parity import onnx_runner
+from pkd.export.checks.parity import GOLDEN_TOLERANCE, onnx_runner, synthetic_crops
 from pkd.export.cli import main
+from pkd.export.draft import open_teacher
 from pkd.export.graph.build import serialise, uint8_graph
-from pkd.export.source import open_teacher
 from pkd.toolkit.bundle.bundle import Bundle, self_test
 from pkd.toolkit.core.encoder_info import EmbeddingSpace, describe
 from pkd.toolkit.core.preprocess import Preprocess
@@ -120,7 +119,7 @@ def test_plain_openvino_loads_every_graph_and_the_ir(tmp_path: Path) -> None:
     assert main([*teacher, "-o", str(tmp_path / "made"), *options, "--json"]) == 0
     bundle = Bundle.open(tmp_path / "made")
     golden = bundle.golden()
-    allowed = {"encoder.onnx": TOLERANCE}
+    allowed = {"encoder.onnx": GOLDEN_TOLERANCE}
     for target in bundle.manifest.targets:
         allowed |= {str(target.file): target.golden_tolerance, target.graph: target.golden_tolerance}
     assert len(allowed) == 7, "IR lies beside the graph that it was made of"
@@ -154,7 +153,7 @@ def test_real_teachers_on_real_faces(tmp_path: Path, shared: Path, name: str) ->
     command = ["--teacher", teacher, "--teacher-preprocess", TEACHERS[name], "--json"]
     assert main([*command, "-o", str(tmp_path / "bundle"), "--float-nchw", str(tmp_path / "float.onnx")]) == 0
     compare(open_encoder(teacher, TEACHERS[name]), tmp_path, crops, 1e-6)
-    assert golden_error_in_bf16(Bundle.open(tmp_path / "bundle")) > TOLERANCE
+    assert golden_error_in_bf16(Bundle.open(tmp_path / "bundle")) > GOLDEN_TOLERANCE
 
 
 def golden_error_in_bf16(bundle: Bundle) -> float:

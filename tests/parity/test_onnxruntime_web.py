@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import version_converter
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.cli import main
 from pkd.export.graph.build import IR_VERSION, OPSET, WEB_IR_VERSION, WEB_OPSET, uint8_graph
 from pkd.toolkit.bundle.bundle import Bundle

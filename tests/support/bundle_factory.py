@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.graph.build import serialise, uint8_graph
 from pkd.toolkit.bundle.bundle import Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
 from pkd.toolkit.certificates.certificate import Calibration, Certificate, OperatingPoint

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from onnx import numpy_helper
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.graph.build import serialise, uint8_graph
 from pkd.toolkit.bundle.bundle import Golden, GraphSpec, Manifest, pack_golden, write_bundle
 from pkd.toolkit.core.encoder_info import EmbeddingSpace, EncoderInfo, describe

@@ -24,10 +24,14 @@ class's ``exit_code``::
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 Raised = TypeVar("Raised", bound="PkdError")
+
+CODE = re.compile(r"^Exception from |\.(cpp|cc|cu|h|hpp|py):\d+|::|^Check '|\bFile \"")
+"""Marks of a line that is about code: a source file, a C++ name, a failed check, a traceback."""
 
 
 class PkdError(Exception):
@@ -127,3 +131,14 @@ class NotTrusted(PkdError):
     """A file that is unsigned, changed, or signed by a key that is not trusted."""
 
     exit_code = 4
+
+
+def plain_reason(error: BaseException) -> str:
+    """Return what another library's exception says, as one sentence of at most 300 characters for an error message.
+
+    Names of source files, C++ signatures and failed checks in code are left out; the last line that is none of these
+    says why. The exception's type stands for it where nothing else is left.
+    """
+    lines = [line.strip() for line in re.split(r"[\n\r]+", str(error))]
+    said = [line for line in lines if line and not CODE.search(line)] or [type(error).__name__]
+    return said[-1][:300].rstrip(".:") + "."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.models import Record
+
+PerChannel = tuple[float, float, float]
 
 
 class Preprocess(Record):
@@ -23,17 +26,22 @@ class Preprocess(Record):
     """Alignment template the crop was warped to; ``none`` for images that are not faces."""
     channels: Literal["rgb", "bgr"] = "rgb"
     """Channel order the network was trained on. Crops are RGB everywhere in pkd."""
-    mean: float = 127.5
-    """Subtracted from each 0–255 pixel value."""
-    std: float = 127.5
-    """Divides the difference; 1 with mean 0 where the network normalises by itself."""
+    mean: float | PerChannel = 127.5
+    """Subtracted from each 0–255 pixel value: one number, or one per channel in ``channels`` order."""
+    std: float | PerChannel = 127.5
+    """Divides the difference, one number or three; 1 with mean 0 where the network normalises by itself."""
 
     @field_validator("std")
     @classmethod
-    def _divides(cls, std: float) -> float:
-        if std == 0:
+    def _divides(cls, std: float | PerChannel) -> float | PerChannel:
+        if not np.all(std):
             raise ValueError("must not be 0")
         return std
+
+    @property
+    def scales_nothing(self) -> bool:
+        """Whether the network takes pixels of 0 to 255 as they are."""
+        return not np.any(self.mean) and bool(np.all(np.equal(self.std, 1)))
 
     @property
     def name(self) -> str:
@@ -47,14 +55,17 @@ class Preprocess(Record):
         try:
             if "=" not in spec:
                 return cls.model_validate(json.loads(Path(spec).read_text()))
-            fields = dict(item.split("=", 1) for item in spec.split(","))
-            return cls.model_validate({key.strip(): value.strip() for key, value in fields.items()})
+            fields = dict(item.split("=", 1) for item in re.split(r",(?=[^,]*=)", spec))
+            values = {key.strip(): [part.strip() for part in value.split(",")] for key, value in fields.items()}
+            return cls.model_validate({key: part if len(part) > 1 else part[0] for key, part in values.items()})
         except FileNotFoundError:
             raise InputError(f"preprocessing {spec!r}: no such file. Give a JSON file or fields, {example}.") from None
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "value"
-            raise InputError(f"preprocessing {spec!r}: {where}: {first['msg']}. Give fields, {example}.") from None
+            where = str(first["loc"][0]) if first["loc"] else "value"
+            each = " mean and std are one number, or three: one per channel." if where in ("mean", "std") else ""
+            said = f"{where}: {first['msg']}.{each}"
+            raise InputError(f"preprocessing {spec!r}: {said} Give fields, {example}.") from None
         except (ValueError, OSError) as error:
             raise InputError(f"preprocessing {spec!r}: {error}. Give a JSON file or fields, {example}.") from None
 
@@ -65,7 +76,7 @@ class Preprocess(Record):
         """
         self.check(crops)
         ordered = crops if self.channels == "rgb" else crops[..., ::-1]
-        scaled = (ordered.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+        scaled = (ordered.astype(np.float32) - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
     def check(self, crops: NDArray[np.uint8]) -> None:

@@ -18,6 +18,7 @@ from pkd.toolkit.core.encoder_info import EncoderInfo, describe, name_of
 from pkd.toolkit.core.errors import BadVector, BundleError, InputError, TargetUnavailable
 from pkd.toolkit.core.gpu import Device
 from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.encoders.onnx_ports import Ports, choose_output, flat_rows, read_input
 from pkd.toolkit.images.codec import Rgb
 
 Embeddings = NDArray[np.float32]
@@ -60,15 +61,23 @@ class OnnxEncoder:
 
     path: Path | None = None
     """The ONNX file it was opened from; None for the graph of a bundle."""
+    ports: Ports | None = None
+    """How the file takes pixels and gives embeddings; None for the graph of a bundle."""
     training: Mapping[str, str | int | float | bool | None] = MappingProxyType({})
     """What a bundle's manifest says of how it was trained."""
 
-    def __init__(self, info: EncoderInfo, session: ort.InferenceSession, feed: Callable[[Rgb], NDArray[np.generic]]):
+    def __init__(
+        self,
+        info: EncoderInfo,
+        session: ort.InferenceSession,
+        feed: Callable[[Rgb], NDArray[np.generic]],
+        output: str | None = None,
+    ) -> None:
         self.info = info
         self._session = session
         self._feed = feed
         self._input = session.get_inputs()[0].name
-        self._output = session.get_outputs()[0].name
+        self._output = output or session.get_outputs()[0].name
 
     def embed(self, crops: Rgb) -> Embeddings:
         """uint8 N×H×W×3 RGB → float32 N×D with unit rows. Raises InputError or BadVector."""
@@ -79,7 +88,7 @@ class OnnxEncoder:
 
     def _raw(self, fed: NDArray[np.generic]) -> NDArray[np.float32]:
         (raw,) = self._session.run([self._output], {self._input: fed})
-        return np.asarray(raw, np.float32)
+        return flat_rows(raw)
 
 
 class _FixedBatch(OnnxEncoder):
@@ -93,9 +102,10 @@ class _FixedBatch(OnnxEncoder):
 
 
 def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = None, threads: int = 1) -> OnnxEncoder:
-    """Open a float N×3×H×W ONNX network as a teacher, with its preprocessing stated by the caller.
+    """Open an ONNX network as a teacher, with its preprocessing stated by the caller.
 
-    The file's SHA-256 is the weights' digest. Raises InputError if the file or its input is not what was stated.
+    It takes pixels as float32, float16 or uint8, N×3×S×S or N×S×S×3, and gives N×D or N×D×1×1. The file's SHA-256 is
+    the weights' digest. Raises InputError if the file or its ports are not what was stated.
     """
     path = Path(path)
     try:
@@ -106,28 +116,21 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
         session = make_session(data, threads)
     except Exception as error:  # onnxruntime's own errors share no public base class
         raise InputError(f"{path}: onnxruntime cannot load it: {ort_reason(error)}") from None
-    size = preprocess.size
-    taken = session.get_inputs()[0] if len(session.get_inputs()) == 1 else None
-    if taken is None:
-        raise InputError(f"{path}: it has {len(session.get_inputs())} inputs, expected one. Give an encoder of faces.")
-    if taken.type != "tensor(float)" or len(taken.shape) != 4 or not _fits(taken.shape[1:], (3, size, size)):
-        raise InputError(
-            f"{path}: its input is {taken.type} {taken.shape}, expected float N×3×{size}×{size}. "
-            "Give an encoder of aligned faces, or state its crop size with the preprocessing (size=…)."
-        )
-    count = taken.shape[0] if isinstance(taken.shape[0], int) else 1
-    probe = np.zeros((count, size, size, 3), np.uint8)
+    size, taken = preprocess.size, read_input(session, preprocess, path)
+    probe = np.zeros((taken.batch or 1, size, size, 3), np.uint8)
+    names = [port.name for port in session.get_outputs()]
     try:
-        out = np.asarray(session.run(None, {taken.name: preprocess(probe)})[0])
+        given = session.run(None, {taken.name: taken.feed(probe, preprocess)})
     except Exception as error:
         raise InputError(f"{path}: does not run on a {size}×{size} crop: {ort_reason(error)}") from None
-    if out.dtype != np.float32 or out.ndim != 2 or len(out) != count:
-        raise InputError(
-            f"{path}: its first output is {out.dtype} {out.shape} for {count} crops, expected float32 {count}×D."
-        )
+    outputs = {name: np.asarray(values) for name, values in zip(names, given, strict=True)}
+    output = choose_output(outputs, len(probe), path)
+    ports = Ports(taken, output, dim=outputs[output].shape[1], flat=outputs[output].ndim == 2)
     name = name or name_of(path)
-    info = describe(name, "teacher", hashlib.sha256(data).hexdigest(), preprocess, out.shape[1])
-    encoder = (_FixedBatch if isinstance(taken.shape[0], int) else OnnxEncoder)(info, session, preprocess)
+    info = describe(name, "teacher", hashlib.sha256(data).hexdigest(), preprocess, ports.dim)
+    kind = OnnxEncoder if taken.batch is None else _FixedBatch
+    encoder = kind(info, session, lambda crops: taken.feed(crops, preprocess), output)
+    encoder.ports = ports
     encoder.path = path
     return encoder
 
@@ -217,10 +220,6 @@ def batches(count: int, size: int) -> Iterator[range]:
     """Consecutive index ranges of at most ``size``."""
     for start in range(0, count, size):
         yield range(start, min(start + size, count))
-
-
-def _fits(shape: list[object], expected: tuple[int, ...]) -> bool:
-    return all(not isinstance(d, int) or d == e for d, e in zip(shape, expected, strict=True))
 
 
 def ort_reason(error: Exception) -> str:

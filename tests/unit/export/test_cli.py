@@ -98,6 +98,8 @@ def test_bad_options_are_refused_in_one_line(
         (["empty", *out], "student.pt"),
         (["nowhere", *out], "nowhere"),
         (["nowhere"], "-o BUNDLE is missing"),
+        (out, "Give one of RUN, --teacher SPEC and --from-bundle BUNDLE"),
+        (["nowhere", "--teacher", "t.onnx", *out], "Give one of RUN"),
         (["empty", "--teacher-preprocess", STATED, *out], "goes with --teacher"),
         ([*teacher, "-o", "project", "--force"], "not a bundle"),
         ([*teacher, "-o", "t.onnx", "--force"], "not a bundle"),
@@ -107,12 +109,13 @@ def test_bad_options_are_refused_in_one_line(
         ([*teacher, *out, "--float-nchw", "t.onnx"], "exists already"),
         ([*teacher, *out, "--float-nchw", "t.onnx", "--force"], "the teacher itself"),
         ([*teacher, *out, "--certificates", "empty"], "no certificates there"),
+        ([*teacher, *out, "--format", "x"], "--format x: unknown. Choose of onnx, openvino"),
     ]:
         assert said in refusal(capsys, command)
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["-o", "x"], ["run", "--format", "x"], ["run", "--teacher", "t.onnx", "-o", "x"]]
+    "command", [["run", "--precision", "x"], ["run", "--calib-method", "x"], ["run", "other"], ["run", "--nothing"]]
 )
 def test_usage_is_checked(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

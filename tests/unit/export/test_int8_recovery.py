@@ -10,8 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pkd.export.checks.gate import Gate, GateOrder
+from pkd.export.checks.gate import Gate
 from pkd.export.cli import main
+from pkd.export.options import GateOptions
 from pkd.toolkit.bundle.bundle import Bundle
 from tests.support.evaluation_faces import PREPROCESS, write_people
 
@@ -61,12 +62,12 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_costliest_layer_stays_in_float32_until_the_gate_passes(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[GateOrder] = []
+    opened: list[GateOptions] = []
     plain = Gate.__init__
 
-    def counted(self: Gate, order: GateOrder, *rest: object) -> None:
-        opened.append(order)
-        plain(self, order, *rest)  # type: ignore[arg-type]
+    def counted(self: Gate, options: GateOptions, *rest: object) -> None:
+        opened.append(options)
+        plain(self, options, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Gate, "__init__", counted)
     assert main([*command, "--max-tar-drop", "0.1"]) == 0, capsys.readouterr().err

@@ -83,6 +83,7 @@ class Trainer:
             share=context.batch_share(config.batch),
         )  # fmt: skip
         self.preprocess = Preprocess(size=size)
+        self.mean, self.std = torch.tensor(self.preprocess.mean), torch.tensor(self.preprocess.std)
         self.bf16 = config.precision == "bf16"
 
     def step(self, batch: CropBatch, lr: float) -> tuple[float, float]:
@@ -90,7 +91,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         pixels = torch.from_numpy(batch.crops).to(self.device).permute(0, 3, 1, 2)  # channels last, no copy
-        inputs = pixels.float().sub_(self.preprocess.mean).div_(self.preprocess.std)
+        inputs = pixels.float().sub_(self.mean).div_(self.std)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             embeddings = self.network(inputs)
         step = self._step(batch, embeddings.float())

@@ -10,19 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from pkd.export import pipeline
-from pkd.export.checks.bench import BATCHES, BENCH, _Process, _skipping
+from pkd.export.checks.bench import BATCHES, BENCH, BenchProcess, skipping
 from pkd.export.cli import main
 from pkd.export.graph.build import serialise, uint8_graph
+from pkd.export.options import ExportOptions
+from pkd.export.pipeline import export
 from pkd.toolkit.bundle.bundle import Bundle, write_bundle
 from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.core.progress import no_progress
 from pkd.toolkit.encoders.base import open_graph
 from tests.support.bundle_factory import bundle, content, network, teacher_file
 
 BALLAST_MB = 400
-OPTIONS = ["--teacher-preprocess", "mean=127.5,std=127.5", "--format", "onnx", "openvino", "trt", "--bench", "--json"]
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     teacher = teacher_file(folder / "t.onnx")
     ballast = np.ones(BALLAST_MB << 17)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "ROUNDS", 2)
-        assert main(["--teacher", str(teacher), *OPTIONS, "-o", str(folder / "b")]) in (0, 3)
+    options = ExportOptions(
+        teacher=str(teacher),
+        teacher_preprocess="mean=127.5,std=127.5",
+        out=folder / "b",
+        format=("onnx", "openvino", "trt"),
+        bench=True,
+    )
+    export(options, Console(quiet=True), no_progress, bench_rounds=2)
     assert ballast.any()
     return folder / "b"
 
@@ -113,18 +120,18 @@ def test_a_target_that_computes_another_encoder_is_not_timed(tmp_path: Path) -> 
         tmp_path / "b", {**files, wrong.graph: other}, manifest.model_copy(update={"targets": (wrong,)})
     )
     skipped: dict[str, str] = {}
-    with _Process(made.path, wrong.name, tmp_path) as process, _skipping(wrong.name, skipped):
+    with BenchProcess(made.path, wrong.name, tmp_path) as process, skipping(wrong.name, skipped):
         process.warm_up()
     assert skipped[wrong.name].startswith("BUNDLE: onnxruntime-fp32: golden crops come out")
 
 
 def test_a_process_that_ends_is_out_of_the_race(tmp_path: Path) -> None:
     skipped: dict[str, str] = {}
-    with _Process(bundle(tmp_path).path, "encoder.onnx", tmp_path) as process:
+    with BenchProcess(bundle(tmp_path).path, "encoder.onnx", tmp_path) as process:
         process.warm_up()
         running = {"encoder.onnx": process}
-        process._process.kill()
-        with _skipping("encoder.onnx", skipped, running):
+        process.process.kill()
+        with skipping("encoder.onnx", skipped, running):
             process.measure(8)
     assert skipped == {"encoder.onnx": "its process ended with exit code -9."}
     assert not running

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pkd.export.checks.gate import Gate, Gated, GateOrder, gate_table, require_passed
+from pkd.export.checks.gate import Gate, GateResults, gate_table, require_passed
 from pkd.export.cli import main
+from pkd.export.options import GateOptions
 from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.core.encoder_info import EncoderInfo, describe, in_mode
-from pkd.toolkit.core.errors import GateFailed, InputError, SpaceMismatch, UnsupportedFmr
+from pkd.toolkit.core.errors import GateFailed, SpaceMismatch, UnsupportedFmr
 from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.core.progress import no_progress
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.images.codec import Rgb
 from tests.support.evaluation_faces import PREPROCESS, write_people, write_teacher
@@ -40,11 +41,6 @@ class Projection:
         return unit_rows((plain + self._noise * plain.std() * disturbed).astype(np.float32))
 
 
-@contextmanager
-def silent(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda done: None
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PKD_CACHE", str(tmp_path / "cache"))
@@ -55,12 +51,12 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_people(tmp_path_factory.mktemp("gate") / "faces", [4] * 40, noise=70.0)
 
 
-def order(faces: Path, **more: float) -> GateOrder:
-    return GateOrder(faces, None, None, **{"fmr": 0.05, **more})
+def options(faces: Path, **more: float) -> GateOptions:
+    return GateOptions(faces=faces, **{"fmr": 0.05, **more})  # type: ignore[arg-type]
 
 
-def gate(order: GateOrder, reference: Encoder, targets: Mapping[str, Encoder]) -> Gated:
-    opened = Gate(order, reference, silent)
+def gate(options: GateOptions, reference: Encoder, targets: Mapping[str, Encoder]) -> GateResults:
+    opened = Gate(options, reference, no_progress)
     return opened.conclude(opened.judge(targets))
 
 
@@ -71,7 +67,7 @@ def test_a_target_that_loses_little_passes_and_one_that_loses_much_fails(faces: 
         "near": Projection(in_mode(TEACHER, "fp16"), 0.01),
         "far": Projection(in_mode(TEACHER, "int8"), 2.0),
     }
-    gated = gate(order(faces, max_drop=0.05), reference, targets)
+    gated = gate(options(faces, max_drop=0.05), reference, targets)
     near, far = gated.rows  # fp32 is not gated against itself
     assert (near.target, far.target) == ("near", "far")
     assert near.passed and near.drop.ci95[1] <= 0.05
@@ -85,32 +81,40 @@ def test_a_target_that_loses_little_passes_and_one_that_loses_much_fails(faces: 
 
 def test_the_end_of_the_interval_decides_and_not_the_point(faces: Path) -> None:
     reference, target = Projection(TEACHER), Projection(in_mode(TEACHER, "int8"), 0.35)
-    (row,) = gate(order(faces, max_drop=0.5), reference, {"int8": target}).rows
+    (row,) = gate(options(faces, max_drop=0.5), reference, {"int8": target}).rows
     low, high = row.drop.ci95
     assert low < row.drop.difference < high
     between = (row.drop.difference + high) / 2
-    assert not gate(order(faces, max_drop=max(0.0, between)), reference, {"int8": target}).rows[0].passed
-    assert gate(order(faces, max_drop=high + 1e-6), reference, {"int8": target}).rows[0].passed
+    assert not gate(options(faces, max_drop=max(0.0, between)), reference, {"int8": target}).rows[0].passed
+    assert gate(options(faces, max_drop=high + 1e-6), reference, {"int8": target}).rows[0].passed
 
 
 def test_only_fp32_leaves_nothing_to_gate(faces: Path) -> None:
-    gated = gate(order(faces), Projection(TEACHER), {"onnxruntime-fp32": Projection(TEACHER)})
+    gated = gate(options(faces), Projection(TEACHER), {"onnxruntime-fp32": Projection(TEACHER)})
     require_passed(gated)
-    assert gated.rows == () and gated.said.startswith("nothing to gate")
+    assert gated.rows == () and gated.summary.startswith("nothing to gate")
 
 
 def test_another_teacher_and_an_unresolved_rate_are_refused(faces: Path, tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path)
     with pytest.raises(SpaceMismatch):
-        gate(GateOrder(faces, str(teacher), PREPROCESS, fmr=0.05), Projection(STUDENT), {})
+        gate(
+            GateOptions(faces=faces, teacher=str(teacher), teacher_preprocess=PREPROCESS, fmr=0.05),
+            Projection(STUDENT),
+            {},
+        )
     with pytest.raises(UnsupportedFmr):
-        gate(order(faces, fmr=1e-4), Projection(TEACHER), {})
+        gate(options(faces, fmr=1e-4), Projection(TEACHER), {})
 
 
-@pytest.mark.parametrize(("given", "said"), [({"max_drop": 1.0}, "--max-tar-drop 1"), ({"fmr": 0.0}, "--gate-fmr 0")])
-def test_impossible_limits_are_refused(faces: Path, given: dict[str, float], said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        order(faces, **given)
+@pytest.mark.parametrize(
+    ("given", "said"), [(["--max-tar-drop", "1"], "--max-tar-drop 1"), (["--gate-fmr", "0"], "--gate-fmr 0")]
+)
+def test_impossible_limits_are_refused(
+    faces: Path, tmp_path: Path, given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--teacher", "t.onnx", "-o", str(tmp_path / "made"), "--gate", str(faces), *given]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_command_gates_and_certifies_every_target(
@@ -142,14 +146,14 @@ def test_a_second_try_measures_the_target_alone_and_is_judged_more_strictly(face
             return super().embed(crops)
 
     reference, target = Counted(TEACHER), Projection(in_mode(TEACHER, "int8"), 0.35)
-    opened = Gate(order(faces, max_drop=0.5), reference, silent)
+    opened = Gate(options(faces, max_drop=0.5), reference, no_progress)
     (first,) = opened.judge({"int8": target})
     asked = reference.asked
     (second,) = opened.judge({"int8": target}, "another way", level=0.99)
     assert reference.asked == asked > 0
     assert first.row.drop == second.row.drop and first.row.most == first.row.drop.ci95[1] < second.row.most
-    between = Gate(order(faces, max_drop=(first.row.most + second.row.most) / 2), reference, silent)
+    between = Gate(options(faces, max_drop=(first.row.most + second.row.most) / 2), reference, no_progress)
     assert between.judge({"int8": target})[0].row.passed
     assert not between.judge({"int8": target}, "another way", level=0.99)[0].row.passed
-    said = opened.conclude([first, second]).said
+    said = opened.conclude([first, second]).summary
     assert "in try 2 on these people: another way" in said and said.count("int8 loses") == 1

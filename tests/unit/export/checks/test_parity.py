@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pkd.export.checks.golden import COUNT, TOLERANCE, synthetic_crops
-from pkd.export.checks.parity import BATCHES, measure, onnx_runner, parity_table, require
+from pkd.export.checks.parity import (
+    BATCHES,
+    GOLDEN_COUNT,
+    GOLDEN_TOLERANCE,
+    measure,
+    onnx_runner,
+    parity_table,
+    require_parity,
+    synthetic_crops,
+)
 from pkd.export.graph.build import serialise, uint8_graph
 from pkd.toolkit.core.errors import BadVector, GateFailed, InputError
 from pkd.toolkit.core.preprocess import Preprocess
@@ -26,7 +34,7 @@ def test_the_same_network_passes_at_every_batch() -> None:
     rows = measure("same", EXPECTED, CROPS, TRUE)
     assert [row.batch for row in rows] == [1, 2, 7, 32]
     assert all(row.passed for row in rows)
-    require(rows)
+    require_parity(rows)
 
 
 def averaged(crops: Rgb) -> NDArray[np.float32]:
@@ -55,7 +63,7 @@ WRONG = {
 def test_wrong_graphs_fail_the_gate(name: str) -> None:
     rows = measure(name, EXPECTED, CROPS, WRONG[name])
     with pytest.raises(GateFailed, match=name) as caught:
-        require(rows)
+        require_parity(rows)
     assert caught.value.exit_code == 4
     assert "Nothing was written" in str(caught.value)
 
@@ -111,18 +119,18 @@ def test_a_precision_widens_the_limits_but_not_to_another_network() -> None:
     for precision in ("fp16", "bf16"):
         rows = measure("x", EXPECTED, CROPS, lambda crops: mirrored[: len(crops)], precision)
         with pytest.raises(GateFailed, match="x at batch"):
-            require(rows)
+            require_parity(rows)
 
 
 def test_golden_crops_are_the_same_every_time_all_different_and_of_the_asked_size() -> None:
-    again = synthetic_crops(COUNT, 112)
-    np.testing.assert_array_equal(again, CROPS[:COUNT])
-    assert len(np.unique(again.reshape(COUNT, -1), axis=0)) == COUNT
+    again = synthetic_crops(GOLDEN_COUNT, 112)
+    np.testing.assert_array_equal(again, CROPS[:GOLDEN_COUNT])
+    assert len(np.unique(again.reshape(GOLDEN_COUNT, -1), axis=0)) == GOLDEN_COUNT
     assert synthetic_crops(2, 128).shape == (2, 128, 128, 3)
     assert synthetic_crops(2, 128).dtype == np.uint8
 
 
 @pytest.mark.parametrize("preprocess", [Preprocess(channels="bgr"), Preprocess(std=128, mean=0), Preprocess(mean=126)])
 def test_golden_crops_notice_another_preprocessing(preprocess: Preprocess) -> None:
-    cosines = np.sum(other(preprocess) * EXPECTED, axis=1)[:COUNT]
-    assert np.max(1 - cosines) > TOLERANCE
+    cosines = np.sum(other(preprocess) * EXPECTED, axis=1)[:GOLDEN_COUNT]
+    assert np.max(1 - cosines) > GOLDEN_TOLERANCE

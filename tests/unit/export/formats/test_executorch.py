@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from tests.support.bundle_factory import DIM, network, replace_file
 
 pytest.importorskip("executorch")
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.cli import main
 from pkd.export.formats.executorch import to_executorch
 from pkd.export.graph.build import serialise, uint8_graph

@@ -11,7 +11,7 @@ from tests.support.bundle_factory import DIM, network
 pytest.importorskip("torch")
 import torch
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.formats.executorch import torch_module
 from pkd.export.graph.build import onnx_network, torch_network, uint8_graph
 from pkd.export.graph.rewrite import shorten_names

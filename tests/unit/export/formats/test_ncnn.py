@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.formats.ncnn import to_ncnn
 from pkd.export.graph.build import serialise, torch_network, uint8_graph
 from pkd.export.quantization.quantize import embeddings

@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 import pytest
 
-from pkd.export.checks.golden import synthetic_crops
-from pkd.export.cli import FORMATS, METHODS, PRECISIONS, main
-from pkd.export.formats.registry import PRECISIONS as ALL_PRECISIONS
-from pkd.export.formats.registry import TARGETS, wanted
-from pkd.export.quantization.calibration import CALIBRATION, read_calibration
-from pkd.export.quantization.ranges import METHODS as ALL_METHODS
+from pkd.export.checks.parity import synthetic_crops
+from pkd.export.cli import main
+from pkd.export.formats import registry
+from pkd.export.formats.registry import target_requests
+from pkd.export.options import PRECISIONS, ExportOptions
+from pkd.export.quantization.ranges import CALIBRATION_CROPS, read_calibration
 from pkd.toolkit.bundle.bundle import Bundle, self_test
 from pkd.toolkit.certificates.signing import Signature
 from pkd.toolkit.cli.verification import verify
@@ -53,21 +53,22 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 
 def test_the_command_names_what_the_table_has() -> None:
-    assert tuple(TARGETS) == FORMATS
-    assert set(PRECISIONS) == set(ALL_PRECISIONS)
-    assert METHODS == ALL_METHODS
+    shown = str(ExportOptions.model_fields["format"].description)
+    assert all(name in shown for name in registry.FORMATS)
+    assert set(PRECISIONS) == {precision for row in registry.FORMATS.values() for precision in row.precisions}
 
 
 def test_pairs_that_do_not_exist_are_left_out_but_nothing_asked_for_is_forgotten() -> None:
-    assert wanted(["onnx", "openvino"], ["fp32", "bf16"]) == [
+    requests = target_requests(["onnx", "openvino"], ["fp32", "bf16"])
+    assert [(request.format_name, request.precision) for request in requests] == [
         ("onnx", "fp32"),
         ("openvino", "fp32"),
         ("openvino", "bf16"),
     ]
     with pytest.raises(InputError, match="--format onnx has no bf16; it has fp32, fp16, int8"):
-        wanted(["onnx", "openvino"], ["bf16"])
+        target_requests(["onnx", "openvino"], ["bf16"])
     with pytest.raises(InputError, match="--precision bf16: no chosen format has it"):
-        wanted(["onnx"], ["fp32", "bf16"])
+        target_requests(["onnx"], ["fp32", "bf16"])
 
 
 def test_prelu_stays_in_the_bundles_graph_and_is_decomposed_for_onnxruntime(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +235,7 @@ def test_calibration_and_judgement_share_no_crop(tmp_path: Path) -> None:
     both = {crop.tobytes() for crop in sample.crops} & {crop.tobytes() for crop in sample.held_out}
     assert not both
     assert len(np.unique(np.concatenate([sample.crops, sample.held_out]).reshape(40, -1), axis=0)) == 40
-    assert CALIBRATION == 256
+    assert CALIBRATION_CROPS == 256
 
 
 @pytest.mark.shared

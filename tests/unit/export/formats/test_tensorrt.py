@@ -8,11 +8,12 @@ from pathlib import Path
 import onnx
 import pytest
 
-from pkd.export.checks.golden import synthetic_crops
-from pkd.export.formats.tensorrt import BuildOptions, build_engine, parse_batches
+from pkd.export.checks.parity import synthetic_crops
+from pkd.export.formats.tensorrt import build_engine
 from pkd.export.graph.build import float_graph, serialise, torch_network, uint8_graph
 from pkd.export.graph.fp16 import to_half
 from pkd.export.graph.rewrite import decompose_prelu
+from pkd.export.options import BuildOptions, parse_batches
 from pkd.export.quantization.quantize import calibrate, quantise
 from pkd.toolkit.core.errors import InputError, TargetUnavailable
 from pkd.toolkit.core.gpu import find_gpu
@@ -49,7 +50,9 @@ FORMS = {
 def test_every_form_is_parsed_and_built_with_a_dynamic_batch(package: str, form: str) -> None:
     need(package)
     phases: list[str] = []
-    engine = build_engine(package, serialise(FORMS[form]()), BuildOptions((1, 4, 16), 256), phases.append)
+    engine = build_engine(
+        package, serialise(FORMS[form]()), BuildOptions(batches=(1, 4, 16), workspace=256), phases.append
+    )
     assert len(engine.data) > 1000
     assert phases, "the builder reports progress"
     assert engine.settings["tensorrt"] == engine.version

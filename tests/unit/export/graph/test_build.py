@@ -8,8 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pkd.export.checks.golden import synthetic_crops
-from pkd.export.checks.parity import BATCHES, insightface_blob, measure, onnx_runner
+from pkd.export.checks.parity import BATCHES, insightface_blob, measure, onnx_runner, synthetic_crops
 from pkd.export.graph.build import (
     IR_VERSION,
     OPSET,

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.graph.build import float_graph, serialise, uint8_graph
 from pkd.export.graph.fp16 import to_half
 from pkd.export.quantization.quantize import embeddings

@@ -8,11 +8,19 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.graph.build import serialise, torch_network, uint8_graph
 from pkd.export.graph.rewrite import decompose_prelu, shorten_names
-from pkd.export.quantization.quantize import FORMS, calibrate, embeddings, layers, quantise, sensitivity, similarity_rms
-from pkd.export.quantization.ranges import METHODS, Method
+from pkd.export.options import RANGE_METHODS, RangeMethod
+from pkd.export.quantization.quantize import (
+    INT8_TYPES,
+    calibrate,
+    embeddings,
+    layers,
+    quantise,
+    sensitivity,
+    similarity_rms,
+)
 from pkd.toolkit.core.preprocess import Preprocess
 from tests.support.bundle_factory import DIM, network
 
@@ -33,9 +41,11 @@ def nothing(done: int) -> None:
     pass
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_form_and_method_stays_near_fp32(form: str, method: Method, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("form", INT8_TYPES)
+@pytest.mark.parametrize("method", RANGE_METHODS)
+def test_every_form_and_method_stays_near_fp32(
+    form: str, method: RangeMethod, caplog: pytest.LogCaptureFixture
+) -> None:
     made = quantise(TINY, calibrate(TINY, CROPS[:12], method, nothing), form)
     onnx.checker.check_model(made, full_check=True)
     rows, expected = embeddings(made, CROPS[12:]), embeddings(TINY, CROPS[12:])
@@ -45,7 +55,7 @@ def test_every_form_and_method_stays_near_fp32(form: str, method: Method, caplog
     assert logging.root.manager.disable == 0
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", INT8_TYPES)
 def test_weights_are_signed_bytes_per_channel_and_biases_stay_float(form: str, student: onnx.ModelProto) -> None:
     made = quantise(student, calibrate(student, CROPS[:4], "minmax", nothing), form)
     stored = {tensor.name: tensor for tensor in made.graph.initializer}

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.graph.build import uint8_graph
-from pkd.export.quantization.ranges import BINS, METHODS, Method, entropy_range, observe, percentile_range
+from pkd.export.options import RANGE_METHODS, RangeMethod
+from pkd.export.quantization.ranges import BINS, entropy_range, observe, percentile_range
 from pkd.toolkit.core.preprocess import Preprocess
 from tests.support.bundle_factory import DIM, network
 
@@ -23,8 +24,8 @@ def by_hand() -> np.ndarray:
     return blocks.astype(np.float64) @ weights["kernel"].reshape(8, -1).T
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_ranges_hold_what_occurred_and_zero_and_every_crop_is_counted(method: Method) -> None:
+@pytest.mark.parametrize("method", RANGE_METHODS)
+def test_ranges_hold_what_occurred_and_zero_and_every_crop_is_counted(method: RangeMethod) -> None:
     told: list[int] = []
     ranges = observe(GRAPH, NAMES, CROPS, method, told.append)
     assert sum(told) == len(CROPS) * (1 if method == "minmax" else 2)

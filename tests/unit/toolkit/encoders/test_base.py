@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.toolkit.bundle.bundle import write_bundle
 from pkd.toolkit.core.errors import BadVector, BundleError, InputError
 from pkd.toolkit.core.preprocess import Preprocess

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.formats.openvino import to_ir
 from pkd.export.graph.build import serialise, uint8_graph
 from pkd.toolkit.bundle.bundle import Bundle, self_test, write_bundle

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pkd.export.checks.golden import synthetic_crops
-from pkd.export.formats.tensorrt import BuildOptions, build_engine
+from pkd.export.checks.parity import synthetic_crops
+from pkd.export.formats.tensorrt import build_engine
+from pkd.export.options import BuildOptions
 from pkd.toolkit.bundle.bundle import Bundle, self_test, write_bundle
 from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.errors import InputError, TargetUnavailable

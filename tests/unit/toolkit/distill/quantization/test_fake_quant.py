@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization.quant_utils import compute_scale_zp
 from torch import Tensor, nn
 
-from pkd.export.checks.golden import synthetic_crops
+from pkd.export.checks.parity import synthetic_crops
 from pkd.export.graph.build import torch_network, uint8_graph
 from pkd.export.quantization.quantize import calibrate, embeddings, quantise, similarity_rms
 from pkd.export.quantization.ranges import choose_ranges

@@ -1,19 +1,50 @@
-"""Which measured certificates, and which report, belong into a bundle: those about its encoders."""
+"""Put targets and evidence into a draft, and collect the certificates and the report that belong into a bundle."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from pkd.toolkit.bundle.bundle import require_about
+from pkd.export.checks.gate import GateResults
+from pkd.export.draft import Draft
+from pkd.export.formats.registry import BuildResults
+from pkd.toolkit.bundle.bundle import NOT_GATED, Manifest, require_about
 from pkd.toolkit.certificates.certificate import CertificateFile
 from pkd.toolkit.certificates.signing import SUFFIX
 from pkd.toolkit.core.encoder_info import EncoderInfo, short
 from pkd.toolkit.core.errors import InputError
 
 
-def collect(sources: Sequence[Path], *encoders: EncoderInfo) -> dict[str, bytes]:
-    """Bundle files from evaluations: certificates that name one of ``encoders``, signatures, the first report.html.
+def assemble(
+    draft: Draft, built: BuildResults, gated: GateResults, certificates: Sequence[Path]
+) -> tuple[Manifest, dict[str, bytes]]:
+    """Put targets and evidence into the draft, in the place of older ones of the same name. Raises InputError."""
+    added = {target.name for target in built.targets}
+    kept = [target for target in draft.manifest.targets if target.name not in added]
+    needed = {name for target in kept for name in (target.graph, target.file) if name}
+    gone = tuple(f"targets/{name}/" for name in added)
+    gate = gated.summary
+    if draft.manifest.gate != NOT_GATED:
+        gate = f"{draft.manifest.gate}. {', '.join(sorted(added))} later: {gate}"
+    manifest = draft.manifest.model_copy(update={"targets": (*kept, *built.targets), "gate": gate})
+    evidence = {
+        f"certificates/{certificate.file_name}": (certificate.model_dump_json(indent=2) + "\n").encode()
+        for certificate in gated.certificates
+        if certificate.points
+    }
+    evidence |= collect_certificates(certificates, *manifest.encoders.values())
+    # A newer certificate comes with its own signature or with none; the older one's would say that it was changed.
+    stale = {name + SUFFIX for name, data in evidence.items() if draft.files.get(name, data) != data}
+    older = {
+        name: data
+        for name, data in draft.files.items()
+        if name not in stale and (name in needed or not name.startswith(gone))
+    }
+    return manifest, {**older, **built.files, **evidence}
+
+
+def collect_certificates(sources: Sequence[Path], *encoders: EncoderInfo) -> dict[str, bytes]:
+    """Collect the certificates that name one of ``encoders``, their signatures, and the first report.html.
 
     ``sources``: pkd-evaluate folders, folders of certificates, or certificate files. Raises InputError for a source
     without a certificate about any of them, and where two differ about one ordered pair.
