@@ -76,7 +76,7 @@ class Draft:
     """File name in the bundle → content."""
     unchecked: Mapping[str, Embed] = field(default_factory=dict)
     """Name → graph that was just made and must compute the reference."""
-    beside: Mapping[Path, bytes] = field(default_factory=dict)
+    extra_files: Mapping[Path, bytes] = field(default_factory=dict)
     """Path outside the bundle → content that is written together with it."""
     known: Mapping[tuple[str, GraphForm], Variant] = field(default_factory=dict)
     """Precision and form → graph of the older bundle, which is taken as it is."""
@@ -119,13 +119,13 @@ def _source(spec: str, encoder: Encoder) -> Source:
 
 
 def draft_new(source: Source, licence: str, float_nchw: Path | None) -> Draft:
-    """Draft a new bundle, and the float graph for ``float_nchw``. Raises InputError for a network that has no such."""
+    """Begin a new bundle, and make the float graph for ``float_nchw``. Raises InputError for a network that has no such."""
     info, preprocess = source.info, source.info.preprocess
     graph = uint8_graph(source.network, preprocess, info.space.dim)
     data, standard = serialise(graph), _standard(source.encoder)
-    unchecked, beside = {"uint8 NHWC": onnx_runner(data, lambda crops: crops, source.name)}, {}
+    unchecked, extra_files = {"uint8 NHWC": onnx_runner(data, lambda crops: crops, source.name)}, {}
     if float_nchw:
-        floats = beside[float_nchw] = serialise(float_graph(source.network, preprocess, info.space.dim))
+        floats = extra_files[float_nchw] = serialise(float_graph(source.network, preprocess, info.space.dim))
         unchecked["float NCHW"] = onnx_runner(floats, insightface_blob, source.name)
     manifest = Manifest(
         encoder=info,
@@ -139,11 +139,11 @@ def draft_new(source: Source, licence: str, float_nchw: Path | None) -> Draft:
     )
     golden = pack_golden(Golden(standard.crops[:GOLDEN_COUNT], standard.embeddings[:GOLDEN_COUNT]))
     files = {"encoder.onnx": data, "golden.npz": golden}
-    return Draft(source.encoder, standard, graph, manifest, files, unchecked, beside)
+    return Draft(source.encoder, standard, graph, manifest, files, unchecked, extra_files)
 
 
 def draft_from_bundle(path: Path, *, recalibrated: bool) -> Draft:
-    """Draft the bundle at ``path`` anew, with its graphs. Raises InputError for one that pkd-export did not make.
+    """Open the bundle at ``path`` as a draft, with its graphs. Raises InputError for one that pkd-export did not make.
 
     ``recalibrated``: its targets' graphs are made again, because there is another calibration.
     """

@@ -42,7 +42,7 @@ MOST_BYTES = 2
 def recover_int8(
     requests: Sequence[TargetRequest], built: BuildResults, gate: Gate, builder: TargetBuilder, qat: Retrainer | None
 ) -> tuple[BuildResults, list[GateResult]]:
-    """Gate what was ``built`` for ``requests``, and build the INT8 targets that fail again, otherwise.
+    """Judge what was ``built`` for ``requests``, and build the INT8 targets that fail again, otherwise.
 
     Returns the targets as they are in the end, and the gate's result of every try. ``qat`` trains on where layers in
     float32 were not enough; None: nothing does.
@@ -132,7 +132,7 @@ class Retrainer:
 
     @cached_property
     def prepared(self) -> Prepared:
-        """The run's images, the teacher's embeddings of them, the head."""
+        """Read the run's images, the teacher's embeddings of them, and the head."""
         from pkd.toolkit.distill.quantization.qat import prepare_again
 
         with self.progress("qat: teacher embeddings and head"):

@@ -115,14 +115,14 @@ class ExportOptions(Options):
 
     @property
     def bundle(self) -> Path:
-        """The bundle folder that is written: a new one, or the one that gets more."""
+        """Name the bundle folder that is written: a new one, or the one that gets more."""
         path = self.out or self.from_bundle
         assert path is not None  # ``check_outputs``
         return path
 
     @property
     def gate_options(self) -> GateOptions | None:
-        """The gate's own options; None without a gate."""
+        """Give the gate's own options; None without a gate."""
         if self.gate is None:
             return None
         return GateOptions(
@@ -135,7 +135,7 @@ class ExportOptions(Options):
 
     @property
     def build_options(self) -> BuildOptions:
-        """The options of engines."""
+        """Give the options of engines."""
         return BuildOptions(batches=parse_batches(self.batch), workspace=self.workspace, timing_cache=self.timing_cache)
 
     @model_validator(mode="after")

@@ -52,7 +52,7 @@ def export(options: ExportOptions, console: Console, progress: Progress, *, benc
     manifest, files = assemble(draft, built, gated, options.certificates)
     if options.bench:
         files |= measure_cost(files, manifest, bench_rounds, console, progress)
-    with written_with(draft.beside):
+    with written_with(draft.extra_files):
         replace = options.force or options.from_bundle is not None
         bundle = write_bundle(options.bundle, files, manifest, replace=replace, key=key)
     packed = bundle.pack(zip_path(options.bundle)) if options.zip else None

@@ -78,7 +78,7 @@ class TargetRequest:
 
     @property
     def name(self) -> str:
-        """The target's name, ``<runtime>-<precision>``."""
+        """Name the target: ``<runtime>-<precision>``."""
         return f"{self.format.runtime}-{self.precision}"
 
 

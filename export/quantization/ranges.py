@@ -51,7 +51,7 @@ class Calibration:
 
     @property
     def passes(self) -> int:
-        """How often ``choose_ranges`` goes through the crops."""
+        """Count how often ``choose_ranges`` goes through the crops."""
         return 1 if self.method == "minmax" else 2
 
 
