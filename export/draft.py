@@ -119,7 +119,7 @@ def _source(spec: str, encoder: Encoder) -> Source:
 
 
 def draft_new(source: Source, licence: str, float_nchw: Path | None) -> Draft:
-    """Begin a new bundle, and make the float graph for ``float_nchw``. Raises InputError for a network that has no such."""
+    """Begin a new bundle, and make the float graph for ``float_nchw``. Raises InputError where it has none."""
     info, preprocess = source.info, source.info.preprocess
     graph = uint8_graph(source.network, preprocess, info.space.dim)
     data, standard = serialise(graph), _standard(source.encoder)
