@@ -1,4 +1,4 @@
-"""API keys: who may do what, and how often. Hashed bearer keys from a file that is read again when it changes.
+"""Decide who may do what, and how often: hashed bearer keys from a file that is read again when it changes.
 
 One key a line: ``SHA256 NAME SCOPES [rate=N/s]``, for example ``9f86d0…  kiosk-1  embed,verify  rate=20/s``.
 """
@@ -38,35 +38,37 @@ SCOPES = {
     "delete": "delete subjects",
     "admin": "read subjects; export, import, migrate and delete galleries",
 }
-"""What a key can be allowed to do. No scope contains another."""
+"""Scopes that a key can have. No scope contains another."""
 BEFORE_SCOPES = frozenset({"embed", "verify"})
-"""What a line without scopes allows: all that there was when lines had none."""
+"""Scopes of a line that states none: all that there was when lines had none."""
 ANONYMOUS = "anonymous"
-"""Who acts where the server was started without keys."""
+"""Name of the actor on a server without keys."""
 HASH = re.compile(r"[0-9a-f]{64}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RATE = re.compile(r"rate=(\d{1,6}(?:\.\d{1,3})?)/s")
 LOOK_SECONDS = 1.0
-"""How often the file is looked at for changes, at most."""
+"""Shortest time between two looks whether the file has changed, seconds."""
 LINE = "Write SHA256 NAME SCOPES [rate=N/s], SCOPES from " + ",".join(SCOPES) + " or - for none"
 IN_SCOPE = "pkd.key"
-"""Where Door leaves the key in the ASGI scope; None for a server without keys."""
+"""Name under which the middleware leaves the key in the ASGI scope; the key is None on a server without keys."""
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """One line of the file."""
+    """Hold one line of the file."""
 
     digest: bytes
     name: str
-    """Who holds it: the actor in logs and in the audit log. While keys are changed, two may share it."""
+    """Name of its holder: the actor in logs and in the audit log. While keys are changed, two may share it."""
     scopes: frozenset[str]
     rate: float | None
     """Requests a second; None: as many as there are."""
 
 
 def require(request: HTTPConnection, *scopes: str) -> str:
-    """The name of the key that ``request`` came with, which is the actor of what follows; ``anonymous`` without keys.
+    """Return the name of the key that a request came with, which is the actor of what follows.
+
+    ``anonymous`` without keys.
 
     Raises Forbidden where the key has none of ``scopes``, each one of ``SCOPES``.
     """
@@ -85,7 +87,7 @@ def require(request: HTTPConnection, *scopes: str) -> str:
 
 
 class ApiKeys:
-    """The accepted keys. Keys are long and random, so an unsalted fast hash keeps them safe."""
+    """Hold the accepted keys. Keys are long and random, so an unsalted fast hash keeps them safe."""
 
     def __init__(
         self, keys: Iterable[ApiKey], path: Path | None = None, clock: Callable[[], float] = time.monotonic
@@ -96,7 +98,7 @@ class ApiKeys:
         self._stamp = _stamp(path) if path else None
         self._looked = clock()
         self.shared: Path | None = None
-        """Private folder through which several processes share one rate."""
+        """Private folder through which several processes share one rate; None: this process is alone."""
 
     @classmethod
     def read(cls, path: str | Path) -> ApiKeys:
@@ -104,7 +106,7 @@ class ApiKeys:
         return cls(_read(Path(path)), Path(path))
 
     def check(self, authorization: str | None) -> ApiKey:
-        """The key in the ``Authorization`` header; every hash is compared.
+        """Find the key in the ``Authorization`` header; every hash is compared.
 
         Raises Unauthenticated, or RateLimited with the seconds after which the next request is taken.
         """
@@ -143,10 +145,10 @@ class ApiKeys:
 
 
 class Bucket:
-    """A token bucket that holds one second's worth, as one number: the time at which it will be full again.
+    """Keep a token bucket of one second's worth as one number: the time at which it will be full again.
 
     Whoever used up a slower rate waits no longer than for one token of the new one. With ``path`` the number lies in a
-    file that processes share; monotonic clocks agree within a machine.
+    file that processes share, which the `limits` package has no storage for; monotonic clocks agree within a machine.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -173,7 +175,7 @@ class Bucket:
 
 
 def new_key(name: str, scopes: str, rate: str | None = None) -> Mapping[str, str]:
-    """A new random ``key``, which is shown once and kept nowhere, and the ``line`` to append to the file of keys."""
+    """Make a new random ``key``, which is shown once and kept nowhere, and the ``line`` to append to the file."""
     key = f"pkd_{secrets.token_urlsafe(32)}"
     line = " ".join([hashlib.sha256(key.encode()).hexdigest(), name, scopes, *([f"rate={rate}/s"] if rate else [])])
     if not NAME.fullmatch(name):
@@ -184,7 +186,7 @@ def new_key(name: str, scopes: str, rate: str | None = None) -> Mapping[str, str
 
 
 def is_loopback(host: str) -> bool:
-    """True where only this machine can connect to ``host``."""
+    """Tell whether only this machine can connect to ``host``."""
     if host == "localhost":
         return True
     try:
@@ -214,7 +216,7 @@ def _read(path: Path) -> tuple[ApiKey, ...]:
 
 
 def _parse(words: list[str], where: str) -> ApiKey:
-    """One line. The line is never repeated in an error: it may hold a key that was pasted in by mistake."""
+    """Read one line. It is never repeated in an error: it may hold a key that was pasted in by mistake."""
     if fault := _fault(words):
         raise InputError(f"{where}: {fault}. {LINE}; a new key: pkd-serve --new-api-key NAME.")
     digest = words[0].lower()

@@ -1,4 +1,4 @@
-"""App: the routes of serving/routes around one Service. Everything they refuse is an error that problems.py answers."""
+"""Put the routes, their error answers and the middleware around one Service."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pkd import __version__
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import ApiKeys
-from pkd.serving.api.middleware import Door
+from pkd.serving.api.middleware import Middleware
 from pkd.serving.api.problems import TYPES, MethodNotAllowed, RouteNotFound, problem_response
 from pkd.serving.api.routes import catalogue, galleries, health, identify, matching, migrations, subjects, transfer
 from pkd.serving.api.routes.parameters import known_query, queries_of
@@ -28,22 +28,22 @@ from pkd.toolkit.core.errors import PkdError
 METHODS = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")
 
 
-def create_app(service: Service, keys: ApiKeys | None = None) -> Door:
-    """The ASGI application around one Service. ``keys``: None leaves every route open."""
+def create_app(service: Service, keys: ApiKeys | None = None) -> Middleware:
+    """Make the ASGI application around one Service. ``keys``: None leaves every route open."""
     service.state.metrics.expect_refusals(TYPES)
-    straight = _Straight(create_api(service), matching.routes(service))
-    return Door(straight, service.settings, service.state, keys)
+    routes = _DirectRoutes(create_api(service), matching.routes(service))
+    return Middleware(routes, service.settings, service.state, keys)
 
 
 def create_api(service: Service) -> FastAPI:
-    """All routes and their OpenAPI document, without what stands before them."""
+    """Make all routes and their OpenAPI document, without the middleware."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        proving = service.start()
+        self_test = service.start()
         yield
         service.state.draining = True
-        await proving
+        await self_test
         service.close()
 
     app = FastAPI(
@@ -66,10 +66,11 @@ def create_api(service: Service) -> FastAPI:
     return app
 
 
-class _Straight:
-    """Calls ``routes``, which take the request and nothing else, without FastAPI around them; it has all the others.
+class _DirectRoutes:
+    """Call the matching routes, which take the request and nothing else, without FastAPI, which has all the others.
 
-    They are what most requests are for, and its dozen layers are dear where an inference has just swept the caches.
+    Most requests are for these, and FastAPI's dozen layers are dear where an inference has just swept the caches: they
+    are a tenth of the server's own part of a request (benchmarks, docs/performance.md).
     """
 
     def __init__(self, api: ASGIApp, routes: APIRouter) -> None:
@@ -90,12 +91,12 @@ class _Straight:
         await response(scope, receive, send)
 
 
-class _Enough(Exception):
-    """What a HEAD asks for is sent."""
+class _HeadSent(Exception):
+    """End a HEAD: its status and headers are sent."""
 
 
 async def _head(api: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """As GET would be answered up to the first piece of the body, which the server drops; no other one is made."""
+    """Answer as GET would up to the first piece of the body, which the server drops; no other one is made."""
     # Of a part of a file nothing is said: RFC 9110 has Range for GET alone.
     headers = [one for one in scope["headers"] if one[0] != b"range"]
     asked = {**scope, "method": "GET", "headers": headers}
@@ -105,11 +106,11 @@ async def _head(api: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
             await send(message)
             return
         await send({**message, "more_body": False})
-        raise _Enough
+        raise _HeadSent
 
     try:
         await api(asked, receive, send_once)
-    except _Enough:
+    except _HeadSent:
         pass
     finally:
         scope["route"] = asked.get("route")
@@ -120,13 +121,13 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """A path, a query string or a header that a route does not take."""
+    """Answer a path, a query string or a header that a route does not take."""
     assert isinstance(error, RequestValidationError)
     return problem_response(invalid([{**one, "loc": one["loc"][1:]} for one in error.errors()]))
 
 
 async def _http(request: Request, error: Exception) -> Response:
-    """What the router itself refuses."""
+    """Answer what the router itself refuses."""
     assert isinstance(error, HTTPException)
     kind = {404: RouteNotFound, 405: MethodNotAllowed}.get(error.status_code, InvalidRequest)
     detail, headers = f"{request.method} {request.url.path}: {error.detail}.", dict(error.headers or {})
@@ -139,7 +140,7 @@ async def _http(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """All that the routes of a path take together; the router knows those of the first alone."""
+    """List all methods that the routes of a path take together; the router knows those of the first alone."""
     path = {"type": "http", "path": request.scope["path"], "root_path": request.scope.get("root_path", "")}
     found = {
         method
@@ -151,5 +152,5 @@ def _methods_of(request: Request) -> list[str]:
 
 
 async def _unforeseen(request: Request, error: Exception) -> Response:
-    """What a client is told; the error itself goes on to Door, which logs it."""
+    """Answer an error that nobody foresaw; it goes on to the middleware, which logs it."""
     return problem_response(error)

@@ -1,6 +1,6 @@
-"""Door: what every request passes before a route sees it, and what it leaves behind.
+"""Check every request before a route sees it, and count, log and trace it afterwards.
 
-Keys and their rates, readiness, the bounded queue, the size of bodies, clocks; then counts, a line in the log, a span.
+Checked are keys and their rates, readiness, the bounded queue and the size of bodies; a guard keeps its times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pkd.serving.api.api_keys import IN_SCOPE, ApiKeys
 from pkd.serving.api.problems import problem_response
-from pkd.serving.api.request_limits import Limits, Visit, too_large
+from pkd.serving.api.request_limits import Limits, RequestGuard, too_large
 from pkd.serving.core.errors import Overloaded, UnsupportedMedia
 from pkd.serving.core.options import Settings
 from pkd.serving.observability.logs import log_request, log_unforeseen
@@ -25,17 +25,17 @@ from pkd.serving.observability.telemetry import span
 from pkd.toolkit.core.errors import PkdError
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
-"""Answered without a key: nothing in them depends on a person or an encoder."""
+"""Paths that are answered without a key: nothing in them depends on a person or an encoder."""
 UNCOUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
-"""Asked for by machines all the time: no part of what a drain waits for."""
+"""Paths that machines ask for all the time: a drain does not wait for them."""
 SENDS_BODY = frozenset({"POST", "PUT", "PATCH"})
 UNCODED = frozenset({b"", b"identity"})
 STREAMED = re.compile(r"/v1/galleries/[^/]+/(templates:bulk|import|export)")
-"""Paths whose bodies or answers are streams: ``max_stream`` is their limit, and a clock runs for each piece alone."""
+"""Paths whose bodies or answers are streams: ``max_stream`` is their limit, and a clock runs for each piece."""
 
 
-class Door:
-    """ASGI application around another. Refusals are problems; an unforeseen error becomes a 500 without a traceback."""
+class Middleware:
+    """Wrap an ASGI application. Refusals become problems, an unforeseen error a 500 without a traceback."""
 
     def __init__(self, app: ASGIApp, settings: Settings, state: State, keys: ApiKeys | None) -> None:
         self.app, self.settings, self.state, self.keys = app, settings, state, keys
@@ -45,6 +45,7 @@ class Door:
         self._streamed = Limits(settings.max_stream, settings.body_seconds, None, streams=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -53,31 +54,31 @@ class Door:
         works = scope["method"] not in ("GET", "HEAD")
         scope[IN_SCOPE] = None
         self._count(counts, works)
-        told = _Told(send)
+        recorder = _ResponseRecorder(send)
         with span(scope) as end_span:
             try:
-                await self._pass(scope, receive, told, works)
+                await self._admit(scope, receive, recorder, works)
             except PkdError as error:
-                await self._tell(error, scope, receive, told)
+                await self._answer(error, scope, receive, recorder)
             except ClientDisconnect:
                 self.state.metrics.abandoned()
             except Exception as error:
                 log_unforeseen(f"{scope['method']} {route_of(scope)}", error)
-                await self._tell(error, scope, receive, told)
+                await self._answer(error, scope, receive, recorder)
             finally:
                 self._count(counts, works, -1)
                 route = route_of(scope)
-                if told.problem:
-                    self.state.metrics.refusal(told.problem)
+                if recorder.problem:
+                    self.state.metrics.refusal(recorder.problem)
                 if counts:
                     seconds = perf_counter() - begun
-                    if told.status:
-                        self.state.metrics.request(scope["method"], route, told.status, seconds)
+                    if recorder.status:
+                        self.state.metrics.request(scope["method"], route, recorder.status, seconds)
                     key = scope[IN_SCOPE]
-                    log_request(scope["method"], route, told.status, seconds, key and key.name, told.problem)
-                end_span(route, told.status, told.problem)
+                    log_request(scope["method"], route, recorder.status, seconds, key and key.name, recorder.problem)
+                end_span(route, recorder.status, recorder.problem)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send, works: bool) -> None:
+    async def _admit(self, scope: Scope, receive: Receive, send: Send, works: bool) -> None:
         if self.keys and scope["path"] not in OPEN_PATHS:
             scope[IN_SCOPE] = self.keys.check(Headers(scope=scope).get("authorization"))
         limits = self._streamed if STREAMED.fullmatch(scope["path"]) else self._timed if works else self._untimed
@@ -92,20 +93,20 @@ class Door:
                 if name == b"content-encoding" and scope["method"] in SENDS_BODY:
                     _require_uncoded(value)
         # What is cancelled while it waits for a worker thread is never executed.
-        with Visit(receive, limits, scope["method"] in SENDS_BODY) as visit:
-            await self.app(scope, visit.receive, send)
+        with RequestGuard(receive, limits, scope["method"] in SENDS_BODY) as guard:
+            await self.app(scope, guard.receive, send)
 
     def _count(self, counts: bool, works: bool, by: int = 1) -> None:
         self.working += by * works
-        self.state.metrics.inside += by * counts
+        self.state.metrics.in_progress += by * counts
 
-    async def _tell(self, error: Exception, scope: Scope, receive: Receive, told: _Told) -> None:
-        if not told.status:
-            await problem_response(error)(scope, receive, told)
+    async def _answer(self, error: Exception, scope: Scope, receive: Receive, recorder: _ResponseRecorder) -> None:
+        if not recorder.status:
+            await problem_response(error)(scope, receive, recorder)
 
 
-class _Told:
-    """``send``, and what went through it: the status, and the problem's type as the client is told it."""
+class _ResponseRecorder:
+    """Send messages on, and remember the status and the problem's type."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -131,5 +132,8 @@ def _require_uncoded(coding: bytes) -> None:
 
 
 def route_of(scope: Scope) -> str:
-    """The template of the route that took the request, ``/v1/galleries/{gallery}``: a path would name subjects."""
+    """Return the template of the route that took the request, ``/v1/galleries/{gallery}``.
+
+    A path would name subjects.
+    """
     return getattr(scope.get("route"), "path", NO_ROUTE)

@@ -1,4 +1,4 @@
-"""OpenAPI: what generated documentation and clients need beyond what FastAPI sees for itself."""
+"""Describe to generated documentation and clients what FastAPI does not see for itself."""
 
 from __future__ import annotations
 
@@ -194,19 +194,19 @@ EXPORT_ANSWER: Content = {"end": True, "subjects": 1}
 def responses(
     model: type[BaseModel], *examples: Examples, description: str = "Done"
 ) -> dict[int | str, dict[str, Any]]:
-    """What a route answers: ``model``, and the problems of all ``examples``."""
+    """Describe what a route answers: ``model``, and the problems of all ``examples``."""
     return {200: {"model": model, "description": description}, **documented(_merged(examples))}
 
 
 def stream(example: Content, *examples: Examples) -> dict[int | str, dict[str, Any]]:
-    """What a route answers in lines, an ``example`` of which is given."""
+    """Describe what a route answers in lines, an ``example`` of which is given."""
     schema = {"anyOf": [{"$ref": REF.format(model=one.__name__)} for one in LINES_OUT]}
     content = {NDJSON: {"itemSchema": schema, "example": example}}
     return {200: {"description": "One JSON object a line", "content": content}, **documented(_merged(examples))}
 
 
 def file(*examples: Examples) -> dict[int | str, dict[str, Any]]:
-    """What a download answers."""
+    """Describe what a download answers."""
     headers = {"ETag": {"description": "SHA-256 of the file", "schema": {"type": "string"}}}
     part = {"Content-Range": {"description": "Which of its bytes", "schema": {"type": "string"}}}
     content = {kind: {"schema": _BINARY} for kind in ("application/octet-stream", "application/zip")}
@@ -221,18 +221,18 @@ def file(*examples: Examples) -> dict[int | str, dict[str, Any]]:
 
 
 def json_body(model: type[BaseModel], example: Content, *, required: bool = True) -> Content:
-    """A body that the route reads by itself."""
+    """Describe a body that the route reads by itself."""
     return {"requestBody": {"required": required, "content": {"application/json": _json(model, example)}}}
 
 
 def lines_body(model: type[BaseModel], example: Content) -> Content:
-    """A body of lines."""
+    """Describe a body of lines."""
     content = {NDJSON: {"itemSchema": {"$ref": REF.format(model=model.__name__)}, "example": example}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 def images_body(model: type[BaseModel], options: type[BaseModel], example: Content) -> Content:
-    """JSON, a multipart form with files ``image``, or a raw image with its ``options`` in the query string."""
+    """Describe JSON, a multipart form with files ``image``, or a raw image with its ``options`` in the query string."""
     properties = options.model_json_schema(ref_template=REF)["properties"]
     form = {
         "type": "object",
@@ -256,7 +256,7 @@ def images_body(model: type[BaseModel], options: type[BaseModel], example: Conte
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI 3.1 document: FastAPI's, with the schemas of bodies that the routes read by themselves."""
+    """Make the OpenAPI 3.1 document: FastAPI's, with the schemas of bodies that the routes read by themselves."""
     if not app.openapi_schema:
         made = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
         answers: list[type[BaseModel]] = [ProblemBody, *(model for model in LINES_OUT if model not in BODIES)]
@@ -275,7 +275,7 @@ def _json(model: type[BaseModel], example: Content) -> Content:
 
 
 def _parameter(name: str, schema: Content) -> Content:
-    """In a query string, what has parts is JSON."""
+    """Describe an option in a query string, where what has parts is JSON."""
     shape = {"content": {"application/json": {"schema": schema}}} if _has_parts(schema) else {"schema": schema}
     return {"name": name, "in": "query", "description": schema.get("description", ""), **shape}
 

@@ -33,7 +33,7 @@ async def read_embed(request: Request) -> tuple[Sequence[Undecoded], EmbedOption
 
 @lru_cache(64)
 def _embed_options(query: bytes) -> EmbedOptions:
-    """The same few query strings come again and again."""
+    """Read options of a query string: the same few come again and again."""
     return with_query(Request({"type": "http", "query_string": query}), EmbedOptions, {})
 
 
@@ -73,7 +73,10 @@ def require_json(request: Request) -> None:
 
 
 class _InMemory(MultiPartParser):
-    """Starlette would write parts over 1 MB to temporary files; no image ever touches a disk here."""
+    """Parse a form in memory.
+
+    Starlette would write parts over 1 MB to temporary files, and no image touches a disk here.
+    """
 
     spool_max_size = 2**40
 
@@ -105,7 +108,7 @@ async def _read_form(request: Request) -> tuple[list[bytes], dict[str, Any]]:
 
 
 async def _sort(form: FormData) -> tuple[list[bytes], dict[str, Any]]:
-    """File fields are images, text fields are options."""
+    """Sort a form: file fields are images, text fields are options."""
     images: list[bytes] = []
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():

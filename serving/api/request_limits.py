@@ -1,4 +1,4 @@
-"""Visit: one request while it is worked on. Its body, the times it keeps, and whether its client is still there."""
+"""Guard one request while it is worked on: its body, the times it keeps, and whether its client is still there."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from pkd.serving.api.problems import BodyTimeout
 from pkd.serving.core.errors import Overloaded, TooLarge
 
 LOOK_SECONDS = 0.25
-"""After so long somebody looks what keeps a request, and from then on for its client to leave."""
+"""Time after which a request is looked at, and from when on it is noticed that its client leaves, seconds."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a visit may take."""
+    """Say how large and how long a request may be."""
 
     bytes: int
+    """Largest body."""
     body_seconds: float
-    """For the whole body; where ``streams``, for each piece."""
+    """Longest time for the whole body; where ``streams``, for each piece."""
     seconds: float | None
-    """For all of it; None: as long as it takes."""
+    """Longest time for all of it; None: as long as it takes."""
     streams: bool = False
 
 
-class Visit:
-    """``with Visit(receive, limits) as visit:`` cancels what the calling task awaits in the block when it must end.
+class RequestGuard:
+    """Cancel what the calling task awaits in a ``with`` block when the request must end.
 
     The block then ends with BodyTimeout, Overloaded or ClientDisconnect. Cancelled by anybody else, it
     ends with CancelledError; what was done in that very moment stays done. Most requests are answered before anybody
@@ -38,15 +39,15 @@ class Visit:
     """
 
     def __init__(self, receive: Receive, limits: Limits, expected: bool = True) -> None:
-        """``receive``: the server's. ``expected``: whether there is a body."""
+        """Guard a request. ``receive``: the server's. ``expected``: whether there is a body."""
         self._receive, self._limits = receive, limits
         self._total = 0
-        self._complete, self._empty_told = not expected, expected
+        self._complete, self._empty_sent = not expected, expected
         self._looked = False
         self._watch: asyncio.Task[None] | None = None
         self._why: Exception | None = None
 
-    def __enter__(self) -> Visit:
+    def __enter__(self) -> RequestGuard:
         task = asyncio.current_task()
         assert task is not None
         self._task, self._loop = task, asyncio.get_running_loop()
@@ -66,13 +67,13 @@ class Visit:
             raise self._why from None
 
     async def receive(self) -> Message:
-        """The next piece of the body. Raises BodyTimeout or TooLarge. After the last one waits for the end.
+        """Return the next piece of the body; after the last one, wait for the end. Raises BodyTimeout or TooLarge.
 
         Counts what really arrives: a chunked body states no length, and a stated one may lie.
         """
         if self._complete:
-            if not self._empty_told:
-                self._empty_told = True
+            if not self._empty_sent:
+                self._empty_sent = True
                 return {"type": "http.request", "body": b"", "more_body": False}
             await asyncio.shield(self._watching())
             return {"type": "http.disconnect"}
@@ -93,7 +94,7 @@ class Visit:
             raise self._slow() from None
 
     def _due(self) -> list[float]:
-        """When it must have ended, seconds from its beginning."""
+        """List when it must have ended, seconds from its beginning."""
         limits = self._limits
         body = [] if self._complete or limits.streams else [limits.body_seconds]
         return body if limits.seconds is None else [*body, limits.seconds]
@@ -139,5 +140,5 @@ class Visit:
 
 
 def too_large(limit: int) -> TooLarge:
-    """The refusal of a body over ``limit`` bytes."""
+    """Make the refusal of a body over ``limit`` bytes."""
     return TooLarge(f"The body is over {limit:,} bytes.", details={"limit": limit})

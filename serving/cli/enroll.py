@@ -1,4 +1,6 @@
-"""pkd-enroll: a folder per subject → a gallery. Run as: pkd-enroll people --server URL --gallery staff
+"""Enrol folders of photographs into a gallery of a running server (pkd-enroll).
+
+Run as: pkd-enroll people --server URL --gallery staff
 
 No state is kept here: every photograph is sent under an idempotency key made of the gallery, its space, path, content
 and the options, so that running it again enrols what is missing and neither embeds nor enrols the rest twice.
@@ -39,33 +41,33 @@ GROUP = 16
 
 @dataclass(frozen=True)
 class Photo:
-    """One file: ``<subject>/…``, relative, with forward slashes."""
+    """Name one file: ``<subject>/…``, relative, with forward slashes."""
 
     name: str
 
     @property
     def subject(self) -> str:
-        """The folder it lies in, directly below DIR."""
+        """Return the folder it lies in, directly below DIR."""
         return self.name.partition("/")[0]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What everything is enrolled into, and how."""
+    """Say what everything is enrolled into, and how."""
 
     gallery: str
     space: str
     options: Mapping[str, Any]
 
     def key(self, photo: Photo, data: bytes) -> str:
-        """The idempotency key of a photograph. Of another space it is another one: a migration takes all again."""
+        """Make the idempotency key of a photograph; in another space it is another one: a migration takes all again."""
         parts = [self.gallery, self.space, photo.name, hashlib.sha256(data).hexdigest(), self.options]
         return "enroll-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one photograph; ``reason`` None: it is enrolled."""
+    """Hold what became of one photograph; ``reason`` None: it is enrolled."""
 
     photo: Photo
     reason: str | None = None
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def enroll(args: argparse.Namespace, console: Console) -> Result:
-    """Enrol everything below ``args.dir``; the counts that the command prints."""
+    """Enrol everything below ``args.dir``; returns the counts that the command prints."""
     from pkd.serving.client import Client
 
     if args.jobs < 1:
@@ -136,7 +138,7 @@ def enroll(args: argparse.Namespace, console: Console) -> Result:
 
 
 def _space(client: Client, args: argparse.Namespace) -> str:
-    """That templates go into now: of a gallery that is being migrated, the second one."""
+    """Return the space that templates go into now: in a gallery that is being migrated, the second one."""
     from pkd.serving.client import Refused
 
     try:
@@ -149,7 +151,7 @@ def _space(client: Client, args: argparse.Namespace) -> str:
 
 
 def _all(client: Client, root: Path, target: Target, photos: Sequence[Photo], jobs: int) -> Iterator[list[Outcome]]:
-    """Outcomes of a group at a time, in any order. The first request that is refused as a whole ends it."""
+    """Give outcomes of a group at a time, in any order. The first request that is refused as a whole ends it."""
     groups = [photos[start : start + GROUP] for start in range(0, len(photos), GROUP)]
     with ThreadPoolExecutor(jobs) as pool:
         sent = [pool.submit(_send, client, root, target, group) for group in groups]
@@ -203,7 +205,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list(root: Path) -> tuple[list[Photo], list[Outcome]]:
-    """Photographs below ``root``, and what is none. Hidden files are ignored."""
+    """List photographs below ``root``, and files that are none. Hidden files are ignored."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder. Give the folder that holds a folder per subject.")
     photos, failed = [], []
@@ -233,7 +235,10 @@ def _key(file: Path | None) -> str | None:
 
 
 def _write(path: Path, failed: Sequence[Outcome]) -> None:
-    """The header alone says that nothing failed: an old list must not be taken for this run's."""
+    """Write the list of failures.
+
+    The header alone says that nothing failed: an old list must not be taken for this run's.
+    """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "subject", "type", "reason"])

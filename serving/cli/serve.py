@@ -1,4 +1,7 @@
-"""pkd-serve: bundles → HTTP. Run as: pkd-serve bundles/teacher bundles/student --detector yunet.onnx"""
+"""Serve encoders over HTTP (pkd-serve).
+
+Run as: pkd-serve bundles/teacher bundles/student --detector yunet.onnx
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Pillow reads the header that the limit is checked on, OpenCV decodes; where a hostile file makes them disagree,
     # OpenCV's own limit holds. It reads this once, when it is imported.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")
-    return run(make(), _serve, argv)
+    return run(make_serve_parser(), _serve, argv)
 
 
-def make() -> argparse.ArgumentParser:
-    """The parser of the command."""
+def make_serve_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command."""
     from pkd.serving.server.config import add_options
 
     parser = make_parser(

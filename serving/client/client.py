@@ -1,4 +1,4 @@
-"""Client: the REST API from Python. Run as: Client("http://127.0.0.1:8000").identify("staff", photo.read_bytes())
+"""Call the REST API from Python, for example ``Client("http://127.0.0.1:8000").identify("staff", photo)``.
 
 Answers are the server's own schemas. A busy server is asked again when it says so; a refusal is raised with its
 problem. Embeddings travel as float16 in base64: a tenth of the bytes of numbers in JSON.
@@ -53,7 +53,7 @@ Answered = TypeVar("Answered", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Embedding:
-    """An embedding made on a device: unit vector D, and the id of the encoder that made it."""
+    """Hold an embedding made on a device: unit vector D, and the id of the encoder that made it."""
 
     vector: NDArray[np.floating[Any]]
     encoder: str
@@ -62,7 +62,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Enrolled:
-    """Somebody in a gallery, as a side of a verification."""
+    """Name somebody in a gallery, as a side of a verification."""
 
     gallery: str
     subject: str
@@ -70,7 +70,7 @@ class Enrolled:
 
 @dataclass(frozen=True)
 class Item:
-    """One subject's part of a bulk enrolment. The key makes it safe to send again; by default a random one."""
+    """Hold one subject's part of a bulk enrolment. The key makes it safe to send again; by default a random one."""
 
     subject: str
     inputs: tuple[bytes | Embedding, ...]
@@ -79,13 +79,13 @@ class Item:
     """Further fields: encoder, aligned, faces, attributes, consent, expires, quality."""
 
     def line(self) -> bytes:
-        """As the server reads it."""
+        """Write it as the server reads it."""
         inputs = [_input(one) for one in self.inputs]
         return json.dumps({"subject": self.subject, "key": self.key, "inputs": inputs, **self.options}).encode() + b"\n"
 
 
 class Client:
-    """One server. Safe to share between threads. Every method raises Refused or Unreachable."""
+    """Talk to one server. Safe to share between threads. Every method raises Refused or Unreachable."""
 
     def __init__(
         self,
@@ -96,7 +96,10 @@ class Client:
         retries: int = 5,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """``timeout``: seconds without an answer. ``retries``: how often a busy or silent server is asked again."""
+        """Open no connection yet.
+
+        ``timeout``: seconds without an answer. ``retries``: how often a busy server is asked again.
+        """
         self._connection = Connection(url, key, timeout, retries, transport)
 
     def __enter__(self) -> Client:
@@ -157,11 +160,11 @@ class Client:
         return self._ask(GalleryAnswer, "PUT", f"/v1/galleries/{name}", json=body)
 
     def galleries(self) -> list[GalleryAnswer]:
-        """All, by name."""
+        """List all galleries, by name."""
         return self._ask(GalleriesAnswer, "GET", "/v1/galleries").galleries
 
     def gallery(self, name: str) -> GalleryAnswer:
-        """One."""
+        """Describe one gallery."""
         return self._ask(GalleryAnswer, "GET", f"/v1/galleries/{name}")
 
     def delete_gallery(self, name: str) -> ReceiptAnswer:
@@ -177,7 +180,7 @@ class Client:
         return self._post(EnrolAnswer, f"/v1/galleries/{gallery}/subjects/{subject}/templates", body, headers=headers)
 
     def subjects(self, gallery: str) -> Iterator[str]:
-        """Every subject's id, in ascending order, a page at a time."""
+        """List every subject's id, in ascending order, a page at a time."""
         after: str | None = ""
         while after is not None:
             page = self._ask(
@@ -187,17 +190,17 @@ class Client:
             after = page.next
 
     def subject(self, gallery: str, subject: str) -> SubjectAnswer:
-        """What is kept of a subject."""
+        """Describe what is kept of a subject."""
         return self._ask(SubjectAnswer, "GET", f"/v1/galleries/{gallery}/subjects/{subject}")
 
     def delete_subject(self, gallery: str, subject: str) -> ReceiptAnswer:
-        """Delete a subject; the receipt."""
+        """Delete a subject; returns the receipt."""
         return self._ask(ReceiptAnswer, "DELETE", f"/v1/galleries/{gallery}/subjects/{subject}", safe=False)
 
     # Many at once
 
     def enrol_bulk(self, gallery: str, items: Iterable[Item]) -> Iterator[tuple[Item, BulkAnswer]]:
-        """Enrol many subjects; each item with its answer, a refused one with its ``problem``.
+        """Enrol many subjects; gives each item with its answer, a refused one with its ``problem``.
 
         What a busy server or a broken connection left without an answer is sent again.
         """
@@ -205,7 +208,7 @@ class Client:
         yield from self._connection.send_lines(path, ((item, item.line()) for item in items))
 
     def export(self, gallery: str) -> Iterator[bytes]:
-        """The lines of an export. Raises Unreachable where it was cut off, for it has no last line then."""
+        """Give the lines of an export. Raises Unreachable where it was cut off, for it has no last line then."""
         last: dict[str, Any] = {}
         with self._connection.stream("GET", f"/v1/galleries/{gallery}/export") as response:
             for line in lines_of(response):
@@ -217,7 +220,10 @@ class Client:
             )
 
     def import_gallery(self, gallery: str, lines: Iterable[bytes]) -> Iterator[BulkAnswer]:
-        """Enrol everyone of an export; an answer for each subject. Raises PkdError where its last line is missing."""
+        """Enrol everyone of an export; gives an answer for each subject.
+
+        Raises PkdError where its last line is missing.
+        """
         count, end = 0, None
 
         def subjects() -> Iterator[tuple[bytes, bytes]]:
@@ -241,7 +247,7 @@ class Client:
         return self._post(MigrationAnswer, f"/v1/galleries/{gallery}/migrations", {"space": space})
 
     def migration(self, gallery: str, after: str = "", limit: int = 100) -> MigrationAnswer:
-        """How far it is, and a page of those who are not moved."""
+        """Say how far a migration is, with a page of those who are not moved."""
         return self._ask(
             MigrationAnswer, "GET", f"/v1/galleries/{gallery}/migrations", params={"after": after, "limit": limit}
         )
@@ -254,25 +260,25 @@ class Client:
     # Catalogue
 
     def encoders(self) -> EncodersAnswer:
-        """That images can be sent to."""
+        """List the encoders that images can be sent to."""
         return self._ask(EncodersAnswer, "GET", "/v1/encoders")
 
     def encoder(self, encoder: str) -> EncoderDetail:
-        """One, by id, short id or name."""
+        """Describe one encoder, by id, short id or name."""
         return self._ask(EncoderDetail, "GET", f"/v1/encoders/{encoder}")
 
     def spaces(self) -> SpacesAnswer:
-        """Of the loaded encoders."""
+        """List the spaces of the loaded encoders."""
         return self._ask(SpacesAnswer, "GET", "/v1/spaces")
 
     def certificates(self, query: str | None = None, gallery: str | None = None) -> list[Certificate]:
-        """The ordered pairs that may be compared."""
+        """List the certificates of the ordered pairs that may be compared."""
         return self._ask(
             CertificatesAnswer, "GET", "/v1/certificates", params=_given(query=query, gallery=gallery)
         ).certificates
 
     def download(self, encoder: str, path: Path, **options: str) -> bool:
-        """Write what a device runs to ``path``, unless it is there already; True if it was written.
+        """Write what a device runs to ``path``, unless it is there already; returns whether it was written.
 
         ``options``: target, file. Raises PkdError where the bytes do not have the SHA-256 that the server states.
         """
@@ -301,7 +307,7 @@ class Client:
 
 
 def vectors(answer: EmbedAnswer) -> NDArray[np.float32]:
-    """The embeddings of an answer, float32 N×D, unit rows."""
+    """Collect the embeddings of an answer, float32 N×D, unit rows."""
     rows = [decode(one.embedding, one.encoding, answer.space.dim) for one in answer.data]
     return np.array(rows, np.float32).reshape(len(rows), answer.space.dim)
 

@@ -1,4 +1,4 @@
-"""Connection: requests to one server, sent again when it is busy or silent, and refusals as errors."""
+"""Send requests to one server, again when it is busy or silent, and raise its refusals as errors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ except ModuleNotFoundError:
 Of = TypeVar("Of")
 BUSY = (429, 503)
 LONGEST_WAIT = 30.0
-"""Seconds that one Retry-After is believed at most."""
+"""Longest wait that one Retry-After is believed, seconds."""
 CHUNK_LINES, CHUNK_BYTES = 500, 4 * 2**20
-"""Size of one request of many lines: its answers must fit into the sockets' buffers while it is being sent."""
+"""Largest request of many lines: its answers must fit into the sockets' buffers while it is being sent."""
 
 
 class Refused(PkdError):
@@ -37,11 +37,11 @@ class Refused(PkdError):
 
 
 class Unreachable(PkdError):
-    """No answer from the server."""
+    """The server gave no answer."""
 
 
 class Connection:
-    """One server, and how patiently it is asked."""
+    """Talk to one server, as patiently as asked."""
 
     def __init__(
         self, url: str, key: str | None, timeout: float, retries: int, transport: httpx.BaseTransport | None
@@ -58,7 +58,9 @@ class Connection:
         self._http.close()
 
     def send(self, method: str, path: str, *, safe: bool = True, **request: Any) -> httpx.Response:
-        """The answer, below 400. ``safe``: may be sent again where nobody knows whether it arrived.
+        """Send a request and return its answer, below 400.
+
+        ``safe``: may be sent again where nobody knows whether it arrived.
 
         Raises Refused or Unreachable.
         """
@@ -82,7 +84,7 @@ class Connection:
     def send_lines(
         self, path: str, lines: Iterable[tuple[Of, bytes]], *, closed: bool = False
     ) -> Iterator[tuple[Of, BulkAnswer]]:
-        """Send many lines, each of which may be sent again; each with its answer, in no particular order.
+        """Send many lines, each of which may be sent again; gives each with its answer, in no particular order.
 
         ``closed``: end every request as an export ends. Raises Refused where the whole is refused, Unreachable.
         """
@@ -100,7 +102,7 @@ class Connection:
 
     @contextmanager
     def stream(self, method: str, path: str, **request: Any) -> Iterator[httpx.Response]:
-        """An answer that is read as it comes. Raises as ``send``, without trying again."""
+        """Open an answer that is read as it comes. Raises as ``send``, without trying again."""
         try:
             with self._http.stream(method, path, **request) as response:
                 if response.status_code >= 400:
@@ -113,7 +115,7 @@ class Connection:
     def _send_once(
         self, path: str, lines: Sequence[tuple[Of, bytes]], closed: bool, final: bool, answered: set[int]
     ) -> Generator[tuple[Of, BulkAnswer], None, PkdError | None]:
-        """Adds to ``answered`` whatever waiting will not change; returns what kept the others from an answer."""
+        """Add to ``answered`` whatever waiting will not change; returns what kept the others from an answer."""
         content = b"".join(line for _, line in lines)
         if closed:
             content += json.dumps({"end": True, "subjects": len(lines)}).encode() + b"\n"
@@ -136,7 +138,10 @@ class Connection:
         return None
 
     def _wait(self, attempt: int, stated: float | None) -> None:
-        """As long as the server said, or twice as long each time; spread, so that clients do not come back together."""
+        """Wait as long as the server said, or twice as long each time.
+
+        Spread, so that clients do not come back together.
+        """
         seconds = min(0.2 * 2**attempt if stated is None else stated, LONGEST_WAIT)
         time.sleep(seconds * (1 + random.random() / 4))
 
@@ -145,7 +150,7 @@ class Connection:
 
 
 def lines_of(response: httpx.Response) -> Iterator[bytes]:
-    """Lines of NDJSON as they come. httpx's own ``iter_lines`` also ends them at U+2028, which JSON may hold."""
+    """Give lines of NDJSON as they come. httpx's own ``iter_lines`` also ends them at U+2028, which JSON may hold."""
     kept = b""
     for piece in response.iter_bytes():
         *whole, kept = (kept + piece).split(b"\n")

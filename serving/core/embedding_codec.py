@@ -1,4 +1,4 @@
-"""Embeddings on the wire: ``float``, ``b64_f32``, ``b64_f16``, ``b64_i8``, and the checks on what strangers send."""
+"""Write embeddings as ``float``, ``b64_f32``, ``b64_f16`` or ``b64_i8``, and read and check what strangers send."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NORM_TOLERANCE = 0.01
 
 
 def encode(vector: NDArray[np.float32], encoding: Encoding) -> NDArray[np.float32] | str:
-    """A unit vector (float32 D) for the answer: itself for ``float``, otherwise base64.
+    """Write a unit vector (float32 D) for an answer: itself for ``float``, otherwise base64.
 
     ``b64_i8`` is round(127·x / max|x|): its scale is lost, which cosine similarity does not notice.
     """
@@ -33,7 +33,7 @@ def encode(vector: NDArray[np.float32], encoding: Encoding) -> NDArray[np.float3
 
 
 def decode(sent: str | Sequence[float], encoding: Encoding, dim: int | None) -> NDArray[np.float64]:
-    """What a client sent → a unit vector, float64 D. ``dim``: its space's dimension where this server knows it.
+    """Read what a client sent as a unit vector, float64 D. ``dim``: its space's dimension where this server knows it.
 
     Raises BadVector for a wrong dimension, NaN, infinity, zero, or a length outside 1 ± 0.01 (``b64_i8`` has none).
     """

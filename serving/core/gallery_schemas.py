@@ -1,4 +1,4 @@
-"""Schemas of galleries: what clients send and get. The client reads answers with these very classes."""
+"""Define the JSON about galleries that clients send and get. The client reads answers with these very classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EncoderId = Annotated[str, StringConstraints(max_length=300)]
 
 
 def _structured(sent: Any) -> Any:
-    """Form fields and query parameters are text: what has parts comes as JSON in it."""
+    """Read JSON out of text: form fields and query parameters hold what has parts so."""
     if isinstance(sent, str):
         try:
             return json.loads(sent)
@@ -44,11 +44,11 @@ Moment = Annotated[AwareDatetime, AfterValidator(_in_calendar)]
 AttributeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 AttributeValue = Annotated[str, StringConstraints(max_length=256)]
 Attributes = Annotated[dict[AttributeName, AttributeValue], Field(max_length=16), BeforeValidator(_structured)]
-"""What may be filtered on. Stored as it is, so no place for a name."""
+"""Attributes that may be filtered on. They are stored as they are, so they are no place for a name."""
 
 
 class ConsentBody(Sent):
-    """On what ground a subject is enrolled. Recorded and given back, not judged."""
+    """State on what ground a subject is enrolled. It is recorded and given back, not judged."""
 
     basis: str = Field(min_length=1, max_length=64, description="For example `consent` or `contract`")
     reference: str = Field("", max_length=256, description="Where the paper lies")
@@ -56,7 +56,7 @@ class ConsentBody(Sent):
 
 
 class FloorBody(Sent):
-    """What a face must have to be enrolled. It can only be stricter than the server's own."""
+    """Require more of a face that is enrolled; it can only be stricter than the server's own."""
 
     detection_score: float = Field(default=0, ge=0, le=1, description="Of the detector")
     face_pixels: float = Field(
@@ -66,14 +66,14 @@ class FloorBody(Sent):
 
 
 class GalleryBody(Sent):
-    """JSON body of PUT /v1/galleries/{gallery}; may be left out."""
+    """Hold the JSON body of PUT /v1/galleries/{gallery}; it may be left out."""
 
     space: str | None = Field(None, max_length=300, description="Id of its space; the default encoder's if left out")
     retention_seconds: float | None = Field(None, ge=1, le=1e10, description="Templates are deleted after; null: kept")
 
 
 class EnrolOptions(Sent):
-    """How to enrol: JSON fields, form fields or query parameters; in the latter two what has parts is JSON."""
+    """Say how to enrol: JSON fields, form fields or query parameters; in the latter two what has parts is JSON."""
 
     encoder: str | None = Field(None, max_length=300, description="For images; the teacher by default")
     aligned: bool = Field(False, description="The images are aligned crops already")
@@ -89,20 +89,20 @@ class EnrolOptions(Sent):
 
 
 class EnrolBody(EnrolOptions):
-    """JSON body of an enrolment: images, embeddings, or both. All of them are enrolled, or none."""
+    """Hold the JSON body of an enrolment: images, embeddings, or both. All of them are enrolled, or none."""
 
     inputs: list[Input] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
 class BulkItem(EnrolBody):
-    """One line of a bulk enrolment."""
+    """Hold one line of a bulk enrolment."""
 
     subject: Name
     key: Key | None = Field(None, description="Idempotency key of this item; sent again, it is answered as before")
 
 
 class IdentifyOptions(Sent):
-    """How to search: JSON fields, form fields or query parameters."""
+    """Say how to search: JSON fields, form fields or query parameters."""
 
     top_k: int = Field(5, ge=1, le=100, description="Most candidates")
     target_fpir: float | None = Field(
@@ -122,13 +122,13 @@ class IdentifyOptions(Sent):
 
 
 class IdentifyBody(IdentifyOptions):
-    """JSON body of /v1/galleries/{gallery}/identify."""
+    """Hold the JSON body of /v1/galleries/{gallery}/identify."""
 
     query: Query
 
 
 class IdentifyImage(IdentifyOptions):
-    """The options of an identify whose image is the body or a form's file."""
+    """Say how to search for an image that is the body or a form's file."""
 
     encoder: str | None = Field(None, max_length=300, description="Loaded encoder; the teacher by default")
     aligned: bool = False
@@ -136,12 +136,14 @@ class IdentifyImage(IdentifyOptions):
 
 
 class MigrationBody(Sent):
-    """JSON body of POST …/migrations."""
+    """Hold the JSON body of POST …/migrations."""
 
     space: str = Field(max_length=300, description="Id of the space to move to")
 
 
 class GalleryAnswer(BaseModel):
+    """Describe a gallery."""
+
     name: str
     space: SpaceAnswer
     moving_to: SpaceAnswer | None = Field(description="The second space while a migration is under way")
@@ -152,11 +154,13 @@ class GalleryAnswer(BaseModel):
 
 
 class GalleriesAnswer(BaseModel):
+    """List galleries."""
+
     galleries: list[GalleryAnswer]
 
 
 class MeasuredQuality(BaseModel):
-    """What was measured of an enrolled image; null for an embedding, and where there was no detection."""
+    """Hold what was measured of an enrolled image; null for an embedding, and where there was no detection."""
 
     detection_score: float | None
     face_pixels: float | None
@@ -164,6 +168,8 @@ class MeasuredQuality(BaseModel):
 
 
 class EnrolledTemplate(BaseModel):
+    """Describe a template that was enrolled."""
+
     id: str
     encoder: str
     space: str
@@ -171,6 +177,8 @@ class EnrolledTemplate(BaseModel):
 
 
 class EnrolAnswer(BaseModel):
+    """Answer an enrolment."""
+
     gallery: str
     subject: str
     templates: list[EnrolledTemplate]
@@ -179,6 +187,8 @@ class EnrolAnswer(BaseModel):
 
 
 class TemplateAnswer(BaseModel):
+    """Describe a template."""
+
     id: str
     encoder: str
     space: str
@@ -187,6 +197,8 @@ class TemplateAnswer(BaseModel):
 
 
 class SubjectAnswer(BaseModel):
+    """Describe a subject."""
+
     gallery: str
     subject: str
     attributes: dict[str, str]
@@ -195,12 +207,14 @@ class SubjectAnswer(BaseModel):
 
 
 class SubjectsAnswer(BaseModel):
+    """List a page of subjects."""
+
     subjects: list[str]
     next: str | None = Field(description="Pass it as `after` for the next page; null: this is the last one")
 
 
 class ReceiptAnswer(BaseModel):
-    """Proof of a deletion: what was removed, and the place of its record in the audit log."""
+    """Prove a deletion: what was removed, and the place of its record in the audit log."""
 
     gallery: str
     subject: str | None
@@ -212,6 +226,8 @@ class ReceiptAnswer(BaseModel):
 
 
 class Candidate(BaseModel):
+    """Describe a subject that a search found."""
+
     subject: str
     template: str
     encoder: str = Field(description="That made the template")
@@ -223,7 +239,7 @@ class Candidate(BaseModel):
 
 
 class Searched(BaseModel):
-    """The templates of one encoder, under its own certificate."""
+    """Describe the search of one encoder's templates, under its own certificate."""
 
     encoder: str
     templates: int
@@ -233,12 +249,16 @@ class Searched(BaseModel):
 
 
 class NotSearched(BaseModel):
+    """Count templates that were not searched."""
+
     encoder: str
     templates: int
     reason: Literal["not-certified", "other-space", "unsupported-fmr"]
 
 
 class IdentifyAnswer(BaseModel):
+    """Answer a search."""
+
     gallery: str
     decision: Literal["match", "no_match", "ambiguous"] = Field(
         description="ambiguous: two or more subjects reach their threshold"
@@ -254,6 +274,8 @@ class IdentifyAnswer(BaseModel):
 
 
 class MigrationAnswer(BaseModel):
+    """Describe how far a migration is."""
+
     gallery: str
     space: SpaceAnswer
     moving_to: SpaceAnswer | None = Field(description="null: no migration is under way")
@@ -264,6 +286,8 @@ class MigrationAnswer(BaseModel):
 
 
 class MovedAnswer(BaseModel):
+    """Answer the end of a migration."""
+
     gallery: str
     space: SpaceAnswer
     templates: int = Field(description="Templates of the other space that were deleted")
@@ -271,7 +295,7 @@ class MovedAnswer(BaseModel):
 
 
 class BulkAnswer(BaseModel):
-    """One line of the answer to a bulk enrolment: durable by the time it is sent, or refused."""
+    """Answer one line of a bulk enrolment: durable by the time it is sent, or refused."""
 
     line: int | None = Field(description="Which line of the request, from 1; null: about the body as a whole")
     subject: str | None = None
@@ -283,7 +307,7 @@ class BulkAnswer(BaseModel):
 
 
 class ExportHeader(Sent):
-    """First line of an export."""
+    """Hold the first line of an export."""
 
     format: Literal["pkd-gallery-1"]
     gallery: str
@@ -294,6 +318,8 @@ class ExportHeader(Sent):
 
 
 class ExportedTemplate(Sent):
+    """Hold a template of an export."""
+
     id: str = ""
     encoder: EncoderId
     space: EncoderId
@@ -304,7 +330,7 @@ class ExportedTemplate(Sent):
 
 
 class ExportedSubject(Sent):
-    """One subject of an export, a line."""
+    """Hold one subject of an export, a line."""
 
     subject: Name
     attributes: Attributes = Field(default={})
@@ -313,7 +339,7 @@ class ExportedSubject(Sent):
 
 
 class ExportEnd(Sent):
-    """Last line of an export: without it the file was cut off."""
+    """Hold the last line of an export: without it the file was cut off."""
 
     end: Literal[True]
     subjects: int

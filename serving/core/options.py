@@ -1,4 +1,4 @@
-"""Settings: what an operator may change about a server, its defaults and its limits. Each is a flag of pkd-serve."""
+"""Define the limits and defaults of a server that an operator may change. Each is a flag of pkd-serve."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pkd.toolkit.core.gpu import Device
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, which in a container can be fewer than the machine has."""
+    """Count the cores this process may run on, which in a container can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -24,7 +24,7 @@ def _number(default: float, low: float, high: float, says: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and defaults of one server process. Raises InputError for one that is out of its range."""
+    """Hold limits and defaults of one server process. Raises InputError for one that is out of its range."""
 
     target_fmr: float = _number(1e-3, 1e-12, 1 - 1e-12, "false match rate of /verify without a policy, a fraction")
     target_fpir: float = _number(
@@ -58,7 +58,7 @@ class Settings:
     enrol_sharpness: float = _number(10, 0, 1e6, "smallest sharpness of a face that may be enrolled; below is blur")
 
     device: Device = "cpu"
-    """Where bundles run. On a GPU the crops of many requests are batched."""
+    """Device that bundles run on. On a GPU the crops of many requests are batched."""
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -1,4 +1,7 @@
-"""Schemas: the JSON that clients send and get. Requests are validated with these; answers are documented by them."""
+"""Define the JSON that clients send and get.
+
+Requests are validated with these models; answers are documented by them.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,13 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0
 
 
 class Sent(BaseModel):
-    """A request body: unknown fields are refused, so that a misspelt option cannot be ignored."""
+    """Refuse unknown fields, so that a misspelt option cannot be ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class EmbedOptions(Sent):
-    """How to embed: query parameters, form fields or JSON fields."""
+    """Say how to embed: query parameters, form fields or JSON fields."""
 
     encoder: str | None = Field(None, max_length=300, description="Id, short id or name; the teacher by default")
     faces: Faces = Field("largest", description="Which faces of each photograph; `all` may give none")
@@ -39,19 +42,19 @@ class EmbedOptions(Sent):
 
 
 class ImageInput(Sent):
-    """An image inside JSON."""
+    """Hold an image inside JSON."""
 
     image_b64: str = Field(description="JPEG, PNG, WebP or BMP file as base64")
 
 
 class EmbedBody(EmbedOptions):
-    """JSON body of /v1/embed."""
+    """Hold the JSON body of /v1/embed."""
 
     inputs: list[ImageInput] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
 class ImageSide(ImageInput):
-    """One side of a comparison: an image, embedded here."""
+    """Give one side of a comparison as an image, embedded here."""
 
     encoder: str | None = Field(None, max_length=300, description="Loaded encoder; the teacher by default")
     aligned: bool = False
@@ -59,7 +62,7 @@ class ImageSide(ImageInput):
 
 
 class EmbeddingSide(Sent):
-    """One side of a comparison: an embedding made elsewhere, for example on a device."""
+    """Give one side of a comparison as an embedding made elsewhere, for example on a device."""
 
     embedding: Annotated[list[float], Field(max_length=MAX_DIM)] | str
     encoding: Encoding = "float"
@@ -68,14 +71,14 @@ class EmbeddingSide(Sent):
 
 
 class SubjectSide(Sent):
-    """One side of a comparison: whoever is enrolled, by the best of their templates."""
+    """Give one side of a comparison as somebody who is enrolled, by the best of their templates."""
 
     gallery: Name
     subject: Name
 
 
 class Policy(Sent):
-    """When two faces match; exactly one of the two."""
+    """Say when two faces match; give exactly one of the two."""
 
     target_fmr: float | None = Field(None, gt=0, lt=1, description="False match rate, a fraction")
     threshold: float | None = Field(None, ge=-1, le=1, description="Cosine similarity")
@@ -97,7 +100,7 @@ def _side(sent: object) -> str:
 Input = Annotated[
     Annotated[ImageInput, Tag("image")] | Annotated[EmbeddingSide, Tag("embedding")], Discriminator(_side)
 ]
-"""Told apart by their fields, so that an error is about the one that was meant."""
+"""Kinds of input, told apart by their fields, so that an error is about the one that was meant."""
 Query = Annotated[Annotated[ImageSide, Tag("image")] | Annotated[EmbeddingSide, Tag("embedding")], Discriminator(_side)]
 Side = Annotated[
     Annotated[ImageSide, Tag("image")]
@@ -108,7 +111,7 @@ Side = Annotated[
 
 
 class VerifyBody(Sent):
-    """JSON body of /v1/verify."""
+    """Hold the JSON body of /v1/verify."""
 
     a: Side = Field(description="The query (probe)")
     b: Side = Field(description="The gallery side")
@@ -116,22 +119,30 @@ class VerifyBody(Sent):
 
 
 class SpaceAnswer(BaseModel):
+    """Describe an embedding space."""
+
     id: str
     dim: int
     metric: str
 
 
 class EncoderAnswer(BaseModel):
+    """Describe the encoder that made embeddings."""
+
     id: str
     role: str
     preprocess: str
 
 
 class Quality(BaseModel):
+    """Hold what was measured of a face."""
+
     sharpness: float = Field(description="Variance of the Laplacian of the grey crop, squared grey levels (0–255)")
 
 
 class FaceAnswer(BaseModel):
+    """Describe one face and its embedding."""
+
     index: int = Field(description="Which image of the request")
     face: int = Field(description="Which face of that image, largest first")
     box: list[float] | None = Field(description="x1 y1 x2 y2, pixels of the upright photograph; null for aligned crops")
@@ -143,7 +154,7 @@ class FaceAnswer(BaseModel):
 
 
 class Timing(BaseModel):
-    """Milliseconds, summed over the images of the request."""
+    """Count milliseconds, summed over the images of the request."""
 
     decode: float
     detect: float
@@ -152,6 +163,8 @@ class Timing(BaseModel):
 
 
 class EmbedAnswer(BaseModel):
+    """Answer /v1/embed."""
+
     space: SpaceAnswer
     encoder: EncoderAnswer
     data: list[FaceAnswer]
@@ -159,6 +172,8 @@ class EmbedAnswer(BaseModel):
 
 
 class SignatureAnswer(BaseModel):
+    """Describe who signed a certificate."""
+
     key: str = Field(description="Fingerprint of the ed25519 key that is said to have signed")
     verified: bool = Field(description="True: checked at start. False: the server was started without trusted keys")
     covers: Literal["certificate", "bundle"] = Field(
@@ -167,6 +182,8 @@ class SignatureAnswer(BaseModel):
 
 
 class CertificateAnswer(BaseModel):
+    """Describe the certificate that an answer rests on."""
+
     query: str
     gallery: str
     space: str
@@ -179,7 +196,7 @@ class CertificateAnswer(BaseModel):
 
 
 class ComparedTemplate(BaseModel):
-    """Which template of a subject decided."""
+    """Name the template of a subject that decided."""
 
     gallery: str
     subject: str
@@ -188,7 +205,7 @@ class ComparedTemplate(BaseModel):
 
 
 class NotCompared(BaseModel):
-    """Templates that no comparison was permitted with."""
+    """Count templates that no comparison was permitted with."""
 
     encoder: str
     templates: int
@@ -196,6 +213,8 @@ class NotCompared(BaseModel):
 
 
 class VerifyAnswer(BaseModel):
+    """Answer /v1/verify."""
+
     match: bool
     score: float = Field(description="Cosine similarity")
     threshold: float
@@ -216,6 +235,8 @@ class VerifyAnswer(BaseModel):
 
 
 class EncoderListed(BaseModel):
+    """Describe a loaded encoder."""
+
     id: str
     name: str
     role: Literal["teacher", "student"]
@@ -227,17 +248,21 @@ class EncoderListed(BaseModel):
 
 
 class EncodersAnswer(BaseModel):
+    """List the loaded encoders."""
+
     encoders: list[EncoderListed]
 
 
 class FileAnswer(BaseModel):
+    """Describe a file to download."""
+
     name: str = Field(description="Pass it as `file`")
     sha256: str
     bytes: int
 
 
 class TargetAnswer(BaseModel):
-    """The encoder for one runtime in one precision."""
+    """Describe the encoder for one runtime in one precision."""
 
     name: str = Field(description="Pass it as `target`")
     runtime: str
@@ -248,13 +273,15 @@ class TargetAnswer(BaseModel):
 
 
 class Comparable(BaseModel):
-    """Encoder ids that some certificate joins with this one."""
+    """List encoder ids that some certificate joins with this one."""
 
     as_query_against: list[str]
     as_gallery_for: list[str]
 
 
 class EncoderDetail(EncoderListed):
+    """Describe one encoder, its certificates and its files."""
+
     loaded: bool = Field(description="False: a target in a bundle, for devices; no image can be sent to it here")
     certificates: Comparable
     artifact: FileAnswer = Field(description="What …/artifact gives without options")
@@ -262,12 +289,18 @@ class EncoderDetail(EncoderListed):
 
 
 class SpaceListed(SpaceAnswer):
+    """Describe a space and the loaded encoders that embed into it."""
+
     encoders: list[str]
 
 
 class SpacesAnswer(BaseModel):
+    """List the spaces of the loaded encoders."""
+
     spaces: list[SpaceListed]
 
 
 class CertificatesAnswer(BaseModel):
+    """List certificates."""
+
     certificates: list[Certificate]

@@ -1,4 +1,4 @@
-"""Artifacts: the files of bundles that devices download, each under the SHA-256 that the manifest states.
+"""Give out the files of bundles that devices download, each under the SHA-256 that the manifest states.
 
 The file of a folder is given out from where it lies, hashed anew whenever it changed on the disk. What lies in a zip,
 or is packed into one, is copied to the folder for temporary files when it is first asked for.
@@ -20,7 +20,7 @@ from typing import Any
 from weakref import finalize
 
 from pkd.serving.core.errors import ServerFault, UnknownEncoder, UnknownFile
-from pkd.serving.inference.registry import Encoders, Loaded, called
+from pkd.serving.inference.registry import Encoders, Loaded, find_id
 from pkd.toolkit.bundle.bundle import MANIFEST, SIGNATURE, Bundle
 from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.encoder_info import EncoderInfo
@@ -30,25 +30,28 @@ logger = logging.getLogger("pkd.serving")
 
 
 @dataclass(frozen=True)
-class Offer:
-    """One encoder that a bundle holds: its own, or one in another numeric mode among its targets."""
+class BundledEncoder:
+    """Describe one encoder that a bundle holds: its own, or one in another numeric mode among its targets."""
 
     loaded: Loaded
     info: EncoderInfo
 
     @property
     def bundle(self) -> Bundle:
-        """Where it lies."""
+        """Return the bundle that holds it."""
         return self.loaded.bundle
 
     @property
     def targets(self) -> list[Target]:
-        """Forms of this very encoder."""
+        """List the targets that are forms of this very encoder."""
         return [one for one in self.bundle.manifest.targets if one.encoder.id == self.info.id]
 
     @property
     def default_file(self) -> str:
-        """``encoder.onnx``, or for another numeric mode the first target's file that is there."""
+        """Name the file to run by default.
+
+        ``encoder.onnx``, or in another numeric mode the first target's that is there.
+        """
         if self.info.id == self.bundle.manifest.encoder.id:
             return "encoder.onnx"
         return next(one.file or one.graph for one in sorted(self.targets, key=lambda one: one.file is None))
@@ -56,7 +59,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file to download, checked."""
+    """Hold a file to download, checked."""
 
     path: Path
     name: str
@@ -66,12 +69,12 @@ class Artifact:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Return its size, bytes."""
         return self.checked.st_size
 
 
 class Artifacts:
-    """Every encoder of every loaded bundle, and the files that were asked for. Safe to use from threads."""
+    """Find encoders of loaded bundles and the files that are asked for. Safe to use from threads."""
 
     def __init__(self, encoders: Encoders) -> None:
         self._encoders = encoders
@@ -81,19 +84,22 @@ class Artifacts:
         self._owner = -1
         self._cleanup: finalize[..., Artifacts] | None = None
         self._lock = threading.Lock()
-        self.offers: dict[str, Offer] = {}
+        self.offers: dict[str, BundledEncoder] = {}
         for loaded in encoders.loaded.values():
             for id, info in loaded.bundle.manifest.encoders.items():
-                self.offers.setdefault(id, Offer(loaded, info))
+                self.offers.setdefault(id, BundledEncoder(loaded, info))
 
     def close(self) -> None:
         """Delete the copies."""
         if self._cleanup:
             self._cleanup()
 
-    def find(self, spec: str) -> Offer:
-        """By id, short id, or a name that only one has; what is loaded first. Raises UnknownEncoder."""
-        id = called(spec, self._encoders.loaded) or called(spec, self.offers)
+    def find(self, spec: str) -> BundledEncoder:
+        """Find an encoder by id, short id, or a name that only one has; what is loaded comes first.
+
+        Raises UnknownEncoder.
+        """
+        id = find_id(spec, self._encoders.loaded) or find_id(spec, self.offers)
         if id in self.offers:
             return self.offers[id]
         raise UnknownEncoder(
@@ -101,8 +107,8 @@ class Artifacts:
             details={"got": spec, "encoders": list(self.offers)},
         )
 
-    def choose(self, offer: Offer, target: str | None, file: str | None) -> Artifact:
-        """The file that was asked for: by name, or a target's own, or what this encoder is run from by default.
+    def choose(self, offer: BundledEncoder, target: str | None, file: str | None) -> Artifact:
+        """Find the file that was asked for: by name, or a target's own, or the one this encoder is run from by default.
 
         Raises UnknownFile, listing what there is; ServerFault where the file is not what the manifest says.
         """
@@ -122,29 +128,29 @@ class Artifacts:
         return self.get(offer.bundle, name)
 
     def get(self, bundle: Bundle, name: str) -> Artifact:
-        """A file of ``bundle``. Raises ServerFault where it is not what the manifest says."""
+        """Find a file of ``bundle``. Raises ServerFault where it is not what the manifest says."""
         with self._lock:
             try:
                 if bundle.path.is_dir() and name in bundle.manifest.files:
-                    return self._in_place(bundle, name)
-                return self._kept(bundle, name) or self._keep(bundle, name, _read(bundle, name))
+                    return self._in_copy_folder(bundle, name)
+                return self._existing_copy(bundle, name) or self._make_copy(bundle, name, _read(bundle, name))
             except (BundleError, FileNotFoundError) as error:
                 raise _changed(error) from None
 
     def packed(self, bundle: Bundle) -> Artifact:
-        """The whole bundle as one zip, as ``pkd-export --zip`` writes it. Raises as ``get``."""
+        """Pack the whole bundle as one zip, as ``pkd-export --zip`` writes it. Raises as ``get``."""
         with self._lock:
             try:
-                return self._kept(bundle, "") or self._keep(bundle, "", self._pack(bundle))
+                return self._existing_copy(bundle, "") or self._make_copy(bundle, "", self._pack(bundle))
             except BundleError as error:
                 raise _changed(error) from None
 
     def describe(self, bundle: Bundle, names: list[str]) -> list[dict[str, Any]]:
-        """As the schema FileAnswer."""
+        """Describe files, as the schema FileAnswer."""
         found = [self.get(bundle, name) for name in names]
         return [{"name": one.name, "sha256": one.sha256, "bytes": one.size} for one in found]
 
-    def _in_place(self, bundle: Bundle, name: str) -> Artifact:
+    def _in_copy_folder(self, bundle: Bundle, name: str) -> Artifact:
         path = bundle.path / name
         found = path.stat()
         if self._stamps.get(path) != _stamp(found):
@@ -152,30 +158,30 @@ class Artifacts:
             self._stamps[path] = _stamp(found)
         return Artifact(path, name, bundle.manifest.files[name], found)
 
-    def _kept(self, bundle: Bundle, name: str) -> Artifact | None:
-        """The copy that was made before; None where a cleaner of temporary files has taken it since."""
+    def _existing_copy(self, bundle: Bundle, name: str) -> Artifact | None:
+        """Return the copy that was made before; None where a cleaner of temporary files has taken it since."""
         kept = self._copies.get((bundle.path, name))
         with suppress(OSError):
             if kept and _stamp(kept.path.stat()) == _stamp(kept.checked):
                 return kept
         return None
 
-    def _keep(self, bundle: Bundle, name: str, data: bytes) -> Artifact:
+    def _make_copy(self, bundle: Bundle, name: str, data: bytes) -> Artifact:
         sha256 = hashlib.sha256(data).hexdigest()
-        path = self._place() / sha256
+        path = self._copy_folder() / sha256
         path.write_bytes(data)
         self._copies[bundle.path, name] = made = Artifact(path, name, sha256, path.stat())
         return made
 
     def _pack(self, bundle: Bundle) -> bytes:
-        path = self._place() / "bundle.zip"
+        path = self._copy_folder() / "bundle.zip"
         try:
             return bundle.pack(path).read_bytes()
         finally:
             path.unlink(missing_ok=True)
 
-    def _place(self) -> Path:
-        """The folder of the copies. Where it was deleted, somebody else may have made one of its name since."""
+    def _copy_folder(self) -> Path:
+        """Return the folder of the copies. Where it was deleted, somebody else may have made one of its name since."""
         if self._folder is None or not _is_folder_of(self._owner, self._folder):
             if self._cleanup:
                 self._cleanup.detach()
@@ -186,7 +192,10 @@ class Artifacts:
 
 
 def needed(bundle: Bundle, target: Target) -> list[str]:
-    """Files that a device needs to run ``target``: the one its runtime loads first. Empty where it is not built yet."""
+    """List the files that a device needs to run ``target``, the one its runtime loads first.
+
+    None where it is not built.
+    """
     if target.file is None:
         return []
     main = PurePosixPath(target.file)

@@ -1,4 +1,4 @@
-"""Batching: calls of many threads in one call of an encoder on a GPU, which costs hardly more than one of them alone.
+"""Run the calls of many threads as one call of an encoder on a GPU, which costs hardly more than one of them alone.
 
 There is no waiting for a batch to fill: an idle encoder takes what is there at once, and while it is busy the next
 batch gathers. On a CPU this gains nothing (docs/operations.md), so there it is not used.
@@ -32,17 +32,17 @@ class _Item:
     done: Future[Embeddings] = field(default_factory=Future)
 
     def wanted(self) -> bool:
-        """Whether somebody still waits for it; if so it can no longer be cancelled."""
+        """Tell whether somebody still waits for it; if so it can no longer be cancelled."""
         if self.job and self.job.abandoned:
             self.done.cancel()
         return self.done.set_running_or_notify_cancel()
 
 
 class Batched:
-    """An Encoder in front of another: ``embed`` may be called by any number of threads. Close it when done."""
+    """Batch the calls of any number of threads in front of an encoder. Close it when done."""
 
     def __init__(self, encoder: Encoder, waiting: int = 1024) -> None:
-        """``waiting``: calls that may wait at once; further ones are refused with Overloaded."""
+        """Start the thread that runs the encoder. ``waiting``: calls that may wait; further ones raise Overloaded."""
         self._encoder = encoder
         self._queue: Queue[_Item | None] = Queue(waiting)
         self._held: _Item | None = None
@@ -51,11 +51,14 @@ class Batched:
 
     @property
     def info(self) -> EncoderInfo:
-        """The encoder's."""
+        """Describe the encoder."""
         return self._encoder.info
 
     def embed(self, crops: Rgb) -> Embeddings:
-        """As the encoder's: uint8 N×H×W×3 RGB → float32 N×D with unit rows, and its errors for these crops alone."""
+        """Embed crops, uint8 N×H×W×3 RGB, as float32 N×D with unit rows.
+
+        Raises the encoder's errors for these crops alone.
+        """
         self._encoder.info.preprocess.check(crops)
         if not len(crops):
             return np.empty((0, self._encoder.info.space.dim), np.float32)
@@ -67,7 +70,7 @@ class Batched:
         return item.done.result()
 
     def close(self) -> None:
-        """Work off what waits, then end the thread."""
+        """Finish the calls that wait, then end the thread."""
         self._queue.put(None)
         self._thread.join()
 
@@ -81,7 +84,7 @@ class Batched:
                 batch.append(further)
                 rows += len(further.crops)
             if wanted := [one for one in batch if one.wanted()]:
-                self._answer(wanted)
+                self._run_batch(wanted)
 
     def _next(self, block: bool) -> _Item | None:
         if self._held:
@@ -95,7 +98,7 @@ class Batched:
             self._queue.put(None)  # the end is for the outer loop to see
         return taken
 
-    def _answer(self, batch: Sequence[_Item]) -> None:
+    def _run_batch(self, batch: Sequence[_Item]) -> None:
         try:
             rows = self._embed(np.concatenate([item.crops for item in batch]))
         except Exception as error:
@@ -103,7 +106,7 @@ class Batched:
                 batch[0].done.set_exception(error)
             else:  # one of them is at fault: let it fail alone
                 for item in batch:
-                    self._answer([item])
+                    self._run_batch([item])
             return
         start = 0
         for item in batch:
@@ -111,7 +114,7 @@ class Batched:
             start += len(item.crops)
 
     def _embed(self, crops: Rgb) -> Embeddings:
-        """Through batches of the fixed sizes, the last one filled up with repetitions of a real crop."""
+        """Embed in batches of the fixed sizes, the last one filled up with repetitions of a real crop."""
         parts = [crops[start : start + BUCKETS[-1]] for start in range(0, len(crops), BUCKETS[-1])]
         return np.concatenate([self._encoder.embed(_filled(part))[: len(part)] for part in parts])
 

@@ -1,4 +1,4 @@
-"""Pipeline: one image of a request through decode → detect → align → encode, in a worker thread."""
+"""Decode, detect, align and encode one image of a request, in a worker thread."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pkd.toolkit.images.codec import Rgb
 
 @dataclass
 class Timing:
-    """Milliseconds spent on one image."""
+    """Count the milliseconds spent on one image."""
 
     decode: float = 0.0
     detect: float = 0.0
@@ -32,7 +32,7 @@ class Timing:
 
     @staticmethod
     def total(timings: Sequence[Timing]) -> dict[str, float]:
-        """Each stage, summed over the images and rounded to a microsecond."""
+        """Sum each stage over the images, rounded to a microsecond."""
         return {
             "decode": round(sum([one.decode for one in timings]), 3),
             "detect": round(sum([one.detect for one in timings]), 3),
@@ -43,7 +43,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Embedded:
-    """The faces of one image: ``vectors`` float32 N×D, ``sharpness`` N; ``faces`` N, or None for an aligned crop."""
+    """Hold the faces of one image.
+
+    ``vectors`` float32 N×D, ``sharpness`` N; ``faces`` N, or None for an aligned crop.
+    """
 
     vectors: Embeddings
     sharpness: Sequence[float]
@@ -53,7 +56,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What workers share. Everything in it is safe to use from several threads."""
+    """Hold the detector and the encoders that worker threads share; all of it is safe to use from several threads."""
 
     detector: Detector | None
     inference: Inference
@@ -108,7 +111,10 @@ class Pipeline:
 
 
 def sharpness(crop: Rgb) -> float:
-    """Variance of the Laplacian of the grey crop (uint8 H×W×3 RGB), squared grey levels: higher is sharper."""
+    """Measure the variance of the Laplacian of the grey crop (uint8 H×W×3 RGB), squared grey levels.
+
+    Higher is sharper.
+    """
     laplacian = cv2.Laplacian(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.CV_16S)
     mean = cv2.sumElems(laplacian)[0] / laplacian.size
     return cv2.norm(laplacian) ** 2 / laplacian.size - mean**2  # sums of whole numbers: little cancels

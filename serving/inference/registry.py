@@ -1,4 +1,4 @@
-"""Encoders: the loaded bundles, and every certificate in them. Says who may be compared with whom, and why not."""
+"""Hold the loaded bundles and every certificate in them: who may be compared with whom, and why not."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ GPU_RUNTIMES = frozenset({"tensorrt", "tensorrt_rtx"})
 
 @dataclass(frozen=True)
 class Loaded:
-    """One bundle and its encoder, shared by all worker threads (every runtime's may be)."""
+    """Hold one bundle and its encoder, shared by all worker threads (every runtime's may be)."""
 
     bundle: Bundle
     encoder: Encoder
     target: Target | None = None
-    """Which form of the bundle's encoder this is, where one was asked for."""
+    """Form of the bundle's encoder, where one was asked for."""
     device: Device = "cpu"
-    """Where it runs."""
+    """Device that it runs on."""
 
     @classmethod
     def open(cls, path: Path, keys: TrustedKeys | None = None, device: Device = "cpu") -> Loaded:
-        """A bundle, or BUNDLE/targets/NAME; who signed it is checked before any of it reaches a runtime.
+        """Open a bundle, or BUNDLE/targets/NAME; who signed it is checked before any of it reaches a runtime.
 
-        ``device``: where a bundle runs; a target runs where it was made for.
+        ``device``: of a bundle; a target runs on the one that it was made for.
         Raises BundleError, NotTrusted, MissingExtra, or TargetUnavailable.
         """
         named = target_of(path)
@@ -55,19 +55,22 @@ class Loaded:
         return cls(bundle, open_target(bundle, named[1]), target, "cuda" if on_gpu else "cpu")
 
     @cached_property
-    def shown(self) -> Mapping[str, Any]:
-        """``space`` and ``encoder`` of an answer."""
+    def described(self) -> Mapping[str, Any]:
+        """Describe ``space`` and ``encoder`` for an answer."""
         info = self.encoder.info
         named = {"id": info.id, "role": info.role, "preprocess": info.preprocess.name}
         return {"space": info.space.model_dump(), "encoder": named}
 
     def self_test(self) -> float:
-        """Largest 1 − cosine over the golden crops. Raises BundleError above the tolerance of bundle or target."""
+        """Measure the largest 1 − cosine over the golden crops.
+
+        Raises BundleError above the tolerance of bundle or target.
+        """
         return self_test(self.bundle, self.encoder.embed, self.target)
 
 
 class Encoders:
-    """What this server can embed with (loaded bundles) and decide about (certificates)."""
+    """Hold what this server can embed with (loaded bundles) and decide about (certificates)."""
 
     def __init__(self, loaded: Sequence[Loaded], keys: TrustedKeys | None = None) -> None:
         self.loaded = {item.encoder.info.id: item for item in loaded}
@@ -77,7 +80,7 @@ class Encoders:
         self.files = _strongest(file for item in loaded for file in item.bundle.certificate_files())
         """Ordered pair of encoder ids → its certificate, with the signature beside it."""
         self.keys = keys
-        """Whose signatures are believed; None: nobody was asked to check any."""
+        """Keys whose signatures are believed; None: no signature is checked."""
         self._spaces = {id: item.encoder.info.space.id for id, item in self.loaded.items()}
         self._dims = {item.encoder.info.space.id: item.encoder.info.space.dim for item in loaded}
         for certificate in self.certificates:
@@ -86,7 +89,7 @@ class Encoders:
 
     @classmethod
     def open(cls, paths: Sequence[str | Path], keys: TrustedKeys | None = None, device: Device = "cpu") -> Encoders:
-        """Open bundles or targets of them, each on one intra-op thread. Two of one encoder are refused: BundleError.
+        """Open bundles or targets of them, each on one intra-op thread. Raises BundleError for two of one encoder.
 
         With ``keys`` every manifest must be signed by one of them, and so must every certificate that has a signature
         of its own. Raises NotTrusted naming the file.
@@ -112,17 +115,17 @@ class Encoders:
 
     @property
     def certificates(self) -> list[Certificate]:
-        """One per ordered pair of encoders."""
+        """List the certificates, one per ordered pair of encoders."""
         return [file.certificate for file in self.files.values()]
 
     def get(self, spec: str | None) -> Loaded:
-        """The loaded encoder with this id, short id or name; the default one for None.
+        """Find the loaded encoder with this id, short id or name; the default one for None.
 
         Raises UnknownEncoder where it is none's, or that of several.
         """
         if spec is None:
             return self.default
-        id = called(spec, self.loaded)
+        id = find_id(spec, self.loaded)
         if id is None:
             raise UnknownEncoder(
                 f"encoder {spec!r} is not loaded. Use one of those in `encoders`.",
@@ -131,14 +134,14 @@ class Encoders:
         return self.loaded[id]
 
     def resolve(self, spec: str) -> str:
-        """A full id from a short id or a name; as it is where nobody here is called so.
+        """Resolve a short id or a name to a full id; returns ``spec`` as it is where no encoder here is called so.
 
         Raises UnknownEncoder where several are: it says what made an embedding, and must not be guessed.
         """
-        return called(spec, self._spaces) or spec
+        return find_id(spec, self._spaces) or spec
 
     def space_of(self, id: str) -> str | None:
-        """Id of an encoder's space, from its bundle or from a certificate that names it."""
+        """Return the id of an encoder's space, from its bundle or from a certificate that names it."""
         return self._spaces.get(id)
 
     def require_space(self, id: str, stated: str | None) -> None:
@@ -156,11 +159,11 @@ class Encoders:
             )
 
     def dim_of(self, space: str | None) -> int | None:
-        """Dimension of a space, known where a bundle of it is loaded."""
+        """Return the dimension of a space, known where a bundle of it is loaded."""
         return self._dims.get(space) if space else None
 
     def certificate_file(self, query: str, gallery: str) -> CertificateFile:
-        """The certificate of this ordered pair. Raises SpaceMismatch or NotCertified, naming what would work."""
+        """Find the certificate of this ordered pair. Raises SpaceMismatch or NotCertified, naming what would work."""
         found = self.files.get((query, gallery))
         if found:
             return found
@@ -182,8 +185,8 @@ class Encoders:
         )
 
 
-def called(spec: str, ids: Collection[str]) -> str | None:
-    """The one of these ids that is meant by a full id, a short id or a name. Raises UnknownEncoder: several are."""
+def find_id(spec: str, ids: Collection[str]) -> str | None:
+    """Find the one of these ids that a full id, a short id or a name means. Raises UnknownEncoder where several are."""
     if spec in ids:
         return spec
     bearers = [id for id in ids if spec in (short(id), id.partition("@")[0])]
@@ -196,7 +199,10 @@ def called(spec: str, ids: Collection[str]) -> str | None:
 
 
 def _strongest(files: Iterable[CertificateFile]) -> dict[tuple[str, str], CertificateFile]:
-    """One certificate per ordered pair: measured on people before synthetic, then most impostor pairs, then newest."""
+    """Keep one certificate per ordered pair.
+
+    Measured on people before synthetic, then most impostor pairs, then newest.
+    """
 
     def rank(c: Certificate) -> tuple[bool, int, str]:
         return not c.synthetic, c.impostor_pairs, c.created

@@ -1,4 +1,4 @@
-"""Pool: the worker threads. Knows what waits and for how long, and which job its client has given up on."""
+"""Run jobs in worker threads; know what waits and for how long, and which job its client has given up on."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any, TypeVar
 from pkd.serving.observability.metrics import Metrics
 
 Made = TypeVar("Made")
-_Taken = tuple["Job[Any]", float, Callable[[], Any]]
-"""A job, when it was submitted, and what is to be done."""
+_Submitted = tuple["Job[Any]", float, Callable[[], Any]]
+"""A job, the time at which it was submitted, and the call to make."""
 _thread = threading.local()
 
 
 class Job(asyncio.Future[Made]):
-    """What the event loop awaits. Remembers that it was cancelled, before or after it had begun."""
+    """Let the event loop await a call in a thread; remembers that it was cancelled, before or after it had begun."""
 
     abandoned = False
 
     def __init__(self, forget: Callable[[Job[Any]], None]) -> None:
-        """``forget``: called when it is cancelled."""
+        """Await nothing yet. ``forget``: called when it is cancelled."""
         super().__init__(loop=asyncio.get_running_loop())
         self._forget = forget
 
@@ -39,17 +39,19 @@ class Job(asyncio.Future[Made]):
 
 
 class Pool:
-    """Threads that do what an event loop submits. A job that was cancelled while it waited is never executed.
+    """Keep threads that make the calls an event loop submits.
+
+    A job that was cancelled while it waited is never executed.
 
     Of the idle threads the one that was busy last gets the next job: its processor still holds what it worked with.
-    The threads of a ThreadPoolExecutor take turns.
+    The threads of a ThreadPoolExecutor take turns (docs/performance.md has the difference).
     """
 
     def __init__(self, threads: int, metrics: Metrics) -> None:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
-        self._waiting: deque[_Taken] = deque()
+        self._waiting: deque[_Submitted] = deque()
         self._closing = False
         self._workers = [_Worker(f"pkd-worker {number}", self._take, metrics) for number in range(threads)]
 
@@ -87,8 +89,8 @@ class Pool:
             self._waiting = deque(taken for taken in self._waiting if taken[0] is not job)
             self._metrics.waiting = len(self._waiting)
 
-    def _take(self, worker: _Worker) -> _Taken | None:
-        """The next job for ``worker``, which may wait for it; None: there will be none."""
+    def _take(self, worker: _Worker) -> _Submitted | None:
+        """Return the next job for ``worker``, which may wait for it; None: there will be none."""
         with self._lock:
             if self._waiting:
                 taken = self._waiting.popleft()
@@ -101,23 +103,23 @@ class Pool:
 
 
 class _Worker:
-    """One thread, and the place where a job is put while it is idle."""
+    """Run one thread, and hold the job that it is given while it is idle."""
 
-    def __init__(self, name: str, take: Callable[[_Worker], _Taken | None], metrics: Metrics) -> None:
+    def __init__(self, name: str, take: Callable[[_Worker], _Submitted | None], metrics: Metrics) -> None:
         self._take, self._metrics = take, metrics
-        self._given: _Taken | None = None
+        self._given: _Submitted | None = None
         self._wake = threading.Lock()
         self._wake.acquire()
         self.thread = threading.Thread(target=self._work, name=name, daemon=True)
         self.thread.start()
 
-    def give(self, taken: _Taken | None) -> None:
+    def give(self, taken: _Submitted | None) -> None:
         """End ``wait`` with this."""
         self._given = taken
         self._wake.release()
 
-    def wait(self) -> _Taken | None:
-        """What is given next."""
+    def wait(self) -> _Submitted | None:
+        """Wait for what is given next."""
         self._wake.acquire()
         taken, self._given = self._given, None
         return taken
@@ -140,7 +142,7 @@ class _Worker:
 
 
 def current_job() -> Job[Any] | None:
-    """The job that the calling thread executes."""
+    """Return the job that the calling thread executes."""
     return getattr(_thread, "job", None)
 
 

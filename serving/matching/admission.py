@@ -1,4 +1,4 @@
-"""Admission: which encoders' vectors a gallery takes. What no certificate covers could never be searched."""
+"""Decide which encoders' vectors a gallery takes: what no certificate covers could never be searched."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pkd.toolkit.core.errors import NotCertified, SpaceMismatch
 
 
 def searchable(encoders: Encoders, spaces: Iterable[str]) -> list[str]:
-    """Ids of the encoders that some certificate has on the gallery side, in one of ``spaces``."""
+    """List the ids of encoders that some certificate has on the gallery side, in one of ``spaces``."""
     return sorted({g for _, g in encoders.files if encoders.space_of(g) in set(spaces)})
 
 
-def admit(encoders: Encoders, gallery: Gallery, encoder: str, space: str | None = None) -> str:
-    """The space in which a template of ``encoder`` (a full id) is enrolled. ``space``: what the client says it is.
+def check_encoder_allowed(encoders: Encoders, gallery: Gallery, encoder: str, space: str | None = None) -> str:
+    """Return the space in which a template of ``encoder`` (a full id) is enrolled. ``space``: as the client states it.
 
     Raises SpaceMismatch, or NotCertified where no query could ever be compared with it.
     """
@@ -50,28 +50,31 @@ def another_space(
 
 
 def encoder_to_enrol(encoders: Encoders, gallery: Gallery, spec: str | None) -> Loaded:
-    """The loaded encoder ``spec``; without one the first that the gallery's newest space takes.
+    """Find the loaded encoder ``spec``; without one the first that the gallery's newest space takes.
 
-    The default comes before others; where nothing fits it is the default, which ``admit`` then refuses. Raises
-    UnknownEncoder.
+    The default comes before others; where nothing fits it is the default, which ``check_encoder_allowed`` then
+    refuses. Raises UnknownEncoder.
     """
     if spec is not None:
         return encoders.get(spec)
     newest = (gallery.moving_to or gallery.space).id
     fits = searchable(encoders, [newest])
-    return next((item for item in _by_default(encoders) if item.encoder.info.id in fits), encoders.default)
+    return next((item for item in _default_first(encoders) if item.encoder.info.id in fits), encoders.default)
 
 
 def encoder_to_search(encoders: Encoders, gallery: Gallery, spec: str | None) -> Loaded:
-    """The loaded encoder ``spec``; without one the first whose space is the gallery's, the default before others."""
+    """Find the loaded encoder ``spec``.
+
+    Without one the first whose space is the gallery's, the default before others.
+    """
     if spec is not None:
         return encoders.get(spec)
-    here = (item for item in _by_default(encoders) if item.encoder.info.space.id == gallery.space.id)
+    here = (item for item in _default_first(encoders) if item.encoder.info.space.id == gallery.space.id)
     return next(here, encoders.default)
 
 
-def space_called(encoders: Encoders, id: str | None) -> Space:
-    """A space that some loaded encoder embeds into; the default encoder's for None. Raises SpaceMismatch."""
+def find_space(encoders: Encoders, id: str | None) -> Space:
+    """Find a space that some loaded encoder embeds into; the default encoder's for None. Raises SpaceMismatch."""
     spaces = spaces_of(encoders)
     id = encoders.default.encoder.info.space.id if id is None else id
     if id not in spaces:
@@ -83,9 +86,9 @@ def space_called(encoders: Encoders, id: str | None) -> Space:
 
 
 def spaces_of(encoders: Encoders) -> dict[str, int]:
-    """Id and dimension of every space that some loaded encoder embeds into."""
+    """Map the id of every space that some loaded encoder embeds into to its dimension."""
     return {item.encoder.info.space.id: item.encoder.info.space.dim for item in encoders.loaded.values()}
 
 
-def _by_default(encoders: Encoders) -> list[Loaded]:
+def _default_first(encoders: Encoders) -> list[Loaded]:
     return [encoders.default, *(item for item in encoders.loaded.values() if item is not encoders.default)]

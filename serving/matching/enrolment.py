@@ -16,24 +16,24 @@ from pkd.serving.core.errors import GalleryConflict, IdempotencyConflict, Invali
 from pkd.serving.core.gallery_schemas import ConsentBody, EnrolOptions
 from pkd.serving.core.schemas import EmbeddingSide, ImageInput
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, NewTemplate
-from pkd.serving.matching.admission import admit, encoder_to_enrol, searchable
-from pkd.serving.matching.quality import Floor, Quality, measure, require
+from pkd.serving.matching.admission import check_encoder_allowed, encoder_to_enrol, searchable
+from pkd.serving.matching.quality import MinimumQuality, Quality, measure, require
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.errors import NotCertified, PkdError, SpaceMismatch
 
-Taken = bytes | ImageInput | EmbeddingSide
+EnrolInput = bytes | ImageInput | EmbeddingSide
 """One input of an enrolment: a file's bytes, the same as base64, or an embedding made elsewhere."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """What can be stored, and what was measured of each of its templates."""
+    """Hold what can be stored, and what was measured of each of its templates."""
 
     enrolment: Enrolment
     qualities: Sequence[Quality | None]
 
 
-def new_enrolment(subject: str, inputs: Sequence[Taken], options: EnrolOptions, key: str | None) -> Enrolment:
+def new_enrolment(subject: str, inputs: Sequence[EnrolInput], options: EnrolOptions, key: str | None) -> Enrolment:
     """Describe what one subject is to be enrolled with, its templates yet to be made. Raises InvalidRequest."""
     expires = options.expires.timestamp() if options.expires else None
     if expires is not None and expires <= datetime.now(timezone.utc).timestamp():
@@ -50,7 +50,7 @@ def new_enrolment(subject: str, inputs: Sequence[Taken], options: EnrolOptions, 
 
 
 async def prepare(
-    service: Service, gallery: Gallery, asked: Enrolment, inputs: Sequence[Taken], options: EnrolOptions
+    service: Service, gallery: Gallery, asked: Enrolment, inputs: Sequence[EnrolInput], options: EnrolOptions
 ) -> Ready:
     """Embed, measure and check everything that one subject is enrolled with.
 
@@ -73,12 +73,12 @@ async def enrol(
     service: Service,
     name: str,
     subject: str,
-    inputs: Sequence[Taken],
+    inputs: Sequence[EnrolInput],
     options: EnrolOptions,
     key: str | None,
     actor: str,
 ) -> dict[str, Any]:
-    """The answer of POST …/templates. All inputs are enrolled, or none."""
+    """Answer POST …/templates. All inputs are enrolled, or none."""
     gallery = await service.stored(service.store.get, name)
     ready = await prepare(service, gallery, new_enrolment(subject, inputs, options, key), inputs, options)
     (outcome,) = await service.stored(service.store.enrol, name, [ready.enrolment], actor)
@@ -86,11 +86,11 @@ async def enrol(
         raise explained(outcome, service, gallery, ready.enrolment)
     if outcome.replayed:  # what is there may be of another encoder than one would take today
         ready = await _as_stored(service, name, ready, outcome)
-    return answer(name, ready, outcome)
+    return describe_enrolment(name, ready, outcome)
 
 
-def answer(gallery: str, ready: Ready, enrolled: Enrolled) -> dict[str, Any]:
-    """As the schema EnrolAnswer."""
+def describe_enrolment(gallery: str, ready: Ready, enrolled: Enrolled) -> dict[str, Any]:
+    """Describe an enrolment, as the schema EnrolAnswer."""
     parts = zip(enrolled.templates, ready.enrolment.templates, ready.qualities, strict=True)
     return {
         "gallery": gallery,
@@ -121,7 +121,7 @@ def explained(error: PkdError, service: Service, gallery: Gallery, enrolment: En
 
 
 def consent_of(body: ConsentBody | None) -> Consent | None:
-    """As the store keeps it."""
+    """Make a consent as the store keeps it."""
     return Consent(**body.model_dump()) if body else None
 
 
@@ -129,7 +129,7 @@ def _received(service: Service, gallery: Gallery, side: EmbeddingSide, index: in
     encoders = service.encoders
     encoder = encoders.resolve(side.encoder)
     try:
-        space = admit(encoders, gallery, encoder, side.space)
+        space = check_encoder_allowed(encoders, gallery, encoder, side.space)
         dim = next(one.dim for one in gallery.spaces if one.id == space)
         return NewTemplate(encoder, space, decode(side.embedding, side.encoding, dim).astype(np.float32))
     except PkdError as error:
@@ -142,8 +142,8 @@ async def _embedded(
 ) -> dict[int, tuple[NewTemplate, Quality | None]]:
     loaded = encoder_to_enrol(service.encoders, gallery, options.encoder)
     encoder = loaded.encoder.info.id
-    space = admit(service.encoders, gallery, encoder)
-    floor = Floor.of(service.settings, Floor(**options.quality.model_dump()))
+    space = check_encoder_allowed(service.encoders, gallery, encoder)
+    minimum = MinimumQuality.of(service.settings, MinimumQuality(**options.quality.model_dump()))
     places = list(images)
     try:
         done = await service.embed_all(list(images.values()), loaded, options.faces, options.aligned)
@@ -154,7 +154,7 @@ async def _embedded(
     for index, embedded in zip(places, done, strict=True):
         quality = measure(embedded, 0)
         try:
-            require(quality, floor)
+            require(quality, minimum)
         except LowQuality as error:
             error.details["index"] = index
             raise
@@ -175,8 +175,8 @@ async def _as_stored(service: Service, gallery: str, ready: Ready, enrolled: Enr
     return replace(ready, enrolment=replace(ready.enrolment, templates=templates))
 
 
-def _digest(subject: str, inputs: Sequence[Taken], options: EnrolOptions) -> str:
-    """SHA-256 of what was asked, however its bytes were framed: a multipart boundary differs every time."""
+def _digest(subject: str, inputs: Sequence[EnrolInput], options: EnrolOptions) -> str:
+    """Hash what was asked (SHA-256), however its bytes were framed: a multipart boundary differs every time."""
     parts = [
         hashlib.sha256(item).hexdigest() if isinstance(item, bytes) else item.model_dump(mode="json") for item in inputs
     ]

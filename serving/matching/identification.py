@@ -1,4 +1,4 @@
-"""Identification: one query against the templates of every encoder in a gallery, each under its own certificate.
+"""Search a gallery for one query: the templates of every encoder, each under its own certificate.
 
 Scores of different encoders have no common scale; false match rates do. So every encoder's templates are searched
 apart, and candidates are ranked by the false match rate at their score.
@@ -15,7 +15,7 @@ from pkd.serving.core.gallery_schemas import IdentifyOptions
 from pkd.serving.galleries.store import Found, Gallery
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.admission import another_space
-from pkd.serving.matching.verification import Rank, about, rank
+from pkd.serving.matching.verification import Rank, describe_certificate, rank
 from pkd.toolkit.certificates.certificate import Certificate, CertificateFile
 from pkd.toolkit.certificates.extrapolation import Threshold, threshold_for
 from pkd.toolkit.core.encoder_info import short
@@ -25,8 +25,8 @@ Reason = Literal["not-certified", "other-space", "unsupported-fmr"]
 
 
 @dataclass(frozen=True)
-class Cover:
-    """Which templates of a gallery a query may be compared with, and why not the others."""
+class SearchPlan:
+    """Say which templates of a gallery a query may be compared with, and why not the others."""
 
     files: Mapping[str, CertificateFile]
     """Template encoder → the certificate of the query's encoder against it."""
@@ -35,15 +35,15 @@ class Cover:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """How far an encoder's scores must reach, and how that is known. ``threshold`` None: nothing to search."""
+class MatchRule:
+    """Say how far an encoder's scores must reach, and how that is known. ``threshold`` None: nothing to search."""
 
     file: CertificateFile
     templates: int
     threshold: Threshold | None
 
 
-def cover(encoders: Encoders, gallery: Gallery, query: str, partial: bool) -> Cover:
+def plan_search(encoders: Encoders, gallery: Gallery, query: str, partial: bool) -> SearchPlan:
     """Sort the encoders that have templates in ``gallery`` by whether ``query`` (a full id) may be compared with them.
 
     While a migration is under way templates of the other space are left out: whoever is not moved is found in the
@@ -74,51 +74,51 @@ def cover(encoders: Encoders, gallery: Gallery, query: str, partial: bool) -> Co
                 "works": works,
             },
         )
-    return Cover(files, reasons)
+    return SearchPlan(files, reasons)
 
 
 def per_comparison(fpir: float, templates: int) -> float:
-    """The false match rate at which a search for a stranger among ``templates`` finds somebody with rate ``fpir``.
+    """Solve for the FMR at which a search for a stranger among ``templates`` finds somebody with rate ``fpir``.
 
     FPIR = 1 − (1 − FMR)^N, solved for FMR, as if comparisons erred independently of one another.
     """
     return -math.expm1(math.log1p(-fpir) / templates)
 
 
-def settle(
-    cover: Cover, found: Mapping[str, Found], fmr: float | None, threshold: float | None
-) -> tuple[dict[str, Terms], dict[str, Reason]]:
-    """The threshold of every encoder that was searched, and the encoders that no threshold can be given for."""
-    settled: dict[str, Terms] = {}
+def resolve_thresholds(
+    plan: SearchPlan, found: Mapping[str, Found], fmr: float | None, threshold: float | None
+) -> tuple[dict[str, MatchRule], dict[str, Reason]]:
+    """Give the match rule of every encoder that was searched, and the encoders that no threshold can be given for."""
+    rules: dict[str, MatchRule] = {}
     refused: dict[str, Reason] = {}
-    for encoder, file in cover.files.items():
+    for encoder, file in plan.files.items():
         certificate, searched = file.certificate, found[encoder].searched
         if not searched:
-            settled[encoder] = Terms(file, 0, None)
+            rules[encoder] = MatchRule(file, 0, None)
         elif threshold is not None:
-            settled[encoder] = Terms(file, searched, Threshold(threshold, _resolved(certificate, threshold)))
+            rules[encoder] = MatchRule(file, searched, Threshold(threshold, _resolved(certificate, threshold)))
         else:
             assert fmr is not None
             try:
-                settled[encoder] = Terms(file, searched, threshold_for(certificate, fmr))
+                rules[encoder] = MatchRule(file, searched, threshold_for(certificate, fmr))
             except UnsupportedFmr:
                 refused[encoder] = "unsupported-fmr"
-    return settled, refused
+    return rules, refused
 
 
-def candidates(terms: Mapping[str, Terms], found: Mapping[str, Found]) -> list[dict[str, Any]]:
-    """Every subject once, by the template that speaks most for them; matches first, then the smallest rates.
+def candidates(rules: Mapping[str, MatchRule], found: Mapping[str, Found]) -> list[dict[str, Any]]:
+    """List every subject once, by the template that speaks most for them; matches first, then the smallest rates.
 
     Equal rates, as past the last resolved score, are ranked by the margin over the threshold. Matches come before
     rates because one certificate resolves smaller rates than another: 1e-4 past its end may match where 5e-5 does not.
     """
     best: dict[str, tuple[Rank, dict[str, Any]]] = {}
-    for encoder, term in terms.items():
-        if term.threshold is None:
+    for encoder, rule in rules.items():
+        if rule.threshold is None:
             continue
         for hit in found[encoder].hits:
-            rate = term.file.certificate.fmr_at(hit.score)
-            order = rank(hit.score, term.threshold.score, rate.fmr)
+            rate = rule.file.certificate.fmr_at(hit.score)
+            order = rank(hit.score, rule.threshold.score, rate.fmr)
             if hit.subject not in best or order < best[hit.subject][0]:
                 best[hit.subject] = (
                     order,
@@ -129,31 +129,31 @@ def candidates(terms: Mapping[str, Terms], found: Mapping[str, Found]) -> list[d
                         "score": hit.score,
                         "fmr_at_score": rate.fmr,
                         "fmr_is_upper_bound": rate.is_upper_bound,
-                        "threshold": term.threshold.score,
-                        "match": hit.score >= term.threshold.score,
+                        "threshold": rule.threshold.score,
+                        "match": hit.score >= rule.threshold.score,
                     },
                 )
     return [one for _, one in sorted(best.values(), key=lambda entry: (entry[0], entry[1]["subject"]))]
 
 
-def conclude(
+def describe_search(
     encoders: Encoders,
     gallery: Gallery,
     query: str,
-    cover: Cover,
+    plan: SearchPlan,
     found: Mapping[str, Found],
     options: IdentifyOptions,
     default_fpir: float,
 ) -> dict[str, Any]:
-    """The answer, as the schema IdentifyAnswer. ``found``: template encoder → what its search found."""
-    searched = sum(found[encoder].searched for encoder in cover.files)
+    """Answer a search, as the schema IdentifyAnswer. ``found``: template encoder → what its search found."""
+    searched = sum(found[encoder].searched for encoder in plan.files)
     fpir = None if options.threshold is not None else options.target_fpir or default_fpir
     fmr = per_comparison(fpir, searched) if fpir is not None and searched else None
-    terms, refused = settle(cover, found, fmr, options.threshold)
-    ranked = candidates(terms, found)
+    rules, refused = resolve_thresholds(plan, found, fmr, options.threshold)
+    ranked = candidates(rules, found)
     matching = sum(bool(one["match"]) for one in ranked)
-    described = [_describe(encoders, encoder, term) for encoder, term in terms.items()]
-    not_searched = {**cover.not_searched, **refused}
+    described = [_describe(encoders, encoder, rule) for encoder, rule in rules.items()]
+    not_searched = {**plan.not_searched, **refused}
     return {
         "gallery": gallery.name,
         "decision": "no_match" if not matching else "match" if matching == 1 else "ambiguous",
@@ -171,14 +171,14 @@ def conclude(
     }
 
 
-def _describe(encoders: Encoders, encoder: str, term: Terms) -> dict[str, Any]:
-    threshold = term.threshold
+def _describe(encoders: Encoders, encoder: str, rule: MatchRule) -> dict[str, Any]:
+    threshold = rule.threshold
     return {
         "encoder": encoder,
-        "templates": term.templates,
+        "templates": rule.templates,
         "threshold": threshold.score if threshold else None,
         "calibrated": threshold is None or threshold.calibrated,
-        "certificate": about(encoders, term.file),
+        "certificate": describe_certificate(encoders, rule.file),
     }
 
 
@@ -188,7 +188,7 @@ def _resolved(certificate: Certificate, score: float) -> bool:
 
 
 def _works(encoders: Encoders, gallery: Gallery, present: Sequence[str]) -> dict[str, Any]:
-    """Query encoders that would reach every template, and for each encoder of the gallery those that reach its own."""
+    """List query encoders that reach every template, and for each encoder of the gallery those that reach its own."""
     each = {one: sorted(q for q, g in encoders.files if g == one) for one in present}
     if not present:
         spaces = {one.id for one in gallery.spaces}

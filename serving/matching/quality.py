@@ -1,4 +1,4 @@
-"""Quality: what is measured of a face before it is enrolled, and the least that is taken.
+"""Measure a face before it is enrolled, and refuse one that is not good enough.
 
 A bad probe costs one search; a bad template costs every search after it.
 """
@@ -13,19 +13,19 @@ from pkd.serving.inference.pipeline import Embedded
 
 
 @dataclass(frozen=True)
-class Floor:
-    """Smallest values of a face that may be enrolled; 0 takes anything."""
+class MinimumQuality:
+    """Hold the smallest values of a face that may be enrolled; 0 takes anything."""
 
     detection_score: float
-    """Of the detector, 0 to 1."""
+    """Score of the detector, 0 to 1."""
     face_pixels: float
     """Shorter side of the face's box in the photograph, pixels: a smaller face is a crop that was blown up."""
     sharpness: float
     """Variance of the Laplacian of the grey crop, squared grey levels (0–255): below it, blur or a blank picture."""
 
     @classmethod
-    def of(cls, settings: Settings, asked: Floor) -> Floor:
-        """The larger of what the operator and a request ask for."""
+    def of(cls, settings: Settings, asked: MinimumQuality) -> MinimumQuality:
+        """Take the larger of what the operator and a request ask for."""
         return cls(
             max(settings.enrol_detection_score, asked.detection_score),
             max(settings.enrol_face_pixels, asked.face_pixels),
@@ -35,7 +35,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured of one face; None where nothing was detected because the image was a crop already."""
+    """Hold what was measured of one face; None where nothing was detected because the image was a crop already."""
 
     detection_score: float | None
     face_pixels: float | None
@@ -43,7 +43,7 @@ class Quality:
 
 
 def measure(embedded: Embedded, face: int) -> Quality:
-    """Of one face of an embedded image."""
+    """Measure one face of an embedded image."""
     sharpness = round(embedded.sharpness[face], 2)
     if embedded.faces is None:
         return Quality(None, None, sharpness)
@@ -52,9 +52,9 @@ def measure(embedded: Embedded, face: int) -> Quality:
     return Quality(round(found.score, 4), round(min(x2 - x1, y2 - y1), 1), sharpness)
 
 
-def require(quality: Quality, floor: Floor) -> None:
+def require(quality: Quality, minimum: MinimumQuality) -> None:
     """Raise LowQuality with what was measured and what is required, unless every value is enough."""
-    measured, required = asdict(quality), asdict(floor)
+    measured, required = asdict(quality), asdict(minimum)
     low = [name for name, value in measured.items() if value is not None and value < required[name]]
     if low:
         said = ", ".join(f"{name} is {measured[name]:g}, at least {required[name]:g} is required" for name in low)

@@ -1,4 +1,4 @@
-"""Service: what the routes call. Worker threads, the self-test at start, and the jobs: embed, verify, identify."""
+"""Embed, verify and identify on behalf of the routes, with worker threads and the self-test at start."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.serving.inference.thread_pool import Pool
 from pkd.serving.matching import identification
 from pkd.serving.matching.admission import encoder_to_search
-from pkd.serving.matching.verification import Shown, decide, encoder_of, is_quick, left_out, received, settle
+from pkd.serving.matching.verification import (
+    ProbeVector,
+    decide,
+    encoder_of,
+    is_quick,
+    left_out,
+    received,
+    resolve_rules,
+)
 from pkd.serving.observability.metrics import Metrics
 from pkd.serving.observability.state import State
 from pkd.toolkit.core.encoder_info import short
@@ -41,7 +49,7 @@ STORE_THREADS = 4
 
 @dataclass(frozen=True)
 class Photograph:
-    """One image to embed, and how."""
+    """Hold one image to embed, and how."""
 
     image: Undecoded
     encoder: str | None = None
@@ -50,12 +58,12 @@ class Photograph:
 
     @classmethod
     def of(cls, side: ImageSide) -> Photograph:
-        """From JSON."""
+        """Read it from JSON."""
         return cls(side.image_b64, side.encoder, side.aligned, side.faces)
 
 
 class Service:
-    """One per process. Its methods run on the event loop; images and the store are left to worker threads."""
+    """Serve one process. Its methods run on the event loop; images and the store are left to worker threads."""
 
     def __init__(
         self,
@@ -69,32 +77,32 @@ class Service:
         self.inference = Inference(encoders.loaded.values(), self.state.metrics)
         self.pipeline = Pipeline(detector, self.inference)
         self.artifacts = Artifacts(encoders)
-        self._proving: asyncio.Task[None] | None = None
+        self._self_testing: asyncio.Task[None] | None = None
         self._workers = Pool(settings.threads, self.state.metrics)
-        self._clerks = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="pkd-store")
+        self._store_executor = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="pkd-store")
 
     @property
     def store(self) -> GalleryStore:
-        """Where galleries are kept. Raises NoGalleries on a server without."""
+        """Return the store of galleries. Raises NoGalleries on a server without."""
         if self._store is None:
             raise NoGalleries("this server was started without a store of galleries. Start pkd-serve with --gallery.")
         return self._store
 
     async def stored(self, call: Callable[..., Given], *args: Any, **named: Any) -> Given:
         """Call a method of the store in a thread of its own: it may wait for the disk."""
-        return await asyncio.get_running_loop().run_in_executor(self._clerks, partial(call, *args, **named))
+        return await asyncio.get_running_loop().run_in_executor(self._store_executor, partial(call, *args, **named))
 
     def start(self) -> asyncio.Task[None]:
         """Begin the self-test, once. Await the task to know that it is over; its outcome is in ``state``."""
-        if self._proving is None:
-            self._proving = asyncio.create_task(self._prove())
-        return self._proving
+        if self._self_testing is None:
+            self._self_testing = asyncio.create_task(self._self_test())
+        return self._self_testing
 
-    async def _prove(self) -> None:
-        proved = {}
+    async def _self_test(self) -> None:
+        golden_errors = {}
         for id, loaded in self.encoders.loaded.items():
             try:
-                proved[id] = await self._workers.submit(loaded.self_test)
+                golden_errors[id] = await self._workers.submit(loaded.self_test)
             except BundleError as error:
                 self.state.failure = str(error)
                 return
@@ -102,22 +110,22 @@ class Service:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 self.state.failure = f"{loaded.bundle.path}: does not run on its golden crops: {reason}"
                 return
-        self.state.proved = proved
+        self.state.golden_errors = golden_errors
 
     def close(self) -> None:
         """Drop what still waits; running images and writes finish. Whoever opened the store closes it."""
         self._workers.close()
-        self._clerks.shutdown(wait=True, cancel_futures=True)
+        self._store_executor.shutdown(wait=True, cancel_futures=True)
         self.artifacts.close()
         self.inference.close()
         self.state.metrics.fold()
 
     async def embed(self, images: Sequence[Undecoded], options: EmbedOptions) -> dict[str, Any]:
-        """The answer of /v1/embed, vectors as numpy arrays or base64. All images succeed, or none is answered."""
+        """Answer /v1/embed, vectors as numpy arrays or base64. All images succeed, or none is answered."""
         loaded = self.encoders.get(options.encoder)
         done = await self.embed_all(images, loaded, options.faces, options.aligned)
         return {
-            **loaded.shown,
+            **loaded.described,
             "data": [
                 {
                     "index": index,
@@ -134,7 +142,7 @@ class Service:
         }
 
     async def verify(self, body: VerifyBody) -> dict[str, Any]:
-        """The answer of /v1/verify. Cheap refusals come first: pair, policy and vectors before any image is decoded."""
+        """Answer /v1/verify. Cheap refusals come first: pair, policy and vectors before any image is decoded."""
         sides = {"a": body.a, "b": body.b}
         enrolled = {
             name: await self.stored(self._enrolled, side)
@@ -147,11 +155,11 @@ class Service:
             else [encoder_of(self.encoders, side)]
             for name, side in sides.items()
         )
-        settled, refused = settle(self.encoders, queries, galleries, body.policy, self.settings.target_fmr)
+        rules, refused = resolve_rules(self.encoders, queries, galleries, body.policy, self.settings.target_fmr)
         shown = {
             **enrolled,
             **{
-                name: [Shown(encoder_of(self.encoders, side), received(self.encoders, side, name))]
+                name: [ProbeVector(encoder_of(self.encoders, side), received(self.encoders, side, name))]
                 for name, side in sides.items()
                 if isinstance(side, EmbeddingSide)
             },
@@ -159,24 +167,24 @@ class Service:
         waiting = {name: side for name, side in sides.items() if isinstance(side, ImageSide)}
         made = await asyncio.gather(*(self._embed_side(side, name) for name, side in waiting.items()))
         a, b = ({**shown, **dict(zip(waiting, made, strict=True))}[name] for name in "ab")
-        deciding = partial(decide, self.encoders, settled, a, b)
+        deciding = partial(decide, self.encoders, rules, a, b)
         decision = deciding() if is_quick(a, b) else await asyncio.to_thread(deciding)
         decision["not_compared"] = [
-            *left_out(a, {query for query, _ in settled}, {query: problem for (query, _), problem in refused.items()}),
-            *left_out(b, {one for _, one in settled}, {one: problem for (_, one), problem in refused.items()}),
+            *left_out(a, {query for query, _ in rules}, {query: problem for (query, _), problem in refused.items()}),
+            *left_out(b, {one for _, one in rules}, {one: problem for (_, one), problem in refused.items()}),
         ]
         self.state.metrics.decision("verify", "match" if decision["match"] else "no_match")
         return decision
 
     async def identify(self, name: str, query: EmbeddingSide | Photograph, options: IdentifyOptions) -> dict[str, Any]:
-        """The answer of POST …/identify. Whether the query may be compared is settled before it is embedded."""
+        """Answer POST …/identify. Whether the query may be compared is decided before it is embedded."""
         gallery = await self.stored(self.store.get, name)
         if isinstance(query, Photograph):
             loaded = encoder_to_search(self.encoders, gallery, query.encoder)
             encoder = loaded.encoder.info.id
         else:
             encoder = encoder_of(self.encoders, query)
-        cover = identification.cover(self.encoders, gallery, encoder, options.partial)
+        plan = identification.plan_search(self.encoders, gallery, encoder, options.partial)
         if isinstance(query, Photograph):
             vector = await self.embed_one(query, loaded)
         else:
@@ -191,14 +199,14 @@ class Service:
             (found,) = await self.stored(self.store.search, name, one, row, most, options.where)
             return found
 
-        found = dict(zip(cover.files, await asyncio.gather(*map(search, cover.files)), strict=True))
-        concluded = identification.conclude(
-            self.encoders, gallery, encoder, cover, found, options, self.settings.target_fpir
+        found = dict(zip(plan.files, await asyncio.gather(*map(search, plan.files)), strict=True))
+        answer = identification.describe_search(
+            self.encoders, gallery, encoder, plan, found, options, self.settings.target_fpir
         )
-        self.state.metrics.decision("identify", concluded["decision"])
-        return concluded
+        self.state.metrics.decision("identify", answer["decision"])
+        return answer
 
-    def _enrolled(self, side: SubjectSide) -> list[Shown]:
+    def _enrolled(self, side: SubjectSide) -> list[ProbeVector]:
         subject = self.store.subject(side.gallery, side.subject, vectors=True)
         if not subject.templates:  # expired in this very moment
             raise UnknownSubject(f"{side.subject} has no template in the gallery {side.gallery}.")
@@ -207,19 +215,19 @@ class Service:
             assert one.vector is not None
             vector = one.vector.astype(np.float64)
             of = {"gallery": side.gallery, "subject": side.subject, "template": one.id, "encoder": one.encoder}
-            shown.append(Shown(one.encoder, vector / np.linalg.norm(vector), of))
+            shown.append(ProbeVector(one.encoder, vector / np.linalg.norm(vector), of))
         return shown
 
-    async def _embed_side(self, side: ImageSide, name: str) -> list[Shown]:
+    async def _embed_side(self, side: ImageSide, name: str) -> list[ProbeVector]:
         try:
             loaded = self.encoders.get(side.encoder)
-            return [Shown(loaded.encoder.info.id, await self.embed_one(Photograph.of(side), loaded))]
+            return [ProbeVector(loaded.encoder.info.id, await self.embed_one(Photograph.of(side), loaded))]
         except PkdError as error:
             error.details["side"] = name
             raise
 
     async def embed_one(self, photograph: Photograph, loaded: Loaded) -> NDArray[np.float64]:
-        """The face of one photograph as a unit vector, float64 D."""
+        """Embed the face of one photograph as a unit vector, float64 D."""
         try:
             (done,) = await self.embed_all([photograph.image], loaded, photograph.faces, photograph.aligned)
         except PkdError as error:

@@ -27,7 +27,7 @@ from pkd.serving.core.validation import parse
 from pkd.serving.galleries.description import Json, of_gallery, of_subject
 from pkd.serving.galleries.merge import print_of, prints
 from pkd.serving.galleries.store import Enrolment, Gallery, NewTemplate, Subject
-from pkd.serving.matching.admission import admit
+from pkd.serving.matching.admission import check_encoder_allowed
 from pkd.serving.matching.bulk import BulkLine, ReadLine
 from pkd.serving.matching.enrolment import consent_of
 from pkd.serving.matching.service import Service
@@ -159,6 +159,6 @@ class Import:
         ]
 
     def _template(self, gallery: Gallery, one: ExportedTemplate) -> NewTemplate:
-        space = admit(self._encoders, gallery, one.encoder, one.space)
+        space = check_encoder_allowed(self._encoders, gallery, one.encoder, one.space)
         dim = next(known.dim for known in gallery.spaces if known.id == space)
         return NewTemplate(one.encoder, space, decode(one.embedding, one.encoding, dim).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Verify: one comparison under the certificate of its ordered encoder pair."""
+"""Compare two faces under the certificate of their ordered pair of encoders."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Pair = tuple[str, str]
 Rank = tuple[bool, float, float]
 Vectors = NDArray[np.float64]
 FEW = 64
-"""Comparisons that are made one by one: they take less than a thread would."""
+"""Most comparisons that are made one by one: they take less time than a thread would."""
 AT_ONCE = 2**20
-"""Scores of one matrix product, about."""
+"""Most scores of one matrix product, about."""
 REASONS: Mapping[type[PkdError], str] = {
     UnsupportedFmr: "unsupported-fmr",
     NotCertified: "not-certified",
@@ -32,12 +32,12 @@ REASONS: Mapping[type[PkdError], str] = {
 }
 """Why a pair of encoders is not compared, as answers say it; the ones that came nearest to being compared first."""
 ROUNDING = 1e-9
-"""More than a score of a matrix product is away from the same one alone."""
+"""Larger than the difference between a score of a matrix product and the same score alone."""
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What was settled before anything is embedded: the certificate and the threshold."""
+class MatchRule:
+    """Hold the certificate and the threshold of a pair of encoders, resolved before anything is embedded."""
 
     file: CertificateFile
     threshold: float
@@ -45,30 +45,30 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One vector of one side. A subject shows several; ``of`` then says which template this is."""
+class ProbeVector:
+    """Hold one vector of one side. A subject has several; ``template`` then says which this is."""
 
     encoder: str
     vector: Vectors
     """Unit, D."""
-    of: Mapping[str, str] | None = None
+    template: Mapping[str, str] | None = None
 
 
-def settle(
+def resolve_rules(
     encoders: Encoders, queries: Sequence[str], galleries: Sequence[str], policy: Policy | None, default_fmr: float
-) -> tuple[dict[Pair, Terms], dict[Pair, PkdError]]:
-    """The terms of every ordered pair of encoders that may be compared, and why the others may not.
+) -> tuple[dict[Pair, MatchRule], dict[Pair, PkdError]]:
+    """Resolve the match rule of every ordered pair of encoders that may be compared, and why the others may not.
 
     Raises SpaceMismatch, NotCertified or UnsupportedFmr where none may.
     """
-    settled: dict[Pair, Terms] = {}
+    rules: dict[Pair, MatchRule] = {}
     refused: dict[Pair, PkdError] = {}
     for pair in sorted({(query, gallery) for query in set(queries) for gallery in set(galleries)}):
         try:
-            settled[pair] = _terms(encoders, pair, policy, default_fmr)
+            rules[pair] = _rule(encoders, pair, policy, default_fmr)
         except (SpaceMismatch, NotCertified, UnsupportedFmr) as error:
             refused[pair] = error
-    if not settled:
+    if not rules:
         order = list(REASONS)
         nearest = min(refused.values(), key=lambda error: order.index(type(error)))
         if len(refused) > 1 and "works" in nearest.details:
@@ -77,11 +77,14 @@ def settle(
                 "galleries": sorted({g for q, g in encoders.files if q in queries}),
             }
         raise nearest
-    return settled, refused
+    return rules, refused
 
 
 def encoder_of(encoders: Encoders, side: ImageSide | EmbeddingSide) -> str:
-    """Full id of the encoder behind one side; an image's must be loaded. Raises UnknownEncoder or SpaceMismatch."""
+    """Return the full id of the encoder behind one side; an image's must be loaded.
+
+    Raises UnknownEncoder or SpaceMismatch.
+    """
     if isinstance(side, ImageSide):
         return encoders.get(side.encoder).encoder.info.id
     id = encoders.resolve(side.encoder)
@@ -90,7 +93,7 @@ def encoder_of(encoders: Encoders, side: ImageSide | EmbeddingSide) -> str:
 
 
 def received(encoders: Encoders, side: EmbeddingSide, name: str) -> NDArray[np.float64]:
-    """The embedding a client sent, as a unit vector. Raises BadVector naming the side."""
+    """Decode the embedding a client sent as a unit vector. Raises BadVector naming the side."""
     space = encoders.space_of(encoders.resolve(side.encoder))
     try:
         return decode(side.embedding, side.encoding, encoders.dim_of(space))
@@ -98,51 +101,55 @@ def received(encoders: Encoders, side: EmbeddingSide, name: str) -> NDArray[np.f
         raise BadVector(f"{name}: {error}") from None
 
 
-def is_quick(a: Sequence[Shown], b: Sequence[Shown]) -> bool:
-    """Whether ``decide`` takes so little time that the event loop can wait for it."""
+def is_quick(a: Sequence[ProbeVector], b: Sequence[ProbeVector]) -> bool:
+    """Tell whether ``decide`` takes so little time that the event loop can wait for it."""
     return len(a) * len(b) <= FEW
 
 
-def decide(encoders: Encoders, settled: Mapping[Pair, Terms], a: Sequence[Shown], b: Sequence[Shown]) -> dict[str, Any]:
-    """The answer of /v1/verify: the permitted comparison that speaks most for a match, of equal ones the first.
+def decide(
+    encoders: Encoders, rules: Mapping[Pair, MatchRule], a: Sequence[ProbeVector], b: Sequence[ProbeVector]
+) -> dict[str, Any]:
+    """Answer /v1/verify with the permitted comparison that speaks most for a match, of equal ones the first.
 
     Raises BadVector where sizes differ.
     """
     quick = is_quick(a, b)
-    likely = product(a, b) if quick else _likely(settled, a, b)
+    likely = product(a, b) if quick else _likely(rules, a, b)
     compared = [
-        (*_compare(terms, one, other), terms, one, other)
+        (*_compare(rule, one, other), rule, one, other)
         for one, other in likely
-        if (terms := settled.get((one.encoder, other.encoder)))
+        if (rule := rules.get((one.encoder, other.encoder)))
     ]
-    _, score, terms, one, other = min(compared, key=lambda entry: entry[0])
-    rate = terms.file.certificate.fmr_at(score)
+    _, score, rule, one, other = min(compared, key=lambda entry: entry[0])
+    rate = rule.file.certificate.fmr_at(score)
     return {
-        "match": score >= terms.threshold,
+        "match": score >= rule.threshold,
         "score": score,
-        "threshold": terms.threshold,
-        "target_fmr": terms.target_fmr,
+        "threshold": rule.threshold,
+        "target_fmr": rule.target_fmr,
         "fmr_at_score": rate.fmr,
         "fmr_ci95": rate.ci95,
         "fmr_is_upper_bound": rate.is_upper_bound,
-        "certificate": about(encoders, terms.file),
-        "a": one.of,
-        "b": other.of,
-        "comparisons": len(compared) if quick else _count(settled, a, b),
+        "certificate": describe_certificate(encoders, rule.file),
+        "a": one.template,
+        "b": other.template,
+        "comparisons": len(compared) if quick else _count(rules, a, b),
     }
 
 
-def left_out(shown: Sequence[Shown], permitted: set[str], refused: Mapping[str, PkdError]) -> list[dict[str, Any]]:
-    """As the schema NotCompared: the templates of one side whose encoder takes part in no permitted pair."""
-    counts = Counter(one.encoder for one in shown if one.encoder not in permitted)
+def left_out(
+    vectors: Sequence[ProbeVector], permitted: set[str], refused: Mapping[str, PkdError]
+) -> list[dict[str, Any]]:
+    """Count the templates of one side whose encoder takes part in no permitted pair, as the schema NotCompared."""
+    counts = Counter(one.encoder for one in vectors if one.encoder not in permitted)
     return [
         {"encoder": encoder, "templates": count, "reason": REASONS[type(refused[encoder])]}
         for encoder, count in counts.items()
     ]
 
 
-def about(encoders: Encoders, file: CertificateFile) -> dict[str, Any]:
-    """What an answer says of the certificate it rests on: as the schema CertificateAnswer."""
+def describe_certificate(encoders: Encoders, file: CertificateFile) -> dict[str, Any]:
+    """Describe the certificate that an answer rests on, as the schema CertificateAnswer."""
     c = file.certificate
     signature = None
     if signed := file.signature or file.bundle:
@@ -162,17 +169,20 @@ def about(encoders: Encoders, file: CertificateFile) -> dict[str, Any]:
 
 
 def rank(score: float, threshold: float, fmr: float) -> Rank:
-    """Smaller speaks more for a match: one before none, then the smaller rate, then the larger margin."""
+    """Order comparisons.
+
+    Smaller speaks more for a match: one before none, then the smaller rate, then the larger margin.
+    """
     return (score < threshold, fmr, threshold - score)
 
 
-def _terms(encoders: Encoders, pair: Pair, policy: Policy | None, default_fmr: float) -> Terms:
+def _rule(encoders: Encoders, pair: Pair, policy: Policy | None, default_fmr: float) -> MatchRule:
     file = encoders.certificate_file(*pair)
     if policy is not None and policy.threshold is not None:
-        return Terms(file, policy.threshold, None)
+        return MatchRule(file, policy.threshold, None)
     fmr = default_fmr if policy is None or policy.target_fmr is None else policy.target_fmr
     try:
-        return Terms(file, file.certificate.threshold(fmr), fmr)
+        return MatchRule(file, file.certificate.threshold(fmr), fmr)
     except UnsupportedFmr as error:
         points = file.certificate.points
         raise UnsupportedFmr(
@@ -180,15 +190,17 @@ def _terms(encoders: Encoders, pair: Pair, policy: Policy | None, default_fmr: f
         ) from None
 
 
-def _likely(settled: Mapping[Pair, Terms], a: Sequence[Shown], b: Sequence[Shown]) -> list[tuple[Shown, Shown]]:
-    """The permitted comparisons of many that the one that speaks most for a match is among, in their order.
+def _likely(
+    rules: Mapping[Pair, MatchRule], a: Sequence[ProbeVector], b: Sequence[ProbeVector]
+) -> list[tuple[ProbeVector, ProbeVector]]:
+    """Choose the permitted comparisons of many that the one that speaks most for a match is among, in their order.
 
     Under one certificate the largest score speaks most: of each pair of encoders those are kept that rounding may have
     put below another one.
     """
     queries, galleries = _stacked(a), _stacked(b)
     found = []
-    for query, gallery in settled:
+    for query, gallery in rules:
         if query not in queries or gallery not in galleries:
             continue
         (of_a, rows), (of_b, columns) = queries[query], galleries[gallery]
@@ -202,25 +214,25 @@ def _likely(settled: Mapping[Pair, Terms], a: Sequence[Shown], b: Sequence[Shown
     return [(a[one], b[other]) for one, other in sorted(found)]
 
 
-def _stacked(shown: Sequence[Shown]) -> dict[str, tuple[list[int], Vectors]]:
-    """Encoder → its vectors as rows, each once, and where each stands first."""
+def _stacked(given: Sequence[ProbeVector]) -> dict[str, tuple[list[int], Vectors]]:
+    """Map each encoder to its vectors as rows, each once, and to where each stands first."""
     first: dict[str, dict[bytes, int]] = defaultdict(dict)
-    for place, one in enumerate(shown):
+    for place, one in enumerate(given):
         first[one.encoder].setdefault(one.vector.tobytes(), place)
     places = {encoder: list(vectors.values()) for encoder, vectors in first.items()}
-    return {encoder: (at, np.stack([shown[place].vector for place in at])) for encoder, at in places.items()}
+    return {encoder: (at, np.stack([given[place].vector for place in at])) for encoder, at in places.items()}
 
 
-def _count(settled: Mapping[Pair, Terms], a: Sequence[Shown], b: Sequence[Shown]) -> int:
+def _count(rules: Mapping[Pair, MatchRule], a: Sequence[ProbeVector], b: Sequence[ProbeVector]) -> int:
     queries, galleries = (Counter(one.encoder for one in side) for side in (a, b))
-    return sum(queries[query] * galleries[gallery] for query, gallery in settled)
+    return sum(queries[query] * galleries[gallery] for query, gallery in rules)
 
 
-def _compare(terms: Terms, a: Shown, b: Shown) -> tuple[Rank, float]:
+def _compare(rule: MatchRule, a: ProbeVector, b: ProbeVector) -> tuple[Rank, float]:
     if len(a.vector) != len(b.vector):
         raise _sizes_differ(a.vector, b.vector)
     score = float(np.clip(np.dot(a.vector, b.vector), -1.0, 1.0))
-    return rank(score, terms.threshold, terms.file.certificate.fmr_at(score).fmr), score
+    return rank(score, rule.threshold, rule.file.certificate.fmr_at(score).fmr), score
 
 
 def _sizes_differ(a: Vectors, b: Vectors) -> BadVector:

@@ -1,4 +1,4 @@
-"""Logs: lines for people, or one JSON object a line. Neither ever holds a vector, a key, a subject or a raw path."""
+"""Log lines for people, or one JSON object a line. Neither ever holds a vector, a key, a subject or a raw path."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Literal
 
 import orjson
 
-Form = Literal["text", "json"]
+LogFormat = Literal["text", "json"]
 requests = logging.getLogger("pkd.serving.requests")
-"""One line a request, off unless asked for."""
+"""Logger of one line a request, off unless asked for."""
 requests.setLevel(logging.WARNING)
 
 
 class JsonLines(logging.Formatter):
-    """``{"time", "level", "logger", "message", …}``; ``extra={"fields": {…}}`` adds members."""
+    """Format ``{"time", "level", "logger", "message", …}``; ``extra={"fields": {…}}`` adds members."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Write one record."""
         line = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -33,8 +34,8 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(line).decode()
 
 
-def set_up(form: Form, each_request: bool) -> None:
-    """Send what the server says to stderr. ``each_request``: a line for every request, too."""
+def set_up(form: LogFormat, each_request: bool) -> None:
+    """Send log lines to stderr. ``each_request``: a line for every request, too."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else logging.Formatter("%(message)s"))
     logger = logging.getLogger("pkd.serving")
@@ -46,13 +47,16 @@ def set_up(form: Form, each_request: bool) -> None:
 
 
 def log_unforeseen(doing: str, error: Exception) -> None:
-    """Where an error happened that nobody foresaw, but not what the values were: vectors and keys stay out of logs."""
+    """Log where an error happened that nobody foresaw, but not what the values were.
+
+    Vectors and keys stay out of logs.
+    """
     frames = "".join(traceback.format_tb(error.__traceback__))
     logging.getLogger("pkd.serving").error("%s: %s\n%s", doing, type(error).__name__, frames)
 
 
 def log_request(method: str, route: str, status: int, seconds: float, key: str | None, problem: str | None) -> None:
-    """One line: the route's template, never its path; ``status`` 0 where the client left; ``key``: its name."""
+    """Log one line: the route's template, never its path; ``status`` 0 where the client left; ``key``: its name."""
     if not requests.isEnabledFor(logging.INFO):
         return
     fields = {"method": method, "route": route, "status": status, "ms": round(1e3 * seconds, 2)}

@@ -1,4 +1,4 @@
-"""Metrics: what /metrics tells Prometheus. Labels come from fixed sets: no path, key, gallery or subject in them."""
+"""Count what /metrics gives Prometheus. Labels come from fixed sets: no path, key, gallery or subject in them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,35 @@ if TYPE_CHECKING:
     from pkd.serving.galleries.store import Gallery
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
-"""Where processes of one server share their numbers; read by prometheus_client when it is imported."""
+"""Variable that names the folder of shared numbers; prometheus_client reads it when it is imported."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 DECISIONS = frozenset({"match", "no_match", "ambiguous"})
 NO_ROUTE = "none"
-"""The route of a request that was refused before or by the router."""
+"""Route of a request that was refused before or by the router."""
 OTHER = "other"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 MICRO = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024)
 SIZES = (1, 2, 4, 8, 16, 32)
-NOTES = 1000
+MAX_PENDING = 1000
 """Most numbers that are yet to be counted."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """One per Service. With ``PROMETHEUS_MULTIPROC_DIR`` set, ``page`` shows the sum over all worker processes."""
+    """Count for one Service.
+
+    With ``PROMETHEUS_MULTIPROC_DIR`` set, ``page`` shows the sum over all worker processes.
+    """
 
     def __init__(self, encoders: Sequence[str] = ()) -> None:
-        """``encoders``: short ids of the loaded ones; every other one is counted as ``other``."""
-        self.inside = 0
-        """Requests that have come in and are not answered yet; Door counts them."""
+        """Begin at zero. ``encoders``: short ids of the loaded ones; every other one is counted as ``other``."""
+        self.in_progress = 0
+        """Requests that have come in and are not answered yet; the middleware counts them."""
         self.waiting = 0
-        """Images that wait for a worker thread; Pool counts them."""
+        """Images that wait for a worker thread; the thread pool counts them."""
         self._encoders = frozenset(encoders)
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
-        self._noted: deque[tuple[Callable[[float], None], float]] = deque()
+        self._pending: deque[tuple[Callable[[float], None], float]] = deque()
         self._folding = Lock()
         self._refusal_types: set[str] = set()
         self._registry = registry = CollectorRegistry()
@@ -74,10 +77,12 @@ class Metrics:
         self.ready = gauge("ready_workers", "Worker processes that answer", "livesum")
 
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
-        """A request was answered. ``route``: its template, ``/v1/galleries/{gallery}``, never its path."""
+        """Count an answered request. ``route``: its template, ``/v1/galleries/{gallery}``, never its path."""
         route = route or NO_ROUTE
-        self._note(self._of(self._requests, method if method in METHODS else OTHER, route, str(status)).inc, 1)
-        self._note(self._of(self._latency, route).observe, seconds)
+        self._record_later(
+            self._child(self._requests, method if method in METHODS else OTHER, route, str(status)).inc, 1
+        )
+        self._record_later(self._child(self._latency, route).observe, seconds)
 
     def expect_refusals(self, types: Iterable[str]) -> None:
         """Show a count of zero for these problem types, so that a rate over the first refusal is right."""
@@ -90,27 +95,27 @@ class Metrics:
         self._refusals.labels(type if type in self._refusal_types else OTHER).inc()
 
     def abandoned(self) -> None:
-        """A client went away before it had its answer."""
+        """Count a client that went away before it had its answer."""
         self._abandoned.inc()
 
     def decision(self, kind: str, outcome: str) -> None:
-        """``kind``: verify or identify. ``outcome``: match, no_match or ambiguous."""
+        """Count a decision. ``kind``: verify or identify. ``outcome``: match, no_match or ambiguous."""
         if kind not in ("verify", "identify") or outcome not in DECISIONS:
             raise ValueError(f"no decision {kind} {outcome}")
         self._decisions.labels(kind, outcome).inc()
 
     def inference(self, encoder: str, crops: int, seconds: float) -> None:
-        """One call of an encoder, by its short id."""
+        """Count one call of an encoder, by its short id."""
         label = self._label(encoder)
-        self._note(self._of(self._inference, label).observe, seconds)
-        self._note(self._of(self._batch, label).observe, crops)
+        self._record_later(self._child(self._inference, label).observe, seconds)
+        self._record_later(self._child(self._batch, label).observe, crops)
 
     def waited(self, seconds: float) -> None:
-        """An image has waited so long for a worker thread."""
-        self._note(self._waited.observe, seconds)
+        """Count how long an image has waited for a worker thread."""
+        self._record_later(self._waited.observe, seconds)
 
     def galleries(self, galleries: Sequence[Gallery], expired: int = 0) -> None:
-        """What the store holds now, and how many templates it has just deleted because their time was over."""
+        """Show what the store holds now, and count the templates it has just deleted because their time was over."""
         self._galleries.set(len(galleries))
         self._subjects.set(sum(gallery.subjects for gallery in galleries))
         for label, count in self._by_encoder([gallery.templates for gallery in galleries]).items():
@@ -120,14 +125,14 @@ class Metrics:
     def fold(self) -> None:
         """Bring the numbers up to date, for pages that other processes of this server answer."""
         with self._folding:
-            while self._noted:
-                record, amount = self._noted.popleft()
+            while self._pending:
+                record, amount = self._pending.popleft()
                 record(amount)
-            self._inside.set(self.inside)
+            self._inside.set(self.in_progress)
             self._waiting.set(self.waiting)
 
     def page(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Write all of it in Prometheus' text format."""
         self.fold()
         registry = self._registry
         if os.environ.get(SHARED):
@@ -135,15 +140,18 @@ class Metrics:
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
-    def _note(self, record: Callable[[float], None], amount: float) -> None:
-        """Count later, with many others: five numbers a request, counted between two inferences that sweep the caches,
-        cost several times what they cost one after another."""
-        self._noted.append((record, amount))
-        if len(self._noted) >= NOTES:
+    def _record_later(self, record: Callable[[float], None], amount: float) -> None:
+        """Count later, with many others.
+
+        Five numbers a request, counted between two inferences that sweep the caches, cost several times what they cost
+        one after another.
+        """
+        self._pending.append((record, amount))
+        if len(self._pending) >= MAX_PENDING:
             self.fold()
 
-    def _of(self, metric: Any, *labels: str) -> Any:
-        """``metric.labels(*labels)``, remembered: that takes a lock and writes every label as text again."""
+    def _child(self, metric: Any, *labels: str) -> Any:
+        """Return ``metric.labels(*labels)``, remembered: that takes a lock and writes every label as text again."""
         if (found := self._children.get((metric, labels))) is None:
             found = self._children[metric, labels] = metric.labels(*labels)
         return found

@@ -1,4 +1,4 @@
-"""State: whether this server may answer, and what it counts. Starting, ready, failed or draining."""
+"""Hold whether this server may answer: starting, ready, failed or draining."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pkd.serving.observability.metrics import Metrics
 
 @dataclass
 class State:
-    """Set by the self-test at start and by SIGTERM; read by every request."""
+    """Hold what the self-test at start and SIGTERM set, and every request reads."""
 
-    proved: dict[str, float] | None = None
+    golden_errors: dict[str, float] | None = None
     """Encoder id → largest 1 − cosine over its golden crops; None until all are reproduced."""
     failure: str | None = None
-    """Why the self-test failed."""
+    """Reason why the self-test failed."""
     draining: bool = False
     metrics: Metrics = field(default_factory=Metrics)
 
@@ -25,5 +25,5 @@ class State:
             raise Draining("The server is shutting down. Send the request to another one.")
         if self.failure:
             raise NotReady(f"The self-test failed: {self.failure}")
-        if self.proved is None:
+        if self.golden_errors is None:
             raise NotReady("The golden crops of the bundles are still being checked.")

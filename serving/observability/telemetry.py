@@ -1,4 +1,4 @@
-"""Telemetry: one OpenTelemetry span a request, where asked for. Route templates and statuses, nothing about a person.
+"""Trace one OpenTelemetry span a request, where asked for: route templates and statuses, nothing about a person.
 
 The attributes are our own and few: the usual instrumentation of ASGI records paths and query strings, and ours name
 subjects. Where spans go is said by OpenTelemetry's own variables, such as ``OTEL_EXPORTER_OTLP_ENDPOINT``.
@@ -22,7 +22,7 @@ _tracer: Any = None
 
 
 def set_up(exporter: SpanExporter | None = None) -> Callable[[], None]:
-    """Begin to trace; returns what sends the last spans. Raises MissingExtra without the extra ``otel``.
+    """Begin to trace; returns the call that sends the last spans. Raises MissingExtra without the extra ``otel``.
 
     ``exporter``: another one than OTLP over HTTP; it is then called span by span.
     """
@@ -47,14 +47,14 @@ def set_up(exporter: SpanExporter | None = None) -> Callable[[], None]:
 
 
 def _no_span(route: str, status: int, problem: str | None) -> None:
-    """Nothing is traced."""
+    """Trace nothing."""
 
 
 _NO_SPAN = nullcontext(_no_span)
 
 
 def span(scope: Scope) -> AbstractContextManager[EndSpan]:
-    """A server span around a request, child of the ``traceparent`` it came with. Call what it gives at the end."""
+    """Open a span around a request, child of the ``traceparent`` it came with; call what it gives at the end."""
     return _NO_SPAN if _tracer is None else _span(scope)
 
 

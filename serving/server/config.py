@@ -1,4 +1,4 @@
-"""Configuration: what one pkd-serve was asked for. Every option is a flag and an environment variable; the flag wins.
+"""Read what one pkd-serve was asked for. Every option is a flag and an environment variable; the flag wins.
 
 Secrets are files: no option takes a key itself, since arguments and environment can be read by others.
 """
@@ -16,14 +16,14 @@ from typing import Any, get_args
 
 from pkd.serving.core.options import Settings, check
 from pkd.serving.galleries.open import Place
-from pkd.serving.observability.logs import Form
+from pkd.serving.observability.logs import LogFormat
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.gpu import Device
 
 OTHERS = frozenset({"PKD_SHARED", "PKD_CACHE", "PKD_KEY_PASSPHRASE"})
 """Variables of other commands of pkd."""
 SERVICE_LINK = re.compile(r"PKD(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP)(_.*)?)?)|PKD_PORT")
-"""What Kubernetes sets in every pod beside a Service whose name begins with pkd."""
+"""Variables that Kubernetes sets in every pod beside a Service whose name begins with pkd."""
 YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off", ""})
 GPU_THREADS = 64
 """Worker threads in front of a GPU: as many as fill two of the largest batches, one that runs and one that gathers."""
@@ -34,23 +34,23 @@ LIMITS = frozenset(each.name for each in fields(Settings))
 
 @dataclass(frozen=True)
 class Option:
-    """One option: its flag, its variable and what it may be."""
+    """Describe one option: its flag, its variable and its values."""
 
     name: str
-    """Of the field of Configuration or Settings."""
+    """Name of the field of Configuration or Settings."""
     flag: str
     variable: str
     kind: str
     """``yes`` for a switch, ``list``, or a placeholder for the value in --help."""
     says: str
     default: str
-    """For people, as --help shows it."""
+    """Default for people, as --help shows it."""
     parse: Callable[[str], Any] = str
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Everything that a server process needs to know, as plain data: it is handed to worker processes."""
+    """Hold everything that a server process needs to know, as plain data: it is handed to worker processes."""
 
     bundles: tuple[str, ...]
     host: str = "127.0.0.1"
@@ -65,7 +65,7 @@ class Configuration:
     audit: str | None = None
     milvus_token: str | None = None
     milvus_shards: int = 1
-    log: Form = "text"
+    log: LogFormat = "text"
     log_requests: bool = False
     traces: bool = False
     settings: Settings = field(default_factory=Settings)
@@ -219,7 +219,9 @@ OPTIONS: tuple[Option, ...] = (
         "none: they may come from anyone",
         _list,
     ),
-    Option("log", "--log", "PKD_LOG", "text|json", "form of the lines on stderr", "text", _one_of(*get_args(Form))),
+    Option(
+        "log", "--log", "PKD_LOG", "text|json", "form of the lines on stderr", "text", _one_of(*get_args(LogFormat))
+    ),
     Option(
         "log_requests", "--log-requests", "PKD_LOG_REQUESTS", "yes", "log a line for every request, too", "off", _switch
     ),
@@ -262,12 +264,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def configure(args: argparse.Namespace, environment: Mapping[str, str]) -> Configuration:
-    """Flags, else variables, else defaults. Raises InputError that names the flag or the variable at fault."""
-    _refuse_strangers(environment)
+    """Read flags, else variables, else defaults. Raises InputError that names the flag or the variable at fault."""
+    _refuse_unknown_variables(environment)
     given: dict[str, Any] = {}
     for option in OPTIONS:
-        told = getattr(args, option.flag[2:].replace("-", "_"))
-        source, text = (option.flag, told) if told is not None else (option.variable, environment.get(option.variable))
+        given_text = getattr(args, option.flag[2:].replace("-", "_"))
+        source, text = (
+            (option.flag, given_text) if given_text is not None else (option.variable, environment.get(option.variable))
+        )
         if isinstance(text, list):
             given[option.name] = tuple(text)
         elif text is not None and (text or option.kind == "yes"):
@@ -284,12 +288,12 @@ def configure(args: argparse.Namespace, environment: Mapping[str, str]) -> Confi
     made = Configuration(
         bundles, settings=settings, **{name: value for name, value in given.items() if name not in LIMITS}
     )
-    _judge(made)
+    _check_combinations(made)
     return made
 
 
-def _judge(made: Configuration) -> None:
-    """What no option can see alone."""
+def _check_combinations(made: Configuration) -> None:
+    """Check what no option can see alone."""
     from pkd.serving.api.api_keys import is_loopback
 
     if not is_loopback(made.host) and not made.api_keys and not made.insecure_no_keys:
@@ -326,7 +330,7 @@ def _judge(made: Configuration) -> None:
         )
 
 
-def _refuse_strangers(environment: Mapping[str, str]) -> None:
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     known = {option.variable for option in OPTIONS} | {"PKD_BUNDLES"} | OTHERS
     for name in environment:
         if name.startswith("PKD_") and name not in known and not SERVICE_LINK.fullmatch(name):
@@ -343,7 +347,7 @@ def _hint(source: str, text: str) -> str:
 
 
 def table() -> str:
-    """Every option as a row of Markdown: docs/operations.md holds this text."""
+    """Write every option as a row of Markdown: docs/operations.md holds this text."""
     rows = [
         f"| `{option.flag}` | `{option.variable}` | {option.says} | {option.default} |".replace(
             "cpu|cuda", r"cpu\|cuda"

@@ -1,4 +1,4 @@
-"""Process: from a Configuration to everything that one server process holds, and back."""
+"""Open everything that one server process needs, serve, and close it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pkd.toolkit.encoders.detector import open_detector
 
 @dataclass(frozen=True)
 class Opened:
-    """What a process has open."""
+    """Hold what a process has open."""
 
     service: Service
     keys: ApiKeys | None
@@ -68,7 +68,7 @@ def run_alone(
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server has a handler: what nobody takes ends a process
     with opened(configuration) as it:
         introduce(console, it, configuration)
-        serve(it.service, listener, it.keys, ready, sweeps=it.store)
+        serve(it.service, listener, it.keys, ready, swept_store=it.store)
         return list(it.service.encoders.loaded)
 
 
@@ -82,11 +82,11 @@ def run_worker(
             it.keys.shared = folder
         if index == 0:
             introduce(Console(stderr=True, quiet=quiet, highlight=False), it, configuration)
-        serve(it.service, listener, it.keys, lambda: None, sweeps=it.store if index == 0 else None, link=link)
+        serve(it.service, listener, it.keys, lambda: None, swept_store=it.store if index == 0 else None, link=link)
 
 
 def open_store(configuration: Configuration) -> GalleryStore | None:
-    """The galleries, of which every process has a view of its own. Raises InputError or PkdError."""
+    """Open the galleries, of which every process has a view of its own. Raises InputError or StoreUnavailable."""
     if configuration.gallery is None or configuration.master_key is None:
         return None
     from pkd.serving.galleries.crypto import MasterKey
@@ -96,7 +96,7 @@ def open_store(configuration: Configuration) -> GalleryStore | None:
 
 
 def introduce(console: Console, it: Opened, configuration: Configuration) -> None:
-    """Say what is served, and what is not and why."""
+    """Print what is served, and what is not and why."""
     encoders, fmr = it.service.encoders, configuration.settings.target_fmr
 
     def say(text: str) -> None:

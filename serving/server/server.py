@@ -1,4 +1,4 @@
-"""Server: one uvicorn process around a Service. Answers after its self-test, drains on SIGTERM."""
+"""Run one uvicorn process around a Service. It answers after its self-test and drains on SIGTERM."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ if sys.platform != "win32":
 
 logger = logging.getLogger("pkd.serving")
 KEEP_ALIVE_SECONDS = 75
-"""Longer than the idle time of common proxies, so that it is never this side that closes under a request."""
+"""Idle time of a kept connection; longer than common proxies', so that this side never closes under a request."""
 
 GARBAGE = 10_000
 """Objects that may be new before Python looks for cycles among them; requests leave few."""
 
 
 class Link:
-    """What a worker process tells its parent and hears from it. A server that is alone has nobody to tell."""
+    """Connect a worker process to its parent. A server that is alone has none, and this does nothing."""
 
     def ready(self, encoders: list[str]) -> None:
-        """The self-test is passed. ``encoders``: ids."""
+        """Report that the self-test is passed. ``encoders``: ids."""
 
     def may_serve(self) -> bool:
-        """Whether connections may be taken: once every worker is ready."""
+        """Tell whether connections may be taken: once every worker is ready."""
         return True
 
     def alive(self) -> None:
-        """The event loop turns; called ten times a second."""
+        """Report that the event loop turns; called ten times a second."""
 
 
 def serve(
@@ -59,14 +59,14 @@ def serve(
     keys: ApiKeys | None,
     ready: Callable[[], None],
     *,
-    sweeps: GalleryStore | None = None,
+    swept_store: GalleryStore | None = None,
     link: Link | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is in progress. ``ready`` is called after the self-test.
 
-    ``sweeps``: the store that this process, and no other, looks through for what has expired. ``link``: of a worker,
-    which takes no connection before all workers may. Raises BundleError where a bundle does not reproduce its golden
-    embeddings.
+    ``swept_store``: the store that this process, and no other, looks through for what has expired. ``link``: of a
+    worker, which takes no connection before all workers may. Raises BundleError where a bundle does not
+    reproduce its golden embeddings.
     """
     config = uvicorn.Config(
         create_app(service, keys),
@@ -80,13 +80,13 @@ def serve(
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=service.settings.drain_seconds,
     )
-    _Server(config, service, keys, ready, sweeps, link).run(sockets=[listener])
+    _Server(config, service, keys, ready, swept_store, link).run(sockets=[listener])
     if service.state.failure:
         raise BundleError(service.state.failure)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound TCP socket. Raises InputError for an address that cannot be, PkdError for one that is taken."""
+    """Bind a TCP socket. Raises InputError for an address that cannot be, PkdError for one that is taken."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (socket.gaierror, UnicodeError):
@@ -108,7 +108,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """``http://host:port`` of a bound socket."""
+    """Return ``http://host:port`` of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -120,17 +120,17 @@ class _Server(uvicorn.Server):
         service: Service,
         keys: ApiKeys | None,
         ready: Callable[[], None],
-        sweeps: GalleryStore | None,
+        swept_store: GalleryStore | None,
         link: Link | None,
     ) -> None:
         super().__init__(config)
-        self._service, self._keys, self._ready, self._sweeps = service, keys, ready, sweeps
+        self._service, self._keys, self._ready, self._swept_store = service, keys, ready, swept_store
         self._link = link
         self._drained_by = 0.0
         self._tasks: list[asyncio.Task[None]] = []
         self._idle: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         self._behind: dict[Any, tuple[int, float]] = {}
-        """Connection → bytes that its client has yet to take, and since when that many."""
+        """Connection → bytes that its client has yet to take, and the time since it is that many."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
@@ -147,7 +147,7 @@ class _Server(uvicorn.Server):
             await super().startup(sockets)
 
     def _reload(self) -> None:
-        """Without keys there is nothing to read again, and a signal that nobody takes would end the process."""
+        """Read the keys again, if there are any; a signal that nobody takes would end the process."""
         if self._keys:
             self._keys.reload()
 
@@ -163,8 +163,8 @@ class _Server(uvicorn.Server):
         self._ready()
         if self._link:
             self._link.ready(list(self._service.encoders.loaded))
-        if self._sweeps:
-            self._tasks.append(asyncio.create_task(self._sweep(self._sweeps)))
+        if self._swept_store:
+            self._tasks.append(asyncio.create_task(self._sweep(self._swept_store)))
 
     async def _sweep(self, store: GalleryStore) -> None:
         """Delete templates whose time is over, again and again. A store that is away now is tried again later."""
@@ -184,13 +184,16 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(self._service.settings.sweep_seconds)
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second. A drain ends when nothing is in progress: until then /readyz can be asked why."""
+        """Look after connections and a drain, ten times a second.
+
+        A drain ends when nothing is in progress: until then /readyz can be asked why.
+        """
         state = self._service.state
         state.metrics.fold()
         now = time.monotonic()
         if self._link:
             self._link.alive()
-        if state.draining and (not state.metrics.inside or now >= self._drained_by):
+        if state.draining and (not state.metrics.in_progress or now >= self._drained_by):
             self.config.timeout_graceful_shutdown = max(1, round(self._drained_by - now))
             self.should_exit = True
         self._close_silent(now)
@@ -231,7 +234,7 @@ class _Server(uvicorn.Server):
             connection.transport.abort()  # the event loop does not end before what was written is sent, or given up
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, a second one does not wait. Neither is raised again: draining is a clean end."""
+        """Drain at the first signal, and do not wait at a second. Neither is raised again: draining is a clean end."""
         if self._link and sig == signal.SIGINT:
             return  # Ctrl-C reaches every process of a terminal; the parent passes it on as SIGTERM
         if self._service.state.draining:
@@ -241,7 +244,7 @@ class _Server(uvicorn.Server):
 
 
 def _untaken(transport: asyncio.WriteTransport) -> int:
-    """Bytes that wait here and, if any do, those that wait in the system's socket.
+    """Count the bytes that wait here and, if any do, those that wait in the system's socket.
 
     A socket of some megabytes takes nothing new for minutes while a slow client reads from it: only both together show
     that it does.

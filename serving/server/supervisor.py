@@ -1,4 +1,4 @@
-"""Workers: several processes behind one listening socket, and the parent that starts, watches and stops them.
+"""Run several worker processes behind one listening socket: start, watch, replace and stop them.
 
 The parent opens no encoder and no gallery. A worker that dies is replaced, later and later the more often that happens.
 Nothing is accepted before all of them are ready; then one that is replaced joins when it is.
@@ -30,46 +30,46 @@ from pkd.toolkit.core.errors import GateFailed, InputError, PkdError, TargetUnav
 
 logger = logging.getLogger("pkd.serving")
 SILENT_SECONDS = 30.0
-"""A worker whose event loop does not turn for so long is killed and replaced."""
+"""Time after which a worker whose event loop does not turn is killed and replaced."""
 CALM_SECONDS = 60.0
-"""A worker that lived so long has not failed at its start: the next wait is short again."""
+"""Life after which a worker has not failed at its start: the next wait is short again."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-"""Before a worker is replaced, seconds; doubled each time."""
+"""Waits before a worker is replaced, seconds; doubled each time."""
 BY_EXIT_CODE: dict[int, type[PkdError]] = {2: InputError, 3: TargetUnavailable, 4: GateFailed}
 
 
 class PipeLink:
-    """A worker's side of the pipe, as ``server.Link``."""
+    """Speak for a worker through its pipe, as ``server.Link``."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._go = threading.Event()
-        self._told = 0.0
-        threading.Thread(target=self._hear, daemon=True, name="pkd-parent").start()
+        self._last_alive = 0.0
+        threading.Thread(target=self._receive, daemon=True, name="pkd-parent").start()
 
     def ready(self, encoders: list[str]) -> None:
-        """The self-test is passed."""
-        self._tell(("ready", encoders))
+        """Report that the self-test is passed."""
+        self._send(("ready", encoders))
 
     def may_serve(self) -> bool:
-        """Whether all workers are ready."""
+        """Tell whether all workers are ready."""
         return self._go.is_set()
 
     def alive(self) -> None:
-        """Tell so, once a second."""
-        if time.monotonic() - self._told > 1:
-            self._told = time.monotonic()
-            self._tell(("alive",))
+        """Report that the event loop turns, once a second."""
+        if time.monotonic() - self._last_alive > 1:
+            self._last_alive = time.monotonic()
+            self._send(("alive",))
 
     def failed(self, error: PkdError) -> None:
-        """This worker cannot start, and another one could not either."""
-        self._tell(("failed", str(error), error.exit_code))
+        """Report that this worker cannot start, and another one could not either."""
+        self._send(("failed", str(error), error.exit_code))
 
-    def _tell(self, message: object) -> None:
+    def _send(self, message: object) -> None:
         with suppress(OSError):  # the parent is gone, which the other direction notices
             self._pipe.send(message)
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         with suppress(EOFError, OSError):
             while self._pipe.recv() == "go":
                 self._go.set()
@@ -83,7 +83,7 @@ class _Worker:
     pipe: Connection
     born: float
     ready: bool = False
-    heard: float = 0.0
+    last_message: float = 0.0
     failure: tuple[str, int] | None = None
 
 
@@ -95,12 +95,12 @@ class _Parent:
     quiet: bool
     workers: dict[int, _Worker] = field(default_factory=dict)
     due: dict[int, float] = field(default_factory=dict)
-    """Index of a worker that is to be replaced → when."""
+    """Index of a worker that is to be replaced → the time for it."""
     waits: dict[int, float] = field(default_factory=dict)
     serving: bool = False
     encoders: list[str] = field(default_factory=list)
     stops: int = 0
-    """Signals to stop so far."""
+    """Number of signals to stop so far."""
     reload: bool = False
 
     def start(self, index: int) -> None:
@@ -112,22 +112,22 @@ class _Parent:
         theirs.close()
         self.workers[index] = _Worker(index, process, ours, time.monotonic())
 
-    def hear(self, worker: _Worker) -> None:
+    def receive(self, worker: _Worker) -> None:
         with suppress(EOFError, OSError):
             while worker.pipe.poll():
                 message: Any = worker.pipe.recv()
-                worker.heard = time.monotonic()
+                worker.last_message = time.monotonic()
                 if message[0] == "ready":
                     worker.ready, self.encoders = True, message[1]
                 elif message[0] == "failed":
                     worker.failure = message[1:]
 
-    def bury(self, worker: _Worker) -> None:
-        """What a dead worker leaves: its gauges are dropped, its counts stay; a successor is due."""
+    def reap(self, worker: _Worker) -> None:
+        """Clear up after a dead worker: drop its gauges, keep its counts, and have a successor started."""
         from prometheus_client.multiprocess import mark_process_dead
 
         worker.process.join()
-        self.hear(worker)
+        self.receive(worker)
         worker.pipe.close()
         mark_process_dead(worker.process.pid, str(self.folder))  # type: ignore[no-untyped-call]
         del self.workers[worker.index]
@@ -146,7 +146,7 @@ class _Parent:
         reason = f": {worker.failure[0]}" if worker.failure else ""
         logger.error("%s%s; another one starts in %g s", said, reason, pause)
 
-    def tell_all(self, number: int) -> None:
+    def signal_all(self, number: int) -> None:
         for worker in self.workers.values():
             # One that is not ready has not set its handlers yet: SIGHUP would end it, and it reads the keys anyway.
             if worker.process.pid and (worker.ready or number != signal.SIGHUP):
@@ -179,10 +179,10 @@ def supervise(
 
 def _watch(parent: _Parent, ready: Callable[[], None]) -> None:
     while not parent.stops:
-        _turn(parent)
+        _poll(parent)
         now = time.monotonic()
         for worker in list(parent.workers.values()):
-            if parent.serving and worker.ready and now - worker.heard > SILENT_SECONDS:
+            if parent.serving and worker.ready and now - worker.last_message > SILENT_SECONDS:
                 logger.error("worker %d has been silent for %g s and is killed", worker.index, SILENT_SECONDS)
                 worker.process.kill()
         for index in [index for index, when in parent.due.items() if now >= when]:
@@ -190,7 +190,7 @@ def _watch(parent: _Parent, ready: Callable[[], None]) -> None:
             parent.start(index)
         if parent.reload:
             parent.reload = False
-            parent.tell_all(signal.SIGHUP)
+            parent.signal_all(signal.SIGHUP)
         if not parent.serving and all(worker.ready for worker in parent.workers.values()):
             parent.serving = True
             for worker in parent.workers.values():
@@ -198,36 +198,36 @@ def _watch(parent: _Parent, ready: Callable[[], None]) -> None:
             ready()
 
 
-def _turn(parent: _Parent) -> None:
-    """Wait a little for news of any worker, and take it in."""
+def _poll(parent: _Parent) -> None:
+    """Wait a little for messages or ends of workers, and handle them."""
     watched: list[Any] = [worker.process.sentinel for worker in parent.workers.values()]
     watched += [worker.pipe for worker in parent.workers.values() if worker.process.is_alive()]
     wait(watched, timeout=0.1)
     for worker in list(parent.workers.values()):
         was = worker.ready
-        parent.hear(worker)
+        parent.receive(worker)
         if parent.serving and worker.ready and not was:
             _go(worker)
         if not worker.process.is_alive():
-            parent.bury(worker)
+            parent.reap(worker)
 
 
 def _end(parent: _Parent) -> None:
     """Drain: SIGTERM to all, once more for every further signal, and SIGKILL when their time is over."""
-    told, parent.stops = 0, max(1, parent.stops)
+    sent, parent.stops = 0, max(1, parent.stops)
     parent.listener.close()
     over = time.monotonic() + parent.configuration.settings.drain_seconds + 5
     while parent.workers:
-        if told < parent.stops:
-            told += 1
-            parent.tell_all(signal.SIGTERM)
+        if sent < parent.stops:
+            sent += 1
+            parent.signal_all(signal.SIGTERM)
         if time.monotonic() > over:
-            parent.tell_all(signal.SIGKILL)
-        _turn(parent)
+            parent.signal_all(signal.SIGKILL)
+        _poll(parent)
 
 
 def _go(worker: _Worker) -> None:
-    worker.heard = time.monotonic()  # until now it had nothing to say: others may have taken long to be ready
+    worker.last_message = time.monotonic()  # until now it had nothing to say: others may have taken long to be ready
     with suppress(OSError):
         worker.pipe.send("go")
 
@@ -252,7 +252,7 @@ def _signals(parent: _Parent) -> Iterator[None]:
 def _work(
     configuration: Configuration, listener: socket.socket, index: int, pipe: Connection, folder: Path, quiet: bool
 ) -> None:
-    """What a worker process runs."""
+    """Run a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server has a handler: a terminal's reaches everyone

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkd.serving.matching import verification
-from pkd.serving.matching.verification import FEW, Shown, Terms, decide, is_quick
+from pkd.serving.matching.verification import FEW, MatchRule, ProbeVector, decide, is_quick
 from pkd.toolkit.certificates.certificate import CertificateFile
 from pkd.toolkit.core.errors import BadVector
 from tests.support import serving_bundles as made
@@ -29,23 +29,23 @@ def terms(pair):
     scores = tuple(score if score < 0 else round(score + SHIFTS[pair], 6) for score in certificate.calibration.score)
     calibration = certificate.calibration.model_copy(update={"score": scores})
     file = CertificateFile(None, b"", certificate.model_copy(update={"calibration": calibration}), None)
-    return Terms(file, 0.6 + SHIFTS[pair], 1e-3)
+    return MatchRule(file, 0.6 + SHIFTS[pair], 1e-3)
 
 
-SETTLED = {pair: terms(pair) for pair in SHIFTS}
+RULES = {pair: terms(pair) for pair in SHIFTS}
 
 
-def one_by_one(settled, a, b):
+def one_by_one(rules, a, b):
     """Every permitted comparison, in order: the first of the best ones."""
     entries = []
     for one in a:
         for other in b:
-            if chosen := settled.get((one.encoder, other.encoder)):
+            if chosen := rules.get((one.encoder, other.encoder)):
                 score = float(np.clip(np.dot(one.vector, other.vector), -1.0, 1.0))
                 fmr = chosen.file.certificate.fmr_at(score).fmr
                 entries.append(((score < chosen.threshold, fmr, chosen.threshold - score), score, one, other))
     best = min(entries, key=lambda entry: entry[0])
-    return best[1], best[2].of, best[3].of, len(entries)
+    return best[1], best[2].template, best[3].template, len(entries)
 
 
 @st.composite
@@ -61,7 +61,7 @@ def subjects(draw):
             vector = directions[rng.integers(len(directions))] + noise * rng.normal(size=DIM)
             vector = (vector / np.linalg.norm(vector)).astype(rng.choice([np.float16, np.float64])).astype(float)
             encoder = encoders[rng.integers(len(encoders))] if number else "p"
-            shown.append(Shown(encoder, vector / np.linalg.norm(vector), {"template": f"{name}{number}"}))
+            shown.append(ProbeVector(encoder, vector / np.linalg.norm(vector), {"template": f"{name}{number}"}))
         return shown
 
     return subject("a", draw(st.sampled_from(["p", "pq", "pqr"]))), subject("b", draw(st.sampled_from(["p", "pqr"])))
@@ -72,20 +72,20 @@ def test_many_templates_are_decided_as_if_each_two_were_compared(two, at_once):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "FEW", 0)
         patch.setattr(verification, "AT_ONCE", at_once)
-        decision = decide(KEYLESS, SETTLED, *two)
-    expected = one_by_one(SETTLED, *two)
+        decision = decide(KEYLESS, RULES, *two)
+    expected = one_by_one(RULES, *two)
     assert tuple(decision[part] for part in ("score", "a", "b", "comparisons")) == expected
-    assert decision == decide(KEYLESS, SETTLED, *two) or not is_quick(*two)
+    assert decision == decide(KEYLESS, RULES, *two) or not is_quick(*two)
 
 
 def test_vectors_of_two_sizes_are_refused_however_many_there_are():
-    a = [Shown("p", np.eye(DIM)[0])] * (FEW + 1)
+    a = [ProbeVector("p", np.eye(DIM)[0])] * (FEW + 1)
     for many in (a[:1], a):
         with pytest.raises(BadVector, match="a has 4 numbers and b has 5"):
-            decide(KEYLESS, SETTLED, many, [Shown("p", np.eye(DIM + 1)[0])])
+            decide(KEYLESS, RULES, many, [ProbeVector("p", np.eye(DIM + 1)[0])])
 
 
 def test_a_vector_that_is_no_number_is_no_answer():
-    a = [Shown("p", np.full(DIM, np.nan))] + [Shown("p", np.eye(DIM)[0])] * FEW
+    a = [ProbeVector("p", np.full(DIM, np.nan))] + [ProbeVector("p", np.eye(DIM)[0])] * FEW
     with pytest.raises(BadVector, match="NaN"):
-        decide(KEYLESS, SETTLED, a, a[1:])
+        decide(KEYLESS, RULES, a, a[1:])

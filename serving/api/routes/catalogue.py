@@ -1,4 +1,4 @@
-"""/v1/encoders, /v1/spaces, /v1/certificates: what may be compared, and the download of a device's encoder."""
+"""Serve /v1/encoders, /v1/spaces and /v1/certificates: what may be compared, and the download of a device's encoder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from starlette.types import Receive, Scope, Send
 
 from pkd.serving.api import openapi
 from pkd.serving.api.problems import RangeNotSatisfiable, problem_response
-from pkd.serving.api.responses import answer
+from pkd.serving.api.responses import json_response
 from pkd.serving.core.errors import InvalidRequest
 from pkd.serving.core.schemas import CertificatesAnswer, EncoderDetail, EncodersAnswer, SpacesAnswer
-from pkd.serving.inference.artifacts import Offer, needed
+from pkd.serving.inference.artifacts import BundledEncoder, needed
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.encoder_info import short
 
@@ -28,13 +28,13 @@ MAX_RANGES = 100
 
 
 def routes(service: Service) -> APIRouter:
-    """Any key may read these: they say nothing about a person."""
+    """Make the routes that any key may read: they say nothing about a person."""
     router = APIRouter(tags=["catalogue"])
     encoders, artifacts = service.encoders, service.artifacts
 
     @router.get("/v1/encoders", responses=openapi.responses(EncodersAnswer, openapi.READ))
     async def list_encoders() -> Response:
-        """The encoders that images can be sent to."""
+        """List the encoders that images can be sent to."""
         listed = [
             {
                 **item.encoder.info.model_dump(),
@@ -43,15 +43,15 @@ def routes(service: Service) -> APIRouter:
             }
             for item in encoders.loaded.values()
         ]
-        return answer({"encoders": listed})
+        return json_response({"encoders": listed})
 
     @router.get(
         "/v1/encoders/{encoder}",
         responses=openapi.responses(EncoderDetail, openapi.ENCODER, openapi.READ),
     )
     async def get_encoder(encoder: Spec) -> Response:
-        """One encoder, loaded or as a target in a bundle: its certificates, and the files a device needs."""
-        return answer(await run_in_threadpool(detail, artifacts.find(encoder)))
+        """Describe one encoder, loaded or as a target in a bundle: its certificates, and the files a device needs."""
+        return json_response(await run_in_threadpool(detail, artifacts.find(encoder)))
 
     @router.get(
         "/v1/encoders/{encoder}/artifact",
@@ -87,28 +87,28 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/v1/spaces", responses=openapi.responses(SpacesAnswer, openapi.READ))
     async def list_spaces() -> Response:
-        """The embedding spaces of the loaded encoders."""
+        """List the embedding spaces of the loaded encoders."""
         found: dict[str, dict[str, Any]] = {}
         for id, item in encoders.loaded.items():
             space = item.encoder.info.space
             found.setdefault(space.id, {**space.model_dump(), "encoders": []})["encoders"].append(id)
-        return answer({"spaces": list(found.values())})
+        return json_response({"spaces": list(found.values())})
 
     @router.get("/v1/certificates", responses=openapi.responses(CertificatesAnswer, openapi.READ))
     async def list_certificates(
         query: Annotated[str | None, Query(max_length=300, description="Encoder of the query side")] = None,
         gallery: Annotated[str | None, Query(max_length=300, description="Encoder of the gallery side")] = None,
     ) -> Response:
-        """The ordered encoder pairs that may be compared, with their thresholds and calibration."""
+        """List the ordered encoder pairs that may be compared, with their thresholds and calibration."""
         wanted = [None if spec is None else encoders.resolve(spec) for spec in (query, gallery)]
         found = [
             one.model_dump(mode="json")
             for one in encoders.certificates
             if wanted[0] in (None, one.query) and wanted[1] in (None, one.gallery)
         ]
-        return answer({"certificates": found})
+        return json_response({"certificates": found})
 
-    def detail(offer: Offer) -> dict[str, Any]:
+    def detail(offer: BundledEncoder) -> dict[str, Any]:
         bundle, id = offer.bundle, offer.info.id
         return {
             **offer.info.model_dump(),
@@ -142,9 +142,10 @@ def _known(request: Request, etag: str) -> bool:
 
 
 class _Download(FileResponse):
-    """A file, or the parts of it that ``Range`` asks for.
+    """Send a file, or the parts of it that ``Range`` asks for.
 
-    FileResponse would refuse as text, or fail at, what RFC 9110 has ignored or answered in part.
+    FileResponse alone would refuse as text, or fail at, what RFC 9110 has ignored or answered in part
+    (tests/unit/serving/api/routes/test_catalogue.py).
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -165,7 +166,9 @@ class _Download(FileResponse):
 
 
 def parts(asked: str, size: int) -> list[str] | None:
-    """The parts, each as FROM-TO, that a Range header has of a file of ``size`` bytes: perhaps none of them is there.
+    """List the parts, each as FROM-TO, that a Range header asks of a file of ``size`` bytes.
+
+    Perhaps none of them is there.
 
     None where it is to be ignored (RFC 9110, 14.2): in another unit, badly formed, or of too many parts.
     """

@@ -1,4 +1,4 @@
-"""/v1/galleries and /v1/galleries/{gallery}."""
+"""Serve /v1/galleries and /v1/galleries/{gallery}."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from starlette.responses import Response
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
 from pkd.serving.api.request_body import require_json
-from pkd.serving.api.responses import answer
+from pkd.serving.api.responses import json_response
 from pkd.serving.api.routes.parameters import GalleryName
 from pkd.serving.core.errors import GalleryConflict
 from pkd.serving.core.gallery_schemas import GalleriesAnswer, GalleryAnswer, GalleryBody, ReceiptAnswer
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.description import utc
 from pkd.serving.galleries.store import Gallery, Receipt, Space
-from pkd.serving.matching.admission import space_called
+from pkd.serving.matching.admission import find_space
 from pkd.serving.matching.service import Service
 
 
 def routes(service: Service) -> APIRouter:
-    """Create, list, read and delete galleries."""
+    """Make the routes that create, list, read and delete galleries."""
     router = APIRouter(tags=["galleries"])
 
     @router.put(
@@ -41,7 +41,7 @@ def routes(service: Service) -> APIRouter:
             require_json(request)
         body = parse(GalleryBody, sent or b"{}")
         there = {one.name for one in await service.stored(service.store.list)}
-        space = space_called(service.encoders, body.space)
+        space = find_space(service.encoders, body.space)
         try:
             made = await service.stored(service.store.create, gallery, space, body.retention_seconds, actor)
         except GalleryConflict as conflict:
@@ -57,35 +57,35 @@ def routes(service: Service) -> APIRouter:
                     "works": {"retention_seconds": [made.retention]},
                 },
             )
-        return answer(shown(made), 200 if gallery in there else 201)
+        return json_response(describe_gallery(made), 200 if gallery in there else 201)
 
     @router.get("/v1/galleries", responses=openapi.responses(GalleriesAnswer, openapi.NO_STORE, openapi.READ))
     async def list_galleries(request: Request) -> Response:
-        """All galleries, by name."""
+        """List all galleries, by name."""
         require(request, "verify")
-        return answer({"galleries": [shown(one) for one in await service.stored(service.store.list)]})
+        return json_response({"galleries": [describe_gallery(one) for one in await service.stored(service.store.list)]})
 
     @router.get("/v1/galleries/{gallery}", responses=openapi.responses(GalleryAnswer, openapi.NAMED, openapi.READ))
     async def get_gallery(request: Request, gallery: GalleryName) -> Response:
-        """One gallery: its space, and how many templates each encoder made."""
+        """Describe one gallery: its space, and how many templates each encoder made."""
         require(request, "verify", "enrol")
-        return answer(shown(await service.stored(service.store.get, gallery)))
+        return json_response(describe_gallery(await service.stored(service.store.get, gallery)))
 
     @router.delete("/v1/galleries/{gallery}", responses=openapi.responses(ReceiptAnswer, openapi.NAMED, openapi.TAKEN))
     async def delete_gallery(request: Request, gallery: GalleryName) -> Response:
         """Delete a gallery with everyone in it, and its key. The answer is the receipt."""
         actor = require(request, "admin")
-        return answer(receipt(await service.stored(service.store.delete, gallery, actor)))
+        return json_response(describe_receipt(await service.stored(service.store.delete, gallery, actor)))
 
     return router
 
 
-def shown(gallery: Gallery) -> dict[str, Any]:
-    """As the schema GalleryAnswer."""
+def describe_gallery(gallery: Gallery) -> dict[str, Any]:
+    """Describe a gallery, as the schema GalleryAnswer."""
     return {
         "name": gallery.name,
-        "space": space(gallery.space),
-        "moving_to": gallery.moving_to and space(gallery.moving_to),
+        "space": describe_space(gallery.space),
+        "moving_to": gallery.moving_to and describe_space(gallery.moving_to),
         "created": utc(gallery.created),
         "retention_seconds": gallery.retention,
         "subjects": gallery.subjects,
@@ -93,13 +93,13 @@ def shown(gallery: Gallery) -> dict[str, Any]:
     }
 
 
-def space(one: Space) -> dict[str, Any]:
-    """As the schema SpaceAnswer."""
+def describe_space(one: Space) -> dict[str, Any]:
+    """Describe a space, as the schema SpaceAnswer."""
     return {"id": one.id, "dim": one.dim, "metric": "cosine"}
 
 
-def receipt(one: Receipt) -> dict[str, Any]:
-    """As the schema ReceiptAnswer."""
+def describe_receipt(one: Receipt) -> dict[str, Any]:
+    """Describe a deletion, as the schema ReceiptAnswer."""
     return {
         "gallery": one.gallery,
         "subject": one.subject,

@@ -1,4 +1,4 @@
-"""/healthz, /readyz and /metrics: for those who run servers."""
+"""Serve /healthz, /readyz and /metrics, for those who run servers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pkd.serving.observability import metrics
 
 
 def routes(service: Service) -> APIRouter:
-    """The three routes."""
+    """Make the three routes."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/healthz", openapi_extra={"security": []})
     async def healthz() -> dict[str, str]:
-        """The process is alive."""
+        """Say that the process is alive."""
         return {"status": "ok"}
 
     @router.get("/readyz", responses=documented({"not-ready": {}, "draining": {}}), openapi_extra={"security": []})
     async def readyz() -> dict[str, Any]:
-        """Every loaded bundle reproduces its golden embeddings; largest 1 − cosine per encoder."""
+        """Say whether every loaded bundle reproduces its golden embeddings; largest 1 − cosine per encoder."""
         service.state.require_ready()
-        return {"status": "ready", "golden_error": service.state.proved}
+        return {"status": "ready", "golden_error": service.state.golden_errors}
 
     @router.get("/metrics", include_in_schema=False)
     async def prometheus() -> Response:
-        """Counts and durations in Prometheus' text format. Any key will do."""
+        """Give counts and durations in Prometheus' text format. Any key will do."""
         return Response(service.state.metrics.page(), media_type=metrics.CONTENT_TYPE)
 
     return router

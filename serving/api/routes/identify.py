@@ -1,4 +1,4 @@
-"""/v1/galleries/{gallery}/identify: who is this, if anybody."""
+"""Serve /v1/galleries/{gallery}/identify: who is this, if anybody."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from starlette.responses import Response
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
 from pkd.serving.api.request_body import JSON, media_type, read_files, with_query
-from pkd.serving.api.responses import answer
+from pkd.serving.api.responses import json_response
 from pkd.serving.api.routes.parameters import GalleryName
 from pkd.serving.core.errors import InvalidRequest
 from pkd.serving.core.gallery_schemas import IdentifyAnswer, IdentifyBody, IdentifyImage, IdentifyOptions
@@ -18,7 +18,7 @@ from pkd.serving.matching.service import Photograph, Service
 
 
 def routes(service: Service) -> APIRouter:
-    """The one route."""
+    """Make the one route."""
     router = APIRouter(tags=["matching"])
 
     @router.post(
@@ -40,12 +40,12 @@ def routes(service: Service) -> APIRouter:
             body = parse(IdentifyBody, await request.body())
             query = body.query if isinstance(body.query, EmbeddingSide) else Photograph.of(body.query)
             fields = body.model_dump(exclude={"query"}, exclude_unset=True)
-            return answer(await service.identify(gallery, query, with_query(request, IdentifyOptions, fields)))
+            return json_response(await service.identify(gallery, query, with_query(request, IdentifyOptions, fields)))
         images, fields = await read_files(request, kind)
         if len(images) != 1:
             raise InvalidRequest(f"{len(images)} images; one is searched for at a time.")
         options = with_query(request, IdentifyImage, fields)
         query = Photograph(images[0], options.encoder, options.aligned, options.faces)
-        return answer(await service.identify(gallery, query, options))
+        return json_response(await service.identify(gallery, query, options))
 
     return router

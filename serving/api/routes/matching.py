@@ -1,4 +1,4 @@
-"""/v1/embed and /v1/verify, also without the prefix."""
+"""Serve /v1/embed and /v1/verify, also without the prefix."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from starlette.responses import Response
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
 from pkd.serving.api.request_body import read_embed, require_json
-from pkd.serving.api.responses import answer
+from pkd.serving.api.responses import json_response
 from pkd.serving.core.schemas import EmbedAnswer, EmbedBody, EmbedOptions, VerifyAnswer, VerifyBody
 from pkd.serving.core.validation import parse
 from pkd.serving.matching.service import Service
 
 
 def routes(service: Service) -> APIRouter:
-    """Both routes, twice: the bare aliases are not in the OpenAPI document."""
+    """Make both routes, twice: the bare aliases are not in the OpenAPI document."""
     router = APIRouter(tags=["matching"])
 
     async def embed(request: Request) -> Response:
         """Embed the faces of one or many images."""
         require(request, "embed")
-        return answer(await service.embed(*await read_embed(request)))
+        return json_response(await service.embed(*await read_embed(request)))
 
     async def verify(request: Request) -> Response:
         """Decide whether `a` (query) and `b` (gallery) show the same person: images, embeddings or subjects."""
         require(request, "verify")
         require_json(request)
-        return answer(await service.verify(parse(VerifyBody, await request.body())))
+        return json_response(await service.verify(parse(VerifyBody, await request.body())))
 
     for prefix, shown in (("/v1", True), ("", False)):
         router.add_api_route(

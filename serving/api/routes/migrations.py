@@ -1,4 +1,4 @@
-"""/v1/galleries/{gallery}/migrations: move a gallery to another space, subject by subject, while it answers.
+"""Serve /v1/galleries/{gallery}/migrations: move a gallery to another space, subject by subject, while it answers.
 
 No image is kept, so clients enrol everyone once more, with an encoder of the second space.
 """
@@ -13,20 +13,20 @@ from starlette.responses import Response
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
 from pkd.serving.api.request_body import require_json
-from pkd.serving.api.responses import answer
-from pkd.serving.api.routes.galleries import receipt, space
+from pkd.serving.api.responses import json_response
+from pkd.serving.api.routes.galleries import describe_receipt, describe_space
 from pkd.serving.api.routes.parameters import After, GalleryName, Limit
 from pkd.serving.api.routes.subjects import page
 from pkd.serving.core.errors import GalleryConflict
 from pkd.serving.core.gallery_schemas import MigrationAnswer, MigrationBody, MovedAnswer
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.store import Gallery
-from pkd.serving.matching.admission import space_called, spaces_of
+from pkd.serving.matching.admission import find_space, spaces_of
 from pkd.serving.matching.service import Service
 
 
 def routes(service: Service) -> APIRouter:
-    """Begin, watch, finish, abandon."""
+    """Make the routes that begin, watch, finish and abandon a migration."""
     router = APIRouter(tags=["migrations"])
 
     @router.post(
@@ -38,20 +38,20 @@ def routes(service: Service) -> APIRouter:
         """Take templates of a second space, too. The same again is no error: a migration is resumable."""
         actor = require(request, "admin")
         require_json(request)
-        wanted = space_called(service.encoders, parse(MigrationBody, await request.body()).space)
+        wanted = find_space(service.encoders, parse(MigrationBody, await request.body()).space)
         try:
             begun = await service.stored(service.store.begin_migration, gallery, wanted, actor)
         except GalleryConflict as conflict:
             raise await explained(conflict, gallery, {"space": wanted.id}) from None
-        return answer(await shown(begun, "", 100))
+        return json_response(await describe(begun, "", 100))
 
     @router.get(
         "/v1/galleries/{gallery}/migrations", responses=openapi.responses(MigrationAnswer, openapi.NAMED, openapi.READ)
     )
     async def get_migration(request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100) -> Response:
-        """How many subjects are moved, and a page of those that are not."""
+        """Count the subjects that are moved, and list a page of those that are not."""
         require(request, "admin")
-        return answer(await shown(await service.stored(service.store.get, gallery), after, limit))
+        return json_response(await describe(await service.stored(service.store.get, gallery), after, limit))
 
     @router.post(
         "/v1/galleries/{gallery}/migrations/finish",
@@ -59,7 +59,7 @@ def routes(service: Service) -> APIRouter:
     )
     async def finish_migration(request: Request, gallery: GalleryName) -> Response:
         """Keep the second space alone. Refused while somebody would be left without a template."""
-        return answer(await end(gallery, require(request, "admin"), abandon=False))
+        return json_response(await end(gallery, require(request, "admin"), abandon=False))
 
     @router.post(
         "/v1/galleries/{gallery}/migrations/abandon",
@@ -67,15 +67,15 @@ def routes(service: Service) -> APIRouter:
     )
     async def abandon_migration(request: Request, gallery: GalleryName) -> Response:
         """Keep the first space alone. Refused while somebody is enrolled in the second one only."""
-        return answer(await end(gallery, require(request, "admin"), abandon=True))
+        return json_response(await end(gallery, require(request, "admin"), abandon=True))
 
-    async def shown(one: Gallery, after: str, limit: int) -> dict[str, Any]:
+    async def describe(one: Gallery, after: str, limit: int) -> dict[str, Any]:
         moving = one.moving_to is not None
         found = await service.stored(service.store.unmoved, one.name, after=after, limit=limit + 1) if moving else []
         return {
             "gallery": one.name,
-            "space": space(one.space),
-            "moving_to": one.moving_to and space(one.moving_to),
+            "space": describe_space(one.space),
+            "moving_to": one.moving_to and describe_space(one.moving_to),
             "moved": one.moved,
             "total": one.subjects,
             **page("unmoved", found, limit),
@@ -89,9 +89,9 @@ def routes(service: Service) -> APIRouter:
         left = await service.stored(service.store.get, gallery)
         return {
             "gallery": gallery,
-            "space": space(left.space),
+            "space": describe_space(left.space),
             "templates": moved.templates,
-            "receipt": receipt(moved.receipt),
+            "receipt": describe_receipt(moved.receipt),
         }
 
     async def explained(
@@ -99,7 +99,7 @@ def routes(service: Service) -> APIRouter:
     ) -> GalleryConflict:
         """Add the state that the gallery is in and what could be done in it."""
         now = await service.stored(service.store.get, gallery)
-        state = await shown(now, "", 100)
+        state = await describe(now, "", 100)
         others = [id for id in spaces_of(service.encoders) if id != now.space.id]
         moving = now.moving_to is not None
         behind = state["unmoved"]

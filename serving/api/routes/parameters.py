@@ -1,4 +1,4 @@
-"""Parameters that several routes take."""
+"""Define the parameters that several routes take, and refuse those that a route does not have."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ IdempotencyKey = Annotated[Key | None, Header(description="Sent again with the s
 
 
 def queries_of(route: APIRoute) -> list[str]:
-    """Names of a route's query parameters: what FastAPI reads for it, and what it documents and reads itself."""
+    """Name a route's query parameters.
+
+    Those that FastAPI reads for it, and those that it documents and reads itself.
+    """
     shown = (route.openapi_extra or {}).get("parameters", ())
     read = {field.alias for field in route.dependant.query_params}
     return sorted(read | {one["name"] for one in shown if one["in"] == "query"})
 
 
 async def known_query(request: Request) -> None:
-    """Dependency of routers: raises InvalidRequest for query parameters that the route does not have.
+    """Raise InvalidRequest for query parameters that the route does not have; a dependency of routers.
 
     A misspelt option would have no effect, and nobody would know.
     """

@@ -1,4 +1,4 @@
-"""/v1/galleries/{gallery}/subjects: enrol, list, read and delete who is in a gallery."""
+"""Serve /v1/galleries/{gallery}/subjects: enrol, list, read and delete who is in a gallery."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from starlette.responses import Response
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
 from pkd.serving.api.request_body import JSON, media_type, read_files, with_query
-from pkd.serving.api.responses import answer
-from pkd.serving.api.routes.galleries import receipt
+from pkd.serving.api.responses import json_response
+from pkd.serving.api.routes.galleries import describe_receipt
 from pkd.serving.api.routes.parameters import After, GalleryName, IdempotencyKey, Limit, SubjectId
 from pkd.serving.core.gallery_schemas import (
     EnrolAnswer,
@@ -24,12 +24,12 @@ from pkd.serving.core.gallery_schemas import (
 from pkd.serving.core.schemas import MANY_VALUES
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.description import of_subject
-from pkd.serving.matching.enrolment import Taken, enrol
+from pkd.serving.matching.enrolment import EnrolInput, enrol
 from pkd.serving.matching.service import Service
 
 
 def routes(service: Service) -> APIRouter:
-    """Enrol, list, read, delete."""
+    """Make the routes that enrol, list, read and delete subjects."""
     router = APIRouter(tags=["galleries"])
 
     @router.post(
@@ -49,26 +49,26 @@ def routes(service: Service) -> APIRouter:
         actor = require(request, "enrol")
         inputs, options = await _read(request)
         made = await enrol(service, gallery, subject, inputs, options, idempotency_key, actor)
-        return answer(made, 200 if made["replayed"] else 201)
+        return json_response(made, 200 if made["replayed"] else 201)
 
     @router.get(
         "/v1/galleries/{gallery}/subjects", responses=openapi.responses(SubjectsAnswer, openapi.NAMED, openapi.READ)
     )
     async def list_subjects(request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100) -> Response:
-        """A page of the subjects' ids, in ascending order."""
+        """List a page of the subjects' ids, in ascending order."""
         require(request, "admin")
         found = await service.stored(service.store.subjects, gallery, after=after, limit=limit + 1)
-        return answer(page("subjects", found, limit))
+        return json_response(page("subjects", found, limit))
 
     @router.get(
         "/v1/galleries/{gallery}/subjects/{subject}",
         responses=openapi.responses(SubjectAnswer, openapi.SUBJECT, openapi.READ),
     )
     async def get_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
-        """What is kept of a subject; vectors are given out by the export alone."""
+        """Describe what is kept of a subject; vectors are given out by the export alone."""
         require(request, "admin")
         found = await service.stored(service.store.subject, gallery, subject)
-        return answer({"gallery": gallery, **of_subject(found)})
+        return json_response({"gallery": gallery, **of_subject(found)})
 
     @router.delete(
         "/v1/galleries/{gallery}/subjects/{subject}",
@@ -77,9 +77,11 @@ def routes(service: Service) -> APIRouter:
     async def delete_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
         """Delete a subject's templates and key. The answer is the receipt."""
         actor = require(request, "delete")
-        return answer(receipt(await service.stored(service.store.delete_subject, gallery, subject, actor)))
+        return json_response(
+            describe_receipt(await service.stored(service.store.delete_subject, gallery, subject, actor))
+        )
 
-    async def _read(request: Request) -> tuple[list[Taken], EnrolOptions]:
+    async def _read(request: Request) -> tuple[list[EnrolInput], EnrolOptions]:
         kind = media_type(request)
         if kind == JSON:
             body = parse(EnrolBody, await request.body(), MANY_VALUES)
@@ -92,5 +94,5 @@ def routes(service: Service) -> APIRouter:
 
 
 def page(name: str, found: Any, limit: int) -> dict[str, Any]:
-    """Of ids, ``limit`` + 1 of which were asked for."""
+    """Make a page of ids, ``limit`` + 1 of which were asked for."""
     return {name: list(found[:limit]), "next": found[limit - 1] if len(found) > limit else None}

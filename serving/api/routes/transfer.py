@@ -1,4 +1,4 @@
-"""Many subjects at once: bulk enrolment, export and import of a gallery. All of them stream NDJSON."""
+"""Serve bulk enrolment, export and import of a gallery: many subjects at once, as streams of lines of JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pkd.serving.matching.transfer import Import, export
 
 
 def routes(service: Service) -> APIRouter:
-    """Bulk enrolment, export, import."""
+    """Make the routes of bulk enrolment, export and import."""
     router = APIRouter(tags=["transfer"])
 
     @router.post(
@@ -53,7 +53,7 @@ def routes(service: Service) -> APIRouter:
         responses=openapi.stream(openapi.EXPORT_ANSWER, openapi.NAMED, openapi.READ),
     )
     async def export_gallery(request: Request, gallery: GalleryName) -> Response:
-        """Everyone in a gallery with their vectors: a header, a line per subject, and a last line `end`.
+        """Export everyone in a gallery with their vectors: a header, a line per subject, and a last line `end`.
 
         Without the last line the export was cut off. It is biometric data: faces can be reconstructed from it.
         """

@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pkd.serving.cli.serve import make
+from pkd.serving.cli.serve import make_serve_parser
 from pkd.serving.core.options import Settings
 from pkd.serving.server.config import configure
 
@@ -50,9 +50,9 @@ def test_every_server_is_configured_in_a_way_that_pkd_serve_takes():
     made = {}
     for resource, _, container in pods():
         environment = {entry["name"]: entry["value"] for entry in container["env"]}
-        made[resource["kind"]] = configure(make().parse_args(ENTRYPOINT + container["args"]), environment)
+        made[resource["kind"]] = configure(make_serve_parser().parse_args(ENTRYPOINT + container["args"]), environment)
     compose = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]["pkd-serve"]
-    made["compose"] = configure(make().parse_args(ENTRYPOINT + compose["command"]), compose["environment"])
+    made["compose"] = configure(make_serve_parser().parse_args(ENTRYPOINT + compose["command"]), compose["environment"])
     assert made["Deployment"].gallery == "/var/lib/pkd/galleries"
     for name in ("StatefulSet", "compose"):
         assert made[name].gallery == "milvus://milvus:19530"

@@ -154,8 +154,8 @@ def test_a_client_that_has_gone_is_dropped_from_the_queue(encoders):
         for _ in range(3):
             with socket.create_connection((client.base_url.host, client.base_url.port)) as gone:
                 gone.sendall(head.encode() + b"\r\n\r\n" + PHOTO)
-                until(lambda: service.state.metrics.inside == 2)
-            until(lambda: service.state.metrics.inside == 1)
+                until(lambda: service.state.metrics.in_progress == 2)
+            until(lambda: service.state.metrics.in_progress == 1)
         gate.open.set()
         assert first.result(20).status_code == 200
         assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
@@ -240,10 +240,10 @@ def test_a_bundle_that_fails_its_golden_crops_is_never_ready(family, tmp_path):
 def test_before_the_self_test_and_while_draining_nothing_is_answered(encoders):
     service = Service(encoders, Settings(threads=1))
     with made.running(service) as client:
-        proved, service.state.proved = service.state.proved, None
+        golden_errors, service.state.golden_errors = service.state.golden_errors, None
         problem(client.get("/readyz"), 503, "not-ready")
         problem(client.post("/embed?aligned=true", content=CROP, headers=PNG), 503, "not-ready")
-        service.state.proved = proved
+        service.state.golden_errors = golden_errors
         assert set(client.get("/readyz").json()["golden_error"]) == set(encoders.loaded)
         service.state.draining = True
         problem(client.get("/readyz"), 503, "draining")

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from pkd.serving.api import request_limits
 from pkd.serving.api.problems import BodyTimeout
-from pkd.serving.api.request_limits import Limits, Visit
+from pkd.serving.api.request_limits import Limits, RequestGuard
 from pkd.serving.core.errors import Overloaded, TooLarge
 from pkd.toolkit.core.errors import PkdError
 
@@ -42,7 +42,7 @@ def run(client, limits, work, expected=True):
 
     async def main():
         try:
-            with Visit(client.receive, limits, expected) as visited:
+            with RequestGuard(client.receive, limits, expected) as visited:
                 return await work(visited.receive)
         finally:
             await asyncio.sleep(0)  # no cancellation is left over, and what was cancelled ends
@@ -146,7 +146,7 @@ def test_an_error_of_the_work_is_its_own():
 
 def test_what_others_cancel_stays_cancelled():
     async def work():
-        with Visit(Client((0, LAST)).receive, LIMITS) as visited:
+        with RequestGuard(Client((0, LAST)).receive, LIMITS) as visited:
             await then(20)(visited.receive)
 
     async def main():

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pkd.serving.core.errors import UnknownEncoder
 from pkd.serving.inference.registry import Encoders
-from pkd.serving.matching.verification import about
+from pkd.serving.matching.verification import describe_certificate
 from pkd.toolkit.certificates.signing import SigningKey, TrustedKeys
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import BundleError, NotCertified, NotTrusted, PkdError, SpaceMismatch
@@ -138,7 +138,7 @@ def test_with_keys_every_bundle_must_be_signed_and_a_signed_certificate_by_one_o
     mixed_file = opened.certificate_file(mixed.query, mixed.gallery)
     assert own_file.signature.key == own_file.bundle.key == mixed_file.bundle.key == ours.fingerprint
     assert mixed_file.signature is None
-    told = [about(opened, file)["signature"] for file in (mixed_file, own_file)]
+    told = [describe_certificate(opened, file)["signature"] for file in (mixed_file, own_file)]
     assert [(one["covers"], one["verified"]) for one in told] == [("bundle", True), ("certificate", True)]
 
     foreign = f"is signed by {theirs.fingerprint}, trusted is {ours.fingerprint}"

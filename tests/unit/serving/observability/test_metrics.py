@@ -12,7 +12,7 @@ import pytest
 
 from pkd.serving.api.problems import TYPES
 from pkd.serving.galleries.store import Gallery, Space
-from pkd.serving.observability.metrics import NOTES, SHARED, Metrics
+from pkd.serving.observability.metrics import MAX_PENDING, SHARED, Metrics
 
 ID = "teacher@sha256:" + "ab" * 32
 
@@ -52,10 +52,10 @@ def test_durations_and_sizes_fall_into_their_buckets():
 
 def test_what_nobody_reads_is_counted_and_does_not_pile_up():
     metrics = Metrics(["e"])
-    for _ in range(3 * NOTES):
+    for _ in range(3 * MAX_PENDING):
         metrics.waited(0.1)
-    assert len(metrics._noted) < NOTES
-    assert value(metrics.page(), "pkd_queue_seconds_count") == 3 * NOTES
+    assert len(metrics._pending) < MAX_PENDING
+    assert value(metrics.page(), "pkd_queue_seconds_count") == 3 * MAX_PENDING
 
 
 def test_threads_count_together():

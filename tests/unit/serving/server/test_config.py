@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pkd.serving.cli.serve import make
+from pkd.serving.cli.serve import make_serve_parser
 from pkd.serving.core.options import Settings
 from pkd.serving.server import config
 from pkd.serving.server.config import OPTIONS, Configuration, configure
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[4]
 
 
 def configured(*arguments, **environment):
-    return configure(make().parse_args(list(arguments)), environment)
+    return configure(make_serve_parser().parse_args(list(arguments)), environment)
 
 
 def test_defaults_are_those_of_the_settings_and_only_this_machine_is_listened_to():

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from pkd.serving.api.middleware import Door
+from pkd.serving.api.middleware import Middleware
 from pkd.serving.core.options import Settings
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.service import Service
@@ -60,7 +60,9 @@ def endless(folder, monkeypatch, **settings):
     """The real server around such an application: its address, the application, and the thread that serves."""
     service = Service(Encoders.open([folder]), Settings(threads=1, **settings))
     app = Endless(service)
-    monkeypatch.setattr(server, "create_app", lambda service, keys: Door(app, service.settings, service.state, keys))
+    monkeypatch.setattr(
+        server, "create_app", lambda service, keys: Middleware(app, service.settings, service.state, keys)
+    )
     listener = server.listen("127.0.0.1", 0)
     ready = threading.Event()
     thread = threading.Thread(target=server.serve, args=(service, listener, None, ready.set))

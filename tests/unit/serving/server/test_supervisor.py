@@ -32,7 +32,9 @@ def parent(tmp_path):
     long_ago = time.monotonic() - 2 * supervisor.SILENT_SECONDS
     for index in range(2):
         ours, theirs = multiprocessing.Pipe()
-        made.workers[index] = supervisor._Worker(index, Process(), ours, born=long_ago, ready=True, heard=long_ago)
+        made.workers[index] = supervisor._Worker(
+            index, Process(), ours, born=long_ago, ready=True, last_message=long_ago
+        )
         made.workers[index].theirs = theirs
     return made
 
@@ -40,13 +42,13 @@ def parent(tmp_path):
 def watch(parent, turns, monkeypatch):
     """So many turns of the parent's loop."""
     left = iter(range(turns))
-    real = supervisor._turn
+    real = supervisor._poll
 
     def turn(parent):
         real(parent)
         parent.stops = next(left) == turns - 1
 
-    monkeypatch.setattr(supervisor, "_turn", turn)
+    monkeypatch.setattr(supervisor, "_poll", turn)
     supervisor._watch(parent, lambda: None)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from pkd.serving.core.gallery_schemas import IdentifyAnswer
 from pkd.serving.galleries.store import Found, Hit
-from pkd.serving.matching.identification import Terms, candidates
+from pkd.serving.matching.identification import MatchRule, candidates
 from pkd.toolkit.certificates.certificate import CertificateFile
 from pkd.toolkit.certificates.extrapolation import Threshold
 from tests.support import gallery_fixtures as made
@@ -171,7 +171,7 @@ def test_a_match_is_never_hidden_by_a_better_resolved_rate(fleet):
     fine = fine.model_copy(update={"calibration": finer.model_copy(update={"high": (*c.high, 1e-4)})})
     terms, hits = {}, {}
     for name, certificate, threshold, template in (("coarse", coarse, 0.9, "t1"), ("fine", fine, 0.97, "t2")):
-        terms[name] = Terms(CertificateFile(Path(), b"", certificate, None), 1, Threshold(threshold, False))
+        terms[name] = MatchRule(CertificateFile(Path(), b"", certificate, None), 1, Threshold(threshold, False))
         hits[name] = Found((Hit("ann", template, 0.95),), 1)
     (ann,) = candidates(terms, hits)
     assert fine.fmr_at(0.95).fmr < coarse.fmr_at(0.95).fmr
