@@ -75,7 +75,7 @@ def loss_of(embeddings: Tensor, head: FrozenHead, labels: Tensor, exclude: Tenso
     return loss + 0.1 * head.logsumexp(normalize(embeddings), 8.0)[0].mean()
 
 
-METHODS = ("proxylesskd+l2kd:30", "none+rkd", "adadistill", "l2kd+at:10")
+METHODS = ("proxylesskd+l2kd:30", "none+rkd", "adadistill", "l2kd+at:10", "csd+infonce+raml")
 NORMALISED = "l2kd+fitnets"
 """Its adapter has batch normalisation, whose statistics are a rank's own: close to one process, not equal."""
 

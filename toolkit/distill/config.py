@@ -46,9 +46,9 @@ class DistillConfig(Record):
     name: str | None = None
     """Name of the trained encoder, first part of its id; by default made from backbone and method."""
     method: str = "proxylesskd"
-    """Loss of the training: proxylesskd, l2kd, kd, adadistill, margindistillation, none (no distillation), fitnets, at,
-    fsp, rkd, cckd, or a weighted sum such as proxylesskd+l2kd:0.5. The last five, named alone, are added to the
-    student's own classifier. MODULE:NAME is a loss of your own, alone or in a sum."""
+    """Loss of the training: proxylesskd, l2kd, raml, d3still, csd, infonce, kd, adadistill, margindistillation, none
+    (undistilled), fitnets, at, fsp, rkd, cckd, or a weighted sum such as proxylesskd+l2kd:0.5. The last five,
+    named alone, are added to the student's own classifier. MODULE:NAME is a loss of your own, alone or in a sum."""
     margin: str = "arcface:0.5"
     """Margin of the classification losses: softmax, cosface:M (cosine units) or arcface:M (radians)."""
     gradient: Literal["exact", "straight-through"] = "exact"

@@ -20,7 +20,7 @@ TAYLOR_ORDER = 2
 
 def l2kd(inputs: LossInputs) -> Tensor:
     """Average the squared distance ‖x̂ − t̂‖² of unit embeddings: plain regression onto the teacher."""
-    student, teacher = _units(inputs)
+    student, teacher = unit_pair(inputs)
     return (student - teacher).square().sum(dim=1).mean()
 
 
@@ -30,7 +30,7 @@ def rkd(inputs: LossInputs) -> Tensor:
     Source: Park et al. 2019, arXiv 1904.05068, §3.2. Distances are divided by their mean in the
     batch. All means run over every ordered pair or triplet of the batch.
     """
-    student, teacher = _units(inputs)
+    student, teacher = unit_pair(inputs)
     distance = smooth_l1_loss(_distances(student), _distances(teacher))
     return distance + ANGLE_WEIGHT * smooth_l1_loss(_angles(student), _angles(teacher))
 
@@ -40,11 +40,12 @@ def cckd(inputs: LossInputs) -> Tensor:
 
     Correlation: Gaussian kernel of unit embeddings, expanded to second order in their cosine.
     """
-    student, teacher = _units(inputs)
+    student, teacher = unit_pair(inputs)
     return mse_loss(_correlation(student @ student.T), _correlation(teacher @ teacher.T))
 
 
-def _units(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+def unit_pair(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """Return the unit embeddings of student and teacher, B×D, float32 or better."""
     assert inputs.teacher is not None
     embeddings = inputs.embeddings if inputs.embeddings.dtype == torch.float64 else inputs.embeddings.float()
     return normalize(embeddings), inputs.teacher.to(embeddings.dtype)

@@ -20,6 +20,18 @@ class StagePair:
 
 
 @dataclass(frozen=True)
+class Bank:
+    """Hold further images' embeddings by the teacher: a sample of the cached ones, the same in every step."""
+
+    rows: Tensor
+    """Unit rows R×D."""
+    images: Tensor
+    """int64 R, number of the image among all."""
+    people: Tensor
+    """int64 R, number of the identity; −1 where unknown."""
+
+
+@dataclass(frozen=True)
 class LossInputs:
     """Hold one batch for a loss. Fields that no chosen method needs are None or empty."""
 
@@ -40,6 +52,12 @@ class LossInputs:
     """The student's own centres, C×D unit rows with gradient (none)."""
     exclude: Tensor | None = None
     """int64 B×2 or None: range of head rows left out of each sample's denominator, its own row included."""
+    images: Tensor | None = None
+    """int64 B, number of each image among all."""
+    people: Tensor | None = None
+    """int64 B, number of each image's identity; −1 where unknown."""
+    bank: Bank | None = None
+    """Further embeddings of the teacher, where a method asks for them (csd, infonce)."""
     temperature: float = 4.0
     """Softens kd's logits."""
     stages: tuple[StagePair, ...] = ()

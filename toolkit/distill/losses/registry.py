@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.extensions import load_object
+from pkd.toolkit.distill.losses.asymmetric import csd, d3still, infonce, raml
 from pkd.toolkit.distill.losses.classification import adadistill, kd, margindistillation, own_classifier, proxylesskd
 from pkd.toolkit.distill.losses.embedding import cckd, l2kd, rkd
 from pkd.toolkit.distill.losses.feature import at, fitnets, fsp
@@ -38,6 +37,8 @@ class Method:
     """Number of resolutions that student and teacher must have in common."""
     default_weight: float = 1.0
     """Weight in a sum where none is given, as published."""
+    bank: int = 0
+    """Number of further teacher embeddings, sampled from all images, that it compares with at most."""
     auxiliary: bool = False
     """It cannot stand alone: without another loss it is added to the student's own classifier, as published."""
 
@@ -45,6 +46,10 @@ class Method:
 METHODS: dict[str, Method] = {
     "proxylesskd": Method(proxylesskd, head="frozen", labels=True, aligns=True),
     "l2kd": Method(l2kd, aligns=True),
+    "raml": Method(raml, aligns=True),
+    "d3still": Method(d3still, aligns=True),
+    "csd": Method(csd, aligns=True, bank=65_536, default_weight=10.0),
+    "infonce": Method(infonce, aligns=True, bank=8192),
     "kd": Method(kd, head="frozen", aligns=True),
     "adadistill": Method(adadistill, head="ema", labels=True, aligns=True),
     "margindistillation": Method(margindistillation, head="frozen", labels=True, aligns=True),
@@ -72,8 +77,8 @@ class Term:
         if name in METHODS:
             method = METHODS[name]
         elif rest and rest[0].isidentifier():
-            module, name = name, f"{name}:{rest[0]}"
-            method = load_method(module, rest.pop(0))
+            name = f"{name}:{rest.pop(0)}"
+            method = load_method(name)
         else:
             raise InputError(
                 f"--method {spec!r}: unknown method {name!r}. Choose from {', '.join(METHODS)}, or name a loss of "
@@ -99,37 +104,23 @@ class Term:
         return value
 
 
-def load_method(module: str, name: str) -> Method:
-    """Import a loss from a module of the user's, found as Python finds modules, the current folder included.
+def load_method(spec: str) -> Method:
+    """Import a loss that a user wrote, ``MODULE:NAME``.
 
-    ``name``: a ``Method``, or a function of ``LossInputs`` alone, which then reads the teacher and needs nothing else.
-    Raises InputError where module or name is missing, or what it names cannot be a loss. Errors inside the module keep
-    their traceback.
+    NAME is a ``Method``, or a function of ``LossInputs`` alone, which then reads the teacher and needs nothing else.
+    Raises InputError where module or name is missing, or what it names cannot be a loss.
     """
-    asked = f"--method {module}:{name}"
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        content = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-            raise
-        raise InputError(
-            f"{asked}: no module {module!r} in {Path.cwd()} or on Python's path. Start in its folder or set PYTHONPATH."
-        ) from None
-    found = getattr(content, name, None)
+    found = load_object(spec, "--method", ", ".join(METHODS))
+    name = spec.partition(":")[2]
     if isinstance(found, Method):
         return found
-    if found is None:
-        defined = [each for each, value in vars(content).items() if callable(value) and each[0] != "_"]
-        raise InputError(f"{asked}: {module} defines no {name}. It defines {', '.join(defined) or 'nothing callable'}.")
     if not callable(found):
-        raise InputError(f"{asked}: is a {type(found).__name__}, not a function or Method. Name a loss.")
+        raise InputError(f"--method {spec}: is of type {type(found).__name__}, not a function or Method. Name a loss.")
     try:
         inspect.signature(found).bind(None)
     except (TypeError, ValueError):
         raise InputError(
-            f"{asked}: takes other arguments than one. Define it as def {name}(inputs: LossInputs) -> Tensor."
+            f"--method {spec}: takes other arguments than one. Define it as def {name}(inputs: LossInputs) -> Tensor."
         ) from None
     return Method(found)
 
@@ -191,6 +182,11 @@ class WeightedSum:
     def stages(self) -> int:
         """Return the number of resolutions that student and teacher must have in common."""
         return max(term.method.stages for term in self.terms)
+
+    @property
+    def bank(self) -> int:
+        """Return the number of further teacher embeddings that the terms compare with at most."""
+        return max(term.method.bank for term in self.terms)
 
     def loss(self, inputs: LossInputs) -> Tensor:
         """Compute the weighted sum, a scalar."""

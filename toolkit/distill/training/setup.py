@@ -48,6 +48,11 @@ class Prepared:
     exclude: NDArray[np.int64] | None = None
     stages: StagePlan | None = None
 
+    @property
+    def people(self) -> NDArray[np.int64]:
+        """Return int64 N: the identity of every image, −1 where unknown; rows of one person may be many in a head."""
+        return self.labels if self.exclude is None else self.faces.labels
+
 
 def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) -> Prepared:
     """Read the images, embed them with the teacher (cached), resolve the head and refuse it if the audit does."""

@@ -20,7 +20,7 @@ from pkd.toolkit.distill.heads.frozen_softmax import FrozenHead
 from pkd.toolkit.distill.heads.margin import Margin
 from pkd.toolkit.distill.losses.feature import ADAPTED, adapters
 from pkd.toolkit.distill.losses.feature_hooks import FeatureHooks
-from pkd.toolkit.distill.losses.inputs import LossInputs, StagePair
+from pkd.toolkit.distill.losses.inputs import Bank, LossInputs, StagePair
 from pkd.toolkit.distill.losses.registry import WeightedSum
 from pkd.toolkit.distill.models.backbones import build
 from pkd.toolkit.distill.models.initial_weights import start_from
@@ -69,6 +69,7 @@ class Trainer:
                 self.head = ShardedHead.split(centres, context, self.device)
             else:
                 self.ema_head = EmaHead(centres.to(self.device))
+        self.bank = self._make_bank()
         self.plan = prepared.stages
         self.hooks = FeatureHooks(self.student, student.stages) if self.plan else None
         self.adapters = nn.ModuleDict()
@@ -126,9 +127,22 @@ class Trainer:
             trained=None if self.own is None else normalize(self.own),
             exclude=None if exclude is None else torch.from_numpy(exclude[labels]).to(self.device),
             temperature=self.config.temperature,
+            images=torch.from_numpy(indices).to(self.device),
+            people=torch.from_numpy(self.prepared.people[indices]).to(self.device),
+            bank=self.bank,
             stages=self._stages(batch),
             adapters=self.adapters,
         )
+
+    def _make_bank(self) -> Bank | None:
+        """Sample the teacher embeddings that the method compares with, the same in every process and resumed run."""
+        if not self.method.bank or self.prepared.targets is None:
+            return None
+        plain, count = self.prepared.targets[0], len(self.prepared.faces)
+        random = np.random.default_rng((self.config.seed, count))
+        chosen = np.sort(random.choice(count, min(count, self.method.bank), replace=False))
+        rows, people = torch.from_numpy(plain[chosen]), torch.from_numpy(self.prepared.people[chosen])
+        return Bank(rows.to(self.device), torch.from_numpy(chosen).to(self.device), people.to(self.device))
 
     def _stages(self, batch: CropBatch) -> tuple[StagePair, ...]:
         if self.plan is None or self.hooks is None:
