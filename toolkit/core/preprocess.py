@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.models import Record
 
-PerChannel = tuple[float, float, float]
+PerChannel = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 
 
 class Preprocess(Record):
