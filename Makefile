@@ -40,6 +40,7 @@ check: $(READY) ## everything but tests, under a minute: lint, format, types, im
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests tools benchmarks examples
 	$(BIN)/lint-imports
 	$(BIN)/python tools/prose.py
 	REFERENCE=false NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -96,8 +96,7 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[ast.AST, str, bool]]:
             yield node, text, function and not attribute
         if not function:
             for child in node.body:
-                named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-                if named and not child.name.startswith("_"):
+                if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and child.name[0] != "_":
                     stack.append(child)
 
 

@@ -40,7 +40,7 @@ def test_the_program(tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"[0-9a-f]{64}", said[4])
 
 
-def test_the_example_of_a_refusal():
+def test_the_example_of_a_refusal() -> None:
     (example,) = (json.loads(block) for block in blocks("json"))
     _, status, title = TYPES[example["type"]]
     assert (example["status"], example["title"]) == (status, title)
@@ -54,6 +54,6 @@ def test_every_route_is_on_the_page(path):
     assert any(f"{form}`" in TEXT or f"{form}?" in TEXT for form in (path, short, bare))
 
 
-def test_every_route_on_the_page_exists():
+def test_every_route_on_the_page_exists() -> None:
     for method, path in re.findall(r"`(GET|PUT|POST|DELETE) (/v1[^`?]*)`", TEXT):
         assert method.lower() in DOCUMENT["paths"][path], (method, path)

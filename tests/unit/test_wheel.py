@@ -80,7 +80,7 @@ def test_every_command_starts_from_the_wheel_alone(wheels: tuple[Path, Path], tm
     subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", str(wheels[1])], check=True)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(home)}))
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
-    ask = [python, "-c", "import pkd.toolkit; print(pkd.toolkit.__file__)"]
+    ask = [str(python), "-c", "import pkd.toolkit; print(pkd.toolkit.__file__)"]
     where = subprocess.run(ask, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert Path(where.stdout.strip()) == packages / "pkd/toolkit/__init__.py"
     assert SCRIPTS

@@ -37,7 +37,7 @@ def pods():
             yield one, pod, pod["containers"][0]
 
 
-def test_manifests_are_what_kubernetes_takes():
+def test_manifests_are_what_kubernetes_takes() -> None:
     for one in resources():
         kubernetes_validate.validate(one, VERSION, strict=True)
     assert {one["kind"] for one in resources()} >= {
@@ -45,7 +45,7 @@ def test_manifests_are_what_kubernetes_takes():
     }  # fmt: skip
 
 
-def test_every_server_is_configured_in_a_way_that_pkd_serve_takes():
+def test_every_server_is_configured_in_a_way_that_pkd_serve_takes() -> None:
     """The very arguments and variables, read by the code that reads them there."""
     made = {}
     for resource, _, container in pods():
@@ -59,7 +59,7 @@ def test_every_server_is_configured_in_a_way_that_pkd_serve_takes():
     assert all(one.api_keys and one.master_key and not one.insecure_no_keys for one in made.values())
 
 
-def test_pods_are_confined_and_can_still_write_where_they_must():
+def test_pods_are_confined_and_can_still_write_where_they_must() -> None:
     for _, pod, container in pods():
         context = container["securityContext"]
         assert pod["securityContext"]["runAsNonRoot"] and context["readOnlyRootFilesystem"]
@@ -73,7 +73,7 @@ def test_pods_are_confined_and_can_still_write_where_they_must():
                 assert any(value.startswith(path) for path in mounts), entry
 
 
-def test_a_pod_gets_as_long_as_a_drain_may_take():
+def test_a_pod_gets_as_long_as_a_drain_may_take() -> None:
     for _, pod, container in pods():
         (pause,) = [int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"] if word.isdigit()]
         assert pod["terminationGracePeriodSeconds"] > Settings().drain_seconds + 5 + pause
@@ -81,12 +81,12 @@ def test_a_pod_gets_as_long_as_a_drain_may_take():
         assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
 
 
-def test_one_sqlite_server_at_a_time():
+def test_one_sqlite_server_at_a_time() -> None:
     (one,) = [resource for resource, _, _ in pods() if resource["kind"] == "Deployment"]
     assert one["spec"]["replicas"] == 1 and one["spec"]["strategy"]["type"] == "Recreate"
 
 
-def test_selectors_select_the_pods():
+def test_selectors_select_the_pods() -> None:
     for resource, _, _ in pods():
         labels = resource["spec"]["template"]["metadata"]["labels"]
         assert resource["spec"]["selector"]["matchLabels"].items() <= labels.items()
@@ -98,7 +98,7 @@ def test_selectors_select_the_pods():
             assert selector["matchLabels"] == labels
 
 
-def test_compose_publishes_one_port_and_holds_no_password():
+def test_compose_publishes_one_port_and_holds_no_password() -> None:
     compose = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())
     services = compose["services"]
     assert {name: one.get("ports") for name, one in services.items() if one.get("ports")} == {
