@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +19,7 @@ from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.cli_support import tool_version
 from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.core.errors import InputError, PkdError, TargetUnavailable, plain_reason
+from pkd.toolkit.core.extensions import load_object
 from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.images.codec import Rgb
@@ -45,19 +45,9 @@ def find_format(name: str) -> Format:
     """Return the format of a name in ``FORMATS``, or the object that ``MODULE:NAME`` names. Raises InputError."""
     if name in FORMATS:
         return FORMATS[name]
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        known = ", ".join(FORMATS)
-        raise InputError(f"--format {name}: unknown. Choose of {known}, or name one of your own as MODULE:NAME.")
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # whatever the module does when it is imported
-        raise InputError(
-            f"--format {name}: {module} cannot be imported: {plain_reason(error)} Install it, or set PYTHONPATH."
-        ) from None
+    found = load_object(name, "--format", ", ".join(FORMATS))
     if not isinstance(found, Format):
-        kind = "is missing" if found is None else f"is a {type(found).__name__}"
-        raise InputError(f"--format {name}: {attribute} {kind}. It must be a pkd.export.formats.base.Format.")
+        raise InputError(f"--format {name}: is a {type(found).__name__}. It must be a pkd.export.formats.base.Format.")
     taken = next((other for other, format in FORMATS.items() if format.runtime == found.runtime), None)
     if taken:
         raise InputError(f"--format {name}: its runtime {found.runtime} is that of --format {taken}. Choose another.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
 
+from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.evaluation.results.schema import Evaluation
 from tests.support import training_data
 from tests.support.evaluation_faces import PREPROCESS, teacher_info, write_people, write_student, write_teacher
@@ -15,6 +17,7 @@ PROTOCOL = '''
 
 from pkd.toolkit.evaluation.protocols.common import ProtocolResult, agree, common, describe_data, embed
 from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, resampled_from
+from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.evaluation.results.schema import Evaluation
 
 
@@ -39,6 +42,26 @@ import torch
 def worse_half(inputs):
     distances = 1 - (torch.nn.functional.normalize(inputs.embeddings) * inputs.teacher).sum(dim=1)
     return distances.topk(len(distances) // 2).values.mean()
+'''
+
+
+FORMAT = '''
+"""Hand devices the graph gzipped."""
+
+import gzip
+
+from pkd.export.checks.parity import onnx_runner
+from pkd.export.formats.base import Built, Format
+from pkd.export.graph.precision_variants import GraphForm
+
+
+def build(graph, precision, options, tell):
+    packed = gzip.compress(graph.data, mtime=0)
+    embed = onnx_runner(gzip.decompress(packed), lambda crops: crops, "the gzipped graph")
+    return Built({"encoder.onnx.gz": packed}, "gzip 1", {}, "onnxruntime", embed)
+
+
+FORMAT = Format("gzipped", ("fp32",), GraphForm(""), build)
 '''
 
 
@@ -81,3 +104,18 @@ def test_a_distillation_loss(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/student.pt").is_file()
     assert "own_loss:worse_half:5" in (tmp_path / "run/config.json").read_text()
+
+
+def test_an_export_format(tmp_path: Path) -> None:
+    (tmp_path / "own_format.py").write_text(FORMAT)
+    write_teacher(tmp_path)
+    done = run(
+        "pkd-export", tmp_path, "--teacher", "teacher.onnx", "--teacher-preprocess", PREPROCESS, "-o", "bundle",
+        "--format", "onnx", "own_format:FORMAT",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.open(tmp_path / "bundle")
+    (target,) = (one for one in bundle.manifest.targets if one.runtime == "gzipped")
+    assert target.name == "gzipped-fp32"
+    packed = (tmp_path / "bundle/targets/gzipped-fp32/encoder.onnx.gz").read_bytes()
+    assert gzip.decompress(packed) == (tmp_path / "bundle" / target.graph).read_bytes()
