@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pkd.serving.galleries.audit_file import AuditFile
+from pkd.serving.galleries.audit import AuditFile
 from pkd.serving.galleries.crypto import MasterKey
-from pkd.serving.galleries.milvus.client import Tables
+from pkd.serving.galleries.milvus.client import MilvusConnection
 from pkd.serving.galleries.milvus.store import MilvusStore
 from pkd.serving.galleries.sqlite.store import SqliteStore
 from pkd.serving.galleries.store import Enrolled, Enrolment, GalleryStore, NewTemplate, Space
@@ -59,7 +59,7 @@ def main() -> int:
         server.start()
         start_seconds = time.perf_counter() - started
         try:
-            milvus = MilvusStore(Tables(server.uri, timeout=60), AuditFile(Path(folder) / "audit.db"), master)
+            milvus = MilvusStore(MilvusConnection(server.uri, timeout=60), AuditFile(Path(folder) / "audit.db"), master)
             measured = measure(milvus, vectors)
             measured["start_seconds"] = start_seconds
             measured["server_mib"] = memory(server.pid)

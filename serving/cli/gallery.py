@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from pkd.toolkit.core.cli_support import Result, make_parser, progress, run
+from pkd.toolkit.core.cli_support import Result, make_parser, run
 from pkd.toolkit.core.errors import InputError, MissingExtra, NotTrusted
+from pkd.toolkit.core.progress import ConsoleProgress
 
 if TYPE_CHECKING:
     from pkd.serving.galleries.audit import Head
     from pkd.serving.galleries.crypto import MasterKey
-    from pkd.serving.galleries.inspection import Inspection
-    from pkd.serving.galleries.open import Place
+    from pkd.serving.galleries.open import StoreUrl
 
 EXAMPLES = """
   pkd-gallery new-key master.key
@@ -34,7 +34,7 @@ _NOTED = re.compile(r"(\d{1,18}):([0-9a-f]{64})", re.ASCII)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run pkd-gallery and return its exit code."""
     parser = make_parser("pkd-gallery", "Look after galleries that pkd-serve --gallery keeps.", EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -80,17 +80,18 @@ def _run(args: argparse.Namespace, console: Console) -> Result:
         made = MasterKey.create(args.file)
         console.print(f"wrote {args.file}, master key {made.id}. Keep a copy where the database's backups are not.")
         return {"file": str(args.file), "master": made.id}
-    return COMMANDS[args.command](args, _place(args), MasterKey.read(args.master_key), console)
+    return COMMANDS[args.command](args, _store_url(args), MasterKey.read(args.master_key), console)
 
 
-def _verify(args: argparse.Namespace, place: Place, master: MasterKey, console: Console) -> Result:
+def _verify(args: argparse.Namespace, url: StoreUrl, master: MasterKey, console: Console) -> Result:
     noted = _noted(args.noted)
-    found = (_inspect_milvus if place.milvus else _inspect_sqlite)(place, master, noted, console)
+    with closing(url.open(master, create=False, load=False)) as store:
+        found = store.verify(noted, ConsoleProgress(console))
     for line in found.wrong:
         console.print(line, style="red", markup=False, soft_wrap=True)
     if found.wrong:
         many = "1 thing is wrong" if len(found.wrong) == 1 else f"{len(found.wrong)} things are wrong, first"
-        raise NotTrusted(f"{place.where}: {many}: {found.wrong[0]}")
+        raise NotTrusted(f"{url.url}: {many}: {found.wrong[0]}")
     head = f"{found.head.sequence}:{found.head.hash}"
     galleries = "1 gallery" if found.galleries == 1 else f"{found.galleries:,} galleries"
     console.print(
@@ -103,51 +104,29 @@ def _verify(args: argparse.Namespace, place: Place, master: MasterKey, console: 
     return {**counts, "audit_head": head, "noted_head_checked": bool(noted)}
 
 
-def _inspect_sqlite(place: Place, master: MasterKey, noted: Head | None, console: Console) -> Inspection:
-    from pkd.serving.galleries.database import SqliteFile
-    from pkd.serving.galleries.sqlite.inspection import count_templates, inspect
-
-    with (
-        closing(SqliteFile(Path(place.where), master, create=False)) as file,
-        progress(console, "decrypting", count_templates(file)) as step,
-    ):
-        return inspect(file, noted, step)
-
-
-def _inspect_milvus(place: Place, master: MasterKey, noted: Head | None, console: Console) -> Inspection:
-    from pkd.serving.galleries.milvus.inspection import count_templates, inspect
-
-    with (
-        closing(place.tables(create=False)) as tables,
-        closing(place.log(create=False)) as log,
-        progress(console, "looking", count_templates(tables)) as step,
-    ):
-        return inspect(tables, log, master, noted, step)
-
-
-def _export(args: argparse.Namespace, place: Place, master: MasterKey, console: Console) -> Result:
+def _export(args: argparse.Namespace, url: StoreUrl, master: MasterKey, console: Console) -> Result:
     from pkd.serving.galleries.file_export import export
 
     with (
-        closing(place.open(master, create=False)) as store,
-        progress(console, "exporting", store.get(args.gallery).subjects) as step,
+        closing(url.open(master, create=False, load=False)) as store,
+        ConsoleProgress(console)("exporting", store.get(args.gallery).subjects) as advance,
     ):
-        count = export(store, args.gallery, args.file, None if args.plain else master, step)
+        count = export(store, args.gallery, args.file, None if args.plain else master, advance)
     state = "readable by anyone who has the file" if args.plain else f"encrypted under master key {master.id}"
     console.print(f"wrote {count:,} subjects to {args.file}, {state}", markup=False, soft_wrap=True)
     return {"gallery": args.gallery, "subjects": count, "file": str(args.file), "encrypted": not args.plain}
 
 
-def _import(args: argparse.Namespace, place: Place, master: MasterKey, console: Console) -> Result:
+def _import(args: argparse.Namespace, url: StoreUrl, master: MasterKey, console: Console) -> Result:
     from pkd.serving.galleries.crypto import MasterKey
     from pkd.serving.galleries.file_export import count_subjects, import_
 
-    sealed_with = MasterKey.read(args.sealed_with) if args.sealed_with else master
+    exported_under = MasterKey.read(args.sealed_with) if args.sealed_with else master
     with (
-        progress(console, "importing", count_subjects(args.file)) as step,
-        closing(place.open(master)) as store,
+        ConsoleProgress(console)("importing", count_subjects(args.file)) as advance,
+        closing(url.open(master, load=False)) as store,
     ):
-        gallery, done = import_(store, args.file, sealed_with, step, "pkd-gallery", args.gallery)
+        gallery, done = import_(store, args.file, exported_under, advance, "pkd-gallery", args.gallery)
     console.print(
         f"{gallery}: {done.subjects:,} subjects, {done.templates:,} templates enrolled, "
         f"{done.there_already:,} were there already, {done.expired:,} had expired",
@@ -156,45 +135,30 @@ def _import(args: argparse.Namespace, place: Place, master: MasterKey, console: 
     return {"gallery": gallery, **vars(done)}
 
 
-def _rekey(args: argparse.Namespace, place: Place, master: MasterKey, console: Console) -> Result:
+def _rekey(args: argparse.Namespace, url: StoreUrl, master: MasterKey, console: Console) -> Result:
     from pkd.serving.galleries.crypto import MasterKey
 
     after = MasterKey.read(args.new_key)
-    count = (_rekey_milvus if place.milvus else _rekey_sqlite)(place, master, after)
+    with closing(url.open(master, create=False, load=False)) as store:
+        count = store.rekey(after)
     console.print(f"{count:,} gallery keys are wrapped by master key {after.id} now. Start the server with it.")
     return {"galleries": count, "master": after.id}
-
-
-def _rekey_sqlite(place: Place, before: MasterKey, after: MasterKey) -> int:
-    from pkd.serving.galleries.database import SqliteFile, rewrap
-
-    with closing(SqliteFile(Path(place.where), before, create=False)) as file:
-        return rewrap(file, after)
-
-
-def _rekey_milvus(place: Place, before: MasterKey, after: MasterKey) -> int:
-    from pkd.serving.galleries.milvus.catalogue import Catalogue, rewrap
-
-    with closing(place.tables(create=False)) as tables, closing(place.log(create=False)) as log:
-        count = rewrap(Catalogue(tables), before, after)
-        log.append("pkd-gallery", "rekey", "", rows=count)
-        return count
 
 
 COMMANDS = {"verify": _verify, "export": _export, "import": _import, "rekey": _rekey}
 
 
-def _place(args: argparse.Namespace) -> Place:
-    from pkd.serving.galleries.open import Place
+def _store_url(args: argparse.Namespace) -> StoreUrl:
+    from pkd.serving.galleries.open import StoreUrl
 
     try:
-        place = Place(args.store, args.audit, args.milvus_token)
+        url = StoreUrl(args.store, args.audit, args.milvus_token)
     except InputError as error:
         raise InputError(f"{args.store}: {error}") from None
     for option, value in (("--audit", args.audit), ("--milvus-token", args.milvus_token)):
-        if value and not place.milvus:
+        if value and not url.milvus:
             raise InputError(f"{option} {value}: it is for a store milvus://HOST:PORT alone. Leave it out.")
-    return place
+    return url
 
 
 def _noted(text: str | None) -> Head | None:

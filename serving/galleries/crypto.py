@@ -1,9 +1,9 @@
-"""Vault: envelope encryption of what a gallery holds. Format: docs/galleries.md.
+"""Envelope encryption of what a gallery holds. Format: docs/galleries.md.
 
 A master key, kept outside the database, wraps a key per gallery; that wraps a key per subject; that encrypts the
 subject's templates. To destroy a wrapped key is to destroy all that it encrypts (crypto-shredding), wherever copies of
 the ciphertext remain. Everything is AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce in front, and its
-associated data names the place it belongs to: a row that was moved to another gallery, subject or template, or stamped
+associated data names the row it belongs to: a row that was moved to another gallery, subject or template, or stamped
 with another encoder, does not decrypt.
 """
 
@@ -24,23 +24,23 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pkd.toolkit.core.errors import InputError, NotTrusted
 
 KEY = 32
-"""Bytes of every key."""
+"""Length of every key in bytes."""
 NONCE = 12
-"""Bytes in front of every ciphertext."""
+"""Length in bytes of what stands in front of every ciphertext."""
 LEVELS = ("gallery", "subject", "template", "encoder")
-"""What the parts of a place name, outermost first."""
-NOT_OPEN = "does not decrypt: changed, moved, or sealed with another key."
+"""What the names in associated data are names of, outermost first."""
+REASON = "does not decrypt: changed, moved, or encrypted with another key."
 _HEX = re.compile(r"\s*([0-9a-fA-F]{64})\s*", re.ASCII)
 _MAKE = "Make a key with pkd-gallery new-key FILE"
 
 
-class Sealed(NotTrusted):
-    """Ciphertext that this key does not open: changed, moved to another row, or sealed with another key."""
+class DecryptionError(NotTrusted):
+    """Ciphertext does not decrypt: changed, moved to another row, or encrypted with another key."""
 
 
 @dataclass(frozen=True)
 class SubjectKey:
-    """Encrypts the templates of one subject. ``gallery`` and ``subject`` are names."""
+    """Encrypt the templates of one subject. ``gallery`` and ``subject`` are names."""
 
     gallery: str
     subject: str
@@ -50,21 +50,21 @@ class SubjectKey:
     def _cipher(self) -> AESGCM:
         return AESGCM(self.key)
 
-    def seal(self, data: bytes, template: str, encoder: str) -> bytes:
-        """Encrypt a template. It opens only as this very template, of this encoder, subject and gallery."""
-        return _seal(self._cipher, data, self._place(template, encoder))
+    def encrypt(self, data: bytes, template: str, encoder: str) -> bytes:
+        """Encrypt a template. It decrypts only as this very template, of this encoder, subject and gallery."""
+        return _encrypt(self._cipher, data, self._associated_data(template, encoder))
 
-    def open(self, sealed: bytes, template: str, encoder: str) -> bytes:
-        """What ``seal`` was given; raises Sealed."""
-        return _open(self._cipher, sealed, self._place(template, encoder))
+    def decrypt(self, ciphertext: bytes, template: str, encoder: str) -> bytes:
+        """Return what ``encrypt`` was given; raises DecryptionError."""
+        return _decrypt(self._cipher, ciphertext, self._associated_data(template, encoder))
 
-    def _place(self, template: str, encoder: str) -> bytes:
-        return _place("template", self.gallery, self.subject, template, encoder)
+    def _associated_data(self, template: str, encoder: str) -> bytes:
+        return _associated_data("template", self.gallery, self.subject, template, encoder)
 
 
 @dataclass(frozen=True)
 class GalleryKey:
-    """Wraps the keys of a gallery's subjects, and gives the secrets that go with the gallery."""
+    """Wrap the keys of a gallery's subjects, and derive the secrets that go with the gallery."""
 
     gallery: str
     key: bytes = field(repr=False)
@@ -78,49 +78,51 @@ class GalleryKey:
         return self.derive("pseudonyms")
 
     def new_subject(self, subject: str) -> tuple[SubjectKey, bytes]:
-        """A key for a new subject, and the same wrapped, to be stored beside their templates."""
+        """Make a key for a new subject, and the same wrapped, to be stored beside their templates."""
         key = os.urandom(KEY)
-        return SubjectKey(self.gallery, subject, key), _seal(self._cipher, key, self._place(subject))
+        return SubjectKey(self.gallery, subject, key), _encrypt(self._cipher, key, self._associated_data(subject))
 
     def subject(self, subject: str, wrapped: bytes) -> SubjectKey:
-        """Unwrap what ``new_subject`` gave; raises Sealed."""
-        return SubjectKey(self.gallery, subject, _open(self._cipher, wrapped, self._place(subject)))
+        """Unwrap what ``new_subject`` gave; raises DecryptionError."""
+        return SubjectKey(self.gallery, subject, _decrypt(self._cipher, wrapped, self._associated_data(subject)))
 
-    def templates(self, rows: Iterable[tuple[str, bytes, str, bytes]], encoder: str) -> Iterator[bytes | Sealed]:
-        """Open many templates of an encoder: of each row (subject, their wrapped key, template, ciphertext).
+    def templates(
+        self, rows: Iterable[tuple[str, bytes, str, bytes]], encoder: str
+    ) -> Iterator[bytes | DecryptionError]:
+        """Decrypt many templates of an encoder: of each row (subject, their wrapped key, template, ciphertext).
 
-        As ``subject`` and ``open``, row for row, in a third of the time; a Sealed is given in the place of a failure.
+        Equal to ``subject`` and ``decrypt``, row for row, in a third of the time; a failure is yielded, not raised.
         """
-        for subject, wrapped, template, sealed in rows:
-            place = f"{len(self.gallery)}\0{self.gallery}\0{len(subject)}\0{subject}"
+        for subject, wrapped, template, ciphertext in rows:
+            names = f"{len(self.gallery)}\0{self.gallery}\0{len(subject)}\0{subject}"
             try:
-                key = self._cipher.decrypt(wrapped[:NONCE], wrapped[NONCE:], f"subject\0{place}".encode())
-                place = f"template\0{place}\0{len(template)}\0{template}\0{len(encoder)}\0{encoder}"
-                yield AESGCM(key).decrypt(sealed[:NONCE], sealed[NONCE:], place.encode())
+                key = self._cipher.decrypt(wrapped[:NONCE], wrapped[NONCE:], f"subject\0{names}".encode())
+                names = f"template\0{names}\0{len(template)}\0{template}\0{len(encoder)}\0{encoder}"
+                yield AESGCM(key).decrypt(ciphertext[:NONCE], ciphertext[NONCE:], names.encode())
             except (InvalidTag, ValueError):
-                yield Sealed(f"{_spoken(place)}: {NOT_OPEN}")
+                yield DecryptionError(f"{_spoken(names)}: {REASON}")
 
     def pseudonym(self, subject: str) -> bytes:
-        """32 bytes that stand for the subject in the audit log, and mean nothing without this gallery's key."""
+        """Return 32 bytes that stand for the subject in the audit log, and mean nothing without this key."""
         return hmac.digest(self._pseudonyms, subject.encode(), "sha256")
 
     def derive(self, purpose: str) -> bytes:
-        """A further secret of 32 bytes that goes when this key goes."""
+        """Return a further secret of 32 bytes that goes when this key goes."""
         return hmac.digest(self.key, f"pkd {purpose}".encode(), "sha256")
 
-    def _place(self, subject: str) -> bytes:
-        return _place("subject", self.gallery, subject)
+    def _associated_data(self, subject: str) -> bytes:
+        return _associated_data("subject", self.gallery, subject)
 
 
 @dataclass(frozen=True)
 class MasterKey:
-    """Wraps the keys of galleries. Lives in a file, or a secret manager, and never in the database."""
+    """Wrap the keys of galleries. This key lies in a file, or a secret manager, and never in the database."""
 
     key: bytes = field(repr=False)
 
     @cached_property
     def id(self) -> str:
-        """16 hex digits that tell master keys apart and do not give the key away."""
+        """Return 16 hex digits that tell master keys apart and do not give the key away."""
         return hmac.digest(self.key, b"pkd master key", "sha256")[:8].hex()
 
     @cached_property
@@ -129,7 +131,7 @@ class MasterKey:
 
     @classmethod
     def parse(cls, text: str, source: str = "master key") -> MasterKey:
-        """64 hex digits; ``source`` is what the InputError names, which never shows the text."""
+        """Parse 64 hex digits; ``source`` is what the InputError names, which never shows the text."""
         found = _HEX.fullmatch(text)
         if not found:
             raise InputError(f"{source}: not a master key, which is 64 hex digits. {_MAKE}.")
@@ -170,37 +172,37 @@ class MasterKey:
         return cls(key)
 
     def new_gallery(self, gallery: str) -> tuple[GalleryKey, bytes]:
-        """A key for a new gallery, and the same wrapped, to be stored."""
+        """Make a key for a new gallery, and the same wrapped, to be stored."""
         key = GalleryKey(gallery, os.urandom(KEY))
         return key, self.wrap(key)
 
     def gallery(self, gallery: str, wrapped: bytes) -> GalleryKey:
-        """Unwrap what ``new_gallery`` or ``wrap`` gave; raises Sealed."""
-        return GalleryKey(gallery, _open(self._cipher, wrapped, _place("gallery", gallery)))
+        """Unwrap what ``new_gallery`` or ``wrap`` gave; raises DecryptionError."""
+        return GalleryKey(gallery, _decrypt(self._cipher, wrapped, _associated_data("gallery", gallery)))
 
     def wrap(self, key: GalleryKey) -> bytes:
-        """A gallery's key under this master key: all that a change of master key has to write anew."""
-        return _seal(self._cipher, key.key, _place("gallery", key.gallery))
+        """Wrap a gallery's key under this master key: all that a change of master key has to write anew."""
+        return _encrypt(self._cipher, key.key, _associated_data("gallery", key.gallery))
 
 
-def _seal(cipher: AESGCM, data: bytes, place: bytes) -> bytes:
+def _encrypt(cipher: AESGCM, data: bytes, associated: bytes) -> bytes:
     nonce = os.urandom(NONCE)
-    return nonce + cipher.encrypt(nonce, data, place)
+    return nonce + cipher.encrypt(nonce, data, associated)
 
 
-def _open(cipher: AESGCM, sealed: bytes, place: bytes) -> bytes:
+def _decrypt(cipher: AESGCM, ciphertext: bytes, associated: bytes) -> bytes:
     try:
-        return cipher.decrypt(sealed[:NONCE], sealed[NONCE:], place)
+        return cipher.decrypt(ciphertext[:NONCE], ciphertext[NONCE:], associated)
     except (InvalidTag, ValueError):
-        raise Sealed(f"{_spoken(place.decode().split(chr(0), 1)[1])}: {NOT_OPEN}") from None
+        raise DecryptionError(f"{_spoken(associated.decode().split(chr(0), 1)[1])}: {REASON}") from None
 
 
 def _spoken(names: str) -> str:
-    """A place for people, from its names and their lengths."""
+    """Put the names in associated data into words."""
     parts = names.removeprefix("template\0").split("\0")[1::2]
     return ", ".join(f"{level} {name}" for level, name in zip(LEVELS, parts, strict=False))
 
 
-def _place(kind: str, *names: str) -> bytes:
-    """Associated data: each name after its length in characters, so that no two places spell the same bytes."""
+def _associated_data(kind: str, *names: str) -> bytes:
+    """Join names, each after its length in characters, so that no two rows have the same associated data."""
     return "\0".join([kind, *[f"{len(name)}\0{name}" for name in names]]).encode()

@@ -1,4 +1,4 @@
-"""Description: a gallery and its subjects as JSON, the same in answers, in exports by the API and in those to files."""
+"""Galleries and subjects as JSON: the same in answers, in exports by the API and in those to files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import base64
 from datetime import datetime, timezone
 from typing import Any, overload
 
-import numpy as np
-
 from pkd.serving.galleries.store import Gallery, Space, Subject, Template
+from pkd.serving.galleries.templates import fingerprint
 
 FORMAT = "pkd-gallery-1"
-"""Of an exported gallery; its first line says so."""
+"""Name of the format, which the first line of an export states."""
 Json = dict[str, Any]
 
 
@@ -25,7 +24,7 @@ def utc(seconds: float | None) -> datetime | None:
 
 
 def of_gallery(gallery: Gallery) -> Json:
-    """The first line of an export."""
+    """Describe a gallery, as the first line of an export does."""
     retention = {} if gallery.retention is None else {"retention_seconds": gallery.retention}
     return {
         "format": FORMAT,
@@ -38,7 +37,7 @@ def of_gallery(gallery: Gallery) -> Json:
 
 
 def of_subject(subject: Subject) -> Json:
-    """A subject; vectors only where the store was asked for them."""
+    """Describe a subject; vectors only where the store was asked for them."""
     consent = subject.consent
     return {
         "subject": subject.id,
@@ -49,7 +48,7 @@ def of_subject(subject: Subject) -> Json:
 
 
 def _template(one: Template) -> Json:
-    told: Json = {
+    described: Json = {
         "id": one.id,
         "encoder": one.encoder,
         "space": one.space,
@@ -57,9 +56,8 @@ def _template(one: Template) -> Json:
         "expires": utc(one.expires),
     }
     if one.vector is not None:
-        stored = np.asarray(one.vector, "<f2").tobytes()
-        told |= {"embedding": base64.b64encode(stored).decode(), "encoding": "b64_f16"}
-    return told
+        described |= {"embedding": base64.b64encode(fingerprint(one)[1]).decode(), "encoding": "b64_f16"}
+    return described
 
 
 def _space(space: Space) -> Json:

@@ -1,4 +1,4 @@
-"""Dump: a gallery as a file of JSON lines, encrypted or plain, out of a store and into one. Format: docs/galleries.md.
+"""A gallery as a file of JSON lines, encrypted or plain, out of a store and into one. Format: docs/galleries.md.
 
 Import is idempotent by content: a template that its subject has already, bit for bit, is passed over. So an import that
 was interrupted is simply run again.
@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,17 +22,18 @@ import orjson
 
 from pkd.serving.galleries.crypto import MasterKey, SubjectKey
 from pkd.serving.galleries.description import FORMAT, Json, of_gallery, of_subject
-from pkd.serving.galleries.merge import print_of, prints
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, GalleryStore, NewTemplate, Space
+from pkd.serving.galleries.templates import fingerprint, fingerprints
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.progress import Advance
 
 BATCH = 256
-"""Subjects enrolled in one durable step."""
+"""Enrolments made in one durable step."""
 
 
 @dataclass
 class Imported:
-    """What an import did."""
+    """Count what an import did."""
 
     subjects: int = 0
     templates: int = 0
@@ -42,7 +43,7 @@ class Imported:
     """Templates whose time is over, which are left out."""
 
 
-def export(store: GalleryStore, gallery: str, path: Path, master: MasterKey | None, step: Callable[[int], None]) -> int:
+def export(store: GalleryStore, gallery: str, path: Path, master: MasterKey | None, advance: Advance) -> int:
     """Write a gallery to a new file (mode 600), complete or not at all; returns how many subjects.
 
     ``master``: encrypt under a key of its own that this one wraps; None: plain.
@@ -65,7 +66,7 @@ def export(store: GalleryStore, gallery: str, path: Path, master: MasterKey | No
             for subject in subjects:
                 count += 1
                 file.write(_line(of_subject(subject), key, count))
-                step(1)
+                advance(1)
             file.write(_line({"end": True, "subjects": count}, key, count + 1))
             file.flush()
             os.fsync(file.fileno())
@@ -77,7 +78,7 @@ def export(store: GalleryStore, gallery: str, path: Path, master: MasterKey | No
 
 
 def import_(
-    store: GalleryStore, path: Path, master: MasterKey, step: Callable[[int], None], actor: str, name: str | None = None
+    store: GalleryStore, path: Path, master: MasterKey, advance: Advance, actor: str, name: str | None = None
 ) -> tuple[str, Imported]:
     """Enrol what a file holds into the gallery it names, or into ``name``, which is made where it is not there.
 
@@ -98,7 +99,7 @@ def import_(
             batch += _missing(store, gallery, line, done)
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}: line {done.subjects + 1}: is not what pkd-gallery export writes.") from None
-        step(1)
+        advance(1)
         if len(batch) >= BATCH:
             _enrol(store, gallery, batch, actor, done)
             batch = []
@@ -107,7 +108,7 @@ def import_(
 
 
 def count_subjects(path: Path) -> int:
-    """How many subjects an export seems to hold."""
+    """Count the subjects that an export seems to hold."""
     with _opened(path) as file:
         return max(0, sum(1 for _ in file) - 2)
 
@@ -124,16 +125,16 @@ def _read_space(written: Json) -> Space:
 
 
 def _missing(store: GalleryStore, gallery: str, line: Json, done: Imported) -> list[Enrolment]:
-    """What of a subject is not there yet: an enrolment for each time of expiry."""
+    """Make enrolments of what is not there yet of a subject, one for each time of expiry."""
     subject = str(line["subject"])
-    there = prints(store, gallery, subject)
+    there = fingerprints(store, gallery, subject)
     by_expiry: dict[float | None, list[NewTemplate]] = defaultdict(list)
     for template in line["templates"]:
         if template["encoding"] != "b64_f16":
             raise ValueError
         vector = np.frombuffer(base64.b64decode(template["embedding"]), "<f2").astype(np.float32)
         coming = NewTemplate(template["encoder"], template["space"], vector)
-        if print_of(coming) in there:
+        if fingerprint(coming) in there:
             done.there_already += 1
             continue
         expires = template["expires"] and datetime.fromisoformat(template["expires"].replace("Z", "+00:00")).timestamp()
@@ -158,11 +159,11 @@ def _enrol(store: GalleryStore, gallery: str, batch: list[Enrolment], actor: str
 
 def _line(content: Json, key: SubjectKey | None, number: int) -> bytes:
     plain = orjson.dumps(content)
-    return (base64.b64encode(key.seal(plain, str(number), FORMAT)) if key else plain) + b"\n"
+    return (base64.b64encode(key.encrypt(plain, str(number), FORMAT)) if key else plain) + b"\n"
 
 
 def _lines(path: Path, master: MasterKey) -> Iterator[Json]:
-    """The head, then every subject. Raises InputError where the file is not whole."""
+    """Yield the head, then every subject. Raises InputError where the file is not whole."""
     with _opened(path) as file:
         number = 0
         try:
@@ -180,7 +181,7 @@ def _lines(path: Path, master: MasterKey) -> Iterator[Json]:
                 opened = master.gallery(f"export of {head['gallery']}", base64.b64decode(head["key"]))
                 key = SubjectKey("export", head["gallery"], opened.key)
             for number, raw in enumerate(file, 1):
-                line = json.loads(key.open(base64.b64decode(raw), str(number), FORMAT) if key else raw)
+                line = json.loads(key.decrypt(base64.b64decode(raw), str(number), FORMAT) if key else raw)
                 if "end" in line:
                     if line["subjects"] != number - 1 or file.readline():
                         raise InputError(f"{path}: line {number + 1}: the end is not where it should be.")

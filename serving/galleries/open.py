@@ -1,4 +1,4 @@
-"""Place: where galleries are kept, a folder of this machine or a Milvus server, and the store that is there."""
+"""The URL of a store, a folder of this machine or a Milvus server, and how the store that is there is opened."""
 
 from __future__ import annotations
 
@@ -10,66 +10,56 @@ from typing import TYPE_CHECKING
 from pkd.toolkit.core.errors import InputError
 
 if TYPE_CHECKING:
-    from pkd.serving.galleries.audit_file import AuditFile
     from pkd.serving.galleries.crypto import MasterKey
-    from pkd.serving.galleries.milvus.client import Tables
     from pkd.serving.galleries.store import GalleryStore
 
 MILVUS = re.compile(r"milvus(\+tls)?://([A-Za-z0-9.-]+:\d{1,5})")
 
 
 @dataclass(frozen=True)
-class Place:
-    """``where``: DIR, or milvus[+tls]://HOST:PORT; raises InputError for another address."""
+class StoreUrl:
+    """Say where galleries are kept: ``url`` is DIR, or milvus[+tls]://HOST:PORT. Raises InputError for another."""
 
-    where: str
+    url: str
     audit: str | None = None
     """File of the audit log beside Milvus."""
     token: str | None = None
     """File that holds USER:PASSWORD of Milvus."""
     shards: int = 1
-    """Of a new gallery in Milvus."""
+    """Number of shards of a new gallery in Milvus."""
 
     def __post_init__(self) -> None:
-        if "://" in self.where and not MILVUS.fullmatch(self.where):
+        if "://" in self.url and not MILVUS.fullmatch(self.url):
             raise InputError("give a folder, milvus://HOST:PORT, or milvus+tls://HOST:PORT for TLS.")
 
     @property
     def milvus(self) -> bool:
-        """Whether it is a Milvus server."""
-        return "://" in self.where
+        """Tell whether it is a Milvus server's."""
+        return "://" in self.url
 
-    def open(self, master: MasterKey, *, create: bool = True) -> GalleryStore:
-        """The store; without ``create`` there must be one already. Raises InputError or StoreUnavailable."""
-        if not self.milvus:
+    def open(self, master: MasterKey, *, create: bool = True, load: bool = True) -> GalleryStore:
+        """Open the store; without ``create`` there must be one already.
+
+        ``load`` False: SQLite reads templates into memory only when they are searched, as commands do not. Raises
+        InputError or StoreUnavailable.
+        """
+        found = MILVUS.fullmatch(self.url)
+        if not found:
             from pkd.serving.galleries.sqlite.store import SqliteStore
 
-            return SqliteStore(Path(self.where), master, create=create)
+            return SqliteStore(Path(self.url), master, create=create, load=load)
+        from pkd.serving.galleries.audit import AuditFile
+        from pkd.serving.galleries.milvus.catalogue import Catalogue
+        from pkd.serving.galleries.milvus.client import MilvusConnection
         from pkd.serving.galleries.milvus.store import MilvusStore
 
-        return MilvusStore(self.tables(create=create), self.log(create=create), master)
-
-    def tables(self, *, create: bool = True) -> Tables:
-        """A connection to Milvus. Without ``create`` an InputError where no galleries are kept there."""
-        from pkd.serving.galleries.milvus.catalogue import Catalogue
-        from pkd.serving.galleries.milvus.client import Tables
-
-        found = MILVUS.fullmatch(self.where)
-        assert found
-        tables = Tables(
-            f"http{'s' if found[1] else ''}://{found[2]}", _secret(self.token) if self.token else "", shards=self.shards
-        )
-        if not create and Catalogue(tables).table not in tables.names():
-            raise InputError(f"{self.where}: keeps no galleries of pkd's.")
-        return tables
-
-    def log(self, *, create: bool = True) -> AuditFile:
-        """The audit log beside Milvus."""
-        from pkd.serving.galleries.audit_file import AuditFile
-
         if not self.audit:
-            raise InputError(f"{self.where}: Milvus keeps no audit log. Pass --audit FILE.")
-        return AuditFile(Path(self.audit), create=create)
+            raise InputError(f"{self.url}: Milvus keeps no audit log. Pass --audit FILE.")
+        address = f"http{'s' if found[1] else ''}://{found[2]}"
+        connection = MilvusConnection(address, _secret(self.token) if self.token else "", shards=self.shards)
+        if not create and Catalogue(connection).table not in connection.names():
+            raise InputError(f"{self.url}: keeps no galleries of pkd's.")
+        return MilvusStore(connection, AuditFile(Path(self.audit), create=create), master)
 
 
 def _secret(path: str) -> str:

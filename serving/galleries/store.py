@@ -1,42 +1,33 @@
-"""Gallery: templates of one space, each stamped with the encoder that made it. And what a store of galleries promises.
+"""A store of galleries: what it keeps, and what it promises.
 
-A template is searched only beside others of its own encoder: thresholds belong to an ordered pair of encoders, so the
-scores of two encoders have no common scale. That is why ``search`` is asked for one encoder at a time.
+A gallery holds templates of one space, each stamped with the encoder that made it. A template is searched only beside
+others of its own encoder: thresholds belong to an ordered pair of encoders, so the scores of two encoders have no
+common scale. That is why ``search`` is asked for one encoder at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pkd.serving.galleries.audit import Head
+from pkd.serving.galleries.crypto import MasterKey
 from pkd.toolkit.core.errors import PkdError
+from pkd.toolkit.core.progress import Progress, no_progress
 
 Vectors = NDArray[np.float32]
 """Unit rows N×D."""
 Attributes = Mapping[str, str]
 """What an operator may filter on: a site, a role. Not a place for names: attributes are stored as they are."""
-Action = Literal[
-    "create",
-    "enrol",
-    "delete-subject",
-    "delete-gallery",
-    "expire",
-    "begin-migration",
-    "end-migration",
-    "purge",
-    "rekey",
-]
-"""What the audit log records. ``purge``: what was deleted of the gallery before has left the files of a store that only
-marks it at first. ``rekey``: all gallery keys were wrapped by another master key."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """The part of an EmbeddingSpace that a store needs."""
+    """Name the part of an EmbeddingSpace that a store needs."""
 
     id: str
     dim: int
@@ -44,7 +35,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Consent:
-    """On what ground a subject is enrolled. Recorded and given back, not judged."""
+    """State on what ground a subject is enrolled. It is recorded and given back, not judged."""
 
     basis: str
     """For example ``consent`` or ``contract``."""
@@ -56,7 +47,7 @@ class Consent:
 
 @dataclass(frozen=True)
 class Gallery:
-    """One gallery as it is now."""
+    """Describe one gallery as it is now."""
 
     name: str
     space: Space
@@ -74,13 +65,13 @@ class Gallery:
 
     @property
     def spaces(self) -> tuple[Space, ...]:
-        """Whose vectors it takes."""
+        """List the spaces whose vectors it takes."""
         return (self.space, self.moving_to) if self.moving_to else (self.space,)
 
 
 @dataclass(frozen=True)
 class NewTemplate:
-    """What is to be enrolled. Stores keep its direction in float16, and search it at unit length."""
+    """Hold what is to be enrolled. Stores keep its direction in float16, and search it at unit length."""
 
     encoder: str
     space: str
@@ -90,7 +81,7 @@ class NewTemplate:
 
 @dataclass(frozen=True)
 class Enrolment:
-    """Templates for one subject, all or none of them."""
+    """Ask for templates of one subject, all or none of them."""
 
     subject: str
     templates: Sequence[NewTemplate]
@@ -107,20 +98,20 @@ class Enrolment:
 
 @dataclass(frozen=True)
 class Enrolled:
-    """An enrolment that is durable: a process that dies after this was returned has not lost it."""
+    """Acknowledge an enrolment that is durable: a process that dies after this was returned has not lost it."""
 
     subject: str
     templates: tuple[str, ...]
     """Ids, in the order they were given."""
     sequence: int
-    """Of the change; a later one is larger."""
+    """Number of the change; a later one is larger."""
     replayed: bool
     """True: the idempotency key had been used, nothing was done."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A template as an operator sees it; its vector only where it was asked for."""
+    """Describe a template as an operator sees it; its vector only where it was asked for."""
 
     id: str
     encoder: str
@@ -132,7 +123,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject and their templates."""
+    """Describe a subject and their templates."""
 
     id: str
     templates: tuple[Template, ...]
@@ -142,7 +133,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a deletion removed, and the place of its record in the audit log."""
+    """State what a deletion removed, and where its record is in the audit log."""
 
     gallery: str
     subject: str | None
@@ -152,14 +143,14 @@ class Receipt:
     covers: tuple[str, ...]
     """Where nothing is left, for example ``rows``, ``index``, ``wal``, ``key``, ``milvus``."""
     sequence: int
-    """Of the audit record."""
+    """The audit record's."""
     hash: str
-    """Of the audit record, SHA-256 (hex)."""
+    """The audit record's, SHA-256 (hex)."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One subject near a query: the best of their templates."""
+    """Name one subject near a query, by the best of their templates."""
 
     subject: str
     template: str
@@ -168,8 +159,8 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The answer to one query."""
+class SearchResult:
+    """Answer one query."""
 
     hits: tuple[Hit, ...]
     """Best first, every subject once; equal scores in the order of the subjects' ids."""
@@ -178,16 +169,28 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Moved:
-    """The outcome of ending a migration."""
+class EndedMigration:
+    """State the outcome of ending a migration."""
 
     templates: int
     """Templates of the old space that were deleted."""
     receipt: Receipt
 
 
+@dataclass
+class Inspection:
+    """State what a verification looked at, and what it found wrong: one line each."""
+
+    head: Head
+    """The audit log's."""
+    galleries: int = 0
+    subjects: int = 0
+    templates: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
 class GalleryStore(Protocol):
-    """Where galleries are kept. Blocking and safe to call from several threads; every process has one.
+    """Keep galleries. Blocking and safe to call from several threads; every process has one.
 
     Raises UnknownGallery, UnknownSubject, GalleryConflict, SpaceMismatch, IdempotencyConflict and StoreUnavailable
     (disk full or read-only, database gone). ``actor``: who is answerable, the name of the API key, for the audit log.
@@ -195,13 +198,13 @@ class GalleryStore(Protocol):
     """
 
     def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
-        """Create, or return what is there if it has this very space; else a gallery-conflict."""
+        """Create a gallery, or return what is there if it has this very space; else GalleryConflict."""
 
     def get(self, name: str) -> Gallery:
-        """One gallery."""
+        """Describe one gallery."""
 
     def list(self) -> Sequence[Gallery]:
-        """All, by name."""
+        """Describe all galleries, by name."""
 
     def delete(self, name: str, actor: str) -> Receipt:
         """Delete a gallery with all that is in it, and its key."""
@@ -209,22 +212,22 @@ class GalleryStore(Protocol):
     def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | PkdError]:
         """Enrol many subjects in one durable step; an error in the place of each that was refused."""
 
-    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
-        """What ``enrol`` would say to idempotency keys used before, None for others. Looks at no template."""
+    def replayed(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
+        """Return what ``enrol`` would say to idempotency keys used before, None for others. Looks at no template."""
 
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
-        """One subject, with their vectors where asked for."""
+        """Describe one subject, with their vectors where asked for."""
 
     def subjects(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
-        """Ids after ``after``: a page, always in one order. Ascending, but not in Milvus, which must not learn them."""
+        """List ids after ``after``: a page, always in one order, ascending but in Milvus, which must not learn ids."""
 
     def delete_subject(self, gallery: str, subject: str, actor: str) -> Receipt:
         """Delete a subject's templates and key."""
 
     def search(
         self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None
-    ) -> Sequence[Found]:
-        """For each of the unit rows Q×D the nearest subjects among templates of ``encoder``, exactly.
+    ) -> Sequence[SearchResult]:
+        """Find for each of the unit rows Q×D the nearest subjects among templates of ``encoder``, exactly.
 
         ``where``: only subjects that have all these attributes. An encoder without templates gives empty answers.
         """
@@ -233,19 +236,28 @@ class GalleryStore(Protocol):
         """Take templates of a second space, too. The same space again is no error: a migration is resumable."""
 
     def unmoved(self, gallery: str, *, after: str = "", limit: int = 100, back: bool = False) -> Sequence[str]:
-        """Subjects without a template in the second space, or with ``back`` in the first: a page, as ``subjects``."""
+        """List subjects without a template in the second space, with ``back`` in the first: a page, as ``subjects``."""
 
-    def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> Moved:
+    def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> EndedMigration:
         """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round.
 
-        A gallery-conflict while a subject would be left without a template.
+        Raises GalleryConflict while a subject would be left without a template.
         """
 
     def expire(self, now: float) -> int:
         """Delete what is past its time; returns how many templates. Called again and again by the server."""
 
     def export(self, gallery: str) -> Iterator[Subject]:
-        """Every subject with vectors, in the order of ``subjects``; in SQLite as of one moment."""
+        """Yield every subject with vectors, in the order of ``subjects``; in SQLite as of one moment."""
+
+    def verify(self, noted: Head | None = None, progress: Progress = no_progress) -> Inspection:
+        """Look at everything that is kept, and at the audit log; say what is wrong. May run beside servers.
+
+        ``noted``: a head of the audit log that was kept outside.
+        """
+
+    def rekey(self, master: MasterKey) -> int:
+        """Wrap every gallery's key with another master key; returns how many were. No server may run meanwhile."""
 
     def check(self) -> None:
         """Raise StoreUnavailable unless the store can read and write right now."""

@@ -90,7 +90,7 @@ async def read_items(service: Service, gallery: Gallery, lines: Sequence[BulkLin
     parsed = [_parse(line) for line in lines]
     keyed = [line for line, body in parsed if body and line.key]
     asked = [enrolment for line in keyed for enrolment in line.enrolments]
-    answered = await service.stored(service.store.answered, gallery.name, asked) if asked else ()
+    answered = await service.stored(service.store.replayed, gallery.name, asked) if asked else ()
     for line, enrolment, outcome in zip(keyed, asked, answered, strict=True):
         if isinstance(outcome, PkdError):
             line.error = explained(outcome, service, gallery, enrolment)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pkd.serving.core.gallery_schemas import IdentifyOptions
-from pkd.serving.galleries.store import Found, Gallery
+from pkd.serving.galleries.store import Gallery, SearchResult
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.admission import another_space
 from pkd.serving.matching.verification import Rank, describe_certificate, rank
@@ -86,7 +86,7 @@ def per_comparison(fpir: float, templates: int) -> float:
 
 
 def resolve_thresholds(
-    plan: SearchPlan, found: Mapping[str, Found], fmr: float | None, threshold: float | None
+    plan: SearchPlan, found: Mapping[str, SearchResult], fmr: float | None, threshold: float | None
 ) -> tuple[dict[str, MatchRule], dict[str, Reason]]:
     """Give the match rule of every encoder that was searched, and the encoders that no threshold can be given for."""
     rules: dict[str, MatchRule] = {}
@@ -106,7 +106,7 @@ def resolve_thresholds(
     return rules, refused
 
 
-def candidates(rules: Mapping[str, MatchRule], found: Mapping[str, Found]) -> list[dict[str, Any]]:
+def candidates(rules: Mapping[str, MatchRule], found: Mapping[str, SearchResult]) -> list[dict[str, Any]]:
     """List every subject once, by the template that speaks most for them; matches first, then the smallest rates.
 
     Equal rates, as past the last resolved score, are ranked by the margin over the threshold. Matches come before
@@ -141,7 +141,7 @@ def describe_search(
     gallery: Gallery,
     query: str,
     plan: SearchPlan,
-    found: Mapping[str, Found],
+    found: Mapping[str, SearchResult],
     options: IdentifyOptions,
     default_fpir: float,
 ) -> dict[str, Any]:

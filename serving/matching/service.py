@@ -18,7 +18,7 @@ from pkd.serving.core.errors import NoGalleries, UnknownSubject
 from pkd.serving.core.gallery_schemas import IdentifyOptions
 from pkd.serving.core.options import Settings
 from pkd.serving.core.schemas import EmbeddingSide, EmbedOptions, Faces, ImageSide, SubjectSide, VerifyBody
-from pkd.serving.galleries.store import Found, GalleryStore
+from pkd.serving.galleries.store import GalleryStore, SearchResult
 from pkd.serving.inference.artifacts import Artifacts
 from pkd.serving.inference.decoding import Undecoded
 from pkd.serving.inference.embedding import Inference
@@ -195,7 +195,7 @@ class Service:
         # Two at least, or a second subject above the threshold would go unseen.
         most = max(options.top_k, 2)
 
-        async def search(one: str) -> Found:
+        async def search(one: str) -> SearchResult:
             (found,) = await self.stored(self.store.search, name, one, row, most, options.where)
             return found
 

@@ -25,8 +25,8 @@ from pkd.serving.core.gallery_schemas import ExportedSubject, ExportedTemplate, 
 from pkd.serving.core.schemas import MANY_VALUES
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.description import Json, of_gallery, of_subject
-from pkd.serving.galleries.merge import print_of, prints
 from pkd.serving.galleries.store import Enrolment, Gallery, NewTemplate, Subject
+from pkd.serving.galleries.templates import fingerprint, fingerprints
 from pkd.serving.matching.admission import check_encoder_allowed
 from pkd.serving.matching.bulk import BulkLine, ReadLine
 from pkd.serving.matching.enrolment import consent_of
@@ -97,11 +97,11 @@ class Import:
     def _lacking(self, gallery: str, lines: Sequence[ReadLine]) -> Sequence[ReadLine]:
         lacking = []
         for line in lines:
-            there = prints(self._service.store, gallery, line.subject) if line.subject and line.enrolments else ()
+            there = fingerprints(self._service.store, gallery, line.subject) if line.subject and line.enrolments else ()
             enrolments = [
                 replace(one, templates=templates)
                 for one in line.enrolments
-                if (templates := [template for template in one.templates if print_of(template) not in there])
+                if (templates := [template for template in one.templates if fingerprint(template) not in there])
             ]
             lacking.append(replace(line, enrolments=enrolments))
         return lacking

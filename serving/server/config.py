@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pkd.serving.core.options import Settings, check
-from pkd.serving.galleries.open import Place
+from pkd.serving.galleries.open import StoreUrl
 from pkd.serving.observability.logs import LogFormat
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.gpu import Device
@@ -96,7 +96,7 @@ def _one_of(*known: str) -> Callable[[str], str]:
 
 
 def _gallery(text: str) -> str:
-    Place(text)
+    StoreUrl(text)
     return text
 
 
@@ -311,7 +311,7 @@ def _check_combinations(made: Configuration) -> None:
             f"--master-key {made.master_key}: lies with the galleries; whoever copies those would have both. "
             "Keep it elsewhere."
         )
-    milvus = bool(made.gallery and Place(made.gallery).milvus)
+    milvus = bool(made.gallery and StoreUrl(made.gallery).milvus)
     if milvus and not made.audit:
         raise InputError(f"--gallery {made.gallery}: Milvus keeps no audit log. Pass --audit FILE (PKD_AUDIT_FILE).")
     shards = made.milvus_shards if made.milvus_shards > 1 else None

@@ -14,7 +14,7 @@ import cv2
 from rich.console import Console
 
 from pkd.serving.api.api_keys import ApiKeys
-from pkd.serving.galleries.open import Place
+from pkd.serving.galleries.open import StoreUrl
 from pkd.serving.galleries.store import GalleryStore
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.service import Service
@@ -91,8 +91,8 @@ def open_store(configuration: Configuration) -> GalleryStore | None:
         return None
     from pkd.serving.galleries.crypto import MasterKey
 
-    place = Place(configuration.gallery, configuration.audit, configuration.milvus_token, configuration.milvus_shards)
-    return place.open(MasterKey.read(Path(configuration.master_key)))
+    url = StoreUrl(configuration.gallery, configuration.audit, configuration.milvus_token, configuration.milvus_shards)
+    return url.open(MasterKey.read(Path(configuration.master_key)))
 
 
 def introduce(console: Console, it: Opened, configuration: Configuration) -> None:

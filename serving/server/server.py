@@ -22,7 +22,7 @@ import uvicorn
 from pkd.serving.api.api_keys import ApiKeys
 from pkd.serving.api.app import create_app
 from pkd.serving.core.errors import ServingError
-from pkd.serving.galleries.crypto import Sealed
+from pkd.serving.galleries.crypto import DecryptionError
 from pkd.serving.galleries.store import GalleryStore
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.errors import BundleError, InputError, PkdError
@@ -178,7 +178,7 @@ class _Server(uvicorn.Server):
             except Exception as error:
                 metrics.store_up.set(0)
                 # What does not decrypt is told with its gallery's name, which is no matter for a log.
-                plain = isinstance(error, ServingError) and not isinstance(error.__cause__, Sealed)
+                plain = isinstance(error, ServingError) and not isinstance(error.__cause__, DecryptionError)
                 why = str(error) if plain else type(error).__name__
                 logger.error("retention: what has expired is not deleted, tried again later: %s", why)
             await asyncio.sleep(self._service.settings.sweep_seconds)

@@ -5,7 +5,7 @@ Run as: python tests/soak/store_crash.py --rounds 50 --processes 2
 Each round starts processes on one store; each enrols subjects of three templates from three threads and deletes every
 fourth, telling this process what was acknowledged. Then they are killed (SIGKILL) at a random moment. What must hold
 afterwards: every acknowledged subject is there with the very vectors, none with fewer than three; no acknowledged
-deletion has come back; audit chain, keys, counters and index are whole (inspection.py).
+deletion has come back; audit chain, keys, counters and index are whole (SqliteStore.verify).
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.serving.galleries.crypto import MasterKey
-from pkd.serving.galleries.database import SqliteFile
-from pkd.serving.galleries.sqlite.inspection import inspect
 from pkd.serving.galleries.sqlite.store import SqliteStore
 from pkd.serving.galleries.store import Enrolled, Enrolment, NewTemplate, Space
 
@@ -89,10 +87,9 @@ def crash(folder: Path, rounds: int, processes: int, seed: int) -> dict[str, obj
 
 def lost(folder: Path, enrolled: set[int], deleted: set[int], unsure: set[int]) -> list[str]:
     """What is not as it was acknowledged. ``unsure``: a deletion was begun."""
-    with closing(SqliteFile(folder, MASTER)) as file:
-        wrong = inspect(file).wrong
     there = set()
     with closing(SqliteStore(folder, MASTER)) as store:
+        wrong = store.verify().wrong
         for subject in store.export("staff"):
             there.add(int(subject.id))
             held = np.stack([one.vector for one in subject.templates if one.vector is not None])

@@ -202,7 +202,7 @@ class Conformance:
         first, second = enrolled(store.enrol("staff", asked, ALICE))
         bare = [replace(each, templates=()) for each in asked]
         unknown = [one("ann", unit(1)[0], key="k3", digest="d1"), one("ann", unit(1)[0])]
-        said = store.answered("staff", [bare[1], *unknown, replace(bare[0], digest="d2"), bare[0]])
+        said = store.replayed("staff", [bare[1], *unknown, replace(bare[0], digest="d2"), bare[0]])
         assert isinstance(said[3], IdempotencyConflict)
         assert [said[0], *said[1:3], said[4]] == [
             replace(second, replayed=True),
@@ -210,11 +210,11 @@ class Conformance:
             None,
             replace(first, replayed=True),
         ]
-        assert store.answered("staff", []) == []
+        assert store.replayed("staff", []) == []
         store.delete_subject("staff", "ann", ALICE)
-        assert store.answered("staff", bare[:1]) == [None]
+        assert store.replayed("staff", bare[:1]) == [None]
         with pytest.raises(PkdError, match="nobody"):
-            store.answered("nobody", bare)
+            store.replayed("nobody", bare)
 
     def test_four_threads_enrol_at_once(self, store: GalleryStore) -> None:
         vectors, failed = unit(3, 80), []
@@ -376,7 +376,7 @@ class Conformance:
         def send(key: str, space: Space = OLD, expires: float | None = None) -> Enrolled:
             encoder = ENCODER if space == OLD else NEXT
             asked = one("ann", unit(7)[0], encoder=encoder, space=space, key=key, digest="d", expires=expires)
-            (known,) = store.answered("staff", [asked])
+            (known,) = store.replayed("staff", [asked])
             (answer,) = enrolled(store.enrol("staff", [asked], ALICE))
             assert bool(known) == answer.replayed
             return answer

@@ -1,4 +1,4 @@
-"""AttributeSets: the distinct sets of attributes in a gallery, numbered, so that a filter is one look-up per row."""
+"""The distinct sets of attributes in a gallery, numbered, so that a filter is one look-up per row."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-NOBODY = 0
-"""Number of no set: of rows without a template. No filter allows it."""
+NO_SET = 0
+"""Number that rows without a template have. No filter allows it."""
 
 
 class AttributeSets:
-    """Few sets are shared by many templates; a set that no template has any more is forgotten, its number reused."""
+    """Number the sets that templates share; a set that no template has any more is forgotten, its number reused."""
 
     def __init__(self) -> None:
         self._numbers: dict[frozenset[tuple[str, str]], int] = {}
@@ -26,7 +26,7 @@ class AttributeSets:
         return len(self._numbers)
 
     def hold(self, attributes: Mapping[str, str], templates: int) -> int:
-        """The number of this set, which so many more templates have from now on."""
+        """Return the number of this set, which so many more templates have from now on."""
         items = frozenset(attributes.items())
         number = self._numbers.get(items)
         if number is None:
@@ -44,7 +44,7 @@ class AttributeSets:
         return number
 
     def release(self, numbers: NDArray[np.int32]) -> None:
-        """The sets of templates that are gone, one number for each."""
+        """Take back the sets of templates that are gone, one number for each."""
         for number, count in enumerate(np.bincount(numbers).tolist()):
             if not count:
                 continue
@@ -59,7 +59,7 @@ class AttributeSets:
                 self._free.append(number)
 
     def allowed(self, where: Mapping[str, str]) -> NDArray[np.bool_]:
-        """Number of a set → whether it has all of ``where``."""
+        """Tell of each set, by its number, whether it has all of ``where``."""
         having = sorted((self._having.get(item, set()) for item in where.items()), key=len)
         matching = set.intersection(*having) if having else set(self._numbers.values())
         mask = np.zeros(len(self._sets), np.bool_)

@@ -1,4 +1,4 @@
-"""Drain: threads that ask at the same time are answered together, by one of them.
+"""A combining queue: threads that ask at the same time are answered together, by one of them.
 
 Nobody waits for a batch to fill: a lone request starts at once, and what arrives while it runs is the next batch.
 """
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 class _Ticket(Generic[T, R]):
-    """What one thread waits for: answers to items, or that a change was made."""
+    """Hold what one thread waits for: answers to items, or that a change was made."""
 
     def __init__(self, items: Sequence[T], change: Callable[[], None] | None = None) -> None:
         self.items, self.change = items, change
@@ -26,11 +26,11 @@ class _Ticket(Generic[T, R]):
         self.error: BaseException | None = None
 
 
-class Drain(Generic[T, R]):
-    """One batch at a time, in the order of arrival, in the thread of someone who waits for it."""
+class CombiningQueue(Generic[T, R]):
+    """Run one batch at a time, in the order of arrival, in the thread of someone who waits for it."""
 
     def __init__(self, work: Callable[[Sequence[T]], Sequence[R]], limit: int = 32) -> None:
-        """``work`` answers several items at once; ``limit``: no further request joins a batch of that many."""
+        """Begin empty. ``work`` answers several items; ``limit``: no further request joins a batch of that many."""
         self._work, self._limit = work, limit
         self._waiting: deque[_Ticket[T, R]] = deque()
         self._mutex = threading.Lock()
@@ -63,7 +63,7 @@ class Drain(Generic[T, R]):
         return ticket.results
 
     def _turn(self) -> None:
-        """The next batch: one change, or all that is asked up to the next change."""
+        """Run the next batch: one change, or all that is asked up to the next change."""
         batch = [self._waiting.popleft()]
         if batch[0].change is None:
             while (

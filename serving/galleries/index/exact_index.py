@@ -1,4 +1,4 @@
-"""Matrix: the templates of one encoder as rows in memory, searched exactly.
+"""An exact index: the templates of one encoder as rows in memory.
 
 A search is exact in the sense of real numbers: which subjects are nearest, and in which order, is decided by scores in
 float64, summed in one fixed order, so that equal templates score equally wherever they lie and however many queries
@@ -11,20 +11,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.serving.galleries.index.attribute_sets import NOBODY
+from pkd.serving.galleries.index.attribute_sets import NO_SET
 
 SMALLEST_BLOCK, LARGEST_BLOCK = 1024, 65536
-"""Rows. A matrix grows by about what it has, so that no row is ever copied."""
+"""Rows of a block. An index grows by about what it has, so that no row is ever copied."""
 SPARSE = 8
 """A filter that leaves less than one row in so many gathers them first."""
 AT_ONCE = 4096
-"""Rows scored in float64 at a time."""
+"""Rows scored in float64 together."""
 QUERIES_AT_ONCE = 32
 FEW = 4
 """Queries from which a matrix product is faster than dot products (measured)."""
@@ -43,20 +44,22 @@ Scored = tuple[float, int, int]
 """Score, subject, template."""
 
 
-class Spread(Protocol):
-    """``map``, or an executor's."""
+class ParallelMap(Protocol):
+    """Map over blocks: ``map``, or an executor's."""
 
-    def __call__(self, work: Callable[[Block], None], blocks: Iterable[Block], /) -> Iterator[None]: ...
+    def __call__(self, work: Callable[[Block], None], blocks: Iterable[Block], /) -> Iterator[None]:
+        """Do the work on every block, in order or at once."""
+        ...
 
 
 class Block:
-    """Rows of one allocation; a row without a template has template 0 and is filled again."""
+    """Hold rows of one allocation; a row without a template has template 0 and is filled again."""
 
     def __init__(self, rows: int, dim: int) -> None:
         self.vectors = np.zeros((rows, dim), np.float32)  # memory is taken from the system when first written
         self.templates = np.zeros(rows, np.int64)
         self.subjects = np.zeros(rows, np.int64)
-        self.sets = np.full(rows, NOBODY, np.int32)
+        self.sets = np.full(rows, NO_SET, np.int32)
         self.used = 0
         """Rows from here on were never written."""
         self.live = 0
@@ -64,14 +67,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Nearest:
-    """The answer to one query: subjects with the best of their templates, best first."""
+    """Answer one query: subjects with the best of their templates, best first."""
 
     best: Sequence[Scored]
     searched: int
 
 
-class Matrix:
-    """Not thread-safe: whoever holds it takes care that nothing changes while it is searched."""
+class ExactIndex:
+    """Search templates of one encoder exactly. Not thread-safe: nothing may change while it is searched."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -110,7 +113,7 @@ class Matrix:
             subjects.append(block.subjects[rows])
             sets.append(block.sets[rows])
             block.vectors[rows] = 0
-            block.templates[rows], block.subjects[rows], block.sets[rows] = 0, 0, NOBODY
+            block.templates[rows], block.subjects[rows], block.sets[rows] = 0, 0, NO_SET
             block.live -= len(rows)
         self._blocks = [block for block in self._blocks if block.live]
         return np.concatenate(subjects), np.concatenate(sets)
@@ -125,12 +128,12 @@ class Matrix:
         return np.concatenate(before)
 
     def holding(self, subjects: Ints) -> Ints:
-        """Those of ``subjects`` that have a row."""
+        """Return those of ``subjects`` that have a row."""
         found = [np.intersect1d(block.subjects[: block.used], subjects) for block in self._blocks]
         return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
     def checksum(self) -> int:
-        """Of all templates with their vectors, in any order: ``checksum`` of the same rows gives the same."""
+        """Sum up all templates with their vectors, in any order, as ``checksum`` of the same rows does."""
         parts = [block.templates > 0 for block in self._blocks]
         sums = (
             checksum(block.templates[rows], block.vectors[rows])
@@ -144,20 +147,20 @@ class Matrix:
         top_k: Sequence[int],
         allowed: Sequence[Allowed | None],
         name: Callable[[int], str],
-        spread: Spread = map,
+        parallel_map: ParallelMap = map,
     ) -> list[Nearest]:
-        """For each of the rows Q×D its ``top_k`` nearest subjects; equal scores in the order of their names.
+        """Find for each of the rows Q×D its ``top_k`` nearest subjects; equal scores in the order of their names.
 
-        ``allowed``: attribute set → whether its subjects take part; None: everyone. ``spread``: as ``map``, which may
-        work on several blocks at once.
+        ``allowed``: attribute set → whether its subjects take part; None: everyone. ``parallel_map``:
+        as ``map``, which may work on several blocks at once.
         """
         found: list[Nearest] = []
         for start in range(0, len(queries), QUERIES_AT_ONCE):
             part = slice(start, start + QUERIES_AT_ONCE)
-            races = [_Race(self.dim, query, k) for query, k in zip(queries[part], top_k[part], strict=True)]
-            asked, sets, taking_in = queries[part], allowed[part], Lock()
-            deque(spread(lambda block: _race(block, asked, sets, races, taking_in), self._blocks), maxlen=0)  # noqa: B023
-            found += [Nearest(race.finish(name), race.searched) for race in races]
+            tops = [_TopK(self.dim, query, k) for query, k in zip(queries[part], top_k[part], strict=True)]
+            score = partial(_score, queries=queries[part], allowed=allowed[part], tops=tops, lock=Lock())
+            deque(parallel_map(score, self._blocks), maxlen=0)
+            found += [Nearest(top.finish(name), top.searched) for top in tops]
         return found
 
     def _grow(self) -> Block:
@@ -167,37 +170,35 @@ class Matrix:
 
 
 def checksum(templates: Ints, vectors: Floats) -> int:
-    """A number that depends on which template has which bits, not on their order; sums of it are of all."""
+    """Return a number that depends on which template has which bits, not on their order; it can be summed."""
     bits = np.ascontiguousarray(vectors, np.float32).view(np.uint32).astype(np.uint64)
-    places = np.arange(1, bits.shape[1] + 1, dtype=np.uint64)
-    total: int = ((bits * places).sum(axis=1) * templates.astype(np.uint64)).sum(dtype=np.uint64).item()
+    weights = np.arange(1, bits.shape[1] + 1, dtype=np.uint64)
+    total: int = ((bits * weights).sum(axis=1) * templates.astype(np.uint64)).sum(dtype=np.uint64).item()
     return total
 
 
-def _race(
-    block: Block, queries: Floats, allowed: Sequence[Allowed | None], races: Sequence[_Race], taking_in: Lock
-) -> None:
-    """Send every query through one block."""
+def _score(block: Block, queries: Floats, allowed: Sequence[Allowed | None], tops: Sequence[_TopK], lock: Lock) -> None:
+    """Score one block for every query, and let each take in its best."""
     masks = [_mask(block, sets) for sets in allowed]
     counts = [block.live if mask is None else int(np.count_nonzero(mask)) for mask in masks]
     sparse = [mask is not None and count * SPARSE < block.used for mask, count in zip(masks, counts, strict=True)]
-    dense = [place for place, count in enumerate(counts) if count and not sparse[place]]
+    dense = [i for i, count in enumerate(counts) if count and not sparse[i]]
     scores = dict(zip(dense, products(block.vectors, block.used, queries[dense]), strict=True))
-    for place, (race, mask) in enumerate(zip(races, masks, strict=True)):
+    for i, (top, mask) in enumerate(zip(tops, masks, strict=True)):
         rows = None
-        if mask is not None and sparse[place]:
+        if mask is not None and sparse[i]:
             rows = np.flatnonzero(mask)
-            scores[place] = _gathered(block.vectors, rows, queries[place])
-        elif mask is not None and place in scores:
-            scores[place][~mask] = -np.inf
-        with taking_in:
-            race.searched += counts[place]
-            if counts[place]:
-                race.run(block, scores[place], rows)
+            scores[i] = _gathered(block.vectors, rows, queries[i])
+        elif mask is not None and i in scores:
+            scores[i][~mask] = -np.inf
+        with lock:
+            top.searched += counts[i]
+            if counts[i]:
+                top.take(block, scores[i], rows)
 
 
 def products(vectors: Floats, used: int, queries: Floats) -> Floats:
-    """Scalar products Q×``used`` of each query with the first rows; ``vectors`` has a multiple of TILE rows.
+    """Compute the scalar products Q×``used`` of each query with the first rows; ``vectors`` has whole tiles of rows.
 
     How the product is cut decides its speed, not its result: one call a query is a dot product a row, at the speed
     of memory; for several, a tile of rows stays in the cache while every query passes over it.
@@ -211,7 +212,7 @@ def products(vectors: Floats, used: int, queries: Floats) -> Floats:
 
 
 def _gathered(vectors: Floats, rows: NDArray[np.intp], query: Floats) -> Floats:
-    """Scalar products with some rows, gathered a cacheful at a time."""
+    """Compute scalar products with some rows, gathered a cacheful at a time."""
     scores = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), GATHERED):
         part = vectors[rows[start : start + GATHERED]]
@@ -219,35 +220,35 @@ def _gathered(vectors: Floats, rows: NDArray[np.intp], query: Floats) -> Floats:
     return scores
 
 
-class _Race:
-    """One query's way through the blocks. ``floor``: no row that scores lower can still be among the nearest."""
+class _TopK:
+    """Accumulate one query's nearest rows. ``cutoff``: no row that scores lower can still be among them."""
 
     def __init__(self, dim: int, query: Floats, top_k: int) -> None:
         self.query = query.astype(np.float64)
         self.margin = 2 * dim * 2.0**-24 * LONGEST * float(np.linalg.norm(self.query))
         self.top_k = top_k
-        self.floor = float(LOWEST)
+        self.cutoff = float(LOWEST)
         self.searched = 0
-        self.ahead: list[tuple[Block, NDArray[np.intp], Floats]] = []
+        self.kept: list[tuple[Block, NDArray[np.intp], Floats]] = []
         """Block, rows, scores in float32."""
 
-    def run(self, block: Block, scores: Floats, rows: NDArray[np.intp] | None) -> None:
+    def take(self, block: Block, scores: Floats, rows: NDArray[np.intp] | None) -> None:
         """Take in a block's scores; ``rows``: which they belong to, None for the first ones in order."""
-        if self.floor == LOWEST:
+        if self.cutoff == LOWEST:
             subjects = block.subjects[: block.used] if rows is None else block.subjects[rows]
             self._raise(scores, subjects)
-        hits = np.flatnonzero(scores >= np.float32(self.floor))
+        hits = np.flatnonzero(scores >= np.float32(self.cutoff))
         if not len(hits):
             return
-        self.ahead.append((block, hits if rows is None else rows[hits], scores[hits]))
-        kept = np.concatenate([part for _, _, part in self.ahead])
-        self._raise(kept, np.concatenate([block.subjects[rows] for block, rows, _ in self.ahead]))
+        self.kept.append((block, hits if rows is None else rows[hits], scores[hits]))
+        scores = np.concatenate([part for _, _, part in self.kept])
+        self._raise(scores, np.concatenate([block.subjects[rows] for block, rows, _ in self.kept]))
 
     def finish(self, name: Callable[[int], str]) -> list[Scored]:
         """Score what is left exactly."""
         scores, subjects, templates = [np.zeros(0)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for block, rows, rough in self.ahead:
-            rows = rows[rough >= np.float32(self.floor)]
+        for block, rows, rough in self.kept:
+            rows = rows[rough >= np.float32(self.cutoff)]
             for start in range(0, len(rows), AT_ONCE):
                 part = rows[start : start + AT_ONCE]
                 scores.append((block.vectors[part] * self.query).sum(axis=1))
@@ -263,7 +264,7 @@ class _Race:
         return sorted(found, key=lambda one: (-one[0], name(one[1])))[: self.top_k]
 
     def _raise(self, scores: Floats, subjects: Ints) -> None:
-        """Raise the floor to below the ``top_k``-th best subject among these, by what float32 may be wrong."""
+        """Raise the cutoff to below the ``top_k``-th best subject among these, by what float32 may be wrong."""
         rows = min(len(scores), 4 * self.top_k)
         while rows >= self.top_k:
             top = np.argpartition(scores, len(scores) - rows)[len(scores) - rows :]
@@ -271,7 +272,7 @@ class _Race:
             _, first = np.unique(subjects[order], return_index=True)
             if len(first) >= self.top_k:
                 last = float(scores[order[np.sort(first)[self.top_k - 1]]])
-                self.floor = max(self.floor, last - self.margin - 2.0**-23)
+                self.cutoff = max(self.cutoff, last - self.margin - 2.0**-23)
                 return
             if rows == len(scores):
                 return
@@ -279,7 +280,7 @@ class _Race:
 
 
 def _mask(block: Block, allowed: Allowed | None) -> NDArray[np.bool_] | None:
-    """Which rows take part; None: all."""
+    """Say which rows take part; None: all."""
     if allowed is not None:
         mask: NDArray[np.bool_] = allowed[block.sets[: block.used]]
         return mask

@@ -1,4 +1,4 @@
-"""Whether galleries in Milvus are whole: audit chain, keys, every record, every template, and that searches find them.
+"""Verifying galleries in Milvus: audit chain, keys, every record, every template, and that searches find them.
 
 Milvus has no moment of which all could be read. So a subject who does not fit is looked at again a little later, and
 something is wrong only if it stays so while no journal says that somebody is changing them.
@@ -7,113 +7,126 @@ something is wrong only if it stays so while no journal says that somebody is ch
 from __future__ import annotations
 
 import time
-from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import TypeVar
 
 import numpy as np
 
-from pkd.serving.galleries.audit import Head
-from pkd.serving.galleries.audit_file import AuditFile
-from pkd.serving.galleries.crypto import MasterKey, Sealed
-from pkd.serving.galleries.inspection import Inspection
+from pkd.serving.galleries.audit import AuditFile, Head
+from pkd.serving.galleries.crypto import DecryptionError, MasterKey
 from pkd.serving.galleries.milvus.catalogue import Catalogue
-from pkd.serving.galleries.milvus.client import NoTable, Row, Tables
-from pkd.serving.galleries.milvus.collection import MilvusGallery
-from pkd.serving.galleries.milvus.records import COMMIT, JOURNAL, PSEUDONYM, Commit, Entry, among, current, fingerprint
+from pkd.serving.galleries.milvus.client import MilvusConnection, NoCollection, Row
+from pkd.serving.galleries.milvus.gallery import MilvusGallery
+from pkd.serving.galleries.milvus.records import (
+    COMMIT,
+    JOURNAL,
+    PSEUDONYM,
+    Commit,
+    GalleryRow,
+    among,
+    current,
+    fingerprint,
+)
+from pkd.serving.galleries.store import Inspection
 from pkd.toolkit.core.errors import NotTrusted
+from pkd.toolkit.core.progress import Progress
 
 SUBJECTS = 1_000
-"""Looked at together."""
-AGAIN_SECONDS = 2.0
-"""After which what did not fit is looked at again."""
-COLUMNS = ["id", "subject", "key", "expires", "data"]
+"""Subjects that are looked at together."""
+FIELDS = ["id", "subject", "key", "expires", "data"]
 FOUND = 1 - 1e-4
 """The least score of a template by its own vector."""
 
 T = TypeVar("T")
 
 
-def count_templates(tables: Tables) -> int:
-    """How many there are to look at."""
-    entries = Catalogue(tables).entries("ALL")
-    return sum(tables.count(table, 'id > ""', "SEEN") for entry in entries for table in entry.tables.values())
-
-
 def inspect(
-    tables: Tables,
+    connection: MilvusConnection,
+    catalogue: Catalogue,
     log: AuditFile,
     master: MasterKey,
-    noted: Head | None = None,
-    step: Callable[[int], None] = lambda done: None,
+    noted: Head | None,
+    progress: Progress,
+    recheck_seconds: float,
 ) -> Inspection:
-    """Look at everything. ``noted``: a head of the audit log that was kept outside."""
+    """Look at everything, as GalleryStore.verify; what does not fit, again after ``recheck_seconds``."""
     found = Inspection(log.head())
     try:
         log.verify(noted)
     except NotTrusted as error:
         found.wrong.append(str(error))
-    for entry in sorted(Catalogue(tables).entries("ALL"), key=lambda entry: entry.name):
-        found.galleries += 1
-        try:
-            key = master.gallery(entry.name, b64decode(entry.wrapped))
-            gallery = _Gallery(MilvusGallery(tables, entry.id, key), entry)
-            found.wrong += [f"gallery {entry.name}{line}" for line in gallery.look(step)]
-        except Sealed as error:
-            found.wrong.append(str(error))
-            continue
-        except NoTable as error:
-            found.wrong.append(f"gallery {entry.name}: collection {error} is not there.")
-            continue
-        found.subjects, found.templates = found.subjects + gallery.subjects, found.templates + gallery.templates
+    rows = sorted(catalogue.rows("strong"), key=lambda row: row.name)
+    with progress("looking", _count(connection, rows)) as advance:
+        for row in rows:
+            found.galleries += 1
+            try:
+                key = master.gallery(row.name, row.wrapped_key)
+                gallery = _Gallery(MilvusGallery(connection, row.id, key), row, recheck_seconds)
+                found.wrong += [f"gallery {row.name}{line}" for line in gallery.look(advance)]
+            except DecryptionError as error:
+                found.wrong.append(str(error))
+                continue
+            except NoCollection as error:
+                found.wrong.append(f"gallery {row.name}: collection {error} is not there.")
+                continue
+            found.subjects, found.templates = found.subjects + gallery.subjects, found.templates + gallery.templates
     return found
 
 
-class _Gallery:
-    """One gallery, and what was counted of it."""
+def _count(connection: MilvusConnection, rows: Iterable[GalleryRow]) -> int | None:
+    """Count the templates that there are to look at; None where a collection is gone, which is named later."""
+    try:
+        return sum(connection.count(table, 'id > ""', "bounded") for row in rows for table in row.tables.values())
+    except NoCollection:
+        return None
 
-    def __init__(self, gallery: MilvusGallery, entry: Entry) -> None:
-        self._gallery, self._entry, self._tables = gallery, entry, gallery.tables
+
+class _Gallery:
+    """Look at one gallery, and count what is there."""
+
+    def __init__(self, gallery: MilvusGallery, row: GalleryRow, recheck_seconds: float) -> None:
+        self._gallery, self._row, self._connection = gallery, row, gallery.connection
+        self._recheck_seconds = recheck_seconds
         self.subjects = self.templates = 0
 
-    def look(self, step: Callable[[int], None]) -> list[str]:
-        """At every record and template; what is wrong, to be read after the gallery's name."""
+    def look(self, advance: Callable[[int], None]) -> list[str]:
+        """Look at every record and template; return what is wrong, to be read after the gallery's name."""
         doubtful: list[str] = []
         for some in _batches(self._by_subject(), SUBJECTS):
             before = self.templates
             doubtful += self._judge(dict(some))
-            step(self.templates - before)
-        for table in self._entry.tables.values():
-            for rows in _batches(self._tables.pages(table, 'id > ""', ["id", "subject"], "ALL"), SUBJECTS):
+            advance(self.templates - before)
+        for table in self._row.tables.values():
+            for rows in _batches(self._connection.pages(table, 'id > ""', ["id", "subject"], "strong"), SUBJECTS):
                 pseudonyms = {row["subject"] for row in rows}
                 where = f"kind == {COMMIT} and {among('subject', pseudonyms)}"
-                known = self._tables.pages(self._gallery.records, where, ["id", "subject"], "ALL")
+                known = self._connection.pages(self._gallery.records, where, ["id", "subject"], "strong")
                 doubtful += pseudonyms - {row["subject"] for row in known}
         return self._again(sorted(set(doubtful))) if doubtful else []
 
     def _by_subject(self) -> Iterator[tuple[str, list[Row]]]:
-        """Pseudonym and commits. By the key, which a commit is sealed with; the column of subjects could be changed."""
-        rows = self._tables.pages(self._gallery.records, f"kind == {COMMIT}", COLUMNS, "ALL")
+        """Yield pseudonyms with their commits, by the key that a commit is bound to; columns could be changed."""
+        rows = self._connection.pages(self._gallery.records, f"kind == {COMMIT}", FIELDS, "strong")
         for pseudonym, of_subject in groupby(rows, lambda row: str(row["id"])[:PSEUDONYM]):
             self.subjects += 1
             yield pseudonym, list(of_subject)
 
     def _again(self, doubtful: Sequence[str]) -> list[str]:
-        """What is still wrong of them a little later, and not being changed."""
-        time.sleep(AGAIN_SECONDS)
+        """Return what is still wrong with them a little later, and not being changed."""
+        time.sleep(self._recheck_seconds)
         counted = self.subjects, self.templates
         changing: set[str] = set()
         lines: list[str] = []
-        for row in self._tables.pages(self._gallery.records, f"kind == {JOURNAL}", ["id", "data"], "ALL"):
-            changing.update(self._gallery.seal.open(row)[0])
+        for row in self._connection.pages(self._gallery.records, f"kind == {JOURNAL}", ["id", "data"], "strong"):
+            changing.update(self._gallery.cipher.decrypt(row)[0])
         for some in _batches((pseudonym for pseudonym in doubtful if pseudonym not in changing), SUBJECTS):
             rows = {
-                pseudonym: self._tables.query(
+                pseudonym: self._connection.query(
                     self._gallery.records,
                     f'kind == {COMMIT} and id > "{pseudonym}" and id < "{pseudonym}~"',
-                    COLUMNS,
-                    "ALL",
+                    FIELDS,
+                    "strong",
                 )
                 for pseudonym in some
             }
@@ -122,15 +135,17 @@ class _Gallery:
         return lines
 
     def _judge(self, rows: Mapping[str, Sequence[Row]]) -> dict[str, list[str]]:
-        """Pseudonym → what is wrong, of those where something is."""
+        """Map pseudonyms to what is wrong with them, where something is."""
         stored: dict[str, dict[str, Row]] = {pseudonym: {} for pseudonym in rows}
-        for id, row in self._gallery.stored(self._entry, rows, "encoder", "tags", "vector", fresh="ALL").items():
+        for id, row in self._gallery.stored(self._row, rows, "encoder", "tags", "vector", consistency="strong").items():
             stored[row["subject"]][id] = row
         self.templates += sum(len(of_subject) for of_subject in stored.values())
         # Who has moved is noted until a migration has ended to the end.
-        whats = ("subject",) if self._entry.ending else ("subject", "moved")
+        whats = ("subject",) if self._row.ending else ("subject", "moved")
         notes = [f"~{what}/{pseudonym}" for what in whats for pseudonym in rows]
-        noted = {row["id"] for row in self._tables.query(self._gallery.records, among("id", notes), ["id"], "ALL")}
+        noted = {
+            row["id"] for row in self._connection.query(self._gallery.records, among("id", notes), ["id"], "strong")
+        }
         wrong = {
             pseudonym: self._subject(pseudonym, commits, stored[pseudonym], noted)
             for pseudonym, commits in rows.items()
@@ -143,28 +158,28 @@ class _Gallery:
 
     def _subject(self, pseudonym: str, rows: Sequence[Row], stored: Mapping[str, Row], noted: set[str]) -> list[str]:
         said: list[str] = []
-        seal, commits = self._gallery.seal, []
+        cipher, commits = self._gallery.cipher, []
         for row in rows:
             try:
-                commit = Commit(**seal.open(row))
-            except Sealed:
+                commit = Commit(**cipher.decrypt(row))
+            except DecryptionError:
                 said.append(f", enrolment {row['id'][PSEUDONYM:]}: its record does not decrypt: changed, or moved.")
                 continue
             commits.append(commit)
-            written = seal.commit(commit)
+            written = cipher.commit(commit)
             for column in ("subject", "key", "expires"):
                 if row[column] != written[column]:
                     said.append(f", subject {commit.subject}: the {column} beside a record is not the one within.")
         if len(commits) < len(rows):  # what it says of templates is not known
             return said
         name = f", subject {commits[0].subject}" if commits else f", pseudonym {pseudonym}"
-        tags = seal.tags(current(commits)[0])
+        tags = cipher.tags(current(commits)[0])
         left = dict(stored)
         there: set[str] = set()
         for commit in commits:
             for number, id in enumerate(commit.template_ids):
                 encoder, space = commit.templates[number]
-                if space not in self._entry.tables:  # a migration has ended
+                if space not in self._row.tables:  # a migration has ended
                     continue
                 kept = left.pop(id, None)
                 if kept is None:
@@ -172,9 +187,9 @@ class _Gallery:
                         said.append(f"{name}: template {id} is missing.")
                     continue
                 there.add(f"~subject/{pseudonym}")
-                if self._entry.moving_to and space == self._entry.moving_to.id:
+                if self._row.moving_to and space == self._row.moving_to.id:
                     there.add(f"~moved/{pseudonym}")
-                if kept["space"] != space or kept["encoder"] != seal.hashed("encoder", encoder):
+                if kept["space"] != space or kept["encoder"] != cipher.hashed("encoder", encoder):
                     said.append(f"{name}: template {id} is not beside the encoder that it was enrolled with.")
                 if kept["tags"] != tags:
                     said.append(f"{name}: template {id} is not found by the subject's attributes.")
@@ -188,8 +203,8 @@ class _Gallery:
 
     def _search(self, row: Row) -> Iterator[str]:
         vector = np.asarray(row["vector"], np.float32)
-        (hits,) = self._tables.search(
-            self._entry.tables[row["space"]], vector[None], f'encoder == "{row["encoder"]}"', ["subject"], 1
+        (hits,) = self._connection.search(
+            self._row.tables[row["space"]], vector[None], f'encoder == "{row["encoder"]}"', ["subject"], 1
         )
         if not hits or hits[0]["score"] < FOUND * float(vector @ vector):
             yield f": a search does not find template {row['id']} by its own vector."

@@ -1,8 +1,9 @@
-"""What a gallery keeps in Milvus: two kinds of collections, their rows, and how these are sealed.
+"""The rows that a gallery keeps in Milvus, and how names, data and vectors are hidden in them.
 
-``…_records`` holds plain rows, told apart by ``kind``; every other collection holds the rotated templates of one space.
-Subjects appear as keyed pseudonyms, encoders and attributes as keyed hashes, and all else is in ``data``, encrypted
-with a key derived from the gallery's. So a filter is made of hexadecimal digits alone, whatever a client sends.
+A gallery's ``…_records`` collection holds plain rows, told apart by ``kind``; every other collection of it holds the
+rotated templates of one space. Subjects appear as keyed pseudonyms, encoders and attributes as keyed hashes, and all
+else is in ``data``, encrypted with a key derived from the gallery's. So a filter consists of hexadecimal digits alone,
+whatever a client sends.
 """
 
 from __future__ import annotations
@@ -19,29 +20,31 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from pkd.serving.galleries.crypto import GalleryKey, Sealed, SubjectKey
-from pkd.serving.galleries.milvus.client import NOTHING, Row
-from pkd.serving.galleries.store import Attributes, Consent, Enrolment, Gallery, Space
+from pkd.serving.galleries.crypto import DecryptionError, GalleryKey, SubjectKey
+from pkd.serving.galleries.milvus.client import NO_VECTOR, Row
+from pkd.serving.galleries.store import Attributes, Consent, Enrolment, Gallery, Space, Vectors
 
 JOURNAL, COMMIT, SUBJECT, MOVED, ENCODER = range(5)
 """Kinds of records: a change under way · an enrolment that took place · a subject is there · and has a template in the
 second space · an encoder's name and space."""
 
-MOST_DATA, SPARE = 60_000, 2_000
-"""Characters of the data of a record, and how many of them an estimate leaves."""
-RECORDS = {"id": 128, "kind": 0, "subject": 64, "key": 64, "created": 0, "expires": 0, "data": MOST_DATA}
-TEMPLATES = {"id": 64, "subject": 64, "encoder": 64, "tags": -1}
-INDEXED = ("subject", "key")
+MAX_DATA, SPARE = 60_000, 2_000
+"""Largest number of characters in a record's data, and how many of them an estimate leaves free."""
+RECORD_FIELDS = {"id": 128, "kind": 0, "subject": 64, "key": 64, "created": 0, "expires": 0, "data": MAX_DATA}
+TEMPLATE_FIELDS = {"id": 64, "subject": 64, "encoder": 64, "tags": -1}
+INDEXED_FIELDS = ("subject", "key")
 NEVER = 2**62
+"""The ``expires`` of a record that does not expire."""
 PSEUDONYM = 64
-"""Digits of one. A commit's key begins with its subject's."""
+"""Digits of a pseudonym, with which a commit's key begins."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """A migration that is being ended: the gallery takes one space alone, and both still have their collections."""
+    """Describe a migration that is being ended: one space is taken, and both still have their collections."""
 
     since: float
     left: Space
@@ -49,11 +52,11 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A gallery's own row: all but its counts."""
+class GalleryRow:
+    """Hold all that is known of a gallery but its counts: its row in the catalogue."""
 
     id: str
-    """Of its collections; begins with when it was made, in µs, 16 hex digits."""
+    """Part of its collections' names; begins with the time it was made, in µs, 16 hex digits."""
     name: str
     space: Space
     moving_to: Space | None
@@ -65,13 +68,18 @@ class Entry:
     """Space → collection of its templates."""
     ending: Ending | None = None
 
+    @property
+    def wrapped_key(self) -> bytes:
+        """Return the gallery's key under the master key."""
+        return base64.b64decode(self.wrapped)
+
     def row(self) -> Row:
-        """As it is stored."""
-        return {"id": self.id, "name": hashed(self.name), "data": json.dumps(asdict(self)), "vector": NOTHING}
+        """Return the row as Milvus stores it."""
+        return {"id": self.id, "name": hash_name(self.name), "data": json.dumps(asdict(self)), "vector": NO_VECTOR}
 
     @classmethod
-    def of(cls, row: Row) -> Entry:
-        """From what ``row`` gave."""
+    def read(cls, row: Row) -> GalleryRow:
+        """Read what ``row`` returned."""
         known = json.loads(row["data"])
         for name in ("space", "moving_to"):
             known[name] = Space(**known[name]) if known[name] else None
@@ -80,7 +88,7 @@ class Entry:
         return cls(**known)
 
     def gallery(self, subjects: int = 0, templates: Mapping[str, int] | None = None, moved: int = 0) -> Gallery:
-        """As an operator sees it."""
+        """Return the gallery as an operator sees it, with these counts."""
         return Gallery(
             self.name, self.space, self.moving_to, self.created, self.retention, subjects, templates or {}, moved
         )
@@ -88,10 +96,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Commit:
-    """One enrolment that took place. Templates that no commit names were never enrolled."""
+    """Record one enrolment that took place. Templates that no commit names were never enrolled."""
 
     id: str
-    """Random, 32 hex digits; its templates are ``id.0``, ``id.1`` …"""
+    """32 random hex digits; its templates are ``id.0``, ``id.1`` …"""
     subject: str
     sequence: int
     """µs since 1970, but always above the subject's last one."""
@@ -100,7 +108,7 @@ class Commit:
     templates: Sequence[Sequence[str]]
     """Encoder and space of each."""
     fingerprints: Sequence[str]
-    """Of the vector of each, as Milvus has it: who writes to Milvus can change vectors, but not unnoticed."""
+    """One for each vector as Milvus has it: who writes to Milvus can change vectors, but not unnoticed."""
     attributes: Attributes
     consent: Mapping[str, str] | None
     key: str | None
@@ -108,7 +116,7 @@ class Commit:
 
     @classmethod
     def new(cls, enrolment: Enrolment, retention: float | None, earlier: Sequence[Commit]) -> Commit:
-        """What this enrolment is to become, after those that the subject has. Its fingerprints are not known yet."""
+        """Make the commit of an enrolment, after the subject's ``earlier`` ones; its fingerprints come later."""
         now = time.time()
         expires = enrolment.expires
         if expires is None and retention is not None:
@@ -129,78 +137,123 @@ class Commit:
 
     @property
     def template_ids(self) -> tuple[str, ...]:
-        """Of all its templates, in the order they were given."""
+        """List the ids of its templates, in the order they were given."""
         return tuple(f"{self.id}.{number}" for number in range(len(self.templates)))
 
 
-class Seal:
-    """What one gallery's key makes of names and data."""
+class RowCipher:
+    """Hide names, data and vectors of one gallery under secrets derived from its key."""
 
     def __init__(self, key: GalleryKey) -> None:
         self._gallery = key
         self._names = key.derive("milvus names")
         self._data = SubjectKey(key.gallery, "", key.derive("milvus records"))  # one key for all records
+        self._rotations: dict[tuple[str, int], Rotation] = {}
+
+    def rotation(self, space: str, dim: int) -> Rotation:
+        """Return the rotation of a space's vectors, drawn when it is first needed."""
+        if (space, dim) not in self._rotations:
+            self._rotations[space, dim] = Rotation(self._gallery.derive(f"milvus rotation {space}"), dim)
+        return self._rotations[space, dim]
 
     def subject(self, name: str) -> str:
-        """A subject's pseudonym, 64 hex digits: also their place in every listing."""
+        """Return a subject's pseudonym, 64 hex digits, which is also their place in every listing."""
         return self._gallery.pseudonym(name).hex()
 
-    def hashed(self, what: str, name: str) -> str:
-        """32 hex digits that stand for an encoder, an attribute or an idempotency key."""
-        return hmac.digest(self._names, f"{what}\0{name}".encode(), "sha256")[:16].hex()
+    def hashed(self, kind: str, name: str) -> str:
+        """Return 32 hex digits that stand for an encoder, an attribute or an idempotency key."""
+        return hmac.digest(self._names, f"{kind}\0{name}".encode(), "sha256")[:16].hex()
 
     def key(self, key: str) -> str:
-        """Stands for an idempotency key."""
+        """Return what stands for an idempotency key."""
         return self.hashed("idempotency", key)
 
     def tags(self, attributes: Attributes) -> dict[str, int]:
-        """Attributes as they are stored beside a template, to be filtered by."""
+        """Return attributes as they are stored beside a template, to be filtered by."""
         return {self.hashed("attribute", f"{len(name)}\0{name}{value}"): 1 for name, value in attributes.items()}
 
     def record(self, kind: int, id: str, data: Any = None, **columns: object) -> Row:
-        """A row of the records; ``data`` is encrypted and bound to its id."""
+        """Make a row of the records; ``data`` is encrypted and bound to its id."""
         # Compressed: a commit repeats the same encoder and space for each of its templates.
         text = zlib.compress(json.dumps(data, ensure_ascii=False).encode())
-        sealed = base64.b64encode(self._data.seal(text, id, "")).decode()
+        encrypted = base64.b64encode(self._data.encrypt(text, id, "")).decode()
         plain = {"subject": "", "key": "", "created": int(time.time() * 1e6), "expires": NEVER}
-        return {"id": id, "kind": kind, **plain, **columns, "data": sealed, "vector": NOTHING}
+        return {"id": id, "kind": kind, **plain, **columns, "data": encrypted, "vector": NO_VECTOR}
 
     def commit(self, commit: Commit) -> Row:
-        """A commit's row; in the order of pseudonyms, so that a page of subjects is a page of rows."""
-        subject = self.subject(commit.subject)
+        """Make a commit's row; keys are in the order of pseudonyms, so that a page of rows is a page of subjects."""
         expires = NEVER if commit.expires is None else int(commit.expires * 1e6)
         key = "" if commit.key is None else self.key(commit.key)
-        return self.record(COMMIT, subject + commit.id, asdict(commit), subject=subject, key=key, expires=expires)
+        subject = self.subject(commit.subject)
+        return self.record(COMMIT, self.commit_key(commit), asdict(commit), subject=subject, key=key, expires=expires)
+
+    def commit_key(self, commit: Commit) -> str:
+        """Return the key of a commit's row."""
+        return self.subject(commit.subject) + commit.id
 
     def fits(self, commit: Commit) -> bool:
-        """Whether a commit whose fingerprints are not known yet will have a row that Milvus takes."""
+        """Tell whether a commit without fingerprints will have a row that Milvus takes."""
         likely = [os.urandom(16).hex() for _ in commit.templates]
-        return len(self.commit(replace(commit, fingerprints=likely))["data"]) <= MOST_DATA - SPARE
+        return len(self.commit(replace(commit, fingerprints=likely))["data"]) <= MAX_DATA - SPARE
 
-    def open(self, row: Row) -> Any:
-        """The data of a record; raises Sealed."""
-        return json.loads(zlib.decompress(self._data.open(base64.b64decode(row["data"]), row["id"], "")))
+    def decrypt(self, row: Row) -> Any:
+        """Return the data of a record; raises DecryptionError."""
+        return json.loads(zlib.decompress(self._data.decrypt(base64.b64decode(row["data"]), row["id"], "")))
 
-    def opened(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Any]]:
-        """Those that open, with their data. The others count for nothing here; pkd-gallery verify names them."""
+    def decrypted(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Any]]:
+        """Yield the rows that decrypt, with their data. The others count for nothing; pkd-gallery verify names them."""
         for row in rows:
             try:
-                data = self.open(row)
-            except Sealed:
+                data = self.decrypt(row)
+            except DecryptionError:
                 continue
             yield row, data
 
     def encoder_row(self, encoder: str, space: str) -> Row:
-        """Says which space an encoder's templates are in."""
-        return self.record(ENCODER, self.encoder_id(encoder), [encoder, space])
+        """Make the row that says which space an encoder's templates are in."""
+        return self.record(ENCODER, self.encoder_key(encoder), [encoder, space])
 
-    def encoder_id(self, encoder: str) -> str:
-        """The key of that row."""
+    def encoder_key(self, encoder: str) -> str:
+        """Return the key of that row."""
         return f"~encoder/{self.hashed('encoder', encoder)}"
 
 
+class Rotation:
+    """Hide vectors by a secret orthogonal matrix, drawn uniformly by a seed of 32 bytes.
+
+    A vector database compares plain numbers. A rotation keeps every length and angle, hence every search, and hides
+    the coordinates that a face can be reconstructed from. It is no encryption: angles between templates stay in the
+    open, and who knows ``dim`` independent vectors before and after (their own enrolments, say) solves for the matrix.
+    """
+
+    def __init__(self, seed: bytes, dim: int) -> None:
+        # QR of normal numbers, signs fixed by R's diagonal: Mezzadri 2007, arXiv math-ph/0609050.
+        orthogonal, upper = np.linalg.qr(normals(seed, dim * dim).reshape(dim, dim))
+        self._matrix = orthogonal * np.sign(np.diag(upper))  # float64: what is revealed differs by one rounding alone
+
+    def hide(self, vectors: Vectors) -> Vectors:
+        """Rotate rows N×D for storage or a search. Cosines change by rounding alone, below 1e-6."""
+        hidden: Vectors = (vectors @ self._matrix).astype(np.float32)
+        return hidden
+
+    def reveal(self, hidden: Vectors) -> Vectors:
+        """Return the rows that ``hide`` was given, to rounding."""
+        vectors: Vectors = (hidden @ self._matrix.T).astype(np.float32)
+        return vectors
+
+
+def normals(seed: bytes, count: int) -> NDArray[np.float64]:
+    """Draw standard normal numbers from AES-256-CTR: numpy's own generators may differ in its next release."""
+    pairs = -(-count // 2)
+    stream = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor().update(bytes(16 * pairs))
+    # In (0, 1), 53 bits each; Box–Muller makes two normal numbers of two uniform ones.
+    uniform = ((np.frombuffer(stream, "<u8") >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), 2 * np.pi * uniform[pairs:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
 def current(commits: Iterable[Commit]) -> tuple[Attributes, Consent | None]:
-    """A subject's attributes and consent: the newest that are stated."""
+    """Return a subject's attributes and consent: the newest that their commits state."""
     attributes: Attributes = {}
     consent: Mapping[str, str] | None = None
     for commit in sorted(commits, key=lambda commit: (commit.sequence, commit.id)):
@@ -210,16 +263,16 @@ def current(commits: Iterable[Commit]) -> tuple[Attributes, Consent | None]:
 
 
 def fingerprint(hidden: NDArray[np.float32]) -> str:
-    """Of a rotated vector: 32 hex digits, which tell nothing of it to who does not have it."""
+    """Hash a rotated vector to 32 hex digits, which tell nothing of it to who does not have it."""
     return hashlib.sha256(hidden.astype("<f4").tobytes()).hexdigest()[:32]
 
 
-def hashed(name: str) -> str:
-    """Stands for a gallery's name in filters, whatever characters that has."""
+def hash_name(name: str) -> str:
+    """Return what stands for a gallery's name in filters, whatever characters that has."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 
 def among(column: str, values: Iterable[str]) -> str:
-    """A filter: the column is one of these words of ours, which need no quoting."""
+    """Make a filter: the column is one of these words of ours, which need no quoting."""
     quoted = ", ".join(f'"{value}"' for value in sorted(values))
     return f"{column} in [{quoted}]"

@@ -1,34 +1,44 @@
-"""What goes by itself in Milvus: templates past their time, and what processes that died have left."""
+"""What goes by itself in Milvus: expired templates, what dead processes left, and rows that lie on only in its files.
+
+Milvus marks rows as deleted and holds them until it writes their segment anew. So galleries with a deletion on record
+are looked at from time to time (``purge``): where Milvus holds more rows than it gives, it is asked to write them anew;
+where it does not, that is recorded. The files from before it removes later, by its own settings (docs/milvus.md).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import time
 from collections.abc import Iterator
 
+from pkd.serving.core.errors import ServingError
+from pkd.serving.galleries.audit import AuditFile
 from pkd.serving.galleries.milvus.catalogue import Catalogue
-from pkd.serving.galleries.milvus.client import Row, Tables
-from pkd.serving.galleries.milvus.collection import SWEEP_SECONDS, MilvusGallery, Removal, chunks
-from pkd.serving.galleries.milvus.records import COMMIT, JOURNAL, MOVED, PSEUDONYM, Entry, current
+from pkd.serving.galleries.milvus.client import MilvusConnection, NoCollection
+from pkd.serving.galleries.milvus.commit import Removal, finish_removal, plan_removal, remove, repair
+from pkd.serving.galleries.milvus.gallery import MilvusGallery, chunks, records_of
+from pkd.serving.galleries.milvus.records import COMMIT, JOURNAL, MOVED, GalleryRow, current
 
 ID = re.compile("[0-9a-f]{24}")
+logger = logging.getLogger(__name__)
 
 
-def expire(gallery: MilvusGallery, entry: Entry, now: float) -> Iterator[Removal]:
-    """Delete what is past its time, some subjects at a time, and say what went.
+def expire(gallery: MilvusGallery, row: GalleryRow, now: float) -> Iterator[Removal]:
+    """Delete what is past its time, some subjects at a time, and yield what went.
 
     A commit whose attributes or consent still hold stays, without its templates, while its subject has others.
     """
     where = f"kind == {COMMIT} and expires <= {int(now * 1e6)}"
-    expired = {
-        row["id"]: row["subject"] for row in gallery.tables.pages(gallery.records, where, ["id", "subject"], "SEEN")
-    }
+    rows = gallery.connection.pages(gallery.records, where, ["id", "subject"], "bounded")
+    expired = {one["id"]: one["subject"] for one in rows}
+    key = gallery.cipher.commit_key
     for some in chunks(expired.values()):
-        commits, stored = gallery.commits(some), gallery.stored(entry, some)
-        opened = {gallery.row(commit) for found in commits.values() for commit in found}
-        of_some = set(some)
-        # One that does not open goes by the time beside it; whether its attributes still hold nobody can say.
-        gone = [id for id, subject in expired.items() if subject in of_some and id not in opened]
+        commits, stored = gallery.commits(some), gallery.stored(row, some)
+        readable, of_some = {key(commit) for found in commits.values() for commit in found}, set(some)
+        # One that does not decrypt goes by the time beside it; whether its attributes still hold nobody can say.
+        gone = [id for id, subject in expired.items() if subject in of_some and id not in readable]
         emptied: list[str] = []
         for found in commits.values():
             past = [commit for commit in found if commit.expires is not None and commit.expires <= now]
@@ -37,62 +47,75 @@ def expire(gallery: MilvusGallery, entry: Entry, now: float) -> Iterator[Removal
             for number, commit in enumerate(past):
                 needed = left and current([*left, *past[number + 1 :]]) != described
                 if not needed:
-                    gone.append(gallery.row(commit))
+                    gone.append(key(commit))
                 elif set(commit.template_ids) & stored.keys():
-                    emptied.append(gallery.row(commit))
+                    emptied.append(key(commit))
             if not left:
-                gone += [gallery.row(commit) for commit in found if commit not in past]
+                gone += [key(commit) for commit in found if commit not in past]
         if gone or emptied:
-            removal = gallery.removal(entry, gone, keep=emptied)
-            gallery.remove(entry, removal)
+            removal = plan_removal(gallery, row, gone, keep=emptied)
+            finish_removal(gallery, row, removal, remove(gallery, removal))
             yield removal
 
 
-def sweep(gallery: MilvusGallery, entry: Entry, before: float) -> int:
+def sweep(gallery: MilvusGallery, row: GalleryRow, before: float) -> int:
     """Finish what processes that died before then (seconds since 1970) have begun; returns how many rows went."""
-    rows = 0
-    where = f"kind == {JOURNAL}"
-    fields = ["id", "created", "data"]
-    for journal, (pseudonyms, _) in list(gallery.seal.opened(_pages(gallery, where, fields))):
-        if journal["created"] >= before * 1e6:
-            continue
-        stored = gallery.stored(entry, pseudonyms, fresh="ALL")
-        alive = {row[PSEUDONYM:] for row in gallery.commit_rows(pseudonyms, "ALL")}
-        # A journal is written before its templates: one that belongs to a template seen above is seen now.
-        for other, (_, enrolments) in list(gallery.seal.opened(_pages(gallery, where, fields))):
-            alive.update(enrolments if other["id"] != journal["id"] else [])
-        for space, table in entry.tables.items():
-            left = [id for id, row in stored.items() if row["space"] == space and id.split(".")[0] not in alive]
-            gallery.tables.delete(table, left)
-            rows += len(left)
-        gallery.settle(entry, pseudonyms)
-        gallery.cross_out(journal["id"])
-    if entry.moving_to is None and entry.ending is None:  # of a migration that has ended
-        moved = [row["id"] for row in _pages(gallery, f"kind == {MOVED} and created < {int(before * 1e6)}", ["id"])]
-        gallery.tables.delete(gallery.records, moved)
-        rows += len(moved)
-    return rows
+    removed = repair(gallery, row, before)
+    if row.moving_to is None and row.ending is None:  # of a migration that has ended
+        where = f"kind == {MOVED} and created < {int(before * 1e6)}"
+        moved = [one["id"] for one in gallery.connection.pages(gallery.records, where, ["id"], "strong")]
+        gallery.connection.delete(gallery.records, moved)
+        removed += len(moved)
+    return removed
 
 
-def sweep_collections(tables: Tables, catalogue: Catalogue) -> None:
-    """Drop those that no gallery names: of galleries or migrations never begun to the end, or not dropped to the end.
+def sweep_collections(connection: MilvusConnection, catalogue: Catalogue, before: float) -> None:
+    """Drop collections from before then (seconds since 1970) that no gallery names.
 
-    Only old ones, since a collection is made before its gallery's row names it.
+    They are of galleries or migrations never begun to the end, or not dropped to the end. Young ones stay, since a
+    collection is made before its gallery's row names it.
     """
-    names = tables.names()
+    names = connection.names()
     # Read after the names: what was named by then is not dropped, however long reading takes.
-    entries = catalogue.entries("ALL")
-    galleries = {entry.id for entry in entries}
-    named = {name for entry in entries for name in entry.tables.values()}
-    oldest = (time.time() - SWEEP_SECONDS) * 1e6
+    rows = catalogue.rows("strong")
+    galleries = {row.id for row in rows}
+    named = {name for row in rows for name in row.tables.values()}
     for name in names:
-        gallery, _, table = name.removeprefix(f"{tables.prefix}_").partition("_")
+        gallery, _, table = name.removeprefix(f"{connection.prefix}_").partition("_")
         if not ID.fullmatch(gallery) or name in named:
             continue
         made = table if gallery in galleries else gallery
-        if ID.fullmatch(made) and int(made[:16], 16) < oldest:
-            tables.drop(name)
+        if ID.fullmatch(made) and int(made[:16], 16) < before * 1e6:
+            connection.drop(name)
 
 
-def _pages(gallery: MilvusGallery, where: str, fields: list[str]) -> Iterator[Row]:
-    return gallery.tables.pages(gallery.records, where, fields, "ALL")
+def purge(connection: MilvusConnection, catalogue: Catalogue, log: AuditFile, stopped_seconds: float) -> None:
+    """Look at every gallery that this machine's log has deletions of. What Milvus cannot do now is tried next time.
+
+    ``stopped_seconds``: how old a journal is that most likely only a sweep will clear.
+    """
+    held: dict[str, bool] = {}
+    stopped = f"kind == {JOURNAL} and created < {int((time.time() - stopped_seconds) * 1e6)}"
+    for gallery, sequence in log.unpurged().items():
+        try:
+            row = catalogue.find(gallery, "strong")
+            # A deleted gallery's own collections are dropped; its wrapped key was a row of the catalogue.
+            names = [records_of(connection, row.id), *row.tables.values()] if row else []
+            if row and connection.count(
+                names[0], stopped, "strong"
+            ):  # the rows that a sweep will delete are given still
+                continue
+            for name in {catalogue.table, *names} - held.keys():
+                held[name] = connection.holds_deleted(name)
+        except NoCollection:  # it is being deleted at this moment
+            continue
+        except ServingError as error:
+            logger.warning("Milvus: whether deleted rows have left its files is looked at later: %s", error)
+            continue
+        if not any(held[name] for name in (catalogue.table, *names)):
+            log.purged(gallery, sequence)
+    # Not before all are flushed: 2.3 compacts every collection at each request, and leaves out a segment that it is
+    # busy with, maybe without the newest deletions.
+    for name in (name for name, holds in held.items() if holds):
+        with contextlib.suppress(NoCollection, ServingError):
+            connection.compact(name)

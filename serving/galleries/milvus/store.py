@@ -1,7 +1,7 @@
 """MilvusStore: galleries in Milvus, for several server machines and for more templates than one memory holds.
 
 Each gallery has its own collections, so that deleting it is dropping them; one collection more lists the galleries.
-What may happen because Milvus has no transactions, and what it learns of the people in it: docs/milvus.md.
+How subjects change without transactions: commit.py. What Milvus learns of the people in it: docs/milvus.md.
 """
 
 from __future__ import annotations
@@ -10,51 +10,65 @@ import contextlib
 import logging
 import random
 import time
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from pkd.serving.core.errors import GalleryConflict, ServingError, UnknownSubject
-from pkd.serving.galleries.audit import Head
-from pkd.serving.galleries.audit_file import AuditFile
-from pkd.serving.galleries.crypto import MasterKey, Sealed
-from pkd.serving.galleries.database import explained
-from pkd.serving.galleries.milvus.catalogue import Catalogue
-from pkd.serving.galleries.milvus.client import Freshness, NoTable, Tables
-from pkd.serving.galleries.milvus.collection import SWEEP_SECONDS, MilvusGallery, records_of
-from pkd.serving.galleries.milvus.enrolment import answered, finish, write
-from pkd.serving.galleries.milvus.migration import begin, clear, end, interrupted, new_id, second
-from pkd.serving.galleries.milvus.purge import purge
-from pkd.serving.galleries.milvus.records import COMMIT, INDEXED, MOVED, RECORDS, SUBJECT, TEMPLATES, Entry
-from pkd.serving.galleries.milvus.retention import expire, sweep, sweep_collections
+from pkd.serving.core.errors import GalleryConflict, ServingError
+from pkd.serving.galleries.audit import AuditFile, Head
+from pkd.serving.galleries.crypto import DecryptionError, MasterKey
+from pkd.serving.galleries.failures import explained
+from pkd.serving.galleries.milvus import inspection
+from pkd.serving.galleries.milvus.catalogue import (
+    ROW_SECONDS,
+    Catalogue,
+    begin_migration,
+    end_migration,
+    new_id,
+    second_space,
+)
+from pkd.serving.galleries.milvus.client import Consistency, MilvusConnection, NoCollection
+from pkd.serving.galleries.milvus.commit import SWEEP_SECONDS, finish_removal, plan_removal, remove
+from pkd.serving.galleries.milvus.enrolment import finish, replayed, write
+from pkd.serving.galleries.milvus.gallery import MilvusGallery, records_of
+from pkd.serving.galleries.milvus.records import (
+    COMMIT,
+    INDEXED_FIELDS,
+    MOVED,
+    RECORD_FIELDS,
+    SUBJECT,
+    TEMPLATE_FIELDS,
+    GalleryRow,
+)
+from pkd.serving.galleries.milvus.retention import expire, purge, sweep, sweep_collections
 from pkd.serving.galleries.milvus.search import search
 from pkd.serving.galleries.store import (
     Attributes,
+    EndedMigration,
     Enrolled,
     Enrolment,
-    Found,
     Gallery,
-    Moved,
+    Inspection,
     Receipt,
+    SearchResult,
     Space,
     Subject,
     Vectors,
 )
-from pkd.serving.galleries.templates import unknown_gallery
+from pkd.serving.galleries.templates import other_space, unknown_gallery, unknown_subject
 from pkd.toolkit.core.errors import PkdError
+from pkd.toolkit.core.progress import Progress, no_progress
 
 BATCH = 256
 """Enrolments written in one step."""
-PURGE_SECONDS, FIRST_PURGE_SECONDS = 6 * 3600.0, 600.0
-"""How often, and how soon after the start, it is looked at whether deleted rows have left Milvus' files."""
 EXPORTED = 200
 """Subjects read at a time by an export."""
 ATTEMPTS = 5
 COVERS = ("rows", "index")
-"""What a receipt may claim: nothing answers by it any more. When files follow, the audit log says: milvus_purge.py."""
+"""What a receipt may claim: nothing answers by it any more. When files follow, the audit log says: retention.py."""
 UNFINISHED = ("index",)
 """What it may claim where Milvus failed halfway: nobody is found, and a sweep deletes the rows."""
 
@@ -62,69 +76,91 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class MilvusOptions:
+    """Hold the times of a MilvusStore, in seconds."""
+
+    sweep_seconds: float = SWEEP_SECONDS
+    """Age from which what a process left is taken for a dead one's, and swept."""
+    purge_seconds: float = 6 * 3600.0
+    """Time between two looks at whether deleted rows have left Milvus' files."""
+    first_purge_seconds: float = 600.0
+    """Time from the start to the first look."""
+    stopped_seconds: float = 60.0
+    """Age of a journal that most likely only a sweep will clear; a purge waits for that."""
+    row_seconds: float = ROW_SECONDS
+    """How long a gallery's row is believed before it is read again."""
+    recheck_seconds: float = 2.0
+    """Time after which ``verify`` looks again at what did not fit."""
+
+
 class MilvusStore:
-    """A GalleryStore on Milvus 2.3 or newer. Blocking and thread-safe; one a process, any number of machines.
+    """Keep galleries on Milvus 2.3 or newer. Blocking and thread-safe; one a process, any number of machines.
 
     ``log``: of what *this machine's* processes changed; Milvus cannot keep a chain. The store closes it.
     """
 
-    def __init__(self, tables: Tables, log: AuditFile, master: MasterKey) -> None:
-        self._tables, self._log, self._master = tables, log, master
-        self._catalogue = Catalogue(tables)
+    def __init__(
+        self,
+        connection: MilvusConnection,
+        log: AuditFile,
+        master: MasterKey,
+        options: MilvusOptions = MilvusOptions(),
+    ) -> None:
+        self._connection, self._log, self._master, self._options = connection, log, master, options
+        self._catalogue = Catalogue(connection, options.row_seconds)
         self._opened: dict[str, MilvusGallery] = {}
-        self._next_purge = time.monotonic() + FIRST_PURGE_SECONDS
+        self._next_purge = time.monotonic() + options.first_purge_seconds
 
     def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
-        """Create, or return what is there if it has this very space; else a gallery-conflict."""
+        """Create a gallery, or return what is there if it has this very space."""
         for _ in range(ATTEMPTS):
-            found = self._catalogue.find(name, "ALL")
+            found = self._catalogue.find(name, "strong")
             if found:
                 if found.space != space:
-                    raise GalleryConflict(
-                        f"gallery {name} exists with space {found.space.id}. Use another name, or migrate it.",
-                        details={"expected": found.space.id, "got": space.id},
-                    )
+                    raise other_space(name, found.space.id, space.id)
                 return self.get(name)
             _, wrapped = self._master.new_gallery(name)
             id, table = new_id(), new_id()
-            entry = Entry(id, name, space, None, time.time(), retention, b64encode(wrapped).decode(), {})
-            entry = replace(entry, tables={space.id: f"{self._tables.prefix}_{id}_{table}"})
+            row = GalleryRow(id, name, space, None, time.time(), retention, b64encode(wrapped).decode(), {})
+            row = replace(row, tables={space.id: f"{self._connection.prefix}_{id}_{table}"})
             with ThreadPoolExecutor(2) as both:  # Milvus takes over a second to load a collection
-                records = both.submit(self._tables.create, records_of(self._tables, id), RECORDS, 0, INDEXED)
-                self._tables.create(entry.tables[space.id], TEMPLATES, space.dim)
+                name_of_records = records_of(self._connection, id)
+                records = both.submit(self._connection.create, name_of_records, RECORD_FIELDS, 0, INDEXED_FIELDS)
+                self._connection.create(row.tables[space.id], TEMPLATE_FIELDS, space.dim)
                 records.result()
-            if self._catalogue.add(entry):
+            if self._catalogue.add(row):
                 self._log.append(actor, "create", name)
                 return self.get(name)
-            self._drop(entry.id)
+            self._drop(row.id)
             time.sleep(random.random())
         raise GalleryConflict(f"gallery {name} is being created by others at this moment. Try again.")
 
     def get(self, name: str) -> Gallery:
-        """One gallery."""
+        """Describe one gallery."""
         return self._with(name, self._describe)
 
     def list(self) -> Sequence[Gallery]:
-        """All, by name."""
+        """Describe all galleries, by name."""
         described = []
-        for entry in sorted(self._catalogue.entries("SEEN"), key=lambda entry: entry.name):
-            with contextlib.suppress(NoTable), explained():  # deleted meanwhile
-                described.append(self._describe(self._open(entry), entry))
+        for row in sorted(self._catalogue.rows("bounded"), key=lambda row: row.name):
+            with contextlib.suppress(NoCollection), explained():  # deleted meanwhile
+                described.append(self._describe(self._open(row), row))
         return described
 
     def delete(self, name: str, actor: str) -> Receipt:
         """Delete a gallery with all that is in it, and its key."""
 
-        def delete(gallery: MilvusGallery, entry: Entry) -> Receipt:
-            templates = sum(self._count(table, 'id > ""') for table in entry.tables.values())
+        def delete(gallery: MilvusGallery, row: GalleryRow) -> Receipt:
+            templates = sum(self._count(table, 'id > ""') for table in row.tables.values())
             rows = 1 + templates + self._count(gallery.records, f"kind == {COMMIT}")
-            self._catalogue.remove(entry)
-            self._opened.pop(entry.id, None)
+            self._catalogue.remove(row)
+            self._opened.pop(row.id, None)
             head = self._log.append(actor, "delete-gallery", name, templates=templates, rows=rows)
-            covers = _covers(lambda: self._drop(entry.id))
+            covers = _covers(lambda: self._drop(row.id))
             return Receipt(name, None, templates, rows, covers, head.sequence, head.hash)
 
-        return self._with(name, delete, "ALL")
+        return self._with(name, delete, "strong")
 
     def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | PkdError]:
         """Enrol many subjects; an error in the place of each that was refused."""
@@ -134,39 +170,39 @@ class MilvusStore:
             written = self._with(gallery, partial(write, enrolments=some))
             # They have taken place. Nothing that happens from here on may let the whole begin anew.
             finished = partial(finish, written=written)
-            answers = self._with(gallery, finished, "ALL" if written.entry.moving_to else "SEEN")
+            answers = self._with(gallery, finished, "strong" if written.row.moving_to else "bounded")
             for one, answer in zip(some, answers, strict=True):
                 if isinstance(answer, Enrolled) and not answer.replayed:
-                    subject = bytes.fromhex(self._open(written.entry).seal.subject(one.subject))
+                    subject = bytes.fromhex(self._open(written.row).cipher.subject(one.subject))
                     self._log.append(actor, "enrol", gallery, subject=subject, templates=len(answer.templates))
             if written.withdrawn:
                 self._log.append(actor, "expire", gallery, rows=written.withdrawn)  # so that a purge looks for them
             done += answers
         return done
 
-    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
-        """What ``enrol`` would say to idempotency keys used before, None for others."""
-        return self._with(gallery, partial(answered, enrolments=enrolments))
+    def replayed(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
+        """Return what ``enrol`` would say to idempotency keys used before, None for others."""
+        return self._with(gallery, partial(replayed, enrolments=enrolments))
 
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
-        """One subject, with their vectors where asked for."""
+        """Return one subject, with their vectors where asked for."""
 
-        def read(opened: MilvusGallery, entry: Entry) -> Subject:
-            for found in opened.subjects(entry, [opened.seal.subject(subject)], vectors=vectors):
+        def read(opened: MilvusGallery, row: GalleryRow) -> Subject:
+            for found in opened.subjects(row, [opened.cipher.subject(subject)], vectors=vectors):
                 return found
-            raise UnknownSubject(f"Gallery {gallery} has no subject {subject}.")
+            raise unknown_subject(gallery, subject)
 
         return self._with(gallery, read)
 
     def subjects(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
-        """Ids after ``after``, in the order of their pseudonyms: Milvus does not know them, so cannot sort them."""
+        """List ids after ``after``, in the order of their pseudonyms: Milvus knows no ids, so cannot sort them."""
 
-        def page(opened: MilvusGallery, entry: Entry) -> Sequence[str]:
+        def page(opened: MilvusGallery, row: GalleryRow) -> Sequence[str]:
             found: list[str] = []
-            start = opened.seal.subject(after) if after else ""
+            start = opened.cipher.subject(after) if after else ""
             while len(found) < limit:  # those who are deleted meanwhile do not make a page the last one
                 pseudonyms = opened.page(start, limit)
-                found += [subject.id for subject in opened.subjects(entry, pseudonyms, vectors=False)]
+                found += [subject.id for subject in opened.subjects(row, pseudonyms, vectors=False)]
                 if len(pseudonyms) < limit:
                     break
                 start = pseudonyms[-1]
@@ -177,20 +213,20 @@ class MilvusStore:
     def delete_subject(self, gallery: str, subject: str, actor: str) -> Receipt:
         """Delete a subject's templates, and all else that is kept of them, also where a record does not decrypt."""
 
-        def delete(opened: MilvusGallery, entry: Entry) -> Receipt:
-            pseudonym = opened.seal.subject(subject)
-            commits = opened.commit_rows([pseudonym], "ALL")
+        def delete(opened: MilvusGallery, row: GalleryRow) -> Receipt:
+            pseudonym = opened.cipher.subject(subject)
+            commits = opened.commit_keys([pseudonym], "strong")
             if not commits:
-                raise UnknownSubject(f"Gallery {gallery} has no subject {subject}.")
-            removal = opened.removal(entry, commits)
-            journal = opened.remove_commits(removal)
+                raise unknown_subject(gallery, subject)
+            removal = plan_removal(opened, row, commits)
+            journal = remove(opened, removal)
             templates, rows = removal.count
             named = bytes.fromhex(pseudonym)
             head = self._log.append(actor, "delete-subject", gallery, subject=named, templates=templates, rows=rows)
 
-            def rest(opened: MilvusGallery, now: Entry) -> None:
-                if now.id == entry.id:
-                    opened.remove_rest(now, removal, journal)
+            def rest(opened: MilvusGallery, now: GalleryRow) -> None:
+                if now.id == row.id:
+                    finish_removal(opened, now, removal, journal)
 
             covers = _covers(lambda: self._with(gallery, rest))
             return Receipt(gallery, subject, templates, rows, covers, head.sequence, head.hash)
@@ -199,62 +235,75 @@ class MilvusStore:
 
     def search(
         self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None
-    ) -> Sequence[Found]:
-        """For each of the unit rows Q×D the nearest subjects among templates of ``encoder``, exactly."""
-        return self._with(gallery, lambda opened, entry: search(opened, entry, encoder, queries, top_k, where or {}))
+    ) -> Sequence[SearchResult]:
+        """Find for each of the unit rows Q×D the nearest subjects among templates of ``encoder``, exactly."""
+        return self._with(gallery, lambda opened, row: search(opened, row, encoder, queries, top_k, where or {}))
 
     def begin_migration(self, gallery: str, space: Space, actor: str) -> Gallery:
         """Take templates of a second space, too. The same space again is no error: a migration is resumable."""
 
-        def start(opened: MilvusGallery, entry: Entry) -> None:
-            if begin(self._catalogue, opened, entry, space):
+        def begin(opened: MilvusGallery, row: GalleryRow) -> None:
+            if begin_migration(self._catalogue, opened, row, space):
                 self._log.append(actor, "begin-migration", gallery)
 
-        self._with(gallery, start, "ALL")
+        self._with(gallery, begin, "strong")
         return self.get(gallery)
 
     def unmoved(self, gallery: str, *, after: str = "", limit: int = 100, back: bool = False) -> Sequence[str]:
-        """Subjects without a template in the second space, or with ``back`` in the first: a page, as ``subjects``."""
+        """List subjects without a template in the second space, or with ``back`` in the first: a page."""
 
-        def page(opened: MilvusGallery, entry: Entry) -> Sequence[str]:
-            start = opened.seal.subject(after) if after else ""
-            there = second(entry)
-            return opened.without(entry, (entry.space if back else there).id, start, limit, "SEEN")
+        def page(opened: MilvusGallery, row: GalleryRow) -> Sequence[str]:
+            start = opened.cipher.subject(after) if after else ""
+            second = second_space(row)
+            return opened.without(row, (row.space if back else second).id, start, limit, "bounded")
 
         return self._with(gallery, page)
 
-    def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> Moved:
-        """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round.
-
-        A gallery-conflict while a subject would be left without a template.
-        """
-        return self._with(gallery, lambda opened, entry: self._end(opened, entry, abandon, actor), "ALL")
+    def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> EndedMigration:
+        """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round."""
+        return self._with(gallery, lambda opened, row: self._end_migration(opened, row, abandon, actor), "strong")
 
     def expire(self, now: float) -> int:
         """Delete what is past its time; returns how many templates. Sweeps what dead processes left, too."""
-        total, sealed = 0, 0
-        entries = self._catalogue.entries("ALL")
-        for entry in entries:
+        total, encrypted = 0, 0
+        before = time.time() - self._options.sweep_seconds
+        rows = self._catalogue.rows("strong")
+        for row in rows:
             try:
-                total += self._expire(entry, now)
-            except NoTable:  # deleted meanwhile
+                total += self._expire(row, now, before)
+            except NoCollection:  # deleted meanwhile
                 continue
-            except Sealed:  # others are looked after all the same; no log names it
-                sealed += 1
-        if sealed:
-            logger.error("Expiry: the keys of %d galleries do not decrypt. Run pkd-gallery verify.", sealed)
-        for id in self._opened.keys() - {entry.id for entry in entries}:
+            except DecryptionError:  # others are looked after all the same; no log names it
+                encrypted += 1
+        if encrypted:
+            logger.error("Expiry: the keys of %d galleries do not decrypt. Run pkd-gallery verify.", encrypted)
+        for id in self._opened.keys() - {row.id for row in rows}:
             self._opened.pop(id, None)  # deleted by other processes: their keys go from memory, too
-        sweep_collections(self._tables, self._catalogue)
+        sweep_collections(self._connection, self._catalogue, before)
         if time.monotonic() >= self._next_purge:
-            self._next_purge = time.monotonic() + PURGE_SECONDS
-            purge(self._tables, self._catalogue, self._log)
+            self._next_purge = time.monotonic() + self._options.purge_seconds
+            purge(self._connection, self._catalogue, self._log, self._options.stopped_seconds)
         return total
 
     def export(self, gallery: str) -> Iterator[Subject]:
-        """Every subject with vectors, in the order of ``subjects``; each as of the moment it is read."""
-        self._with(gallery, lambda opened, entry: None)
+        """Yield every subject with vectors, in the order of ``subjects``; each as of the moment it is read."""
+        self._with(gallery, lambda opened, row: None)
         return self._export(gallery)
+
+    def verify(self, noted: Head | None = None, progress: Progress = no_progress) -> Inspection:
+        """Look at everything that is kept; say what was found, and what is wrong."""
+        again = self._options.recheck_seconds
+        return inspection.inspect(self._connection, self._catalogue, self._log, self._master, noted, progress, again)
+
+    def rekey(self, master: MasterKey) -> int:
+        """Wrap every gallery's key with another master key; returns how many were. May be run again.
+
+        Raises DecryptionError for a key that neither of the two decrypts.
+        """
+        count = self._catalogue.rekey(self._master, master)
+        self._log.append("pkd-gallery", "rekey", "", rows=count)
+        self._master = master
+        return count
 
     def check(self) -> None:
         """Raise StoreUnavailable unless the store can read and write right now."""
@@ -263,37 +312,38 @@ class MilvusStore:
 
     def close(self) -> None:
         """Let go of files and connections."""
-        self._tables.close()
+        self._connection.close()
         self._log.close()
 
-    def _with(self, name: str, do: Callable[[MilvusGallery, Entry], T], fresh: Freshness = "SEEN") -> T:
+    def _with(self, name: str, do: Callable[[MilvusGallery, GalleryRow], T], consistency: Consistency = "bounded") -> T:
         """Do something with a gallery; once more from the start if a collection of it was dropped meanwhile."""
-        for attempt in (fresh, "ALL"):
-            entry = self._catalogue.entry(name, "ALL" if attempt == "ALL" else "SEEN")
+        levels: tuple[Consistency, ...] = (consistency, "strong")
+        for level in levels:
+            row = self._catalogue.row(name, level)
             try:
                 with explained():
-                    return do(self._open(entry), entry)
-            except NoTable:
+                    return do(self._open(row), row)
+            except NoCollection:
                 self._catalogue.forget(name)
         raise unknown_gallery(name)
 
-    def _open(self, entry: Entry) -> MilvusGallery:
-        opened = self._opened.get(entry.id)
+    def _open(self, row: GalleryRow) -> MilvusGallery:
+        opened = self._opened.get(row.id)
         if opened is None:
-            key = self._master.gallery(entry.name, b64decode(entry.wrapped))
-            opened = self._opened.setdefault(entry.id, MilvusGallery(self._tables, entry.id, key))
+            key = self._master.gallery(row.name, row.wrapped_key)
+            opened = self._opened.setdefault(row.id, MilvusGallery(self._connection, row.id, key))
         return opened
 
-    def _describe(self, opened: MilvusGallery, entry: Entry) -> Gallery:
-        templates = {}
-        for encoder, space in sorted(opened.encoders(entry).items()):
-            where = f'encoder == "{opened.seal.hashed("encoder", encoder)}"'
-            count = self._tables.count(entry.tables[space], where, "SEEN")
-            if count:
-                templates[encoder] = count
-        subjects = self._tables.count(opened.records, f"kind == {SUBJECT}", "SEEN")
-        moved = self._tables.count(opened.records, f"kind == {MOVED}", "SEEN") if entry.moving_to else 0
-        return entry.gallery(subjects, templates, moved)
+    def _describe(self, opened: MilvusGallery, row: GalleryRow) -> Gallery:
+        templates, count = {}, self._connection.count
+        for encoder, space in sorted(opened.encoders(row).items()):
+            where = f'encoder == "{opened.cipher.hashed("encoder", encoder)}"'
+            made = count(row.tables[space], where, "bounded")
+            if made:
+                templates[encoder] = made
+        subjects = count(opened.records, f"kind == {SUBJECT}", "bounded")
+        moved = count(opened.records, f"kind == {MOVED}", "bounded") if row.moving_to else 0
+        return row.gallery(subjects, templates, moved)
 
     def _export(self, gallery: str) -> Iterator[Subject]:
         after = ""
@@ -306,48 +356,48 @@ class MilvusStore:
 
     def _count(self, table: str, where: str) -> int:
         try:
-            return self._tables.count(table, where, "ALL")
-        except NoTable:  # somebody dropped it: what is left of the gallery can still be deleted
+            return self._connection.count(table, where, "strong")
+        except NoCollection:  # somebody dropped it: what is left of the gallery can still be deleted
             return 0
 
-    def _end(self, opened: MilvusGallery, entry: Entry, abandon: bool, actor: str) -> Moved:
-        def log(templates: int, rows: int) -> Head:
-            return self._log.append(actor, "end-migration", entry.name, templates=templates, rows=rows)
+    def _end_migration(self, opened: MilvusGallery, row: GalleryRow, abandon: bool, actor: str) -> EndedMigration:
+        def record(templates: int, rows: int) -> Head:
+            return self._log.append(actor, "end-migration", row.name, templates=templates, rows=rows)
 
-        ended = end(self._catalogue, opened, entry, abandon, log)
-        covers = _covers(lambda: clear(opened, ended))
-        sequence, hash = ended.head.sequence, ended.head.hash
-        return Moved(ended.templates, Receipt(entry.name, None, ended.templates, ended.rows, covers, sequence, hash))
+        remains = end_migration(self._catalogue, opened, row, abandon, record)
+        covers = _covers(lambda: remains.clear(opened))
+        head, templates, rows = remains.head, remains.templates, remains.rows
+        return EndedMigration(templates, Receipt(row.name, None, templates, rows, covers, head.sequence, head.hash))
 
-    def _expire(self, entry: Entry, now: float) -> int:
-        opened, total = self._open(entry), 0
-        for removal in expire(opened, entry, now):
+    def _expire(self, row: GalleryRow, now: float, before: float) -> int:
+        opened, total = self._open(row), 0
+        for removal in expire(opened, row, now):
             templates, rows = removal.count
-            self._log.append("retention", "expire", entry.name, templates=templates, rows=rows)
+            self._log.append("retention", "expire", row.name, templates=templates, rows=rows)
             total += templates
-        if rows := sweep(opened, entry, time.time() - SWEEP_SECONDS):
-            self._log.append("retention", "expire", entry.name, rows=rows)  # so that a purge looks for them
-        if entry.ending and interrupted(entry):
+        if swept := sweep(opened, row, before):
+            self._log.append("retention", "expire", row.name, rows=swept)  # so that a purge looks for them
+        if row.ending and row.ending.since < before:  # whoever was ending it has died, as far as time tells
             with contextlib.suppress(ServingError):
-                self._end(opened, entry, entry.ending.abandon, "retention")
+                self._end_migration(opened, row, row.ending.abandon, "retention")
         return total
 
-    def _drop(self, entry_id: str) -> None:
-        for name in self._tables.names():
-            if name.startswith(f"{self._tables.prefix}_{entry_id}_"):
-                self._tables.drop(name)
+    def _drop(self, id: str) -> None:
+        for name in self._connection.names():
+            if name.startswith(f"{self._connection.prefix}_{id}_"):
+                self._connection.drop(name)
 
 
-def _page(opened: MilvusGallery, entry: Entry, after: str) -> tuple[Sequence[str], Sequence[Subject]]:
+def _page(opened: MilvusGallery, row: GalleryRow, after: str) -> tuple[Sequence[str], Sequence[Subject]]:
     pseudonyms = opened.page(after, EXPORTED)
-    return pseudonyms, list(opened.subjects(entry, pseudonyms, vectors=True))
+    return pseudonyms, list(opened.subjects(row, pseudonyms, vectors=True))
 
 
 def _covers(finish: Callable[[], object]) -> tuple[str, ...]:
-    """Do the rest of a deletion that is decided and on record; what the receipt may claim."""
+    """Do the rest of a deletion that is decided and on record; return what the receipt may claim."""
     try:
         finish()
-    except (ServingError, NoTable) as error:
+    except (ServingError, NoCollection) as error:
         logger.warning("Milvus: the rest of a deletion is left to the next sweep (%s).", type(error).__name__)
         return UNFINISHED
     return COVERS

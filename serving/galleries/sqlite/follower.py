@@ -1,4 +1,4 @@
-"""Tail: keeps what a process has in memory like what is in the database, whoever wrote it.
+"""The change follower: it keeps what a process has in memory like what is in the database, whoever wrote it.
 
 Before a search, and twice a second in any case, ``PRAGMA data_version`` tells in microseconds whether anything was
 committed since. If so, templates newer than the newest known are read, and the log of changes for what went. The first
@@ -12,7 +12,7 @@ import logging
 import sqlite3
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,40 +23,47 @@ from threadpoolctl import threadpool_limits
 
 from pkd.serving.core.errors import ServingError
 from pkd.serving.core.options import usable_cores
-from pkd.serving.galleries.crypto import GalleryKey, Sealed
-from pkd.serving.galleries.database import SqliteFile, explained
+from pkd.serving.galleries.crypto import DecryptionError, GalleryKey
+from pkd.serving.galleries.failures import explained
+from pkd.serving.galleries.index.exact_index import ParallelMap
 from pkd.serving.galleries.index.memory_index import MemoryIndex, Rows, template_id
+from pkd.serving.galleries.sqlite.database import SqliteFile
+from pkd.serving.galleries.sqlite.rows import read_gallery
+from pkd.serving.galleries.store import Gallery
 from pkd.serving.galleries.templates import unit_rows
 
 AT_ONCE = 8192
-"""Templates read and decrypted at a time."""
+"""Templates read and decrypted together."""
 
-EVERY = 0.5
-"""Seconds between looks at what others committed, so that a process without searches forgets what was deleted, too."""
+FOLLOW_SECONDS = 0.5
+"""Time between looks at what others committed, so that a process without searches forgets what was deleted, too."""
 
+IndexFactory = Callable[[ParallelMap], MemoryIndex]
 logger = logging.getLogger("pkd.serving")
 
 
 @dataclass
-class Followed:
-    """A gallery in memory. ``id``: its row."""
+class LoadedGallery:
+    """Hold a gallery in memory. ``id``: its row's number."""
 
     id: int
     name: str
     key: GalleryKey
     index: MemoryIndex
+    described: Gallery
+    """The gallery as it was last read, to answer by where the database cannot be."""
     unreadable: dict[int, str] = field(default_factory=dict)
-    """Templates that do not decrypt and so take no part in searches → why."""
+    """Number of each template that does not decrypt, and so takes no part in searches → why."""
 
 
 @dataclass
 class _Known:
-    """What was read so far. ``template``, ``change``: the newest; -1: nothing was."""
+    """Remember what was read so far. ``template``, ``change``: the newest; -1: nothing was."""
 
     template: int = 0
     change: int = -1
-    by_id: dict[int, Followed] = field(default_factory=dict)
-    by_name: dict[str, Followed] = field(default_factory=dict)
+    by_id: dict[int, LoadedGallery] = field(default_factory=dict)
+    by_name: dict[str, LoadedGallery] = field(default_factory=dict)
 
 
 _Row = tuple[int, str, int, int, str, bytes, str, bytes]
@@ -65,11 +72,12 @@ _Change = tuple[int, str, int | None, int]
 """Number, what kind, gallery, which row."""
 
 
-class Tail:
-    """Thread-safe. One a process."""
+class ChangeFollower:
+    """Follow what is committed to a database. Thread-safe; one a process."""
 
-    def __init__(self, file: SqliteFile) -> None:
-        self._file = file
+    def __init__(self, file: SqliteFile, seconds: float = FOLLOW_SECONDS, index: IndexFactory = MemoryIndex) -> None:
+        """Begin with nothing. ``seconds``: between looks, once ``watch`` is called. ``index``: makes a gallery's."""
+        self._file, self._seconds, self._index = file, seconds, index
         self._db = file.connect()
         self._lock = threading.Lock()
         self._cores = ThreadPoolExecutor(usable_cores(), thread_name_prefix="pkd-search")
@@ -78,10 +86,10 @@ class Tail:
         self._version = -1
         self._known = _Known()
         self._closing = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="pkd-tail", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="pkd-follower", daemon=True)
 
     def watch(self) -> None:
-        """Catch up by itself from now on."""
+        """Catch up regularly from now on."""
         self._watcher.start()
 
     def close(self) -> None:
@@ -91,16 +99,16 @@ class Tail:
             self._watcher.join()
         self._cores.shutdown()
 
-    def gallery(self, name: str) -> Followed | None:
-        """A gallery as of the last catching up."""
+    def gallery(self, name: str) -> LoadedGallery | None:
+        """Return a gallery as of the last catching up."""
         return self._known.by_name.get(name)
 
-    def galleries(self) -> Sequence[Followed]:
-        """All of them."""
+    def galleries(self) -> Sequence[LoadedGallery]:
+        """Return all galleries as of the last catching up."""
         return list(self._known.by_id.values())
 
     def catch_up(self, patience: float = -1) -> None:
-        """Take in all that has been committed. Raises store-unavailable; what was known stays.
+        """Take in all that has been committed. Raises StoreUnavailable; what was known stays.
 
         ``patience``: seconds to wait for another thread that is at it, then go on with what is known; -1: as long as
         it takes.
@@ -123,7 +131,7 @@ class Tail:
 
     def _watch(self) -> None:
         failed = False
-        while not self._closing.wait(EVERY):
+        while not self._closing.wait(self._seconds):
             try:
                 self.catch_up()
                 failed = False
@@ -153,7 +161,7 @@ class Tail:
         self._known = known
 
     def _changes(self, known: _Known) -> Sequence[_Change] | None:
-        """Those since the last time; None if they are no longer all there, or at the beginning."""
+        """Read the changes since the last time; None if they are no longer all there, or at the beginning."""
         if known.change < 0:
             return None
         found = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'changes'").fetchone()
@@ -170,8 +178,9 @@ class Tail:
             if id not in known.by_id:
                 try:
                     key = self._file.master.gallery(name, wrapped)
-                    known.by_id[id] = Followed(id, name, key, MemoryIndex(self._cores.map))
-                except Sealed:  # which names the gallery, and no log does
+                    described = read_gallery(self._db, name)
+                    known.by_id[id] = LoadedGallery(id, name, key, self._index(self._cores.map), described)
+                except DecryptionError:  # which names the gallery, and no log does
                     logger.error("The key of a gallery does not decrypt: it is not served. Run pkd-gallery verify.")
         known.by_name = {followed.name: followed for followed in known.by_id.values()}
 
@@ -201,27 +210,27 @@ def _remove(known: _Known, changes: Sequence[_Change]) -> None:
                 known.by_id[id].unreadable.pop(template, None)
 
 
-def _add_rows(gallery: Followed, encoder: str, rows: Sequence[_Row]) -> None:
-    sealed = ((name, key, template_id(template), data) for _, _, template, _, name, key, _, data in rows)
-    plain = list(gallery.key.templates(sealed, encoder))
+def _add_rows(gallery: LoadedGallery, encoder: str, rows: Sequence[_Row]) -> None:
+    ciphertexts = ((name, key, template_id(template), data) for _, _, template, _, name, key, _, data in rows)
+    plain = list(gallery.key.templates(ciphertexts, encoder))
     for row, found in zip(rows, plain, strict=True):
-        if isinstance(found, Sealed):
+        if isinstance(found, DecryptionError):
             gallery.unreadable[row[2]] = str(found)
             logger.error("Template %s does not decrypt: it takes no part in searches.", template_id(row[2]))
-    good = [row for row, found in zip(rows, plain, strict=True) if not isinstance(found, Sealed)]
+    good = [row for row, found in zip(rows, plain, strict=True) if not isinstance(found, DecryptionError)]
     if not good:
         return
-    data = b"".join(found for found in plain if not isinstance(found, Sealed))
+    data = b"".join(found for found in plain if not isinstance(found, DecryptionError))
     _, _, templates, subjects, names, _, attributes, _ = zip(*good, strict=True)
-    places = {text: place for place, text in enumerate(dict.fromkeys(attributes))}
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(attributes))}
     gallery.index.add(
         Rows(
             encoder,
             np.array(templates, np.int64),
             np.array(subjects, np.int64),
             names,
-            [json.loads(text) for text in places],
-            np.array([places[text] for text in attributes], np.int64),
+            [json.loads(text) for text in numbers],
+            np.array([numbers[text] for text in attributes], np.int64),
             unit_rows(data, len(good)),
         )
     )

@@ -1,4 +1,4 @@
-"""Whether a database of galleries is whole: audit chain, keys, every row, and the index made from it."""
+"""Verifying a database of galleries: audit chain, keys, every row, and the index made from it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,26 @@ import numpy as np
 from pkd.serving.core.errors import StoreUnavailable
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.audit import Head
-from pkd.serving.galleries.crypto import GalleryKey, Sealed
-from pkd.serving.galleries.database import SqliteFile, explained
+from pkd.serving.galleries.crypto import DecryptionError, GalleryKey
+from pkd.serving.galleries.failures import explained
 from pkd.serving.galleries.index.exact_index import checksum
 from pkd.serving.galleries.index.memory_index import template_id
-from pkd.serving.galleries.inspection import Inspection
-from pkd.serving.galleries.sqlite.follower import Tail
-from pkd.serving.galleries.templates import STORED, unit_rows
+from pkd.serving.galleries.sqlite.database import SqliteFile
+from pkd.serving.galleries.sqlite.follower import ChangeFollower
+from pkd.serving.galleries.store import Inspection
+from pkd.serving.galleries.templates import STORED, TOLERANCE, unit_rows
 from pkd.toolkit.core.errors import NotTrusted
+from pkd.toolkit.core.progress import Progress
 
 TRIES = 10
-"""How often reading and index are brought to the same moment, should a server be writing meanwhile."""
+"""Largest number of attempts to bring reading and index to the same moment, while a server is writing."""
 
 
-def count_templates(file: SqliteFile) -> int:
-    """How many there are to look at."""
-    with file.reading() as db:
+def inspect(file: SqliteFile, follower: ChangeFollower, noted: Head | None, progress: Progress) -> Inspection:
+    """Look at everything, as of one moment, as GalleryStore.verify. ``follower``: whose index is compared."""
+    with _one_moment(file, follower) as db:
         (count,) = db.execute("SELECT count(*) FROM templates").fetchone()
-        return int(count)
-
-
-def inspect(file: SqliteFile, noted: Head | None = None, step: Callable[[int], None] = lambda done: None) -> Inspection:
-    """Look at everything, as of one moment. ``noted``: a head of the audit log that was kept outside."""
-    tail = Tail(file)
-    try:
-        with _one_moment(file, tail) as db:
+        with progress("decrypting", count) as advance:
             found = Inspection(audit.head(db))
             found.wrong += [f"SQLite: {line}" for (line,) in db.execute("PRAGMA integrity_check") if line != "ok"]
             found.wrong += [f"{row[0]}: row {row[1]} refers to a {row[2]} that is not there." for row in _orphans(db)]
@@ -47,11 +42,11 @@ def inspect(file: SqliteFile, noted: Head | None = None, step: Callable[[int], N
                 found.galleries += 1
                 try:
                     key = file.master.gallery(name, wrapped)
-                except Sealed as error:
+                except DecryptionError as error:
                     found.wrong.append(str(error))
                     continue
-                rows = _gallery(db, id, key, found, step)
-                followed = tail.gallery(name)
+                rows = _gallery(db, id, key, found, advance)
+                followed = follower.gallery(name)
                 index = followed.index.contents() if followed else {}
                 found.wrong += [
                     f"gallery {name}, {encoder}: {index.get(encoder, (0, 0))[0]:,} templates in memory are not the "
@@ -60,12 +55,10 @@ def inspect(file: SqliteFile, noted: Head | None = None, step: Callable[[int], N
                     if rows.get(encoder) != index.get(encoder)
                 ]
             return found
-    finally:
-        tail.close()
 
 
 def _gallery(
-    db: sqlite3.Connection, id: int, key: GalleryKey, found: Inspection, step: Callable[[int], None]
+    db: sqlite3.Connection, id: int, key: GalleryKey, found: Inspection, advance: Callable[[int], None]
 ) -> dict[str, tuple[int, int]]:
     """Decrypt every template; returns encoder → how many, and their checksum."""
     sums: dict[str, tuple[int, int]] = {}
@@ -81,19 +74,19 @@ def _gallery(
             found.wrong.append(f"gallery {key.gallery}, subject {name}: has no template.")
         try:
             subject_key = key.subject(name, wrapped)
-        except Sealed as error:
+        except DecryptionError as error:
             found.wrong.append(str(error))
             continue
-        for number, encoder, sealed, dim in templates:
+        for number, encoder, ciphertext, dim in templates:
             found.templates += 1
-            step(1)
+            advance(1)
             try:
-                stored = subject_key.open(sealed, template_id(number), encoder)
-            except Sealed as error:
+                stored = subject_key.decrypt(ciphertext, template_id(number), encoder)
+            except DecryptionError as error:
                 found.wrong.append(str(error))
                 continue
             vector = np.frombuffer(stored, STORED).astype(np.float32)
-            if len(vector) != dim or not abs(float(np.linalg.norm(vector)) - 1) < 0.01:
+            if len(vector) != dim or not abs(float(np.linalg.norm(vector)) - 1) < TOLERANCE:
                 found.wrong.append(f"template {template_id(number)}: is not a unit vector of its space.")
             count, total = sums.get(encoder, (0, 0))
             total = (total + checksum(np.array([number], np.int64), unit_rows(stored, 1))) % 2**64
@@ -111,12 +104,12 @@ def _orphans(db: sqlite3.Connection) -> list[tuple[str, int, str]]:
 
 
 @contextmanager
-def _one_moment(file: SqliteFile, tail: Tail) -> Iterator[sqlite3.Connection]:
-    """A reading connection at the very moment up to which ``tail`` has caught up."""
+def _one_moment(file: SqliteFile, follower: ChangeFollower) -> Iterator[sqlite3.Connection]:
+    """Give a reading connection at the very moment up to which ``follower`` has caught up."""
     for _ in range(TRIES):
         with file.reading() as db, explained():
             moment = audit.head(db)
-            tail.catch_up()
+            follower.catch_up()
             with file.reading() as later:
                 same = audit.head(later) == moment
             if same:

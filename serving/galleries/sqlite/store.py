@@ -1,9 +1,10 @@
 """SqliteStore: galleries in one SQLite file, searched in memory. The default GalleryStore.
 
 SQLite (write-ahead log, synchronous FULL) is the durable truth; every process has all templates in memory and follows
-what the others commit (tail.py). Vectors are float16, encrypted; ids of galleries and subjects, attributes and consent
-are stored as they are. Order is that of sequences, never of the clock, which only dates things and expires templates:
-set back, nothing happens; set forward, ``expire`` deletes what that clock calls past its time, and nothing else.
+what the others commit (follower.py). Vectors are float16, encrypted; ids of galleries and subjects, attributes and
+consent are stored as they are. Order is that of sequences, never of the clock, which only dates things and expires
+templates: set back, nothing happens; set forward, ``expire`` deletes what that clock calls past its time, and nothing
+else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -19,85 +21,121 @@ import numpy as np
 
 from pkd.serving.core.errors import (
     REFUSED_ENROLMENT,
-    GalleryConflict,
     IdempotencyConflict,
     InvalidRequest,
     ServingError,
+    StoreUnavailable,
 )
 from pkd.serving.galleries import audit
-from pkd.serving.galleries.crypto import GalleryKey, MasterKey, Sealed
-from pkd.serving.galleries.database import SqliteFile, explained
-from pkd.serving.galleries.sqlite.enrolment import Enrolling, answered
-from pkd.serving.galleries.sqlite.follower import Tail
-from pkd.serving.galleries.sqlite.queries import (
+from pkd.serving.galleries.crypto import DecryptionError, GalleryKey, MasterKey
+from pkd.serving.galleries.failures import BUSY_SECONDS, explained
+from pkd.serving.galleries.index.memory_index import MemoryIndex
+from pkd.serving.galleries.sqlite.database import SqliteFile
+from pkd.serving.galleries.sqlite.follower import FOLLOW_SECONDS, ChangeFollower, IndexFactory
+from pkd.serving.galleries.sqlite.inspection import inspect
+from pkd.serving.galleries.sqlite.rows import (
+    Enrolling,
     delete_subject,
     gallery_row,
     moving,
     read_gallery,
     read_subject,
+    replayed,
     subject_row,
     without,
 )
 from pkd.serving.galleries.store import (
     Attributes,
+    EndedMigration,
     Enrolled,
     Enrolment,
-    Found,
     Gallery,
-    Moved,
+    Inspection,
     Receipt,
+    SearchResult,
     Space,
     Subject,
     Vectors,
 )
-from pkd.serving.galleries.templates import unknown_gallery
+from pkd.serving.galleries.templates import cannot_begin, left_behind, other_space, unknown_gallery
 from pkd.toolkit.core.errors import PkdError
+from pkd.toolkit.core.progress import Progress, no_progress
 
-PATIENCE = 0.2
-"""Seconds a search waits for changes that another thread is taking in; then it answers by what is known."""
-CHANGES_KEPT = 3600
-"""Seconds a change is kept for processes to follow; one that was silent for longer reads everything anew."""
-EXPIRED = 1_000
-"""Subjects whose templates are deleted in one transaction: other processes wait for it."""
-PAUSE = 0.02
-"""Seconds between two of them, for those who wait."""
-
+HEARTBEAT = 64 << 10
+"""Bytes that a check writes."""
 logger = logging.getLogger("pkd.serving")
 
 
+@dataclass(frozen=True)
+class SqliteOptions:
+    """Hold the times and sizes of a SqliteStore; times in seconds."""
+
+    follow_seconds: float = FOLLOW_SECONDS
+    """Time between looks at what other processes committed, where no search looks anyway."""
+    busy_seconds: float = BUSY_SECONDS
+    """How long a write waits for those of other processes."""
+    patience_seconds: float = 0.2
+    """How long a search waits for changes that another thread is taking in; then it answers by what is known."""
+    changes_kept_seconds: float = 3600
+    """How long a change is kept for processes to follow; one that was silent for longer reads everything anew."""
+    expired_at_once: int = 1_000
+    """Subjects whose templates are deleted in one transaction: other processes wait for it."""
+    pause_seconds: float = 0.02
+    """Time between two of them, for those who wait."""
+    index: IndexFactory = MemoryIndex
+    """Makes a gallery's index in memory."""
+
+
 class SqliteStore:
-    """A GalleryStore. Blocking and thread-safe; one a process, any number of processes on one folder."""
+    """Keep galleries in one file and search them in memory.
 
-    def __init__(self, folder: Path, master: MasterKey, *, create: bool = True) -> None:
-        """Open or create the database in ``folder`` and read every template into memory.
+    Blocking and thread-safe; one a process, any number of processes on one folder.
+    """
 
-        Raises InputError (another master key, an unknown schema) or StoreUnavailable.
+    def __init__(
+        self,
+        folder: Path,
+        master: MasterKey,
+        options: SqliteOptions = SqliteOptions(),
+        *,
+        create: bool = True,
+        load: bool = True,
+    ) -> None:
+        """Open or create the database in ``folder`` and, with ``load``, read every template into memory.
+
+        Without ``load`` that happens at the first search or enrolment. Raises InputError (another master key, an
+        unknown schema) or StoreUnavailable.
         """
-        self._file = SqliteFile(folder, master, create=create)
+        self._options = options
+        self._file = SqliteFile(folder, master, create=create, busy_seconds=options.busy_seconds)
+        self._wal_owed = False
         try:
-            self._tail = Tail(self._file)
-            self._tail.catch_up()
-            self._wal_owed = not self._file.truncate()
-            self._tail.watch()
+            self._follower = ChangeFollower(self._file, options.follow_seconds, options.index)
+            if load:
+                self._follower.catch_up()
+                self._wal_owed = not self._file.truncate()
+                self._follower.watch()
         except BaseException:
             self._file.close()
             raise
 
     @property
     def unreadable(self) -> Sequence[str]:
-        """Why templates that do not decrypt take no part in searches, one line each."""
-        return [why for followed in self._tail.galleries() for why in followed.unreadable.values()]
+        """Say why templates that do not decrypt take no part in searches, one line each."""
+        return [why for loaded in self._follower.galleries() for why in loaded.unreadable.values()]
+
+    @property
+    def loaded(self) -> Mapping[str, int]:
+        """Map the galleries in memory to their numbers of templates there."""
+        return {gallery.name: len(gallery.index) for gallery in self._follower.galleries()}
 
     def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
-        """Create, or return what is there if it has this very space; else a gallery-conflict."""
+        """Create a gallery, or return what is there if it has this very space."""
         with self._file.writing() as db:
             self._file.require_master(db)
             found = db.execute("SELECT space, dim FROM galleries WHERE name = ?", (name,)).fetchone()
             if found and found != (space.id, space.dim):
-                raise GalleryConflict(
-                    f"gallery {name} exists with space {found[0]}. Use another name, or migrate it.",
-                    details={"expected": found[0], "got": space.id},
-                )
+                raise other_space(name, found[0], space.id)
             if not found:
                 _, wrapped = self._file.master.new_gallery(name)
                 db.execute(
@@ -109,12 +147,21 @@ class SqliteStore:
         return self.get(name)
 
     def get(self, name: str) -> Gallery:
-        """One gallery."""
-        with self._file.reading() as db:
-            return read_gallery(db, name)
+        """Describe one gallery; where the database cannot be read, as it was when it last could."""
+        loaded = self._follower.gallery(name)
+        try:
+            with self._file.reading() as db:
+                gallery = read_gallery(db, name)
+        except StoreUnavailable:
+            if loaded is None:
+                raise
+            return loaded.described
+        if loaded:
+            loaded.described = gallery
+        return gallery
 
     def list(self) -> Sequence[Gallery]:
-        """All, by name."""
+        """Describe all galleries, by name."""
         with self._file.reading() as db:
             names = [name for (name,) in db.execute("SELECT name FROM galleries ORDER BY name")]
             return [read_gallery(db, name) for name in names]
@@ -147,27 +194,27 @@ class SqliteStore:
         self._follow()
         return done
 
-    def answered(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
-        """What ``enrol`` would say to idempotency keys used before, None for others."""
+    def replayed(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
+        """Return what ``enrol`` would say to idempotency keys used before, None for others."""
         found: list[Enrolled | PkdError | None] = []
         with self._file.reading() as db:
             (id, _) = gallery_row(db, gallery)
             for enrolment in enrolments:
                 try:
-                    found.append(answered(db, id, enrolment))
+                    found.append(replayed(db, id, enrolment))
                 except IdempotencyConflict as refusal:
                     found.append(refusal)
         return found
 
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
-        """One subject, with their vectors where asked for."""
+        """Describe one subject, with their vectors where asked for."""
         with self._file.reading() as db:
             key = self._key(db, gallery)
             row = subject_row(db, gallery, subject)
             return read_subject(db, key, row, vectors)
 
     def subjects(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
-        """Ids in ascending order after ``after``: a page."""
+        """List ids in ascending order after ``after``: a page."""
         with self._file.reading() as db:
             gallery_row(db, gallery)
             rows = db.execute(
@@ -196,18 +243,18 @@ class SqliteStore:
 
     def search(
         self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None
-    ) -> Sequence[Found]:
-        """For each of the unit rows Q×D the nearest subjects among templates of ``encoder``, exactly.
+    ) -> Sequence[SearchResult]:
+        """Find for each of the unit rows Q×D the nearest subjects among templates of ``encoder``, exactly.
 
         Where the database cannot be read, the answer is by what was read before.
         """
         if top_k < 1:
             raise InvalidRequest(f"top_k of {top_k}: give 1 or more.")
-        self._follow(PATIENCE)
-        followed = self._tail.gallery(gallery)
-        if followed is None:
+        self._follow(self._options.patience_seconds)
+        loaded = self._follower.gallery(gallery)
+        if loaded is None:
             raise unknown_gallery(gallery)
-        return followed.index.search(encoder, np.asarray(queries, np.float32), top_k, where)
+        return loaded.index.search(encoder, np.asarray(queries, np.float32), top_k, where)
 
     def begin_migration(self, gallery: str, space: Space, actor: str) -> Gallery:
         """Take templates of a second space, too. The same space again is no error: a migration is resumable."""
@@ -219,32 +266,25 @@ class SqliteStore:
                 )
                 audit.append(db, actor, "begin-migration", gallery)
             elif now.moving_to != space:
-                state = f"moves to {now.moving_to.id} already" if now.moving_to else "has this space already"
-                raise GalleryConflict(f"gallery {gallery} {state}. End that first, or choose another.")
+                raise cannot_begin(gallery, now.moving_to)
         return self.get(gallery)
 
     def unmoved(self, gallery: str, *, after: str = "", limit: int = 100, back: bool = False) -> Sequence[str]:
-        """Subjects without a template in the second space, or with ``back`` in the first: a page, as ``subjects``."""
+        """List subjects without a template in the second space, or with ``back`` in the first: a page."""
         with self._file.reading() as db:
             now = moving(db, gallery)
             assert now.moving_to
             return without(db, gallery, (now.space if back else now.moving_to).id, after, limit)
 
-    def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> Moved:
-        """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round.
-
-        A gallery-conflict while a subject would be left without a template.
-        """
+    def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> EndedMigration:
+        """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round."""
         with self._file.writing() as db:
             now = moving(db, gallery)
             assert now.moving_to
             kept, left = (now.space, now.moving_to) if abandon else (now.moving_to, now.space)
             behind = without(db, gallery, kept.id, "", 1)
             if behind:
-                raise GalleryConflict(
-                    f"gallery {gallery}: subjects would be left without a template, {behind[0]} first. "
-                    f"Enrol them in space {kept.id}, or delete them."
-                )
+                raise left_behind(gallery, behind[0], kept.id)
             (id, *_) = gallery_row(db, gallery)
             encoders = "(SELECT id FROM encoders WHERE gallery = ? AND space = ?)"
             templates = db.execute(f"DELETE FROM templates WHERE encoder IN {encoders}", (id, left.id)).rowcount
@@ -256,16 +296,17 @@ class SqliteStore:
                 (kept.id, kept.dim, id),
             )
             head = audit.append(db, actor, "end-migration", gallery, templates=templates, rows=rows)
-        return Moved(templates, Receipt(gallery, None, templates, rows, self._erased(), head.sequence, head.hash))
+        receipt = Receipt(gallery, None, templates, rows, self._erased(), head.sequence, head.hash)
+        return EndedMigration(templates, receipt)
 
     def expire(self, now: float) -> int:
         """Delete what is past its time; returns how many templates. Called again and again by the server."""
         total = 0
         while templates := self._expire_some(now):
             total += templates
-            time.sleep(PAUSE)
+            time.sleep(self._options.pause_seconds)
         with self._file.writing() as db:
-            db.execute("DELETE FROM changes WHERE time < unixepoch() - ?", (CHANGES_KEPT,))
+            db.execute("DELETE FROM changes WHERE time < unixepoch() - ?", (self._options.changes_kept_seconds,))
         if total:
             self._erased()
         elif self._wal_owed:
@@ -277,7 +318,7 @@ class SqliteStore:
             rows = db.execute(
                 "SELECT s.id, s.name, g.name, count(*) FROM templates t JOIN subjects s ON s.id = t.subject "
                 "JOIN galleries g ON g.id = s.gallery WHERE t.expires <= ? GROUP BY s.id LIMIT ?",
-                (now, EXPIRED),
+                (now, self._options.expired_at_once),
             ).fetchall()
             keys = {gallery: self._key_or_none(db, gallery) for gallery in {row[2] for row in rows}}
             for id, name, gallery, templates in rows:
@@ -290,7 +331,7 @@ class SqliteStore:
         return sum(row[3] for row in rows)
 
     def export(self, gallery: str) -> Iterator[Subject]:
-        """Every subject with vectors, by id, as of one moment. Until it is through, deletions cannot cut the log."""
+        """Yield every subject with vectors, by id, as of one moment. Until it ends, deletions cannot cut the log."""
         with explained():
             db = self._file.connect()
             db.execute("BEGIN")
@@ -304,34 +345,42 @@ class SqliteStore:
         next(subjects)
         return cast("Iterator[Subject]", subjects)
 
+    def verify(self, noted: audit.Head | None = None, progress: Progress = no_progress) -> Inspection:
+        """Look at everything that is kept, as of one moment, and at the index in memory; say what is wrong."""
+        return inspect(self._file, self._follower, noted, progress)
+
+    def rekey(self, master: MasterKey) -> int:
+        """Wrap every gallery's key with another master key, in one step; returns how many were."""
+        return self._file.rekey(master)
+
     def check(self) -> None:
         """Raise StoreUnavailable unless the store can read and write right now.
 
         Commits a heartbeat: a transaction that is undone would touch no disk and notice neither a full one nor one
-        that has become read-only.
+        that has become read-only. It is as large as an enrolment, which may find no space where a byte still does.
         """
         with self._file.writing() as db:
-            db.execute("UPDATE about SET value = value + 1 WHERE name = 'heartbeat'")
-        self._tail.catch_up()
+            db.execute("UPDATE about SET value = hex(randomblob(?)) WHERE name = 'heartbeat'", (HEARTBEAT // 2,))
+        self._follower.catch_up()
 
     def close(self) -> None:
         """Let go of files and connections."""
-        self._tail.close()
+        self._follower.close()
         self._file.close()
 
     def _key(self, db: sqlite3.Connection, gallery: str) -> GalleryKey:
         row = gallery_row(db, gallery)
-        followed = self._tail.gallery(gallery)
-        if followed and followed.id == row[0]:
-            return followed.key
+        loaded = self._follower.gallery(gallery)
+        if loaded and loaded.id == row[0]:
+            return loaded.key
         self._file.require_master(db)
         return self._file.master.gallery(gallery, row[1])
 
     def _key_or_none(self, db: sqlite3.Connection, gallery: str) -> GalleryKey | None:
-        """None where it does not decrypt: what is past its time goes all the same, without a pseudonym in the log."""
+        """Return None where it does not decrypt: what has expired goes all the same, without a pseudonym in the log."""
         try:
             return self._key(db, gallery)
-        except Sealed:
+        except DecryptionError:
             return None
 
     def _erased(self, *also: str) -> tuple[str, ...]:
@@ -345,7 +394,7 @@ class SqliteStore:
     def _follow(self, patience: float = -1) -> bool:
         """Take in what was committed; False where it cannot be read: the next search tries again."""
         try:
-            self._tail.catch_up(patience)
+            self._follower.catch_up(patience)
         except (ServingError, MemoryError) as error:
             logger.warning("what is in memory may be behind: %s", str(error) or "out of memory")
             return False
@@ -353,7 +402,7 @@ class SqliteStore:
 
 
 def _exported(file: SqliteFile, db: sqlite3.Connection, key: GalleryKey, gallery: int) -> Iterator[Subject | None]:
-    """None first: a generator that has begun is ended in order, however early its reader loses interest."""
+    """Yield None first: a generator that has begun is ended in order, however early its reader loses interest."""
     try:
         yield None
         with explained():

@@ -15,8 +15,8 @@ import pytest
 from pkd.serving.api.responses import line
 from pkd.serving.cli.gallery import main
 from pkd.serving.galleries.crypto import MasterKey
-from pkd.serving.galleries.database import NAME
 from pkd.serving.galleries.description import of_gallery, of_subject
+from pkd.serving.galleries.sqlite.database import NAME
 from pkd.serving.galleries.sqlite.store import SqliteStore
 from pkd.serving.galleries.store import Consent
 from pkd.serving.matching import transfer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pkd.serving.galleries.crypto import MasterKey, Sealed
+from pkd.serving.galleries.crypto import DecryptionError, MasterKey
 from pkd.toolkit.core.errors import InputError
 
 MASTER = MasterKey(bytes(range(32)))
@@ -16,21 +16,21 @@ MASTER = MasterKey(bytes(range(32)))
 def test_a_template_opens_in_its_place_only() -> None:
     gallery, wrapped_gallery = MASTER.new_gallery("staff")
     subject, wrapped_subject = gallery.new_subject("ann")
-    sealed = subject.seal(b"vector", "1", "teacher")
+    ciphertext = subject.encrypt(b"vector", "1", "teacher")
     opened = MASTER.gallery("staff", wrapped_gallery).subject("ann", wrapped_subject)
-    assert opened.open(sealed, "1", "teacher") == b"vector"
+    assert opened.decrypt(ciphertext, "1", "teacher") == b"vector"
     other, wrapped_other = gallery.new_subject("bo")
     for attempt in (
-        lambda: opened.open(sealed, "2", "teacher"),
-        lambda: opened.open(sealed, "1", "student"),
-        lambda: other.open(sealed, "1", "teacher"),
-        lambda: opened.open(sealed[:-1] + bytes([sealed[-1] ^ 1]), "1", "teacher"),
-        lambda: opened.open(b"", "1", "teacher"),
+        lambda: opened.decrypt(ciphertext, "2", "teacher"),
+        lambda: opened.decrypt(ciphertext, "1", "student"),
+        lambda: other.decrypt(ciphertext, "1", "teacher"),
+        lambda: opened.decrypt(ciphertext[:-1] + bytes([ciphertext[-1] ^ 1]), "1", "teacher"),
+        lambda: opened.decrypt(b"", "1", "teacher"),
         lambda: gallery.subject("ann", wrapped_other),
         lambda: MASTER.gallery("guests", wrapped_gallery),
         lambda: MasterKey(bytes(32)).gallery("staff", wrapped_gallery),
     ):
-        with pytest.raises(Sealed):
+        with pytest.raises(DecryptionError):
             attempt()
 
 
@@ -39,41 +39,41 @@ def test_many_open_as_one_by_one_does() -> None:
     rows = []
     for number, name in enumerate(["ann", "bo", "Zoë"]):
         key, wrapped = gallery.new_subject(name)
-        rows.append((name, wrapped, str(number), key.seal(name.encode(), str(number), "e")))
-    (ann, key, _, sealed) = rows[0]
-    rows += [(ann, key, "9", sealed), ("bo", key, "0", sealed), (ann, key, "0", b"short")]
+        rows.append((name, wrapped, str(number), key.encrypt(name.encode(), str(number), "e")))
+    (ann, key, _, ciphertext) = rows[0]
+    rows += [(ann, key, "9", ciphertext), ("bo", key, "0", ciphertext), (ann, key, "0", b"short")]
     opened = list(gallery.templates(rows, "e"))
     for (name, wrapped, template, data), found in zip(rows, opened, strict=True):
         try:
-            expected: object = gallery.subject(name, wrapped).open(data, template, "e")
-        except Sealed as error:
+            expected: object = gallery.subject(name, wrapped).decrypt(data, template, "e")
+        except DecryptionError as error:
             expected = str(error).split(":")[0]
         assert expected == (found if isinstance(found, bytes) else str(found).split(":")[0])
     assert [isinstance(found, bytes) for found in opened] == [True] * 3 + [False] * 3
 
 
-def test_places_do_not_run_into_each_other() -> None:
+def test_associated_data_of_two_rows_differ() -> None:
     """Subject "a", template "bc" is not subject "ab", template "c", even under one key."""
     gallery, _ = MASTER.new_gallery("g")
     key, _ = gallery.new_subject("s")
-    sealed = key.seal(b"x", "ab", "c")
-    with pytest.raises(Sealed):
-        key.open(sealed, "a", "bc")
+    ciphertext = key.encrypt(b"x", "ab", "c")
+    with pytest.raises(DecryptionError):
+        key.decrypt(ciphertext, "a", "bc")
 
 
-def test_the_same_plaintext_is_never_sealed_alike() -> None:
+def test_the_same_plaintext_is_never_encrypted_alike() -> None:
     gallery, wrapped = MASTER.new_gallery("g")
     key, _ = gallery.new_subject("s")
-    assert key.seal(b"x", "1", "e") != key.seal(b"x", "1", "e")
+    assert key.encrypt(b"x", "1", "e") != key.encrypt(b"x", "1", "e")
     assert MASTER.wrap(gallery) != wrapped
 
 
 def test_a_changed_master_key_needs_gallery_keys_written_anew_only() -> None:
     gallery, _ = MASTER.new_gallery("g")
     key, wrapped_subject = gallery.new_subject("s")
-    sealed = key.seal(b"x", "1", "e")
+    ciphertext = key.encrypt(b"x", "1", "e")
     after = MasterKey(bytes(32))
-    assert after.gallery("g", after.wrap(gallery)).subject("s", wrapped_subject).open(sealed, "1", "e") == b"x"
+    assert after.gallery("g", after.wrap(gallery)).subject("s", wrapped_subject).decrypt(ciphertext, "1", "e") == b"x"
 
 
 def test_pseudonyms_depend_on_the_gallery_key() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pkd.serving.core.gallery_schemas import IdentifyAnswer
-from pkd.serving.galleries.store import Found, Hit
+from pkd.serving.galleries.store import Hit, SearchResult
 from pkd.serving.matching.identification import MatchRule, candidates
 from pkd.toolkit.certificates.certificate import CertificateFile
 from pkd.toolkit.certificates.extrapolation import Threshold
@@ -172,7 +172,7 @@ def test_a_match_is_never_hidden_by_a_better_resolved_rate(fleet):
     terms, hits = {}, {}
     for name, certificate, threshold, template in (("coarse", coarse, 0.9, "t1"), ("fine", fine, 0.97, "t2")):
         terms[name] = MatchRule(CertificateFile(Path(), b"", certificate, None), 1, Threshold(threshold, False))
-        hits[name] = Found((Hit("ann", template, 0.95),), 1)
+        hits[name] = SearchResult((Hit("ann", template, 0.95),), 1)
     (ann,) = candidates(terms, hits)
     assert fine.fmr_at(0.95).fmr < coarse.fmr_at(0.95).fmr
     assert (ann["template"], ann["match"], ann["fmr_is_upper_bound"]) == ("t1", True, True)

@@ -1,4 +1,4 @@
-"""Drain: what arrives while a batch runs is answered together, changes take their turn, nobody waits for ever."""
+"""CombiningQueue: what arrives while a batch runs is answered together, and changes take their turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from pkd.serving.galleries.index.combining_queue import Drain
+from pkd.serving.galleries.index.combining_queue import CombiningQueue
 
 
 class Slow:
@@ -38,11 +38,11 @@ def started(*work: object) -> list[threading.Thread]:
 
 def test_those_who_wait_are_answered_together_and_each_with_their_own() -> None:
     slow = Slow()
-    drain = Drain[int, int](slow, limit=4)
+    queue = CombiningQueue[int, int](slow, limit=4)
     answers: dict[int, Sequence[int]] = {}
 
     def ask(*items: int) -> None:
-        answers[items[0]] = drain.do(items)
+        answers[items[0]] = queue.do(items)
 
     threads = started(*(lambda items=items: ask(*items) for items in ((1,), (2,), (3, 4), (5,), (6,))))
     slow.go.set()
@@ -54,13 +54,13 @@ def test_those_who_wait_are_answered_together_and_each_with_their_own() -> None:
 
 def test_a_change_runs_alone_and_in_its_turn() -> None:
     slow = Slow()
-    drain = Drain[int, int](slow)
+    queue = CombiningQueue[int, int](slow)
     order: list[str] = []
     threads = started(
-        lambda: drain.do([1]),
-        lambda: drain.do([2]),
-        lambda: drain.alone(lambda: order.append(f"change after {len(slow.batches)}")),
-        lambda: drain.do([3]),
+        lambda: queue.do([1]),
+        lambda: queue.do([2]),
+        lambda: queue.alone(lambda: order.append(f"change after {len(slow.batches)}")),
+        lambda: queue.do([3]),
     )
     slow.go.set()
     for thread in threads:
@@ -72,12 +72,12 @@ def test_a_change_runs_alone_and_in_its_turn() -> None:
 def test_an_error_is_raised_to_those_who_asked_and_the_next_are_answered() -> None:
     slow = Slow()
     slow.go.set()
-    drain = Drain[int, int](slow)
+    queue = CombiningQueue[int, int](slow)
     with pytest.raises(ValueError, match="no"):
-        drain.do([-1])
+        queue.do([-1])
     with pytest.raises(ZeroDivisionError):
-        drain.alone(lambda: print(1 // 0))
-    assert drain.do([4]) == [8]
+        queue.alone(lambda: print(1 // 0))
+    assert queue.do([4]) == [8]
 
 
 def test_steady_searching_does_not_keep_a_change_out() -> None:
@@ -87,11 +87,11 @@ def test_steady_searching_does_not_keep_a_change_out() -> None:
         time.sleep(0.001)
         return items
 
-    drain = Drain[int, int](work, limit=2)
+    queue = CombiningQueue[int, int](work, limit=2)
 
     def search() -> None:
         while not stop.is_set():
-            searches.extend(drain.do([1]))
+            searches.extend(queue.do([1]))
 
     threads = [threading.Thread(target=search) for _ in range(6)]
     for thread in threads:
@@ -99,7 +99,7 @@ def test_steady_searching_does_not_keep_a_change_out() -> None:
     waited = []
     for _ in range(20):
         began = len(searches)
-        drain.alone(lambda: None)
+        queue.alone(lambda: None)
         waited.append(len(searches) - began)
     stop.set()
     for thread in threads:

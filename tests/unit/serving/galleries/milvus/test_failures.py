@@ -11,22 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pymilvus import MilvusException
+from pymilvus import MilvusClient, MilvusException
 
 from pkd.serving.core.errors import StoreUnavailable, UnknownSubject
-from pkd.serving.galleries.audit_file import AuditFile
-from pkd.serving.galleries.milvus.client import NO_COLLECTION, NoTable, Row, Tables
-from pkd.serving.galleries.milvus.purge import purge
-from pkd.serving.galleries.milvus.records import COMMIT, RECORDS
-from pkd.serving.galleries.milvus.store import MilvusStore
+from pkd.serving.galleries.audit import AuditFile
+from pkd.serving.galleries.milvus.client import NO_COLLECTION, MilvusConnection, NoCollection, Row
+from pkd.serving.galleries.milvus.records import COMMIT, RECORD_FIELDS
+from pkd.serving.galleries.milvus.store import MilvusOptions, MilvusStore
 from tests.support.gallery_examples import ALICE, ENCODER, NEW, OLD, enrolled, one, refused, unit
 from tests.support.milvus_server import MilvusServer
-from tests.support.milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
+from tests.support.milvus_stores import MASTER, STALE_SECONDS, SWEEPING, Backdoor, HookedConnection, Open
 
-
-@pytest.fixture
-def opened(milvus_opened: Open) -> Open:  # noqa: F811
-    return milvus_opened
+Connect = Callable[[], HookedConnection]
 
 
 TIMEOUT = 1.0
@@ -77,16 +73,16 @@ def comes_back(store: MilvusStore, seconds: float = 120) -> None:
 
 def test_milvus_hangs_and_dies_and_comes_back(
     milvus_server: MilvusServer,
-    milvus_opened: Open,  # noqa: F811
+    milvus_opened: Open,
     tmp_path: Path,
 ) -> None:
-    tables = Tables(milvus_server.uri)
+    connection = MilvusConnection(milvus_server.uri)
     milvus_opened().create("staff", OLD, None, ALICE)
-    store = MilvusStore(tables, AuditFile(tmp_path / "audit.db"), MASTER)
+    store = MilvusStore(connection, AuditFile(tmp_path / "audit.db"), MASTER)
     enrolled(store.enrol("staff", [one("ann", unit(1)[0], key="k", digest="d")], ALICE))
-    before, patience = store.subject("staff", "ann"), tables.timeout
+    before, patience = store.subject("staff", "ann"), connection.timeout
 
-    tables.timeout = TIMEOUT
+    connection.timeout = TIMEOUT
     milvus_server.send(signal.SIGSTOP)  # it takes connections still, and answers nothing
     try:
         all_unavailable([call for number, call in enumerate(calls(store)) if number in (1, 4, 8, 12)])
@@ -96,7 +92,7 @@ def test_milvus_hangs_and_dies_and_comes_back(
         all_unavailable(calls(store))
     finally:
         milvus_server.start()
-    tables.timeout = patience
+    connection.timeout = patience
     comes_back(store)
     assert store.subject("staff", "ann") == before
     (again,) = enrolled(store.enrol("staff", [one("ann", unit(1)[0], key="k", digest="d")], ALICE))
@@ -110,7 +106,9 @@ def test_a_server_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) -
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     started = time.monotonic()
-    store = MilvusStore(Tables(f"http://127.0.0.1:{port}", timeout=TIMEOUT), AuditFile(tmp_path / "audit.db"), MASTER)
+    store = MilvusStore(
+        MilvusConnection(f"http://127.0.0.1:{port}", timeout=TIMEOUT), AuditFile(tmp_path / "audit.db"), MASTER
+    )
     with refused(StoreUnavailable):
         store.check()
     assert time.monotonic() - started < BOUND
@@ -119,32 +117,43 @@ def test_a_server_that_is_not_there_is_named_when_it_is_needed(tmp_path: Path) -
 
 @pytest.mark.parametrize("uri", ["nowhere", "", "ftp://127.0.0.1:1"])
 def test_an_address_that_is_none_is_refused(tmp_path: Path, uri: str) -> None:
-    store = MilvusStore(Tables(uri, timeout=TIMEOUT), AuditFile(tmp_path / "audit.db"), MASTER)
+    store = MilvusStore(MilvusConnection(uri, timeout=TIMEOUT), AuditFile(tmp_path / "audit.db"), MASTER)
     with refused(StoreUnavailable):
         store.check()
     store.close()
 
 
-def test_too_many_requests_are_no_missing_collection(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = opened()
-    store.create("staff", OLD, None, ALICE)
-    client = store._tables._connected()
-    insert, query = client.insert, client.query
+class BusyClient(MilvusClient):  # type: ignore[misc]
+    """Has too many requests at the first query after a commit."""
 
-    def committed(name: str, rows: list[Row], **more: Any) -> Any:
-        done = insert(name, rows, **more)
-        if rows[0].get("kind") == COMMIT:
-            monkeypatch.setattr(client, "query", busy)
+    busy = False
+
+    def insert(self, name: str, rows: list[Row], **more: Any) -> Any:
+        done = super().insert(name, rows, **more)
+        self.busy = rows[0].get("kind") == COMMIT
         return done
 
-    def busy(*args: Any, **more: Any) -> Any:
-        monkeypatch.setattr(client, "query", query)
-        raise MilvusException(4, "request limit exceeded[limit=1024]")
+    def query(self, *args: Any, **more: Any) -> Any:
+        if self.busy:
+            self.busy = False
+            raise MilvusException(4, "request limit exceeded[limit=1024]")
+        return super().query(*args, **more)
 
-    monkeypatch.setattr(client, "insert", committed)
+
+class EmptyConnection(MilvusConnection):
+    """Finds no collection."""
+
+    def query(self, name: str, *args: Any) -> list[Row]:
+        raise NoCollection(name)
+
+
+def test_too_many_requests_are_no_missing_collection(milvus_opened: Open, milvus_server: MilvusServer) -> None:
+    store = milvus_opened(connection=MilvusConnection(milvus_server.uri, client=BusyClient))
+    store.create("staff", OLD, None, ALICE)
     with refused(StoreUnavailable):
         store.enrol("staff", [one("ann", unit(1)[0])], ALICE)
     assert len(store.subject("staff", "ann").templates) == 1  # it may have taken place, but not twice
+    client = MilvusClient(milvus_server.uri)
     for call in (
         lambda: client.query("pkd_nowhere", filter='id > ""', limit=1),
         lambda: client.search("pkd_nowhere", data=[[0.0] * OLD.dim], limit=1),
@@ -158,72 +167,66 @@ def test_too_many_requests_are_no_missing_collection(opened: Open, monkeypatch: 
             call()
         assert caught.value.code == NO_COLLECTION or "collection not found" in str(caught.value)
 
-    def gone(name: str, *args: Any) -> Any:
-        raise NoTable(name)
-
-    monkeypatch.setattr(store._tables, "query", gone)
+    client.close()
+    store = milvus_opened(connection=EmptyConnection(milvus_server.uri))
     for call in (lambda: store.get("staff"), store.list, lambda: store.delete("staff", ALICE), store.check):
         with refused(StoreUnavailable):
             call()
 
 
-def test_a_deletion_that_fails_halfway_is_on_record(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = opened()
+def test_a_deletion_that_fails_halfway_is_on_record(
+    milvus_opened: Open, connect: Connect, backdoor: Backdoor, log: AuditFile
+) -> None:
+    connection = connect()
+    store, sweeping = milvus_opened(connection=connection), milvus_opened(SWEEPING)
     store.create("staff", OLD, None, ALICE)
     enrolled(store.enrol("staff", [one("ann", unit(1)[0]), one("bo", unit(2)[0])], ALICE))
-    entry = store._catalogue.entry("staff", "ALL")
-    delete = store._tables.delete
+    row = backdoor.row()
 
-    def broken(name: str, *keys: Any) -> None:
-        if name in entry.tables.values():
+    def broken(operation: str, name: str, keys: Sequence[Any]) -> None:
+        if name in row.tables.values():
             raise StoreUnavailable("Milvus does not delete: code 1.")
-        delete(name, *keys)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(store._tables, "delete", broken)
-        receipt = store.delete_subject("staff", "ann", ALICE)
+    connection.before = broken
+    receipt = store.delete_subject("staff", "ann", ALICE)
     assert (receipt.templates, receipt.rows, receipt.covers) == (1, 3, ("index",))
-    assert receipt.hash == store._log.head().hash
+    assert receipt.hash == log.head().hash
     with refused(UnknownSubject):
         store.delete_subject("staff", "ann", ALICE)
     # Its template is given still. So it is no time yet to say that Milvus' files hold nothing of it.
-    monkeypatch.setattr("pkd.serving.galleries.milvus.purge.STOPPED_SECONDS", -60.0)
-    purge(store._tables, store._catalogue, store._log)
-    assert dict(store._log.unpurged()) == {"staff": receipt.sequence}
-    monkeypatch.setattr("pkd.serving.galleries.milvus.store.SWEEP_SECONDS", -60.0)
-    store.expire(0)
-    assert dict(store._log.unpurged()) == {"staff": receipt.sequence + 1}  # the sweep's rows are looked for, too
-    assert store._tables.count(entry.tables[OLD.id], 'id > ""', "ALL") == 1
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "_drop", lambda id: broken(entry.tables[OLD.id]))
-        receipt = store.delete("staff", ALICE)
-    assert (receipt.templates, receipt.covers, receipt.hash) == (1, ("index",), store._log.head().hash)
-    monkeypatch.setattr("pkd.serving.galleries.milvus.retention.SWEEP_SECONDS", -60.0)
-    store.expire(0)
-    assert not [name for name in store._tables.names() if entry.id in name]
+    milvus_opened(MilvusOptions(first_purge_seconds=0, stopped_seconds=-60.0)).expire(0)
+    assert dict(log.unpurged()) == {"staff": receipt.sequence}
+    sweeping.expire(0)
+    assert dict(log.unpurged()) == {"staff": receipt.sequence + 1}  # the sweep's rows are looked for, too
+    assert backdoor.templates() == 1
+    receipt = store.delete("staff", ALICE)
+    assert (receipt.templates, receipt.covers, receipt.hash) == (1, ("index",), log.head().hash)
+    assert [name for name in backdoor.connection.names() if row.id in name]
+    sweeping.expire(0)
+    assert not [name for name in backdoor.connection.names() if row.id in name]
 
 
-def test_a_record_that_does_not_decrypt_stands_in_nobodys_way(opened: Open) -> None:
-    store, now = opened(), time.time()
+def test_a_record_that_does_not_decrypt_stands_in_nobodys_way(milvus_opened: Open, backdoor: Backdoor) -> None:
+    store, now = milvus_opened(), time.time()
     for name in ("a", "b"):
         store.create(name, OLD, None, ALICE)
         people = [one(subject, unit(i)[0], expires=now + 60) for i, subject in enumerate(("ann", "bo", "cy"))]
         enrolled(store.enrol(name, [*people, one("di", unit(9)[0])], ALICE))
-    entry = store._catalogue.entry("a", "ALL")
-    gallery, tables = store._open(entry), store._tables
-    broken = {gallery.seal.subject(subject) for subject in ("bo", "cy")}
-    for row in tables.pages(gallery.records, f"kind == {COMMIT}", [*RECORDS, "vector"], "ALL"):
-        if row["subject"] in broken:
-            tables.upsert(gallery.records, [{**row, "data": row["data"][:-8] + "AAAAAAAA"}])
+    gallery, connection = backdoor.gallery("a"), backdoor.connection
+    broken = {gallery.cipher.subject(subject) for subject in ("bo", "cy")}
+    for record in connection.pages(gallery.records, f"kind == {COMMIT}", [*RECORD_FIELDS, "vector"], "strong"):
+        if record["subject"] in broken:
+            connection.upsert(gallery.records, [{**record, "data": record["data"][:-8] + "AAAAAAAA"}])
+    time.sleep(STALE_SECONDS + 0.1)
     assert [hit.subject for hit in store.search("a", ENCODER, unit(1), 5)[0].hits] != []
     assert sorted(store.subjects("a")) == ["ann", "di"]
     assert sorted(subject.id for subject in store.export("a")) == ["ann", "di"]
     assert store.delete_subject("a", "bo", ALICE).templates == 1
     assert store.expire(now + 120) == 5  # what is past its time goes in both galleries, also where it does not open
     assert [list(store.subjects(name)) for name in ("a", "b")] == [["di"], ["di"]]
-    assert tables.count(entry.tables[OLD.id], 'id > ""', "ALL") == 1
-    store._catalogue.change(replace(entry, wrapped=store._catalogue.entry("b", "ALL").wrapped))  # nor does its key
-    store._opened.clear()
+    assert backdoor.templates("a") == 1
+    row = backdoor.row("a")
+    backdoor.catalogue.change(replace(row, wrapped=backdoor.row("b").wrapped))  # nor does its key
+    store = milvus_opened()
     enrolled(store.enrol("b", [one("ed", unit(5)[0], expires=now)], ALICE))
     assert store.expire(now + 120) == 1
-    store._catalogue.change(entry)

@@ -1,88 +1,102 @@
-"""What pkd-gallery verify finds in Milvus, and keys wrapped anew."""
+"""What verifying finds in Milvus, and keys wrapped anew."""
 
 from __future__ import annotations
 
-from contextlib import closing
-from pathlib import Path
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
 
 from pkd.serving.core.errors import StoreUnavailable, UnknownGallery
-from pkd.serving.galleries.audit_file import AuditFile
-from pkd.serving.galleries.crypto import MasterKey, Sealed
-from pkd.serving.galleries.milvus.catalogue import rewrap
-from pkd.serving.galleries.milvus.client import Tables
-from pkd.serving.galleries.milvus.collection import records_of
-from pkd.serving.galleries.milvus.inspection import count_templates, inspect
-from pkd.serving.galleries.milvus.records import COMMIT
-from pkd.serving.galleries.milvus.store import MilvusStore
+from pkd.serving.galleries.audit import AuditFile
+from pkd.serving.galleries.crypto import DecryptionError, MasterKey
+from pkd.serving.galleries.milvus.client import MilvusConnection
+from pkd.serving.galleries.milvus.commit import write_journal
+from pkd.serving.galleries.milvus.records import COMMIT, RECORD_FIELDS, TEMPLATE_FIELDS
+from pkd.serving.galleries.milvus.store import MilvusOptions, MilvusStore
 from tests.support.gallery_examples import ALICE, ENCODER, NEW, NEXT, OLD, enrolled, one, refused, unit
 from tests.support.milvus_server import MilvusServer
-from tests.support.milvus_stores import MASTER, Open, milvus_opened  # noqa: F401 - a fixture
+from tests.support.milvus_stores import MASTER, Backdoor, HookedConnection, Open
 
 OTHER = MasterKey(bytes(32))
+SUBJECTS = 40
+QUICK = MilvusOptions(recheck_seconds=0.3)
 
 
 class Thief:
-    """Who may write to Milvus, and has no key."""
+    """Who may write to Milvus, and has no key, but knows whose rows are whose, say by when they came."""
 
-    def __init__(self, store: MilvusStore) -> None:
-        self._tables, self.entry = store._tables, store._catalogue.entry("staff", "ALL")
-        self.table, self.records = self.entry.tables[OLD.id], records_of(store._tables, self.entry.id)
-        self.pseudonym = store._open(self.entry).seal.subject  # knows whose rows are whose, say by when they came
+    def __init__(self, backdoor: Backdoor) -> None:
+        self._connection, row = backdoor.connection, backdoor.row()
+        self.table, self.records, self.pseudonym = row.tables[OLD.id], backdoor.gallery().records, backdoor.pseudonym
 
     def of(self, subject: str) -> str:
         return f'subject == "{self.pseudonym(subject)}"'
 
     def rows(self, table: str, where: str) -> list[dict[str, Any]]:
-        client = self._tables._connected()
-        return list(client.query(table, filter=where, output_fields=["*"], consistency_level="Strong"))
+        fields = [*(TEMPLATE_FIELDS if table == self.table else RECORD_FIELDS), "vector"]
+        found = self._connection.query(table, where, fields, "strong")
+        assert found
+        return found
 
     def change(self, table: str, where: str, **columns: object) -> None:
-        found = self.rows(table, where)
-        assert found
-        self._tables.upsert(table, [{**row, **columns} for row in found])
+        self._connection.upsert(table, [{**row, **columns} for row in self.rows(table, where)])
 
     def delete(self, table: str, where: str) -> None:
-        found = self.rows(table, where)
-        assert found
-        self._tables.delete(table, [row["id"] for row in found])
+        self._connection.delete(table, [row["id"] for row in self.rows(table, where)])
 
     def swap(self, column: str, one: str, other: str) -> None:
         first, second = (self.rows(self.table, self.of(subject))[0] for subject in (one, other))
         first[column], second[column] = second[column], first[column]
-        self._tables.upsert(self.table, [first, second])
+        self._connection.upsert(self.table, [first, second])
 
 
 @pytest.fixture
-def store(milvus_opened: Open) -> MilvusStore:  # noqa: F811
-    """A gallery of 301 subjects that is being migrated."""
-    store = milvus_opened()
+def connection(connect: Callable[[], HookedConnection]) -> HookedConnection:
+    """The connection of ``store``."""
+    return connect()
+
+
+@pytest.fixture
+def store(milvus_opened: Open, connection: HookedConnection) -> MilvusStore:
+    """A gallery of 41 subjects that is being migrated."""
+    store = milvus_opened(QUICK, connection)
     store.create("staff", OLD, None, ALICE)
-    many = [one(f"s{i:03d}", unit(i)[0], attributes={"site": "north"}, key=f"k{i}", digest="d") for i in range(300)]
+    many = [
+        one(f"s{i:03d}", unit(i)[0], attributes={"site": "north"}, key=f"k{i}", digest="d") for i in range(SUBJECTS)
+    ]
     enrolled(store.enrol("staff", [*many, one("ann", unit(1)[0], expires=4e9), one("ann", unit(2)[0])], ALICE))
     store.begin_migration("staff", NEW, ALICE)
     enrolled(store.enrol("staff", [one("ann", unit(3)[0], encoder=NEXT, space=NEW)], ALICE))
     return store
 
 
-def wrong(store: MilvusStore, master: MasterKey = MASTER) -> list[str]:
-    return inspect(store._tables, store._log, master).wrong
+def under(milvus_server: MilvusServer, log: AuditFile, master: MasterKey) -> MilvusStore:
+    """A store that has another master key."""
+    return MilvusStore(MilvusConnection(milvus_server.uri), AuditFile(log.path), master, QUICK)
 
 
-def test_what_is_whole_passes_and_is_counted(store: MilvusStore) -> None:
-    steps: list[int] = []
-    before = store._log.head()
-    found = inspect(store._tables, store._log, MASTER, before, steps.append)
+def test_what_is_whole_passes_and_what_was_changed_is_named(
+    store: MilvusStore, backdoor: Backdoor, log: AuditFile
+) -> None:
+    steps: list[tuple[str, int | None, list[int]]] = []
+
+    @contextmanager
+    def progress(label: str, total: int | None = None, /) -> Iterator[Callable[..., None]]:
+        steps.append((label, total, []))
+        yield lambda done, note="": steps[-1][2].append(done)
+
+    before = log.head()
+    found = store.verify(before, progress)
     assert found.wrong == []
-    assert (found.galleries, found.subjects, found.templates) == (1, 301, 303)
-    assert sum(steps) == count_templates(store._tables) == 303
+    assert (found.galleries, found.subjects, found.templates) == (1, SUBJECTS + 1, SUBJECTS + 3)
+    ((_, total, done),) = steps
+    assert sum(done) == total == SUBJECTS + 3
     assert found.head == before
 
-
-def test_what_was_changed_is_named(store: MilvusStore) -> None:
-    thief = Thief(store)
+    thief = Thief(backdoor)
     table, records, of = thief.table, thief.records, thief.of
     thief.swap("vector", "s001", "s002")
     thief.swap("subject", "s003", "s004")
@@ -91,15 +105,15 @@ def test_what_was_changed_is_named(store: MilvusStore) -> None:
     thief.delete(table, of("s007"))
     thief.delete(records, f"kind == {COMMIT} and {of('s008')}")
     thief.delete(records, f'id like "~subject/{thief.pseudonym("s009")}%"')
-    thief.change(records, of("s010"), expires=5)
-    thief.change(records, of("s011"), key="1")
-    thief.change(records, of("s012"), subject="1")
-    thief.change(records, of("s013"), data="AAAA" * 20)
+    thief.change(records, f"kind == {COMMIT} and {of('s010')}", expires=5)
+    thief.change(records, f"kind == {COMMIT} and {of('s011')}", key="1")
+    thief.change(records, f"kind == {COMMIT} and {of('s012')}", subject="1")
+    thief.change(records, f"kind == {COMMIT} and {of('s013')}", data="AAAA" * 20)
     thief.change(table, of("s014"), vector=[0.0] * OLD.dim)
     # As a process that has died leaves a deletion, until it is swept: no fault.
     thief.delete(records, f"kind == {COMMIT} and {of('s015')}")
-    store._open(thief.entry).note([thief.pseudonym("s015")], [])
-    lines = wrong(store)
+    write_journal(backdoor.gallery(), [thief.pseudonym("s015")], [])
+    lines = store.verify().wrong
     for subject, said in (
         *((name, ("has another vector",)) for name in ("s001", "s002", "s014")),
         *((name, ("is missing", "belongs to no enrolment")) for name in ("s003", "s004")),
@@ -122,43 +136,46 @@ def test_what_was_changed_is_named(store: MilvusStore) -> None:
     assert lines == []
 
 
-def test_keys_collections_and_the_log_are_looked_at(store: MilvusStore) -> None:
-    assert "gallery staff: does not decrypt" in wrong(store, OTHER)[0]
-    with closing(AuditFile(store._log.path)) as log:
-        log._db.execute("UPDATE audit SET actor = 'eve' WHERE sequence = 3")
-    assert "audit record 3: was changed" in wrong(store)[0]
-    store._tables.drop(Thief(store).table)
-    assert "is not there" in wrong(store)[1]
+def test_keys_collections_and_the_log_are_looked_at(
+    store: MilvusStore, backdoor: Backdoor, milvus_server: MilvusServer, log: AuditFile
+) -> None:
+    with closing(under(milvus_server, log, OTHER)) as other:
+        assert "gallery staff: does not decrypt" in other.verify().wrong[0]
+    with closing(sqlite3.connect(log.path)) as db:
+        db.execute("UPDATE audit SET actor = 'eve' WHERE sequence = 3")
+        db.commit()
+    assert "audit record 3: was changed" in store.verify().wrong[0]
+    backdoor.connection.drop(Thief(backdoor).table)
+    assert "is not there" in store.verify().wrong[1]
     with refused(UnknownGallery):
         store.subject("staff", "ann")
     assert store.delete("staff", ALICE).templates == 1
-    assert len(wrong(store)) == 1
+    assert len(store.verify().wrong) == 1
 
 
 def test_keys_are_wrapped_anew_also_after_an_interruption(
-    store: MilvusStore, milvus_server: MilvusServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: MilvusStore, connection: HookedConnection, milvus_server: MilvusServer, backdoor: Backdoor, log: AuditFile
 ) -> None:
     store.create("guests", OLD, None, ALICE)
-    catalogue = store._catalogue
-    change = catalogue.change
 
-    def once(entry: Any) -> None:
-        change(entry)
+    def once(operation: str, name: str, rows: Sequence[Any]) -> None:
+        connection.after = None
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(catalogue, "change", once)
+    connection.after = once
     with pytest.raises(KeyboardInterrupt):
-        rewrap(catalogue, MASTER, OTHER)
-    monkeypatch.undo()
-    assert rewrap(catalogue, MASTER, OTHER) == 1
-    assert rewrap(catalogue, MASTER, OTHER) == 0
-    with pytest.raises(Sealed):
-        rewrap(catalogue, MASTER, MasterKey(bytes([7] * 32)))
-    assert wrong(store, OTHER) == []
-    with closing(MilvusStore(Tables(milvus_server.uri), AuditFile(tmp_path / "new.db"), OTHER)) as again:
+        store.rekey(OTHER)
+    with closing(under(milvus_server, log, MASTER)) as operator:
+        assert operator.rekey(OTHER) == 1
+        assert operator.verify().wrong == []
+    with closing(under(milvus_server, log, MASTER)) as late:
+        with pytest.raises(DecryptionError):
+            late.rekey(MasterKey(bytes([7] * 32)))
+        assert late.rekey(OTHER) == 0
+    with closing(under(milvus_server, log, OTHER)) as again:
         (found,) = again.search("staff", ENCODER, unit(5), 1)
         assert found.hits[0].subject == "s005"
-    with refused(StoreUnavailable):  # the old key opens nothing
-        MilvusStore(Tables(milvus_server.uri), AuditFile(tmp_path / "old.db"), MASTER).search("staff", "x", unit(5), 1)
-    assert rewrap(catalogue, OTHER, MASTER) == 2
-    assert wrong(store) == []
+        with closing(under(milvus_server, log, MASTER)) as old, refused(StoreUnavailable):  # it decrypts nothing
+            old.search("staff", "x", unit(5), 1)
+        assert again.rekey(MASTER) == 2
+        assert again.verify().wrong == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pkd.serving.galleries.milvus.rotation import Rotation, _normals
+from pkd.serving.galleries.milvus.records import Rotation, normals
 
 SEED, OTHER = bytes(range(32)), bytes(32)
 NORMALS = [0.5103279641181554, 0.0802389320878981, -0.38583706272406115, 1.1715779593847049]
@@ -40,11 +40,11 @@ def test_a_seed_gives_the_same_rotation_for_ever() -> None:
     vectors = unit(3, 16)
     np.testing.assert_array_equal(Rotation(SEED, 16).hide(vectors), Rotation(SEED, 16).hide(vectors))
     # Computed with `openssl enc -aes-256-ctr` for the stream and Box–Muller by hand: what is stored depends on them.
-    np.testing.assert_allclose(_normals(SEED, 4), NORMALS, rtol=1e-12)
+    np.testing.assert_allclose(normals(SEED, 4), NORMALS, rtol=1e-12)
 
 
 def test_the_numbers_are_normal() -> None:
-    numbers = _normals(SEED, 100_001)
+    numbers = normals(SEED, 100_001)
     assert len(numbers) == 100_001
     assert abs(numbers.mean()) < 0.02
     assert abs(numbers.std() - 1) < 0.02

@@ -6,7 +6,6 @@ import pytest
 
 from tests.support.gallery_conformance import Conformance
 from tests.support.gallery_examples import Open
-from tests.support.milvus_stores import milvus_opened  # noqa: F401 - a fixture
 
 
 class TestMilvusStore(Conformance):
@@ -17,5 +16,5 @@ class TestMilvusStore(Conformance):
     of_one_moment = False
 
     @pytest.fixture
-    def opened(self, milvus_opened: Open) -> Open:  # noqa: F811
+    def opened(self, milvus_opened: Open) -> Open:
         return milvus_opened

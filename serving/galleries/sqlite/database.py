@@ -1,4 +1,4 @@
-"""The database file of a SqliteStore: schema, connections, transactions, and what SQLite's errors mean to a client.
+"""The database file of a SqliteStore: schema, connections, transactions.
 
 One log of changes, ``changes``, tells every process what else than new templates happened: triggers write it, so that
 no way of deleting can forget to. A template's number is never used again (AUTOINCREMENT): "newer than the newest I
@@ -16,13 +16,12 @@ from pathlib import Path
 
 from pkd.serving.core.errors import StoreUnavailable
 from pkd.serving.galleries import audit
-from pkd.serving.galleries.crypto import MasterKey, Sealed
+from pkd.serving.galleries.crypto import MasterKey
+from pkd.serving.galleries.failures import BUSY_SECONDS, explained
 from pkd.toolkit.core.errors import InputError
 
 NAME = "galleries.db"
 VERSION = 1
-BUSY_SECONDS = 5.0
-"""How long a write waits for those of other processes."""
 
 SCHEMA = f"""
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -83,23 +82,16 @@ END;
 {audit.SCHEMA};
 """
 
-MEANING = {
-    "disk is full": "the disk is full. Free some space; nothing of this request was kept",
-    "readonly": "the database cannot be written to: file or file system is read-only",
-    "locked": f"another process has been writing for more than {BUSY_SECONDS:g} s. Try again",
-    "disk I/O error": "the disk reports an error",
-    "malformed": "the database is damaged. Stop the server and restore a backup (pkd-gallery verify says what is lost)",
-    "not a database": "the database is damaged or not pkd's. Restore a backup",
-    "unable to open": "the database cannot be opened: is its folder there, and writable?",
-    "no such table": "the database was replaced or emptied while in use. Restart the server",
-}
-"""Part of what SQLite says → what it means to whoever runs the server."""
-
 
 class SqliteFile:
-    """Connections to one database. Safe to use from several threads; opened once a process."""
+    """Keep connections to one database. Safe to use from several threads; opened once a process.
 
-    def __init__(self, folder: Path, master: MasterKey, *, create: bool = True) -> None:
+    ``busy_seconds``: how long a write waits for those of other processes.
+    """
+
+    def __init__(
+        self, folder: Path, master: MasterKey, *, create: bool = True, busy_seconds: float = BUSY_SECONDS
+    ) -> None:
         """Open or create ``folder``/galleries.db.
 
         Raises InputError: no database there and not to be created, made by another version of pkd, or another master
@@ -107,6 +99,7 @@ class SqliteFile:
         """
         self.path = folder / NAME
         self.master = master
+        self._busy_seconds = busy_seconds
         if not create and not self.path.is_file():
             raise InputError(f"{self.path}: no such database. Give the folder that pkd-serve --gallery was given.")
         if create:
@@ -127,8 +120,8 @@ class SqliteFile:
                 raise
 
     def connect(self) -> sqlite3.Connection:
-        """A further connection; the caller uses it in one thread at a time."""
-        db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        """Open a further connection; the caller uses it in one thread at a time."""
+        db = sqlite3.connect(self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False)
         self._all.append(db)
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA secure_delete = ON")  # freed pages are overwritten with zeros
@@ -150,7 +143,7 @@ class SqliteFile:
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that may write: committed at the end, undone by any exception. Raises store-unavailable."""
+        """Open a transaction that may write: committed at the end, undone by any exception. Raises StoreUnavailable."""
         with self._writing, explained():
             db = self._writer
             db.execute("BEGIN IMMEDIATE")
@@ -164,7 +157,7 @@ class SqliteFile:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection within one read transaction: all that is read is of one moment. Raises store-unavailable."""
+        """Give a connection within one read transaction, whose data are of one moment. Raises StoreUnavailable."""
         with explained():
             try:
                 db = self._spare.get_nowait()
@@ -191,11 +184,28 @@ class SqliteFile:
             except sqlite3.OperationalError:  # locked, or no space to checkpoint into: the deletion itself is durable
                 return False
             finally:
-                self._writer.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
+                self._writer.execute(f"PRAGMA busy_timeout = {int(self._busy_seconds * 1000)}")
             return not busy
 
+    def rekey(self, master: MasterKey) -> int:
+        """Wrap every gallery's key with another master key, in one step; returns how many.
+
+        Copies of the database from before still open with the old key: destroy them, or it, as the reason demands.
+        """
+        with self.writing() as db:
+            self.require_master(db)
+            galleries = db.execute("SELECT id, name, key FROM galleries").fetchall()
+            for id, name, wrapped in galleries:
+                rewrapped = master.wrap(self.master.gallery(name, wrapped))
+                db.execute("UPDATE galleries SET key = ? WHERE id = ?", (rewrapped, id))
+            db.execute("UPDATE about SET value = ? WHERE name = 'master'", (master.id,))
+            audit.append(db, "pkd-gallery", "rekey", "", rows=len(galleries))
+        self.master = master
+        self.truncate()
+        return len(galleries)
+
     def require_master(self, db: sqlite3.Connection) -> None:
-        """Raise store-unavailable if the master key was changed by another process: ours would wrap in vain."""
+        """Raise StoreUnavailable if the master key was changed by another process: ours would wrap in vain."""
         if dict(db.execute("SELECT name, value FROM about"))["master"] != self.master.id:
             raise StoreUnavailable("The master key was changed. Restart this server with the new one.")
 
@@ -224,40 +234,8 @@ class SqliteFile:
             )
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Turns what SQLite raises, and rows that do not decrypt, into a StoreUnavailable error with a plain reason."""
-    try:
-        yield
-    except Sealed as error:
-        raise StoreUnavailable(f"Galleries: {error} Run pkd-gallery verify.") from error
-    except sqlite3.Error as error:
-        said = str(error)
-        reason = next((meaning for part, meaning in MEANING.items() if part in said), f"SQLite says: {said}")
-        raise StoreUnavailable(f"Galleries: {reason}.") from error
-
-
-def rewrap(file: SqliteFile, master: MasterKey) -> int:
-    """Wrap every gallery's key with another master key, in one step; returns how many. Nothing else is written anew.
-
-    Copies of the database from before still open with the old key: destroy them, or it, as the reason demands.
-    """
-    with file.writing() as db:
-        file.require_master(db)
-        galleries = db.execute("SELECT id, name, key FROM galleries").fetchall()
-        for id, name, wrapped in galleries:
-            db.execute(
-                "UPDATE galleries SET key = ? WHERE id = ?", (master.wrap(file.master.gallery(name, wrapped)), id)
-            )
-        db.execute("UPDATE about SET value = ? WHERE name = 'master'", (master.id,))
-        audit.append(db, "pkd-gallery", "rekey", "", rows=len(galleries))
-    file.master = master
-    file.truncate()
-    return len(galleries)
-
-
 def _statements(script: str) -> Iterator[str]:
-    """Single statements of a script: ``executescript`` would commit the transaction they belong into."""
+    """Yield single statements of a script: ``executescript`` would commit the transaction they belong into."""
     statement = ""
     for line in script.splitlines():
         statement += line + "\n"

@@ -1,4 +1,4 @@
-"""Searching a Matrix gives what a plain loop in float64 gives: ties, filters, deletions and all."""
+"""Searching a ExactIndex gives what a plain loop in float64 gives: ties, filters, deletions and all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pkd.serving.galleries.index.exact_index import FEW, TILE, Matrix, products
+from pkd.serving.galleries.index.exact_index import FEW, TILE, ExactIndex, products
 
 DIM = 8
 
@@ -36,21 +36,21 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
 def test_it_is_what_a_loop_finds(case: dict[str, object]) -> None:
     random: np.random.Generator = case["random"]  # type: ignore[assignment]
     count, many, top_k, queries = (int(case[name]) for name in ("count", "subjects", "top_k", "queries"))  # type: ignore[call-overload]
-    matrix, rows = Matrix(DIM), {}
+    index, rows = ExactIndex(DIM), {}
     number = 0
     for _ in range(2):  # the second time, holes are filled
         vectors = unit(case["palette"][random.integers(0, len(case["palette"]), count)])  # type: ignore[index,arg-type]
         templates = np.arange(number, number + count) + 1
         subjects = random.integers(1, many + 1, count)
         sets = random.integers(1, 51, count).astype(np.int32)
-        matrix.add(templates, subjects, sets, vectors)
+        index.add(templates, subjects, sets, vectors)
         for row in zip(templates.tolist(), subjects.tolist(), sets.tolist(), vectors, strict=True):
             rows[row[0]] = row
         gone = random.permutation(np.array(list(rows), np.int64))[: int(len(rows) * float(case["removed"]))]  # type: ignore[arg-type]
-        found, _ = matrix.remove(np.append(gone, 10**9))
+        found, _ = index.remove(np.append(gone, 10**9))
         assert sorted(found.tolist()) == sorted(rows.pop(template)[1] for template in gone.tolist())
         number += count
-    assert len(matrix) == len(rows)
+    assert len(index) == len(rows)
     kept = case["kept_by_filter"]
     allowed = None if kept is None else np.concatenate([[False], random.random(50) < kept])
     asked = unit(case["palette"][random.integers(0, len(case["palette"]), queries)])  # type: ignore[index,arg-type]
@@ -58,7 +58,7 @@ def test_it_is_what_a_loop_finds(case: dict[str, object]) -> None:
     def name(subject: int) -> str:
         return f"{subject * 7919 % 10007:05d}"  # another order than the numbers'
 
-    answers = matrix.search(asked, [top_k] * queries, [allowed] * queries, name)
+    answers = index.search(asked, [top_k] * queries, [allowed] * queries, name)
     for query, answer in zip(asked, answers, strict=True):
         taking_part = [row for row in rows.values() if allowed is None or allowed[row[2]]]
         assert answer.searched == len(taking_part)
@@ -94,9 +94,9 @@ def test_float32_alone_would_get_close_scores_wrong() -> None:
     exact = (vectors.astype(np.float64) * query[0].astype(np.float64)).sum(axis=1)
     order = np.argsort(-exact)
     assert np.argsort(-rough).tolist() != order.tolist()
-    matrix, numbers = Matrix(512), np.arange(600) + 1
-    matrix.add(numbers, numbers, np.ones(600, np.int32), vectors)
-    (answer,) = matrix.search(query, [20], [None], str)
+    index, numbers = ExactIndex(512), np.arange(600) + 1
+    index.add(numbers, numbers, np.ones(600, np.int32), vectors)
+    (answer,) = index.search(query, [20], [None], str)
     assert [template - 1 for _, _, template in answer.best] == order[:20].tolist()
 
 
