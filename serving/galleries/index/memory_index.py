@@ -85,6 +85,10 @@ class MemoryIndex:
         """Give a subject other attributes."""
         self._queue.alone(lambda: self._describe(subject, attributes))
 
+    def counts(self) -> dict[str, int]:
+        """Map encoders to their numbers of templates."""
+        return {encoder: len(index) for encoder, index in self._indexes.items()}
+
     def contents(self) -> dict[str, tuple[int, int]]:
         """Map encoders to their numbers of templates, and the checksums that pkd-gallery verify compares."""
         found: dict[str, tuple[int, int]] = {}

@@ -7,11 +7,13 @@ know" finds all that were added since.
 
 from __future__ import annotations
 
+import os
 import queue
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from pkd.serving.core.errors import StoreUnavailable
@@ -94,8 +96,8 @@ class SqliteFile:
     ) -> None:
         """Open or create ``folder``/galleries.db.
 
-        Raises InputError: no database there and not to be created, made by another version of pkd, or another master
-        key's; StoreUnavailable where the file cannot be used.
+        Raises InputError: no database there and not to be created, an empty file, made by another version of pkd, or
+        another master key's; StoreUnavailable where the file cannot be used.
         """
         self.path = folder / NAME
         self.master = master
@@ -105,8 +107,12 @@ class SqliteFile:
         if create:
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if not self.path.exists():
+                    self._create()
             except OSError as error:
                 raise InputError(f"{folder}: {error.strerror}. Choose a folder you can write to.") from None
+        if self.path.is_file() and not self.path.stat().st_size:
+            raise InputError(f"{self.path}: is empty, so it was cut off. Restore a backup, or remove it to begin anew.")
         self._writing = threading.Lock()
         self._spare: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         self._all: list[sqlite3.Connection] = []
@@ -114,7 +120,7 @@ class SqliteFile:
         with explained():
             self._writer = self.connect()
             try:
-                self._prepare(create)
+                self._check_origin()
             except BaseException:
                 self.close()
                 raise
@@ -209,16 +215,25 @@ class SqliteFile:
         if dict(db.execute("SELECT name, value FROM about"))["master"] != self.master.id:
             raise StoreUnavailable("The master key was changed. Restart this server with the new one.")
 
-    def _prepare(self, create: bool) -> None:
+    def _create(self) -> None:
+        """Make the database beside its place and put it there whole: an empty file is never a new one."""
+        handle, name = tempfile.mkstemp(prefix=f"{NAME}.", dir=self.path.parent)
+        os.close(handle)
+        try:
+            with explained(), closing(sqlite3.connect(name)) as db:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.executescript(SCHEMA)
+                about = {"schema": str(VERSION), "master": self.master.id, "heartbeat": "0"}
+                db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+                db.commit()
+            with suppress(FileExistsError):  # another process was first
+                os.link(name, self.path)
+        finally:
+            Path(name).unlink()
+
+    def _check_origin(self) -> None:
         db = self._writer
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute("BEGIN IMMEDIATE")
-        if not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-            for statement in _statements(SCHEMA):
-                db.execute(statement)
-            about = {"schema": str(VERSION), "master": self.master.id, "heartbeat": "0"}
-            db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
-        db.execute("COMMIT")
         try:
             about = dict(db.execute("SELECT name, value FROM about"))
         except sqlite3.OperationalError:
@@ -232,13 +247,3 @@ class SqliteFile:
                 f"{self.path}: was written with master key {about.get('master')}, given is {self.master.id}. "
                 "Give the key file it was made with."
             )
-
-
-def _statements(script: str) -> Iterator[str]:
-    """Yield single statements of a script: ``executescript`` would commit the transaction they belong into."""
-    statement = ""
-    for line in script.splitlines():
-        statement += line + "\n"
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -51,9 +51,13 @@ class LoadedGallery:
     key: GalleryKey
     index: MemoryIndex
     described: Gallery
-    """The gallery as it was last read, to answer by where the database cannot be."""
+    """The gallery as it was last read, but for its counts."""
     unreadable: dict[int, str] = field(default_factory=dict)
     """Number of each template that does not decrypt, and so takes no part in searches → why."""
+
+    def remembered(self) -> Gallery:
+        """Describe the gallery by what is in memory, for when the database cannot be read."""
+        return replace(self.described, subjects=self.index.subjects, templates=self.index.counts())
 
 
 @dataclass

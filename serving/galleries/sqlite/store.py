@@ -147,7 +147,7 @@ class SqliteStore:
         return self.get(name)
 
     def get(self, name: str) -> Gallery:
-        """Describe one gallery; where the database cannot be read, as it was when it last could."""
+        """Describe one gallery; where the database cannot be read, by what is in memory."""
         loaded = self._follower.gallery(name)
         try:
             with self._file.reading() as db:
@@ -155,7 +155,7 @@ class SqliteStore:
         except StoreUnavailable:
             if loaded is None:
                 raise
-            return loaded.described
+            return loaded.remembered()
         if loaded:
             loaded.described = gallery
         return gallery

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -126,24 +127,14 @@ def test_a_file_system_mounted_read_only_is_refused_at_the_start(tmp_path: Path)
 def test_a_damaged_page_is_reported_and_searches_go_on(store: SqliteStore, tmp_path: Path) -> None:
     vectors = unit(500, 200)
     enrolled(store.enrol("staff", [one(f"t{i:03d}", vectors[i]) for i in range(200)], ALICE))
-    empty_log(tmp_path / "store")
-    path = tmp_path / "store" / NAME
-    with closing(sqlite3.connect(path)) as db:
-        (root,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'templates'").fetchone()
-        (size,) = db.execute("PRAGMA page_size").fetchone()
-    with path.open("r+b") as file:
-        file.seek((root - 1) * size)
-        file.write(b"\xa5" * size)
-    with closing(sqlite3.connect(path)) as db:
-        db.execute("UPDATE about SET value = '1' WHERE name = 'heartbeat'")  # what was cached is read again
-        db.commit()
+    damaged(tmp_path / "store", "templates")
     with refused(StoreUnavailable) as caught:
         store.subject("staff", "t000", vectors=True)
     assert "damaged" in str(caught.value)
     (found,) = store.search("staff", ENCODER, vectors[7:8], 1)
     assert (found.hits[0].subject, found.searched) == ("t007", 220)
     with refused(StoreUnavailable) as caught:
-        SqliteStore(tmp_path / "store", MASTER)
+        SqliteStore(tmp_path / "store", MASTER, ALONE)
     assert "damaged" in str(caught.value)
 
 
@@ -424,3 +415,56 @@ def test_memory_that_runs_out_half_way_leaves_nothing_twice(tmp_path: Path) -> N
         assert found.hits[0].subject == "late"
         assert store.verify().wrong == []
     assert wrong(tmp_path / "store") == []
+
+
+def damaged(folder: Path, table: str) -> None:
+    """Overwrite a table's first page, and have what was cached read again."""
+    empty_log(folder)
+    with closing(sqlite3.connect(folder / NAME)) as db:
+        (root,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+        before = db.execute("SELECT value FROM about WHERE name = 'heartbeat'").fetchone()
+    with (folder / NAME).open("r+b") as file:
+        file.seek((root - 1) * size)
+        file.write(b"\xa5" * size)
+    with closing(sqlite3.connect(folder / NAME)) as db:
+        db.execute("UPDATE about SET value = 'another' WHERE name = 'heartbeat'")
+        db.commit()
+        assert db.execute("SELECT value FROM about WHERE name = 'heartbeat'").fetchone() != before
+
+
+def test_a_damaged_list_of_galleries_stops_no_search(store: SqliteStore, tmp_path: Path) -> None:
+    """Whoever searches asks for the gallery first, as the server does."""
+    damaged(tmp_path / "store", "galleries")
+    for _ in range(2):
+        described = store.get("staff")
+        assert (described.space, described.subjects, dict(described.templates)) == (OLD, 20, {ENCODER: 20})
+        assert store.search("staff", ENCODER, unit(7), 1)[0].hits[0].subject == "s07"
+    with refused(StoreUnavailable) as caught:
+        store.enrol("staff", [one("late", unit(50)[0])], ALICE)
+    assert "damaged" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 512, 4096, 40_960])
+def test_a_truncated_file_is_not_taken_for_a_new_one(store: SqliteStore, tmp_path: Path, size: int) -> None:
+    empty_log(tmp_path / "store")
+    os.truncate(tmp_path / "store" / NAME, size)
+    assert store.get("staff").subjects == 20
+    assert store.search("staff", ENCODER, unit(7), 1)[0].hits[0].subject == "s07"
+    with refused(StoreUnavailable):
+        store.enrol("staff", [one("late", unit(50)[0])], ALICE)
+    with pytest.raises(PkdError, match=r"is empty|damaged") as caught:
+        SqliteStore(tmp_path / "store", MASTER, ALONE)
+    assert "backup" in str(caught.value)
+
+
+def test_a_check_notices_that_no_enrolment_finds_space(small_disk: Path) -> None:
+    """The log has room for a few bytes still, as long as it was not cut."""
+    with closing(filled(small_disk / "store")) as store:
+        (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+        with pytest.raises(StoreUnavailable):
+            for i in range(1_000):
+                enrolled(store.enrol("staff", [one(f"more{i:04d}", unit(i)[0])], ALICE))
+        for _ in range(3):
+            with refused(StoreUnavailable):
+                store.check()
