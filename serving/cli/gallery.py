@@ -1,4 +1,7 @@
-"""pkd-gallery: keys, checks, copies of galleries. Run as: pkd-gallery verify galleries --master-key FILE"""
+"""pkd-gallery: make keys, check, copy and rekey galleries.
+
+Run as: pkd-gallery verify galleries --master-key FILE
+"""
 
 from __future__ import annotations
 

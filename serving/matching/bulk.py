@@ -131,7 +131,7 @@ async def _store(service: Service, name: str, batch: Sequence[BulkLine], actor: 
         gallery = await service.stored(service.store.get, name)
         lines = await read(gallery, batch)
         enrolments = [enrolment for line in lines for enrolment in line.enrolments]
-        outcomes = list(await service.stored(service.store.enrol, name, enrolments, actor)) if enrolments else []
+        outcomes = list(await service.written(service.store.enrol, name, enrolments, actor)) if enrolments else []
     except ServingError as error:  # the store is gone, or the gallery is: every line says so and can be sent again
         return [LineResult(ReadLine(line.number), error=error) for line in batch]
     results = []

@@ -81,7 +81,7 @@ async def enrol(
     """Answer POST …/templates. All inputs are enrolled, or none."""
     gallery = await service.stored(service.store.get, name)
     ready = await prepare(service, gallery, new_enrolment(subject, inputs, options, key), inputs, options)
-    (outcome,) = await service.stored(service.store.enrol, name, [ready.enrolment], actor)
+    (outcome,) = await service.written(service.store.enrol, name, [ready.enrolment], actor)
     if isinstance(outcome, PkdError):
         raise explained(outcome, service, gallery, ready.enrolment)
     if outcome.replayed:  # what is there may be of another encoder than one would take today

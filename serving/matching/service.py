@@ -44,7 +44,7 @@ from pkd.toolkit.encoders.detector import Detector
 
 Given = TypeVar("Given")
 STORE_THREADS = 4
-"""Calls of the store that run beside one another: reads need not wait for a write to reach the disk."""
+"""Calls of the store that run beside one another, for reads and for writes each: no read waits for a write."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Service:
         self.artifacts = Artifacts(encoders)
         self._self_testing: asyncio.Task[None] | None = None
         self._workers = Pool(settings.threads, self.state.metrics)
-        self._store_executor = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="pkd-store")
+        self._store_reads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="pkd-store-read")
+        self._store_writes = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="pkd-store-write")
 
     @property
     def store(self) -> GalleryStore:
@@ -89,8 +90,12 @@ class Service:
         return self._store
 
     async def stored(self, call: Callable[..., Given], *args: Any, **named: Any) -> Given:
-        """Call a method of the store in a thread of its own: it may wait for the disk."""
-        return await asyncio.get_running_loop().run_in_executor(self._store_executor, partial(call, *args, **named))
+        """Read from the store in a thread of its own: it may wait for the disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._store_reads, partial(call, *args, **named))
+
+    async def written(self, call: Callable[..., Given], *args: Any, **named: Any) -> Given:
+        """Change the store in a thread of its own, which may wait for other processes that write."""
+        return await asyncio.get_running_loop().run_in_executor(self._store_writes, partial(call, *args, **named))
 
     def start(self) -> asyncio.Task[None]:
         """Begin the self-test, once. Await the task to know that it is over; its outcome is in ``state``."""
@@ -115,7 +120,8 @@ class Service:
     def close(self) -> None:
         """Drop what still waits; running images and writes finish. Whoever opened the store closes it."""
         self._workers.close()
-        self._store_executor.shutdown(wait=True, cancel_futures=True)
+        for executor in (self._store_reads, self._store_writes):
+            executor.shutdown(wait=True, cancel_futures=True)
         self.artifacts.close()
         self.inference.close()
         self.state.metrics.fold()

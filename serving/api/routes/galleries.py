@@ -43,7 +43,7 @@ def routes(service: Service) -> APIRouter:
         there = {one.name for one in await service.stored(service.store.list)}
         space = find_space(service.encoders, body.space)
         try:
-            made = await service.stored(service.store.create, gallery, space, body.retention_seconds, actor)
+            made = await service.written(service.store.create, gallery, space, body.retention_seconds, actor)
         except GalleryConflict as conflict:
             pinned = (await service.stored(service.store.get, gallery)).space.id
             conflict.details.update(expected={"space": pinned}, got={"space": space.id}, works={"spaces": [pinned]})
@@ -75,7 +75,7 @@ def routes(service: Service) -> APIRouter:
     async def delete_gallery(request: Request, gallery: GalleryName) -> Response:
         """Delete a gallery with everyone in it, and its key. The answer is the receipt."""
         actor = require(request, "admin")
-        return json_response(describe_receipt(await service.stored(service.store.delete, gallery, actor)))
+        return json_response(describe_receipt(await service.written(service.store.delete, gallery, actor)))
 
     return router
 

@@ -40,7 +40,7 @@ def routes(service: Service) -> APIRouter:
         require_json(request)
         wanted = find_space(service.encoders, parse(MigrationBody, await request.body()).space)
         try:
-            begun = await service.stored(service.store.begin_migration, gallery, wanted, actor)
+            begun = await service.written(service.store.begin_migration, gallery, wanted, actor)
         except GalleryConflict as conflict:
             raise await explained(conflict, gallery, {"space": wanted.id}) from None
         return json_response(await describe(begun, "", 100))
@@ -83,7 +83,7 @@ def routes(service: Service) -> APIRouter:
 
     async def end(gallery: str, actor: str, *, abandon: bool) -> dict[str, Any]:
         try:
-            moved = await service.stored(service.store.end_migration, gallery, actor, abandon=abandon)
+            moved = await service.written(service.store.end_migration, gallery, actor, abandon=abandon)
         except GalleryConflict as conflict:
             raise await explained(conflict, gallery, {}, back=abandon) from None
         left = await service.stored(service.store.get, gallery)

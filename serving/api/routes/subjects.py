@@ -78,7 +78,7 @@ def routes(service: Service) -> APIRouter:
         """Delete a subject's templates and key. The answer is the receipt."""
         actor = require(request, "delete")
         return json_response(
-            describe_receipt(await service.stored(service.store.delete_subject, gallery, subject, actor))
+            describe_receipt(await service.written(service.store.delete_subject, gallery, subject, actor))
         )
 
     async def _read(request: Request) -> tuple[list[EnrolInput], EnrolOptions]:
