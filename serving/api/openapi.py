@@ -73,6 +73,7 @@ IMAGE: Examples = {
     "unsupported-media": {},
     "no-face": {"index": 0},
     "multiple-faces": {"index": 0, "found": 2},
+    "too-many-faces": {"index": 0, "found": 1462, "limit": 256},
     "not-aligned": {"index": 0, "expected": [112, 112], "got": [250, 250]},
     "no-detector": {},
     **ENCODER,

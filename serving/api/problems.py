@@ -86,6 +86,7 @@ PROBLEMS: dict[type[PkdError], ProblemType] = {
     toolkit.InputError: _INVALID,
     toolkit.NoFace: ProblemType("no-face", 422, "No face was found"),
     errors.MultipleFaces: ProblemType("multiple-faces", 422, "More than one face was found"),
+    errors.TooManyFaces: ProblemType("too-many-faces", 422, "The photograph shows too many faces"),
     errors.NotAligned: ProblemType("not-aligned", 422, "The image is not an aligned crop"),
     errors.NoDetector: ProblemType("no-detector", 422, "This server has no face detector"),
     toolkit.BadVector: ProblemType("bad-vector", 422, "The embedding cannot be used"),

@@ -10,6 +10,7 @@ SpaceMismatch, NotCertified, UnsupportedFmr. The others are::
     ├── UnknownEncoder               no loaded encoder of this name, or several
     ├── UnknownFile                  a bundle has no such file or target
     ├── MultipleFaces                a photograph shows several faces, one was asked for
+    ├── TooManyFaces                 a photograph shows more faces than are embedded at once
     ├── NotAligned                   an image is not of the size of an aligned crop
     ├── NoDetector                   a photograph, where only aligned crops can be taken
     ├── LowQuality                   a face that is not good enough to enrol
@@ -58,6 +59,10 @@ class UnknownFile(ServingError):
 
 class MultipleFaces(ServingError):
     """A photograph shows several faces where exactly one was asked for."""
+
+
+class TooManyFaces(ServingError):
+    """A photograph shows more faces than are embedded at once."""
 
 
 class NotAligned(ServingError):

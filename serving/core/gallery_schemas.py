@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from pkd.serving.core.embedding_codec import Encoding
-from pkd.serving.core.schemas import MAX_IMAGES, Input, Name, Query, Sent, SpaceAnswer
+from pkd.serving.core.schemas import MAX_IMAGES, Input, Name, Number, Query, Sent, SpaceAnswer
 
 Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 """An idempotency key: printable ASCII without spaces."""
@@ -31,6 +31,12 @@ def _structured(sent: Any) -> Any:
             return json.loads(sent)
         except (ValueError, RecursionError):
             raise ValueError("must be JSON") from None
+    return sent
+
+
+def _no_number(sent: Any) -> Any:
+    if not isinstance(sent, bool):
+        raise ValueError("must be true")
     return sent
 
 
@@ -58,11 +64,11 @@ class ConsentBody(Sent):
 class FloorBody(Sent):
     """Require more of a face that is enrolled; it can only be stricter than the server's own."""
 
-    detection_score: float = Field(default=0, ge=0, le=1, description="Of the detector")
-    face_pixels: float = Field(
+    detection_score: Number = Field(default=0, ge=0, le=1, description="Of the detector")
+    face_pixels: Number = Field(
         default=0, ge=0, le=10_000, description="Shorter side of the face's box in the photograph"
     )
-    sharpness: float = Field(default=0, ge=0, le=1e6, description="As `quality.sharpness` of /v1/embed")
+    sharpness: Number = Field(default=0, ge=0, le=1e6, description="As `quality.sharpness` of /v1/embed")
 
 
 class GalleryBody(Sent):
@@ -341,5 +347,5 @@ class ExportedSubject(Sent):
 class ExportEnd(Sent):
     """Hold the last line of an export: without it the file was cut off."""
 
-    end: Literal[True]
+    end: Annotated[Literal[True], BeforeValidator(_no_number)]
     subjects: int

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 from pkd.serving.core.embedding_codec import Encoding
 from pkd.toolkit.certificates.certificate import Certificate
@@ -27,9 +36,23 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@+-]{0
 
 
 class Sent(BaseModel):
-    """Refuse unknown fields, so that a misspelt option cannot be ignored."""
+    """Refuse unknown fields, so that a misspelt option cannot be ignored, and values of another type than stated.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Strict types: ``false`` is no number, nor is ``"0.5"``. Form fields and query parameters are text, so they are read
+    leniently (``validation.validated``); a number within JSON there is a ``Number``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _no_boolean(sent: object) -> object:
+    if isinstance(sent, bool):
+        raise ValueError("must be a number")
+    return sent
+
+
+Number = Annotated[float, BeforeValidator(_no_boolean)]
+"""A number that ``true`` and ``false`` are not, wherever it is read."""
 
 
 class EmbedOptions(Sent):

@@ -12,6 +12,8 @@ from pkd.serving.core.errors import InvalidRequest
 from pkd.serving.core.schemas import MAX_VALUES
 
 Sent = TypeVar("Sent", bound=BaseModel)
+MAX_LISTED = 100
+"""Most faults of one request that are looked at one by one."""
 NO_SUBJECT = "an image (image_b64) or an embedding (embedding, encoder) is taken here, not an enrolled subject"
 
 
@@ -23,15 +25,25 @@ def parse(model: type[Sent], body: bytes, most: int = MAX_VALUES) -> Sent:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_context=False, include_input=False), model) from None
+        raise _invalid(error, model) from None
 
 
 def validated(model: type[Sent], fields: Mapping[str, Any]) -> Sent:
     """Read query parameters or form fields as ``model``. Raises InvalidRequest that names the fields at fault."""
     try:
-        return model.model_validate(fields)
+        return model.model_validate(fields, strict=False)
     except ValidationError as error:
-        raise invalid(error.errors(include_url=False, include_context=False, include_input=False), model) from None
+        raise _invalid(error, model) from None
+
+
+def _invalid(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
+    """Make the error of what pydantic refused.
+
+    Its list of many faults takes seconds to write: then they are counted.
+    """
+    if (count := error.error_count()) > MAX_LISTED:
+        return InvalidRequest(f"{count:,} fields are at fault. Compare the request with docs/openapi.json.")
+    return invalid(error.errors(include_url=False, include_context=False, include_input=False), model)
 
 
 def invalid(errors: Sequence[Any], model: type[BaseModel] | None = None) -> InvalidRequest:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import cv2
 import numpy as np
 
-from pkd.serving.core.errors import MultipleFaces, NoDetector, NotAligned
+from pkd.serving.core.errors import MultipleFaces, NoDetector, NotAligned, TooManyFaces
 from pkd.serving.core.schemas import Faces
 from pkd.serving.inference.decoding import Undecoded, decode
 from pkd.serving.inference.embedding import Inference
@@ -19,6 +19,11 @@ from pkd.toolkit.encoders.base import Embeddings
 from pkd.toolkit.encoders.detector import Detector, Face, choose
 from pkd.toolkit.images.alignment import warp
 from pkd.toolkit.images.codec import Rgb
+
+MAX_FACES = 256
+"""Most faces of one photograph that ``faces=all`` embeds; more are refused once they are counted."""
+BATCH = 32
+"""Most crops of one photograph that are given to the encoder at once."""
 
 
 @dataclass
@@ -60,6 +65,8 @@ class Pipeline:
 
     detector: Detector | None
     inference: Inference
+    max_faces: int = MAX_FACES
+    """Most faces of one photograph that are embedded."""
 
     def check(self, aligned: bool) -> None:
         """Raise NoDetector for a photograph where only aligned crops can be taken."""
@@ -78,28 +85,32 @@ class Pipeline:
         rgb = decode(image)
         decoded = perf_counter()
         size = loaded.encoder.info.preprocess.size
-        if aligned:
-            found = None
-            crops = _as_crop(rgb, size)
-        else:
-            found = self._detect(rgb, faces)
-            crops = np.stack([warp(rgb, face.landmarks, size) for face in found]) if found else _none(size)
-        quality = [sharpness(crop) for crop in crops]  # before the encoder sweeps them out of the caches
-        detected = perf_counter()
-        vectors = self.inference.embed(loaded.encoder, crops)
-        timing = Timing(
-            queue=1e3 * (start - submitted),
-            decode=1e3 * (decoded - start),
-            detect=1e3 * (detected - decoded),
-            infer=1e3 * (perf_counter() - detected),
-        )
-        return Embedded(vectors, quality, found, timing)
+        found = None if aligned else self._detect(rgb, faces)
+        timing = Timing(queue=1e3 * (start - submitted), decode=1e3 * (decoded - start))
+        vectors: list[Embeddings] = []
+        quality: list[float] = []
+        batches: Iterable[Rgb] = [_as_crop(rgb, size)] if found is None else _cropped(rgb, found, size)
+        for crops in batches:
+            quality += [sharpness(crop) for crop in crops]  # before the encoder sweeps them out of the caches
+            detected = perf_counter()
+            vectors.append(self.inference.embed(loaded.encoder, crops))
+            embedded = perf_counter()
+            timing.detect += 1e3 * (detected - decoded)
+            timing.infer += 1e3 * (embedded - detected)
+            decoded = embedded
+        return Embedded(vectors[0] if len(vectors) == 1 else np.concatenate(vectors), quality, found, timing)
 
     def _detect(self, rgb: Rgb, faces: Faces) -> list[Face]:
         self.check(aligned=False)
         assert self.detector is not None
         found = self.detector.detect(rgb)
         if faces == "all":
+            if len(found) > self.max_faces:
+                raise TooManyFaces(
+                    f"{len(found):,} faces were found, at most {self.max_faces} are embedded at once. Cut the "
+                    "photograph into parts, or ask for the largest face.",
+                    details={"found": len(found), "limit": self.max_faces},
+                )
             return sorted(found, key=_area, reverse=True)
         if not found:
             raise NoFace("no face was found. Send a photograph that shows one, upright and not too small.")
@@ -130,8 +141,11 @@ def _as_crop(rgb: Rgb, size: int) -> Rgb:
     return rgb[None]
 
 
-def _none(size: int) -> Rgb:
-    return np.empty((0, size, size, 3), np.uint8)
+def _cropped(rgb: Rgb, faces: Sequence[Face], size: int) -> Iterator[Rgb]:
+    """Give aligned crops of faces in batches: all at once, hundreds of faces would take gigabytes in the encoder."""
+    for begin in range(0, max(1, len(faces)), BATCH):
+        crops = [warp(rgb, face.landmarks, size) for face in faces[begin : begin + BATCH]]
+        yield np.stack(crops) if crops else np.empty((0, size, size, 3), np.uint8)
 
 
 def _area(face: Face) -> float:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter
+from traceback import clear_frames
 from typing import Any, TypeVar
 
 from pkd.serving.observability.metrics import Metrics
@@ -134,11 +135,24 @@ class _Worker:
             try:
                 made, error = work(), None
             except BaseException as raised:
-                made, error = None, raised
+                made, error = None, forget_locals(raised)
             _thread.job = None
             with suppress(RuntimeError):  # the loop was closed: nobody is left to tell
                 job.get_loop().call_soon_threadsafe(_end, job, made, error)
             del taken, job, work, made, error  # an image is not kept until the next one comes
+
+
+def forget_locals(error: BaseException) -> BaseException:
+    """Let go of what the frames of an error's traceback hold, pixels above all; lines and names stay for the log.
+
+    An error that crosses to another thread is remembered there, by a future and by frames that hold that future: such
+    a circle would keep a photograph's pixels until Python looks for circles, which a busy server rarely does.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        clear_frames(one.__traceback__)
+        one = one.__cause__ or one.__context__
+    return error
 
 
 def current_job() -> Job[Any] | None:

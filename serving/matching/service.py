@@ -255,15 +255,16 @@ class Service:
             self._workers.submit(partial(self.pipeline.run, image, loaded, faces, aligned, perf_counter()))
             for image in images
         ]
-        done = []
+        done: list[Embedded] = []
         try:
-            for job in jobs:
-                done.append(await job)
+            while len(done) < len(jobs):
+                done.append(await jobs[len(done)])
         except PkdError as error:
             raise error.explain(index=len(done)) from None
         finally:
-            for job in jobs[len(done) :]:
-                job.cancel()
+            for number in range(len(done), len(jobs)):
+                jobs[number].cancel()
+            jobs.clear()  # they hold their errors, whose tracebacks hold this frame
         return done
 
 
