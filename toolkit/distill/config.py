@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, field_validator, model_validator
 
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.models import Record
+
+SGD_DEFAULTS = {"lr": 0.1, "weight_decay": 5e-4}
+"""Defaults that differ where the optimiser is SGD."""
 
 
 class DistillConfig(Record):
@@ -67,14 +70,27 @@ class DistillConfig(Record):
     """Time budget in minutes; a short measurement at the start turns it into steps."""
     batch: int = 64
     """Number of images per step."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser: AdamW, or SGD with Nesterov momentum 0.9, whose defaults are --lr 0.1 and --weight-decay 5e-4."""
     lr: float = 2e-2
     """Peak learning rate, after the warm-up and before a cosine down to zero; smaller batches need less."""
     weight_decay: float = 0.05
     """Weight decay; not applied to biases, normalisation and PReLU slopes."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises linearly."""
+    clip_norm: float | None = None
+    """Largest Euclidean norm of a step's gradient, which is scaled down to it; by default gradients are not clipped."""
+    ema: float | None = None
+    """Decay per step, such as 0.999, of a moving average of the weights, which is kept instead of the last ones."""
     augment: float = 0.2
     """Strength of the augmentation, 0 (mirroring only) to 1 (strong light, blur, low resolution, occlusion)."""
+    views: int = 0
+    """Number of fixed augmented views per image, each taught by the teacher's embedding of that very view, which is
+    cached as half floats; 0 draws new views in every step and teaches the embedding of the clean image."""
+    teacher_live: bool = False
+    """Let the teacher embed every augmented crop as it is shown, in each step; slower, and nothing is cached of it."""
+    mix: float = 0.0
+    """Share of the crops, 0 to 1, that are blended with another image; needs --views or --teacher-live."""
     mirror: bool = True
     """Mirror half of the images; not for images, such as digits, that then show something else."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -93,19 +109,45 @@ class DistillConfig(Record):
     def _one_or_several(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_sgd(cls, values: Any) -> Any:
+        return {**SGD_DEFAULTS, **values} if isinstance(values, dict) and values.get("optimizer") == "sgd" else values
+
     @model_validator(mode="after")
     def _sensible(self) -> DistillConfig:
-        for field in ("scale", "temperature", "epochs", "steps", "max_minutes", "batch", "lr", "dim", "threads"):
+        for field in (
+            "scale",
+            "temperature",
+            "epochs",
+            "steps",
+            "max_minutes",
+            "batch",
+            "lr",
+            "dim",
+            "threads",
+            "clip_norm",
+        ):
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise InputError(f"--{field.replace('_', '-')} {value}: must be above 0.")
         if self.batch < 2:
             raise InputError("--batch 1: batch normalisation needs at least 2 images.")
-        for field in ("warmup", "augment"):
+        for field in ("warmup", "augment", "mix"):
             if not 0 <= getattr(self, field) <= 1:
                 raise InputError(f"--{field} {getattr(self, field)}: must lie between 0 and 1.")
         if self.steps is not None and self.max_minutes is not None:
             raise InputError("--steps and --max-minutes: give one of them.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"--ema {self.ema}: a decay between 0 and 1, for example 0.999.")
+        if self.views < 0:
+            raise InputError(f"--views {self.views}: a number of views per image, for example 8, or 0.")
+        if self.views and self.teacher_live:
+            raise InputError("--views and --teacher-live: give one of them.")
+        if (self.views or self.teacher_live) and self.teacher is None:
+            raise InputError("--views and --teacher-live: need --teacher, which embeds what the student sees.")
+        if self.mix and not (self.views or self.teacher_live):
+            raise InputError(f"--mix {self.mix}: the teacher must see mixed faces. Add --views 8 or --teacher-live.")
         if not self.head:
             raise InputError("--head: names no head. Give auto, means, fit, images or files.")
         if self.merge_duplicates is not None and not 0 < self.merge_duplicates < 1:

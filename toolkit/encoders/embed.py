@@ -14,6 +14,7 @@ from pkd.toolkit.core.parallel import in_order
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.row_store import KeyedRows, Keys, StoredRows
 from pkd.toolkit.encoders.base import Embeddings, Encoder, batches
+from pkd.toolkit.images.codec import Rgb
 
 Advance = Callable[[int], None]
 Ints = NDArray[np.int64]
@@ -38,7 +39,7 @@ def embed_faces(
     if cache is not None:
         return embed_stored(encoder, faces, flip=flip, cache=cache, jobs=jobs, advance=advance)[:]
     out = np.empty((len(faces), encoder.info.space.dim), np.float32)
-    for indices, vectors in _embedded(encoder, faces, np.arange(len(faces)), flip, jobs):
+    for indices, vectors in _embedded(encoder, _reader(encoder, faces, flip), np.arange(len(faces)), jobs):
         out[indices] = vectors
         advance(len(indices))
     return out
@@ -54,14 +55,33 @@ def embed_stored(
     advance: Advance = lambda done: None,
 ) -> StoredRows:
     """As ``embed_faces``, but the vectors stay on disk: float32 rows by index, 8 bytes of memory an image."""
+    load = _reader(encoder, faces, flip)
+    return embed_keyed(encoder, _keys(faces, flip, cache), load, cache=cache, jobs=jobs, advance=advance)
+
+
+def embed_keyed(
+    encoder: Encoder,
+    keys: Keys,
+    load: Callable[[Ints], Rgb],
+    *,
+    cache: Path,
+    half: bool = False,
+    jobs: int | None = None,
+    advance: Advance = lambda done: None,
+) -> StoredRows:
+    """Embed crops that are known by a key each, and keep the vectors on disk: float32 rows, or float16 with ``half``.
+
+    ``keys``: uint64 N. ``load``: int64 B positions among the keys → uint8 B×S×S×3 RGB; called for what is not stored.
+    """
     dim = encoder.info.space.dim
-    store = KeyedRows(cache, hashlib.sha256(encoder.info.id.encode()).hexdigest()[:32], "f32", dim, np.float32)
-    keys = _keys(faces, flip, cache)
+    suffix, dtype = ("f16", np.float16) if half else ("f32", np.float32)
+    name = hashlib.sha256(encoder.info.id.encode()).hexdigest()[:32]
+    store = KeyedRows(cache, f"{name}.views" if half else name, suffix, dim, dtype)
     missing = np.flatnonzero(store.find(keys) < 0)
     advance(len(keys) - len(missing))
     first = missing[np.unique(keys[missing], return_index=True)[1]]  # of copies of an image one is enough
     advance(len(missing) - len(first))
-    for indices, vectors in _embedded(encoder, faces, np.sort(first), flip, jobs):
+    for indices, vectors in _embedded(encoder, load, np.sort(first), jobs):
         store.append(keys[indices], vectors)
         advance(len(indices))
     return store.view(keys)
@@ -73,15 +93,22 @@ def default_cache() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pkd"
 
 
-def _embedded(
-    encoder: Encoder, faces: FaceSet, indices: Ints, flip: bool, jobs: int | None
-) -> Iterator[tuple[Ints, Embeddings]]:
+def _reader(encoder: Encoder, faces: FaceSet, flip: bool) -> Callable[[Ints], Rgb]:
     size = encoder.info.preprocess.size
 
+    def load(indices: Ints) -> Rgb:
+        crops = faces.load(indices, size)
+        return np.ascontiguousarray(crops[:, :, ::-1]) if flip else crops
+
+    return load
+
+
+def _embedded(
+    encoder: Encoder, load: Callable[[Ints], Rgb], indices: Ints, jobs: int | None
+) -> Iterator[tuple[Ints, Embeddings]]:
     def work(chunk: range) -> tuple[Ints, Embeddings]:
         these = indices[chunk.start : chunk.stop]
-        crops = faces.load(these, size)
-        return these, encoder.embed(np.ascontiguousarray(crops[:, :, ::-1]) if flip else crops)
+        return these, encoder.embed(load(these))
 
     return in_order(work, batches(len(indices), BATCH), workers=jobs or os.cpu_count() or 1)
 

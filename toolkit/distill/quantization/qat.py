@@ -51,7 +51,14 @@ def read_config(run: Path, faces: Path | None, steps: int) -> DistillConfig:
     teacher = config.teacher or ""
     if not teacher.startswith("insightface:") and not Path(teacher).exists():
         raise InputError(f"--qat: {teacher}, the teacher of {run}, is gone. Put it back, or run without --qat.")
-    changes = {"init": None, "steps": steps, "max_minutes": None, "precision": "fp32", "lr": LR_FACTOR * config.lr}
+    changes = {
+        "init": None,
+        "steps": steps,
+        "max_minutes": None,
+        "precision": "fp32",
+        "ema": None,
+        "lr": LR_FACTOR * config.lr,
+    }
     return config.model_copy(update={**changes, "weight_decay": 0.0})  # biases carry what normalisation did
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import fcntl
 import json
@@ -128,7 +127,7 @@ def _restore(trainer: Trainer, run: Path, data_digest: str) -> int:
 
 def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog | None) -> dict[str, Any]:
     config, prepared = trainer.config, trainer.prepared
-    student = copy.deepcopy(trainer.student).cpu().to(memory_format=torch.contiguous_format)
+    student = trainer.trained_student()
     info = _identify(trainer, student, teacher)
     training: dict[str, str | int | float | bool | None] = {
         "tool": tool_version(),
@@ -147,6 +146,11 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
         "steps": config.steps,
         "batch": config.batch,
         "precision": config.precision,
+        "optimizer": config.optimizer,
+        "ema": config.ema,
+        "views": config.views,
+        "teacher_live": config.teacher_live,
+        "mix": config.mix,
         "seed": config.seed,
     }
     if trainer.own is not None:

@@ -22,6 +22,7 @@ from pkd.toolkit.distill.heads.resolve import Classes, HeadChoice, resolve_head
 from pkd.toolkit.distill.losses.feature_hooks import StagePlan, plan_stages
 from pkd.toolkit.distill.losses.registry import WeightedSum
 from pkd.toolkit.distill.models.backbones import build
+from pkd.toolkit.distill.training.views import StoredViews, Teaching, ViewMaker
 from pkd.toolkit.encoders.base import Encoder
 from pkd.toolkit.encoders.embed import default_cache, embed_stored
 
@@ -47,6 +48,13 @@ class Prepared:
     identities: tuple[str, ...]
     exclude: NDArray[np.int64] | None = None
     stages: StagePlan | None = None
+    views: StoredViews | None = None
+    live: Encoder | None = None
+
+    @property
+    def teaching(self) -> Teaching:
+        """Say where the teacher's embeddings of a batch come from."""
+        return Teaching(self.targets, self.views, self.live)
 
     @property
     def people(self) -> NDArray[np.int64]:
@@ -61,6 +69,10 @@ def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) ->
         raise InputError(f"--method {config.method}: needs --teacher. Without one, --method none trains a teacher.")
     if "margindistillation" in method.names and Margin.parse(config.margin).kind == "softmax":
         raise InputError(f"--method {config.method}: varies a margin and --margin softmax has none. Use arcface:0.5.")
+    if config.mix and method.needs_labels:
+        raise InputError(
+            f"--mix {config.mix}: --method {config.method} needs labels, and a mixed face has none. Add l2kd."
+        )
     stages = _plan(config, teacher, method.stages) if teacher and method.stages else None
     choice = HeadChoice.parse(config.head, config.teacher) if method.head in {"frozen", "ema"} else None
     faces = _read_faces(config, method, choice, console)
@@ -74,9 +86,12 @@ def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) ->
     if classes.audit and classes.audit.fault and choice:
         raise BadHead(classes.audit.fault)
     exclude = classes.head.exclude if classes.head else None
+    views = _views(config, teacher, faces, console) if teacher and config.views else None
+    live = teacher if config.teacher_live else None
     return Prepared(
-        faces, classes.labels, faces.digest(), targets, classes.head, classes.audit, classes.identities, exclude, stages
-    )
+        faces, classes.labels, faces.digest(), targets, classes.head, classes.audit, classes.identities, exclude,
+        stages, views, live,
+    )  # fmt: skip
 
 
 def _plan(config: DistillConfig, teacher: Encoder, least: int) -> StagePlan:
@@ -99,6 +114,16 @@ def _read_faces(config: DistillConfig, method: WeightedSum, choice: HeadChoice |
             console.print(f"--method {config.method} uses labels only: {len(unlabelled):,} unlabelled images left out.")
         return faces
     return join(faces, unlabelled)
+
+
+def _views(config: DistillConfig, teacher: Encoder, faces: FaceSet, console: Console) -> StoredViews:
+    """Embed the augmented views that the student will see."""
+    size = teacher.info.preprocess.size
+    maker = ViewMaker(faces, size, augment=config.augment, mirror=config.mirror, mix=config.mix)
+    views = StoredViews(maker, config.views, config.seed, Path(config.cache) if config.cache else default_cache())
+    with progress(console, "teacher embeddings of views", config.views * len(faces)) as advance:
+        views.embed(teacher, config.threads, advance)
+    return views
 
 
 def _targets(config: DistillConfig, teacher: Encoder, faces: FaceSet, console: Console) -> tuple[Rows, Rows]:

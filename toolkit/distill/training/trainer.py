@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -26,8 +27,9 @@ from pkd.toolkit.distill.models.backbones import build
 from pkd.toolkit.distill.models.initial_weights import start_from
 from pkd.toolkit.distill.models.layers import Backbone
 from pkd.toolkit.distill.training.distributed import SINGLE_PROCESS, DistributedContext, ShardedHead
-from pkd.toolkit.distill.training.loader import CropBatch, Loader
+from pkd.toolkit.distill.training.loader import Loader
 from pkd.toolkit.distill.training.setup import Prepared
+from pkd.toolkit.distill.training.views import CropBatch
 
 
 class Trainer:
@@ -78,10 +80,11 @@ class Trainer:
             self.adapters.update({name: adapters(name, self.plan.channels) for name in needed})
         self.adapters.to(self.device)
         self.network: nn.Module = self.student if context.world == 1 else DistributedDataParallel(self.student)
-        self.optimiser = torch.optim.AdamW(self._groups(), lr=config.lr, betas=(0.9, 0.999))
+        self.optimiser = make_optimiser(config, self._groups())
+        self.average = WeightAverage(self.student, config.ema) if config.ema else None
         self.loader = Loader(
             prepared.faces, config.batch, size, augment=config.augment, seed=config.seed, mirror=config.mirror,
-            share=context.batch_share(config.batch),
+            mix=config.mix, teaching=prepared.teaching, share=context.batch_share(config.batch),
         )  # fmt: skip
         self.preprocess = Preprocess(size=size)
         self.mean, self.std = torch.tensor(self.preprocess.mean), torch.tensor(self.preprocess.std)
@@ -91,7 +94,7 @@ class Trainer:
         """Take one optimiser step. Returns the loss and the mean teacher–student cosine (NaN without a teacher)."""
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        pixels = torch.from_numpy(batch.crops).to(self.device).permute(0, 3, 1, 2)  # channels last, no copy
+        pixels = torch.as_tensor(batch.crops).to(self.device).permute(0, 3, 1, 2)  # channels last, no copy
         inputs = pixels.float().sub_(self.mean).div_(self.std)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             embeddings = self.network(inputs)
@@ -107,28 +110,35 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.context.average_gradients(self.adapters)
+        if self.config.clip_norm is not None:
+            trained = [p for group in self.optimiser.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         self.optimiser.step()
+        if self.average is not None:
+            self.average.update(self.student)
         return value, cosine
 
     def _step(self, batch: CropBatch, embeddings: Tensor) -> LossInputs:
         """Gather the batch of all processes; stage features stay with the process that made them."""
-        drawn = torch.from_numpy(np.stack([batch.indices, batch.mirrored], axis=1)).to(self.device)
-        indices, mirrored = self.context.gather(drawn).cpu().numpy().T
-        labels = self.prepared.labels[indices]
+        drawn = torch.from_numpy(np.stack([batch.indices, batch.mixed], axis=1)).to(self.device)
+        indices, mixed = self.context.gather(drawn).cpu().numpy().T
+        labels = np.where(mixed, -1, self.prepared.labels[indices])
+        people = np.where(mixed, -1, self.prepared.people[indices])
+        teacher = None if batch.teacher is None else torch.from_numpy(batch.teacher).to(self.device)
         exclude = self.prepared.exclude
         return LossInputs(
             embeddings=self.context.gather(embeddings),
             labels=torch.from_numpy(labels).to(self.device),
             margin=self.margin,
             scale=self.config.scale,
-            teacher=self._targets(indices, mirrored),
+            teacher=None if teacher is None else self.context.gather(teacher),
             head=self.head,
             ema_head=self.ema_head,
             trained=None if self.own is None else normalize(self.own),
             exclude=None if exclude is None else torch.from_numpy(exclude[labels]).to(self.device),
             temperature=self.config.temperature,
             images=torch.from_numpy(indices).to(self.device),
-            people=torch.from_numpy(self.prepared.people[indices]).to(self.device),
+            people=torch.from_numpy(people).to(self.device),
             bank=self.bank,
             stages=self._stages(batch),
             adapters=self.adapters,
@@ -157,6 +167,14 @@ class Trainer:
         kept += [] if self.ema_head is None else [self.ema_head.units]
         return all(bool(torch.isfinite(t).all()) for t in kept if t.is_floating_point())
 
+    def trained_student(self) -> nn.Module:
+        """Copy the student to the CPU as it is to be kept: with averaged weights where the run averages them."""
+        student = copy.deepcopy(self.student)
+        if self.average is not None:
+            student.load_state_dict(self.average.weights)
+        made: nn.Module = student.cpu().to(memory_format=torch.contiguous_format)
+        return made
+
     def state(self) -> dict[str, Any]:
         """Return what a bit-for-bit continuation needs; order and augmentation follow from the step number."""
         state: dict[str, Any] = {"student": self.student.state_dict(), "optimiser": self.optimiser.state_dict()}
@@ -164,7 +182,9 @@ class Trainer:
         if self.own is not None:
             state["centres"] = self.own.detach()
         if self.ema_head is not None:
-            state["ema"] = self.ema_head.state()
+            state["ema_head"] = self.ema_head.state()
+        if self.average is not None:
+            state["average"] = self.average.state()
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -176,14 +196,9 @@ class Trainer:
             with torch.no_grad():
                 self.own.copy_(state["centres"])
         if self.ema_head is not None:
-            self.ema_head.restore(state["ema"])
-
-    def _targets(self, indices: NDArray[np.int64], mirrored: NDArray[np.int64]) -> Tensor | None:
-        if self.prepared.targets is None:
-            return None
-        plain, turned = self.prepared.targets
-        rows = np.where(mirrored[:, None], turned[indices], plain[indices])
-        return torch.from_numpy(rows).to(self.device)
+            self.ema_head.restore(state["ema_head"])
+        if self.average is not None:
+            self.average.restore(state["average"])
 
     def _groups(self) -> list[dict[str, Any]]:
         trained = [*self.student.parameters(), *self.adapters.parameters(), *([] if self.own is None else [self.own])]
@@ -191,3 +206,44 @@ class Trainer:
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
+
+
+class WeightAverage:
+    """Keep an exponential moving average of a network's weights and running statistics.
+
+    The decay rises to ``decay`` over the first steps, min(decay, (1 + n)/(10 + n)), so that the initial weights fade.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
+        self._decay = decay
+        self._steps = 0
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Take in the weights after a step; integers, such as counts of batches, are copied."""
+        self._steps += 1
+        decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        for name, value in network.state_dict().items():
+            kept = self.weights[name]
+            if kept.is_floating_point():
+                kept.lerp_(value, 1 - decay)
+            else:
+                kept.copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """Return the average for a checkpoint."""
+        return {"weights": self.weights, "steps": self._steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Load what ``state`` returned."""
+        for name, value in state["weights"].items():
+            self.weights[name].copy_(value)
+        self._steps = state["steps"]
+
+
+def make_optimiser(config: DistillConfig, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Make the optimiser of a run over its parameter groups."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999))

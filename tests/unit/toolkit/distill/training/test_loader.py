@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pkd.toolkit.data.face_set import FaceSet
-from pkd.toolkit.distill.training.loader import Loader, augment, light
+from pkd.toolkit.distill.training.augment import augment, light
+from pkd.toolkit.distill.training.loader import Loader
 from pkd.toolkit.images.codec import write_rgb
 
 
