@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.toolkit.bundle.bundle import Bundle, self_test
-from pkd.toolkit.core.errors import MissingExtra
+from pkd.toolkit.core.errors import MissingExtra, PkdError, plain_reason
 from pkd.toolkit.encoders.base import open_graph, unit_rows
 from pkd.toolkit.encoders.registry import open_target
 from pkd.toolkit.encoders.tensorrt import EXTRAS
@@ -47,7 +47,7 @@ def main(path: str, name: str, file: str = "") -> None:
         embed = _open(bundle, name, file)
         error = self_test(bundle, embed, target)
     except Exception as reason:  # each runtime has errors of its own
-        said = (str(reason).splitlines() or [type(reason).__name__])[0]
+        said = str(reason) if isinstance(reason, PkdError) else plain_reason(reason)
         _say(out, {"skipped": said.replace(path, "BUNDLE")})
         return
     _say(out, {"runtime": f"{package} {version}", "golden_error": error})

@@ -167,7 +167,7 @@ def parity_table(rows: Sequence[ParityRow]) -> Table:
     batches = ", ".join(str(batch) for batch in BATCHES)
     table = Table(title=f"parity with the source, worst of batch {batches}", title_justify="left", pad_edge=False)
     for heading in ("graph", "max abs", "1 − cosine", "pairs RMS", "norm error", "batch vs alone", ""):
-        table.add_column(heading, no_wrap=heading == "graph")
+        table.add_column(heading, no_wrap=heading in ("graph", ""))
     for precision in dict.fromkeys(row.precision for row in rows):
         same = [row for row in rows if row.precision == precision]
         for graph in dict.fromkeys(row.graph for row in same):
@@ -179,9 +179,8 @@ def parity_table(rows: Sequence[ParityRow]) -> Table:
                 max(row.norm_error for row in own),
                 max(row.invariance for row in own),
             )
-            verdict = "ok" if all(row.passed for row in own) else "FAILED"
-            shown = verdict if own[0].built else f"not built, graph {verdict}"
-            table.add_row(graph, *(f"{value:.1e}" for value in figures), shown)
+            verdict = "FAILED" if not all(row.passed for row in own) else "ok" if own[0].built else "not built"
+            table.add_row(graph, *(f"{value:.1e}" for value in figures), verdict)
         limit = LIMITS[precision]
         allowed = (f"{limit.max_abs:.0e}", f"{1 - limit.worst_cosine:.0e}", "–", f"{limit.norm_error:.0e}")
         table.add_row(f"limits of {precision}", *allowed, f"{limit.max_abs:.0e}", "", style="dim", end_section=True)

@@ -12,7 +12,7 @@ import onnx
 from pkd.export.formats.base import Built, Format, Tell, need_packages
 from pkd.export.graph.precision_variants import GraphForm, Variant
 from pkd.export.options import BuildOptions
-from pkd.toolkit.core.errors import InputError, PkdError, TargetUnavailable, plain_reason
+from pkd.toolkit.core.errors import InputError, PkdError, plain_reason
 from pkd.toolkit.encoders.executorch import ExecuTorchNet, quiet
 
 if TYPE_CHECKING:
@@ -29,16 +29,14 @@ def to_executorch(model: bytes) -> tuple[bytes, int, str]:
 
     The graph is plain or quantised, and INT8 keeps its ranges. The program takes float32 1×S×S×3, values 0 to 255, one
     crop at a time: bytes as tensors and a batch of any size would each leave operations outside XNNPACK. Raises
-    TargetUnavailable without ExecuTorch, InputError for a graph that is not XNNPACK's from end to end: the rest would
-    run in kernels that are many times slower.
+    InputError for a graph that is not XNNPACK's from end to end: the rest would run in kernels that are many times
+    slower.
     """
-    try:
-        with quiet():
-            import torch
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-            from executorch.exir import to_edge_transform_and_lower
-    except ImportError:
-        raise TargetUnavailable("executorch is not installed (pip install 'pkd[executorch]')") from None
+    with quiet():
+        import torch
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
     made_with = version("executorch")
     graph = onnx.load_model_from_string(model)
     size = [1, *(d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim[1:])]

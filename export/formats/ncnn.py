@@ -15,7 +15,7 @@ from pkd.export.formats.base import Built, Format, Tell, need_packages
 from pkd.export.graph.build import serialise
 from pkd.export.graph.precision_variants import GraphForm, Variant
 from pkd.export.options import BuildOptions
-from pkd.toolkit.core.errors import InputError, TargetUnavailable
+from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.encoders.ncnn import NcnnNet
 
 SECONDS = 300
@@ -26,12 +26,10 @@ def to_ncnn(model: bytes) -> tuple[bytes, bytes, str]:
     """Convert the ONNX of ``uint8_graph`` to ``.param``, ``.bin`` and pnnx's version.
 
     ncnn has neither bytes as tensors nor a batch, so the file takes float32 S×S×3, values 0 to 255, one crop at a time.
-    Raises TargetUnavailable without pnnx, InputError if it converts to something that ncnn does not have.
+    Raises InputError if it converts to something that ncnn does not have.
     """
     found = importlib.util.find_spec("pnnx")
-    program = Path(found.origin).with_name("pnnx") if found and found.origin else None
-    if program is None or not program.is_file():
-        raise TargetUnavailable("pnnx is not installed (pip install 'pkd[ncnn]')")
+    program = Path(str(found and found.origin)).with_name("pnnx")
     graph = onnx.load_model_from_string(model)
     shape = [1, *(d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim[1:])]
     with TemporaryDirectory() as folder:

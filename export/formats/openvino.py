@@ -9,16 +9,14 @@ from pkd.export.formats.base import Built, Format, Tell, need_packages
 from pkd.export.graph.precision_variants import GraphForm, Variant
 from pkd.export.graph.rewrite import decompose_prelu
 from pkd.export.options import BuildOptions
-from pkd.toolkit.core.errors import InputError, TargetUnavailable, plain_reason
+from pkd.toolkit.core.errors import InputError, plain_reason
 from pkd.toolkit.encoders.openvino import HINTS, OpenVinoModel
 
 
 def to_ir(model: bytes) -> tuple[bytes, bytes, str]:
-    """Convert ONNX to ``.xml``, ``.bin`` and OpenVINO's version. Raises TargetUnavailable or InputError."""
-    try:
-        import openvino
-    except ImportError:
-        raise TargetUnavailable("openvino is not installed (pip install 'pkd[openvino]')") from None
+    """Convert ONNX to ``.xml``, ``.bin`` and OpenVINO's version. Raises InputError."""
+    import openvino
+
     with TemporaryDirectory() as folder:
         onnx, xml = Path(folder, "encoder.onnx"), Path(folder, "encoder.xml")
         onnx.write_bytes(model)

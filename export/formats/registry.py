@@ -177,11 +177,14 @@ class TargetBuilder:
     def _build(self, request: TargetRequest, results: BuildResults, tell: Tell) -> None:
         name, precision = request.name, request.precision
         graph = self.variants.get(precision, request.format.form)
-        try:
-            built = request.format.build(graph, precision, self.options, tell)
-        except TargetUnavailable as reason:
-            results.missing[name] = MissingTarget(request.format_name, precision, str(reason))
-            built = Built({}, tool_version(), {}, ORT, None)
+        reason, built = request.format.unavailable(), Built({}, tool_version(), {}, ORT, None)
+        if reason is None:
+            try:
+                built = request.format.build(graph, precision, self.options, tell)
+            except TargetUnavailable as error:
+                reason = str(error)
+        if reason is not None:
+            results.missing[name] = MissingTarget(request.format_name, precision, reason)
         embed = built.embed or onnx_runner(graph.data, lambda crops: crops, name)
         crops, expected = self.standard.crops, self.standard.embeddings
         limits = self.source_precision if precision == "fp32" else precision

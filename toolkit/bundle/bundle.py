@@ -36,7 +36,7 @@ from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.certificates.certificate import Certificate, CertificateFile, parse_certificate
 from pkd.toolkit.certificates.signing import SUFFIX, Signature, SigningKey, TrustedKeys
 from pkd.toolkit.core.encoder_info import EncoderInfo, short
-from pkd.toolkit.core.errors import BundleError, PkdError
+from pkd.toolkit.core.errors import BundleError, PkdError, plain_reason
 from pkd.toolkit.core.models import Record
 from pkd.toolkit.images.codec import Rgb
 
@@ -248,8 +248,10 @@ def self_test(bundle: Bundle, embed: Callable[[Rgb], NDArray[np.float32]], targe
     except PkdError:
         raise
     except Exception as error:  # the runtimes' own errors share no public base class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BundleError(f"{where}: does not run on its golden crops: {reason[:300]}") from None
+        said = plain_reason(error)
+        raise BundleError(
+            f"{where}: does not run on its golden crops: {said} Export it again on this machine."
+        ) from None
     if made.shape != golden.embeddings.shape:
         raise BundleError(f"{where}: golden crops give {made.shape}, expected {golden.embeddings.shape}.")
     away = float(np.max(1.0 - np.sum(made * golden.embeddings, axis=1)))

@@ -30,8 +30,10 @@ from typing import Any, TypeVar
 
 Raised = TypeVar("Raised", bound="PkdError")
 
-CODE = re.compile(r"^Exception from |\.(cpp|cc|cu|h|hpp|py):\d+|::|^Check '|\bFile \"")
-"""Marks of a line that is about code: a source file, a C++ name, a failed check, a traceback."""
+CODE = re.compile(r"^Exception from |\.(cpp|cc|cu|h|hpp|py):\d+|::|^Check '|\bFile \"|https?://")
+"""Marks of a line about code: a source file, a C++ name, a failed check, a traceback, a link to their manual."""
+PREFIX = re.compile(r"^(\[\w+\]( : \d+ : \w+ :)?|[-\s]+)\s*")
+"""Beginning of a line that names a log channel or an error code, or marks a list."""
 
 
 class PkdError(Exception):
@@ -136,9 +138,9 @@ class NotTrusted(PkdError):
 def plain_reason(error: BaseException) -> str:
     """Return what another library's exception says, as one sentence of at most 300 characters for an error message.
 
-    Names of source files, C++ signatures and failed checks in code are left out; the last line that is none of these
-    says why. The exception's type stands for it where nothing else is left.
+    Names of source files, C++ signatures, failed checks and links are left out; of the other lines the last says why.
+    The exception's type stands for it where nothing else is left.
     """
-    lines = [line.strip() for line in re.split(r"[\n\r]+", str(error))]
+    lines = [PREFIX.sub("", line.split(" Status Message:")[0].strip()) for line in str(error).splitlines()]
     said = [line for line in lines if line and not CODE.search(line)] or [type(error).__name__]
-    return said[-1][:300].rstrip(".:") + "."
+    return said[-1][:300].rstrip(".: ") + "."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pkd.toolkit.bundle.bundle import Bundle, is_bundle
 from pkd.toolkit.bundle.target import Target
-from pkd.toolkit.core.errors import BundleError, PkdError, TargetUnavailable
+from pkd.toolkit.core.errors import BundleError, PkdError, TargetUnavailable, plain_reason
 from pkd.toolkit.encoders.base import Encoder, open_graph
 from pkd.toolkit.encoders.executorch import open_executorch
 from pkd.toolkit.encoders.ncnn import open_ncnn
@@ -39,8 +39,10 @@ def open_target(bundle: Bundle, name: str, *, threads: int = 1) -> Encoder:
     except PkdError:
         raise
     except Exception as error:  # the runtimes' own errors share no public base class
-        said = " ".join(str(error).split())[:300]
-        raise BundleError(f"{bundle.path / target.file}: {target.runtime} cannot load it: {said}") from None
+        raise BundleError(
+            f"{bundle.path / target.file}: {target.runtime} cannot load it: {plain_reason(error)} "
+            "Build it again on this machine with pkd-export --from-bundle."
+        ) from None
 
 
 def target_of(path: Path) -> tuple[Path, str] | None:

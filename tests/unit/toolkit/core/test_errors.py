@@ -51,3 +51,30 @@ def test_a_missing_extra_says_what_to_install() -> None:
     assert str(errors.MissingExtra("torch", "train")) == (
         "torch is not installed. Install it with: pip install 'pkd[train]'"
     )
+
+
+FOREIGN = {
+    "Exception from src/inference/src/cpp/core.cpp:105:\nCheck 'false' failed at src/frontends/report.cpp:151:\n"
+    "FrontEnd API failed with OpConversionFailure:\nModel wasn't fully converted.\nSummary:\n"
+    "-- No conversion rule found for operations: my.Nope\nTo facilitate the conversion of unsupported operations, "
+    "refer to Frontend Extension documentation: https://docs.openvino.ai/latest/x.html \n\n": (
+        "No conversion rule found for operations: my.Nope."
+    ),
+    "Exception from src/inference/src/cpp/infer_request.cpp:224:\nException from src/plugins/node.cpp:794:\n"
+    "[CPU] Reshape node with name 'y' Check 'minusOneCount <= 1' failed at src/plugins/reshape.cpp:77:\n"
+    "[cpu]reshape: the shape of input data (2.3) conflicts with the reshape pattern (-1.5)\n": (
+        "reshape: the shape of input data (2.3) conflicts with the reshape pattern (-1.5)."
+    ),
+    "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Reshape node. Name:'' Status Message: "
+    "/onnxruntime_src/onnxruntime/core/reshape_helper.h:84 onnxruntime::ReshapeHelper::ReshapeHelper(const X&)": (
+        "Non-zero status code returned while running Reshape node. Name:''."
+    ),
+    "Exception from src/inference/src/cpp/core.cpp:117:\n": "RuntimeError.",
+    "mat1 and mat2 shapes cannot be multiplied": "mat1 and mat2 shapes cannot be multiplied.",
+    "x" * 400: "x" * 300 + ".",
+}
+
+
+@pytest.mark.parametrize("said", FOREIGN)
+def test_what_a_runtime_throws_becomes_one_sentence_without_code(said: str) -> None:
+    assert errors.plain_reason(RuntimeError(said)) == FOREIGN[said]
