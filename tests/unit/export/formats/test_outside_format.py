@@ -92,19 +92,19 @@ def test_what_it_throws_is_one_line_with_a_remedy(module: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("theirs", ("", ""), "--format theirs: unknown. Choose of onnx, openvino"),
+        ("theirs", ("", ""), "unknown. Choose of onnx, openvino"),
         ("theirs:", ("", ""), "unknown"),
-        (
-            "nowhere:FORMAT",
-            ("", ""),
-            "nowhere cannot be imported: No module named 'nowhere'. Install it, or set PYTHONPATH",
-        ),
-        ("theirs:OTHER", ("", ""), "OTHER is missing. It must be a pkd.export.formats.base.Format"),
-        ("theirs:build", ("", ""), "build is a function. It must be"),
+        ("nowhere:FORMAT", ("", ""), "nowhere cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
+        ("theirs:OTHER", ("", ""), "has no OTHER"),
+        ("theirs:build", ("", ""), "is a function. It must be a pkd.export.formats.base.Format"),
         ("theirs:FORMAT", ('"zipped"', '"onnxruntime"'), "its runtime onnxruntime is that of --format onnx"),
         ("theirs:FORMAT", ('"zipped"', '"zip ped"'), "must be letters, digits and underscores"),
         ("theirs:FORMAT", ('"fp16")', '"fp8")'), "must be some of fp32, fp16, int8, bf16"),
-        ("theirs:FORMAT", ("SCALE = 1", "SCALE = 1 / 0"), "theirs cannot be imported: division by zero"),
+        (
+            "theirs:FORMAT",
+            ("SCALE = 1", "SCALE = 1 / 0"),
+            "theirs cannot be imported (ZeroDivisionError: division by zero)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(name: str, change: tuple[str, str], said: str, module: Path) -> None:
