@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 
+import httpx
 import pytest
 
 from pkd.serving.api import app
@@ -16,16 +17,10 @@ FILE = made.made.png(CROPS[0])
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    return made.fleet(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
-def client(fleet, tmp_path_factory):
-    with made.serving(fleet, tmp_path_factory.mktemp("store")) as client:
-        made.gallery(client, "g")
-        made.enrol(client, "g", "ann", made.image(0))
-        yield client
+def client(client: httpx.Client) -> httpx.Client:
+    made.gallery(client, "g")
+    made.enrol(client, "g", "ann", made.image(0))
+    return client
 
 
 class TestHead:

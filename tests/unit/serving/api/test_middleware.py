@@ -28,11 +28,6 @@ PHOTO = made.png(np.full((64, 64, 3), 90, np.uint8))
 PNG = {"content-type": "image/png"}
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return made.family(tmp_path_factory.mktemp("bundles"))
-
-
 @pytest.fixture
 def encoders(family):
     return Encoders.open(family.folders[:2])

@@ -20,11 +20,6 @@ ALIGNED = {"aligned": True}
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    return made.fleet(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
 def client(fleet, tmp_path_factory):
     with (
         made.serving(fleet, tmp_path_factory.mktemp("store")) as http,

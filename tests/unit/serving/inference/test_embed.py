@@ -49,11 +49,6 @@ def photograph(*squares):
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return made.family(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
 def client(family):
     service = Service(Encoders.open(family.folders), Settings(threads=2), Squares())
     with made.running(service) as client:

@@ -16,11 +16,6 @@ from tests.support import serving_bundles as made
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return made.family(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
 def encoders(family):
     return Encoders.open(family.folders)
 

@@ -8,17 +8,10 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import pytest
-
 from pkd.serving.galleries.sqlite.database import NAME
 from tests.support import gallery_fixtures as made
 
 WRITERS = 12
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> made.Fleet:
-    return made.fleet(tmp_path_factory.mktemp("bundles"))
 
 
 def test_an_identification_does_not_wait_for_writers(fleet: made.Fleet, tmp_path: Path) -> None:

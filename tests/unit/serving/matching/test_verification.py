@@ -23,11 +23,6 @@ IMAGES = [base64.b64encode(made.png(crop)).decode() for crop in CROPS]
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return made.family(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
 def client(family):
     with made.running(Service(Encoders.open(family.folders), Settings(threads=2))) as client:
         yield client

@@ -56,11 +56,6 @@ def with_targets(folder, encoder):
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    return made.family(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     encoder = made.encoder("device", made.weights(8))
     return with_targets(tmp_path_factory.mktemp("device"), encoder)

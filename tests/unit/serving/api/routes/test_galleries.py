@@ -12,17 +12,6 @@ from tests.support import gallery_fixtures as made
 from tests.support.gallery_fixtures import problem
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    return made.fleet(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
-def client(fleet, tmp_path_factory):
-    with made.serving(fleet, tmp_path_factory.mktemp("store")) as client:
-        yield client
-
-
 def test_create_read_list_delete(client, fleet):
     answer = client.put("/v1/galleries/staff")
     body = GalleryAnswer.model_validate_json(answer.content)

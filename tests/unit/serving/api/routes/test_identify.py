@@ -19,17 +19,6 @@ from tests.support.gallery_fixtures import ALIGNED, CROPS, PNG, at, problem
 FILE = made.made.png(CROPS[0])
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    return made.fleet(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
-def client(fleet, tmp_path_factory):
-    with made.serving(fleet, tmp_path_factory.mktemp("store")) as client:
-        yield client
-
-
 def ask(client, name, query, **more):
     return client.post(f"/v1/galleries/{name}/identify", json={"query": query, **more})
 

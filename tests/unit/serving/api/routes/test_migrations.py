@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from pkd.serving.core.gallery_schemas import MigrationAnswer, MovedAnswer
 from tests.support import gallery_fixtures as made
 from tests.support.gallery_fixtures import problem
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    return made.fleet(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
-def client(fleet, tmp_path_factory):
-    with made.serving(fleet, tmp_path_factory.mktemp("store")) as client:
-        yield client
 
 
 def search(client, name, encoder, index, **more):

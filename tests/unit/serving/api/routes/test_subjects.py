@@ -7,6 +7,7 @@ import time
 from datetime import datetime, timedelta, timezone
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 
@@ -21,15 +22,9 @@ FILE = made.made.png(CROPS[0])
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    return made.fleet(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
-def client(fleet, tmp_path_factory):
-    with made.serving(fleet, tmp_path_factory.mktemp("store")) as client:
-        made.gallery(client, "g")
-        yield client
+def client(client: httpx.Client) -> httpx.Client:
+    made.gallery(client, "g")
+    return client
 
 
 def post(client, subject, **request):

@@ -24,11 +24,6 @@ from tests.support.gallery_fixtures import CROPS, NDJSON, problem
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory):
-    return made.fleet(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="module")
 def client(fleet, tmp_path_factory):
     with made.serving(fleet, tmp_path_factory.mktemp("store"), max_body=200_000) as client:
         yield client
