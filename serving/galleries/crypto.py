@@ -83,7 +83,7 @@ class GalleryKey:
         return SubjectKey(self.gallery, subject, key), _encrypt(self._cipher, key, self._associated_data(subject))
 
     def subject(self, subject: str, wrapped: bytes) -> SubjectKey:
-        """Unwrap what ``new_subject`` gave; raises DecryptionError."""
+        """Decrypt the key that ``new_subject`` wrapped; raises DecryptionError."""
         return SubjectKey(self.gallery, subject, _decrypt(self._cipher, wrapped, self._associated_data(subject)))
 
     def templates(
@@ -177,7 +177,7 @@ class MasterKey:
         return key, self.wrap(key)
 
     def gallery(self, gallery: str, wrapped: bytes) -> GalleryKey:
-        """Unwrap what ``new_gallery`` or ``wrap`` gave; raises DecryptionError."""
+        """Decrypt the key that ``new_gallery`` or ``wrap`` wrapped; raises DecryptionError."""
         return GalleryKey(gallery, _decrypt(self._cipher, wrapped, _associated_data("gallery", gallery)))
 
     def wrap(self, key: GalleryKey) -> bytes:

@@ -1,4 +1,4 @@
-"""What storage that fails means to whoever runs the server: SQLite's errors, and rows that do not decrypt."""
+"""Storage that fails, in words for whoever runs the server: what SQLite's errors and undecryptable rows mean."""
 
 from __future__ import annotations
 

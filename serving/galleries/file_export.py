@@ -1,4 +1,4 @@
-"""A gallery as a file of JSON lines, encrypted or plain, out of a store and into one. Format: docs/galleries.md.
+"""Exports to files: a gallery becomes JSON lines, encrypted or plain, and enters a store again. See docs/galleries.md.
 
 Import is idempotent by content: a template that its subject has already, bit for bit, is passed over. So an import that
 was interrupted is simply run again.

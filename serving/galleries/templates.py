@@ -1,4 +1,4 @@
-"""What both stores of galleries share: which templates they take, what they refuse in which words, what they keep."""
+"""Rules that both stores share: which templates they take, what they refuse in which words, and what they keep."""
 
 from __future__ import annotations
 

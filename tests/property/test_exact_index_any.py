@@ -52,7 +52,7 @@ def test_it_is_what_a_loop_finds(case: dict[str, object]) -> None:
         number += count
     assert len(index) == len(rows)
     kept = case["kept_by_filter"]
-    allowed = None if kept is None else np.concatenate([[False], random.random(50) < kept])
+    allowed = None if kept is None else np.concatenate([[False], random.random(50) < float(kept)])  # type: ignore[arg-type]
     asked = unit(case["palette"][random.integers(0, len(case["palette"]), queries)])  # type: ignore[index,arg-type]
 
     def name(subject: int) -> str:

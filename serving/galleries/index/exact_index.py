@@ -1,4 +1,4 @@
-"""An exact index: the templates of one encoder as rows in memory.
+"""The exact index: it holds the templates of one encoder as rows in memory.
 
 A search is exact in the sense of real numbers: which subjects are nearest, and in which order, is decided by scores in
 float64, summed in one fixed order, so that equal templates score equally wherever they lie and however many queries

@@ -1,4 +1,4 @@
-"""A gallery's templates in memory, exactly searched by any number of threads.
+"""The memory index: it holds a gallery's templates, and any number of threads search them exactly.
 
 Searches that arrive while one runs are answered together in one index product; changes take their turn between them
 (combining_queue.py). So a change waits for one batch at most, and a search never sees half a change.

@@ -63,7 +63,9 @@ def write(gallery: MilvusGallery, row: GalleryRow, enrolments: Sequence[Enrolmen
 
 
 def finish(gallery: MilvusGallery, now: GalleryRow, written: Written) -> list[Answer]:
-    """Withdraw what must not stay, and say what was done. After a NoCollection do this again, and nothing else.
+    """Finish an enrolment: withdraw what must not stay, and say what was done.
+
+    After a NoCollection this is to be done again, and nothing else.
 
     ``now``: the gallery's row, read after ``write`` if the gallery was moving then.
     """

@@ -1,4 +1,4 @@
-"""Verifying galleries in Milvus: audit chain, keys, every record, every template, and that searches find them.
+"""Verification in Milvus: it reads audit chain, keys, every record and template, and tries that searches find them.
 
 Milvus has no moment of which all could be read. So a subject who does not fit is looked at again a little later, and
 something is wrong only if it stays so while no journal says that somebody is changing them.

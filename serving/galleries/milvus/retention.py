@@ -1,4 +1,4 @@
-"""What goes by itself in Milvus: expired templates, what dead processes left, and rows that lie on only in its files.
+"""Retention in Milvus: expired templates are deleted, and what dead processes and Milvus' own files still hold.
 
 Milvus marks rows as deleted and holds them until it writes their segment anew. So galleries with a deletion on record
 are looked at from time to time (``purge``): where Milvus holds more rows than it gives, it is asked to write them anew;

@@ -1,4 +1,4 @@
-"""The database file of a SqliteStore: schema, connections, transactions.
+"""The database file of a SqliteStore: this module holds its schema, connections and transactions.
 
 One log of changes, ``changes``, tells every process what else than new templates happened: triggers write it, so that
 no way of deleting can forget to. A template's number is never used again (AUTOINCREMENT): "newer than the newest I

@@ -1,4 +1,4 @@
-"""Galleries, subjects and templates in the tables of database.py: read, enrolled, deleted in a caller's transaction."""
+"""The rows of a database: galleries, subjects and templates are read and changed in a caller's transaction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SqliteStore: galleries in one SQLite file, searched in memory. The default GalleryStore.
+"""SqliteStore keeps galleries in one SQLite file and searches them in memory. It is the default GalleryStore.
 
 SQLite (write-ahead log, synchronous FULL) is the durable truth; every process has all templates in memory and follows
 what the others commit (follower.py). Vectors are float16, encrypted; ids of galleries and subjects, attributes and

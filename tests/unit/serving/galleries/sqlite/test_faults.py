@@ -256,7 +256,7 @@ def test_a_deletion_that_memory_could_not_follow_does_not_claim_the_index(tmp_pa
 
 def test_reading_everything_anew_is_not_seen_half_done(tmp_path: Path) -> None:
     sleepers: list[SqliteStore] = []
-    seen = []
+    seen: list[int] = []
 
     class Index(MemoryIndex):
         def add(self, rows: Rows) -> None:
