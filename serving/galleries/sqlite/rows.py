@@ -90,14 +90,14 @@ def read_subject(db: sqlite3.Connection, gallery: GalleryKey, row: SubjectRow, v
     id, name, wrapped, attributes, consent = row
     key = gallery.subject(name, wrapped) if vectors else None
     templates = []
-    for number, encoder, space, created, expires, sealed in db.execute(
+    for number, encoder, space, created, expires, ciphertext in db.execute(
         "SELECT t.id, e.name, e.space, t.created, t.expires, t.sealed FROM templates t "
         "JOIN encoders e ON e.id = t.encoder WHERE t.subject = ? ORDER BY t.id",
         (id,),
     ):
         vector = None
         if key:
-            plain = key.decrypt(sealed, template_id(number), encoder)
+            plain = key.decrypt(ciphertext, template_id(number), encoder)
             vector = np.frombuffer(plain, STORED).astype(np.float32)
         templates.append(Template(template_id(number), encoder, space, created, expires, vector))
     return Subject(name, tuple(templates), json.loads(attributes), Consent(**json.loads(consent)) if consent else None)

@@ -25,7 +25,7 @@ from pkd.serving.galleries.index.memory_index import MemoryIndex, Rows
 from pkd.serving.galleries.sqlite.database import NAME
 from pkd.serving.galleries.sqlite.store import SqliteOptions, SqliteStore
 from pkd.toolkit.core.errors import BadVector, InputError, PkdError
-from tests.support.disks import fragile_disk, mounted, small_disk
+from tests.support.disks import damage, empty_log, fragile_disk, mounted, small_disk
 from tests.support.gallery_examples import ALICE, ENCODER, OLD, enrolled, one, refused, soon, unit
 
 __all__ = ["fragile_disk", "small_disk"]
@@ -58,12 +58,6 @@ def filled(folder: Path, options: SqliteOptions = ALONE) -> SqliteStore:
 def wrong(folder: Path) -> list[str]:
     with closing(SqliteStore(folder, MASTER, ALONE, create=False, load=False)) as store:
         return store.verify().wrong
-
-
-def empty_log(folder: Path) -> None:
-    """Move the write-ahead log into the database."""
-    with closing(sqlite3.connect(folder / NAME)) as db:
-        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
 
 
 def test_a_full_disk_refuses_writes_until_there_is_space(small_disk: Path) -> None:
@@ -127,7 +121,7 @@ def test_a_file_system_mounted_read_only_is_refused_at_the_start(tmp_path: Path)
 def test_a_damaged_page_is_reported_and_searches_go_on(store: SqliteStore, tmp_path: Path) -> None:
     vectors = unit(500, 200)
     enrolled(store.enrol("staff", [one(f"t{i:03d}", vectors[i]) for i in range(200)], ALICE))
-    damaged(tmp_path / "store", "templates")
+    damage(tmp_path / "store", "templates")
     with refused(StoreUnavailable) as caught:
         store.subject("staff", "t000", vectors=True)
     assert "damaged" in str(caught.value)
@@ -417,25 +411,9 @@ def test_memory_that_runs_out_half_way_leaves_nothing_twice(tmp_path: Path) -> N
     assert wrong(tmp_path / "store") == []
 
 
-def damaged(folder: Path, table: str) -> None:
-    """Overwrite a table's first page, and have what was cached read again."""
-    empty_log(folder)
-    with closing(sqlite3.connect(folder / NAME)) as db:
-        (root,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
-        (size,) = db.execute("PRAGMA page_size").fetchone()
-        before = db.execute("SELECT value FROM about WHERE name = 'heartbeat'").fetchone()
-    with (folder / NAME).open("r+b") as file:
-        file.seek((root - 1) * size)
-        file.write(b"\xa5" * size)
-    with closing(sqlite3.connect(folder / NAME)) as db:
-        db.execute("UPDATE about SET value = 'another' WHERE name = 'heartbeat'")
-        db.commit()
-        assert db.execute("SELECT value FROM about WHERE name = 'heartbeat'").fetchone() != before
-
-
 def test_a_damaged_list_of_galleries_stops_no_search(store: SqliteStore, tmp_path: Path) -> None:
     """Whoever searches asks for the gallery first, as the server does."""
-    damaged(tmp_path / "store", "galleries")
+    damage(tmp_path / "store", "galleries")
     for _ in range(2):
         described = store.get("staff")
         assert (described.space, described.subjects, dict(described.templates)) == (OLD, 20, {ENCODER: 20})

@@ -1,4 +1,4 @@
-"""Searches go on while writers wait for the disk: reads and writes of the store have threads of their own."""
+"""Searches over HTTP go on while writers wait for the disk, and while the database is damaged."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pkd.serving.galleries.sqlite.database import NAME
 from tests.support import gallery_fixtures as made
+from tests.support.disks import damage
 
 WRITERS = 12
 
@@ -47,3 +48,15 @@ def test_an_identification_does_not_wait_for_writers(fleet: made.Fleet, tmp_path
     assert waiting == WRITERS  # or it proved nothing
     assert seconds < 2
     assert sorted(set(answers)) == [201, 404]
+
+
+def test_an_identification_needs_no_list_of_galleries(fleet: made.Fleet, tmp_path: Path) -> None:
+    with made.serving(fleet, tmp_path) as client:
+        made.gallery(client, "staff")
+        made.enrol(client, "staff", "ann", made.embedded(fleet.teacher, 0))
+        damage(tmp_path, "galleries")
+        answer = client.post("/v1/galleries/staff/identify", json={"query": made.embedded(fleet.teacher, 0)})
+        assert answer.json()["candidates"][0]["subject"] == "ann"
+        body = {"inputs": [made.embedded(fleet.teacher, 1)]}
+        refusal = client.post("/v1/galleries/staff/subjects/bo/templates", json=body)
+        assert made.problem(refusal, 503, "store-unavailable")["detail"]
