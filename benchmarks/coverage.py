@@ -1,13 +1,16 @@
-"""How often 95 % intervals hold the truth: simulated people, identity-level against pair-level intervals.
+"""How often 95 % intervals hold the truth: simulated people who differ as real ones do.
 
-Run as: python benchmarks/coverage.py                    (about 25 minutes of a core)
-        python benchmarks/coverage.py --people 300 --trials 200
+Run as: python benchmarks/coverage.py                      (hours of a core; resumes where it stopped)
+        python benchmarks/coverage.py --scenarios wolves --people 120 --trials 200
 
-People are centres on a sphere with images about them; how far differs from person to person (log-normal), and so does
-the number of images. The truth is measured on ``TRUTH`` sets of 3,000 people. Every trial draws fresh people, computes
-the intervals of pkd-evaluate, and beside them two that are not used: percentiles of the plain identity bootstrap, and
-a bootstrap that draws pairs. A prediction interval is right where as many fresh people measure an FMR inside it, at the
-threshold of the trial's own people. Writes benchmarks/results/coverage.json.
+People are centres on a sphere with images about them; how far differs from person to person (log-normal). ``SCENARIOS``
+says how they differ otherwise. The truth is measured on ``TRUTH`` sets of 2,000 people, the threshold of a rate too.
+Every trial draws fresh people and computes the intervals of pkd-evaluate and, from the same resamples, those of other
+methods: ``before``, percentiles moved outwards and log-normal with the variance of the resamples; ``exact``, the exact
+binomial interval of as many trials as there are effective people; ``bayesian``, percentiles of a Bayesian bootstrap
+(Rubin 1981), for balanced TAR at the own threshold; ``jackknife``, Student's t on the logit of balanced TAR. A
+prediction is right where as many fresh people measure an FMR inside it, at the threshold of the trial's own people.
+Paired p-values are of two encoders that are equally good. Trials are kept in benchmarks/results/coverage.json as sums.
 """
 
 from __future__ import annotations
@@ -15,163 +18,279 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pkd.toolkit.certificates.certificate import Interval
-from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, interval
-from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, rates
+from pkd.toolkit.evaluation.metrics.bootstrap import Bootstrap, bootstrap, interval
+from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, rates, smallest_fmr
+from pkd.toolkit.evaluation.metrics.intervals import proportion_interval, student_quantile
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
-from pkd.toolkit.evaluation.metrics.pairing import Doubles, Pairing
+from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Pairing
+from pkd.toolkit.evaluation.metrics.resamples import paired_difference
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
-FMRS = np.array([1e-1, 1e-2, 1e-3])
-DIM, IMAGES, TRUTH = 16, 3, 20
-STATISTICS = ("FMR at a threshold", "TAR, every identity alike", "TAR, every pair alike")
-METHODS = ("pkd", "plain identity percentiles", "drawing pairs")
+FMRS = np.array([1e-1, 1e-2])
+DIM, TRUTH, TRUTH_PEOPLE = 16, 6, 1200
+KEPT = 0.2
+"""Highest share of the impostors that is kept: the rates of interest lie above, and resamples take less time."""
+AVERAGE = 4
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """How people differ."""
+
+    within: float = 0.45
+    """Typical distance of an image from its person's centre."""
+    power_law: bool = False
+    """Images a person: P(n) ∝ n^-1.5 up to 30; else 1 + Poisson(3)."""
+    wolves: float = 0.0
+    """Fraction whom many resemble."""
+    unlike: float = 0.0
+    """Fraction whom nobody resembles."""
+    families: float = 0.0
+    """Fraction with a relative in the sample."""
+    levels: int = 0
+    """Values that a coordinate may have; 0: any. Few make scores tie."""
+    cameras: bool = False
+    """Half of the images are of a camera that moves them all the same way."""
+    mislabelled: float = 0.0
+    """Fraction of people who stand under two names."""
+
+
+SCENARIOS = {
+    "alike": Scenario(),
+    "near one": Scenario(within=0.25),
+    "power law": Scenario(power_law=True),
+    "wolves": Scenario(power_law=True, wolves=0.04, unlike=0.1),
+    "families": Scenario(power_law=True, families=0.2),
+    "ties": Scenario(levels=3),
+    "cameras": Scenario(cameras=True),
+    "labels": Scenario(mislabelled=0.01),
+}
+STATISTICS = ("FMR", "prediction", "TAR", "raw TAR")
 
 
 def main() -> int:
-    """Simulate and print."""
+    """Simulate, resume and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--people", type=int, nargs="+", default=[150, 400])
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--people", type=int, nargs="+", default=[60, 120, 400])
     parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--resamples", type=int, default=400)
+    parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        truth = _truth(pool)
-        found: dict[str, Any] = {
-            "trials": args.trials,
-            "resamples": args.resamples,
-            "fmrs": FMRS.tolist(),
-            "truth": {name: truth[name].tolist() for name in STATISTICS},
-            "people": {},
-        }
-        for count in args.people:
-            work = partial(trial, people=count, truth=truth, resamples=args.resamples)
-            outcomes = list(pool.map(work, range(args.trials), chunksize=8))
-            found["people"][str(count)] = {
-                name: {
-                    method: [float(np.mean([o[name][method][k] for o in outcomes])) for k in range(len(FMRS))]
-                    for method in outcomes[0][name]
-                }
-                for name in outcomes[0]
-            }
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    found = json.loads(args.results.read_text()) if args.results.exists() else {"cells": {}, "truth": {}}
+    for name in args.scenarios:
+        if name not in found["truth"]:
+            found["truth"][name] = {key: value.tolist() for key, value in truth(SCENARIOS[name]).items()}
+        known = {key: np.array(value) for key, value in found["truth"][name].items()}
+        for people in args.people:
+            cell = found["cells"].setdefault(f"{name}/{people}", {"trials": 0, "sums": {}})
+            while cell["trials"] < args.trials:
+                made = trial(SCENARIOS[name], people, cell["trials"], known, args.resamples)
+                for key, (held, width) in made.items():
+                    sums = cell["sums"].setdefault(key, [0, 0.0, 0])
+                    cell["sums"][key] = [sums[0] + held, sums[1] + width, sums[2] + 1]
+                cell["trials"] += 1
+                if cell["trials"] % 20 == 0 or cell["trials"] == args.trials:
+                    args.results.write_text(json.dumps({**found, "resamples": args.resamples}, indent=1) + "\n")
     print(table(found))
     return 0
 
 
-def simulate(people: int, seed: int) -> PairScores:
-    """Scores of all pairs of fresh people."""
+def embeddings(scenario: Scenario, people: int, seed: int, *, encoder: int = 0) -> tuple[Floats, Ints]:
+    """Draw unit vectors of fresh people, with the name that each image stands under.
+
+    ``encoder``: 0 or 1, equally good; each sees every image a little differently.
+    """
     random = np.random.default_rng(seed)
-    centres = random.standard_normal((people, DIM)) + 0.3
-    spread = 0.6 * np.exp(0.5 * random.standard_normal(people))
-    labels = np.repeat(np.arange(people), 1 + random.poisson(IMAGES - 1, people))
-    vectors = centres[labels] + spread[labels, None] * random.standard_normal((len(labels), DIM))
-    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    centres = random.standard_normal((people, DIM))
+    common = np.full(DIM, 0.3)
+    kind = random.random(people)
+    strength = np.where(kind < scenario.wolves, 0.45, 1.0)[:, None]
+    centres = strength * centres + np.where(kind > 1 - scenario.unlike, -1.0, 1.0)[:, None] * common
+    related = random.random(people) < scenario.families
+    relatives = np.flatnonzero(related)[: np.count_nonzero(related) // 2 * 2].reshape(-1, 2)
+    centres[relatives[:, 1]] = 0.8 * centres[relatives[:, 0]] + 0.6 * centres[relatives[:, 1]]
+    if scenario.power_law:
+        chances = np.arange(1, 31) ** -1.5
+        counts = random.choice(np.arange(1, 31), people, p=chances / chances.sum())
+    else:
+        counts = 1 + random.poisson(AVERAGE - 1, people)
+    labels = np.repeat(np.arange(people), counts)
+    within = scenario.within * np.exp(0.5 * random.standard_normal(people))
+    vectors = centres[labels] + within[labels, None] * random.standard_normal((len(labels), DIM))
+    if scenario.cameras:
+        vectors += 0.35 * random.integers(0, 2, len(labels))[:, None] * np.sign(np.arange(DIM) - DIM / 2 + 0.5)
+    vectors += 0.15 * np.random.default_rng([seed, encoder]).standard_normal(vectors.shape)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    if scenario.levels:
+        vectors = np.round(vectors * scenario.levels * 2) / (scenario.levels * 2)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+    if scenario.mislabelled:
+        twice = random.random(people) < scenario.mislabelled * 2
+        labels = np.where(twice[labels] & (random.random(len(labels)) < 0.5), labels + people, labels)
+        labels = np.unique(labels, return_inverse=True)[1]
+    return vectors.astype(np.float32), labels.astype(np.int64)
+
+
+def simulate(scenario: Scenario, people: int, seed: int) -> PairScores:
+    """Score all pairs of fresh people."""
+    return scored(*embeddings(scenario, people, seed))
+
+
+def scored(vectors: Floats, labels: Ints) -> PairScores:
+    """Score all pairs and keep the highest impostors: no rate of interest lies below them."""
     files = np.arange(len(labels))
-    return score_pairs(Pairing(labels, labels, files, files, people, unordered=True), vectors, vectors)
-
-
-def trial(seed: int, people: int, truth: dict[str, Doubles], resamples: int) -> dict[str, dict[str, list[bool]]]:
-    """Whether each interval of one trial holds the truth, by statistic, method and FMR."""
-    scores = simulate(people, seed)
-    own = rates(scores, FMRS)
-    drawn = bootstrap(scores, FMRS, np.append(truth["threshold"], own.threshold), resamples=resamples, seed=seed)
-    pairs = _pair_bootstrap(scores, truth["threshold"], resamples, np.random.default_rng(seed))
-    targets = range(len(FMRS))
-    made = {
-        STATISTICS[0]: (
-            [drawn.fmr_interval(k) for k in targets],
-            [interval(drawn.fmr[:, k]) for k in targets],
-            [interval(pairs[0][:, k]) for k in targets],
-        ),
-        STATISTICS[1]: (
-            [drawn.tar_balanced_interval(k) for k in targets],
-            [interval(drawn.tar_balanced[:, k]) for k in targets],
-        ),
-        STATISTICS[2]: (
-            [drawn.tar_interval(k) for k in targets],
-            [interval(drawn.tar[:, k]) for k in targets],
-            [interval(pairs[1][:, k]) for k in targets],
-        ),
-    }
-    held = {
-        name: {
-            method: [_holds(ends, truth[name][k]) for k, ends in enumerate(intervals)]
-            for method, intervals in zip(METHODS, columns, strict=False)
-        }
-        for name, columns in made.items()
-    }
-    fresh = fmr_at(simulate(people, 10**6 + seed), own.threshold)
-    predictions = [drawn.prediction(len(FMRS) + k) for k in targets]
-    held["FMR of fresh people at the own threshold"] = {
-        METHODS[0]: [_holds(ends, fresh[k]) for k, ends in enumerate(predictions)],
-        "confidence interval instead": [_holds(drawn.fmr_interval(len(FMRS) + k), fresh[k]) for k in targets],
-    }
-    return held
-
-
-def _truth(pool: ProcessPoolExecutor) -> dict[str, Doubles]:
-    sets = range(10**7, 10**7 + TRUTH)
-    threshold = np.mean(list(pool.map(_thresholds, sets)), axis=0)
-    measured = np.mean(list(pool.map(partial(_measured, threshold=threshold), sets)), axis=0)
-    return {"threshold": threshold, **dict(zip(STATISTICS, measured, strict=True))}
-
-
-def _thresholds(seed: int) -> Doubles:
-    return rates(simulate(3000, seed), FMRS).threshold
-
-
-def _measured(seed: int, threshold: Doubles) -> Doubles:
-    scores = simulate(3000, seed)
-    found = rates(scores, FMRS)
-    return np.stack([fmr_at(scores, threshold), found.tar_balanced, found.tar])
-
-
-def _pair_bootstrap(
-    scores: PairScores, thresholds: Doubles, resamples: int, random: np.random.Generator
-) -> tuple[Doubles, Doubles]:
-    """FMR and TAR if every pair were independent, at fixed thresholds: binomial counts."""
-    false, accepted = fmr_at(scores, thresholds), np.array([(scores.genuine >= t).mean() for t in thresholds])
-    impostors, genuine = scores.pairing.impostor_pairs, scores.pairing.genuine_pairs
-    return (
-        random.binomial(impostors, false, (resamples, len(thresholds))) / impostors,
-        random.binomial(genuine, accepted, (resamples, len(thresholds))) / genuine,
+    scores = score_pairs(Pairing(labels, labels, files, files, int(labels.max()) + 1, unordered=True), vectors, vectors)
+    kept = int(np.searchsorted(np.cumsum(scores.weight), KEPT * scores.pairing.impostor_pairs)) + 1
+    return replace(
+        scores,
+        impostor=scores.impostor[:kept],
+        impostor_query=scores.impostor_query[:kept],
+        impostor_gallery=scores.impostor_gallery[:kept],
+        weight=scores.weight[:kept],
     )
 
 
-def _holds(ends: Interval, value: float) -> bool:
-    return bool(ends[0] <= value <= ends[1])
+def truth(scenario: Scenario) -> dict[str, Doubles]:
+    """Measure thresholds and rates of everyone like these."""
+    sets = [simulate(scenario, TRUTH_PEOPLE, 10**7 + i) for i in range(TRUTH)]
+    threshold = np.mean([rates(scores, FMRS).threshold for scores in sets], axis=0)
+    found = [rates(scores, FMRS) for scores in sets]
+    return {
+        "threshold": threshold,
+        "FMR": np.mean([fmr_at(scores, threshold) for scores in sets], axis=0),
+        "TAR": np.mean([each.tar_balanced for each in found], axis=0),
+        "raw TAR": np.mean([each.tar for each in found], axis=0),
+    }
+
+
+def trial(
+    scenario: Scenario, people: int, seed: int, known: dict[str, Doubles], resamples: int
+) -> dict[str, tuple[int, float]]:
+    """Tell for every statistic, rate and method whether its interval holds the truth, and how wide it is."""
+    vectors, labels = embeddings(scenario, people, seed)
+    scores = scored(vectors, labels)
+    resolved = [k for k, fmr in enumerate(FMRS) if fmr >= smallest_fmr(scores.pairing)]
+    own = rates(scores, FMRS)
+    drawn = bootstrap(scores, FMRS, np.append(known["threshold"], own.threshold), resamples=resamples, seed=seed)
+    fresh = fmr_at(simulate(scenario, people, 10**6 + seed), own.threshold)
+    noisy = scored(*embeddings(scenario, people, seed, encoder=1))
+    other = rates(noisy, FMRS)
+    drawn_other = bootstrap(noisy, FMRS, np.empty(0), resamples=resamples, seed=seed)
+    made: dict[str, tuple[int, float]] = {}
+    for k in resolved:
+        for statistic, methods in _intervals(scores, drawn, k).items():
+            real = fresh[k] if statistic == "prediction" else known[statistic][k]
+            for method, (low, high) in methods.items():
+                made[f"{statistic}/{FMRS[k]:g}/{method}"] = (int(low <= real <= high), high - low)
+        paired = paired_difference(
+            drawn.tar_balanced[:, k],
+            drawn_other.tar_balanced[:, k],
+            observed=float(own.tar_balanced[k] - other.tar_balanced[k]),
+        )
+        made[f"p < 0.05/{FMRS[k]:g}/now"] = (int(paired.p < 0.05), paired.p)
+        made[f"true rate at the threshold/{FMRS[k]:g}/now"] = (0, float(fresh[k] / FMRS[k]))
+    return made
+
+
+def _intervals(scores: PairScores, drawn: Bootstrap, k: int) -> dict[str, dict[str, Interval]]:
+    own = len(FMRS) + k
+    compared = float(np.count_nonzero(scores.pairing.identity_pairs_per_identity))
+    tar, balanced = float(drawn.observed_tar[k]), float(drawn.observed_tar_balanced[k])
+    raw_people, people = drawn.people
+    fractions = _per_person(scores, float(rates(scores, FMRS[k : k + 1]).threshold[0]))
+    return {
+        "FMR": {"now": drawn.fmr_interval(k), "before": _log_normal(drawn, k, 1, compared)},
+        "prediction": {"now": drawn.prediction(own), "before": _log_normal(drawn, own, 2, compared)},
+        "TAR": {
+            "now": drawn.tar_balanced_interval(k),
+            "before": interval(drawn.tar_balanced[:, k], people),
+            "exact": proportion_interval(balanced, balanced * (1 - balanced) / people, people),
+            "bayesian": _bayesian(fractions),
+            "jackknife": _jackknife(fractions, people),
+            **{
+                f"now, {each:g} trials a person": proportion_interval(
+                    balanced, float(drawn.tar_balanced[:, k].var()), people, trials_per_person=each
+                )
+                for each in (2.0, 4.0, 1e9)
+            },
+        },
+        "raw TAR": {
+            "now": drawn.tar_interval(k),
+            "before": interval(drawn.tar[:, k], raw_people),
+            "exact": proportion_interval(tar, tar * (1 - tar) / raw_people, raw_people),
+            **{
+                f"now, {each:g} trials a person": proportion_interval(
+                    tar, float(drawn.tar[:, k].var()), raw_people, trials_per_person=each
+                )
+                for each in (2.0, 4.0, 1e9)
+            },
+        },
+    }
+
+
+def _log_normal(drawn: Bootstrap, k: int, times: int, people: float) -> Interval:
+    """Compute the interval of an FMR as before: the variance of the resamples, t of all people."""
+    rate = float(drawn.observed_fmr[k])
+    if rate == 0:
+        return drawn.fmr_interval(k)
+    noise = float(drawn.variance.resampled[k] - drawn.variance.total[k]) / 2
+    deviation = math.sqrt(times * max(float(drawn.fmr[:, k].var()) - 2 * noise, noise)) / rate
+    factor = math.exp(student_quantile(people) * deviation)
+    return rate / factor, min(1.0, rate * factor)
+
+
+def _per_person(scores: PairScores, threshold: float) -> Doubles:
+    """Compute the fraction of each person's genuine pairs that match."""
+    pairs = scores.pairing.genuine_per_identity
+    matched = np.bincount(scores.genuine_identity[scores.genuine >= threshold], minlength=len(pairs))
+    fractions: Doubles = matched[pairs > 0] / pairs[pairs > 0]
+    return fractions
+
+
+def _bayesian(fractions: Doubles) -> Interval:
+    weights = np.random.default_rng(0).dirichlet(np.ones(len(fractions)), 400)
+    low, high = np.percentile(weights @ fractions, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _jackknife(fractions: Doubles, people: float) -> Interval:
+    """Compute Student's t interval on the logit scale, the variance from leaving out one person at a time."""
+    mean = float(fractions.mean())
+    if not 0 < mean < 1:
+        return mean, mean
+    deviation = float(fractions.std(ddof=1)) / math.sqrt(len(fractions)) / (mean * (1 - mean))
+    logit, reach = math.log(mean / (1 - mean)), student_quantile(people) * deviation
+    return 1 / (1 + math.exp(reach - logit)), 1 / (1 + math.exp(-reach - logit))
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown."""
-    error = 100 * math.sqrt(0.95 * 0.05 / found["trials"])
-    heads = " | ".join(f"FMR {fmr:g}" for fmr in found["fmrs"])
+    """Markdown: percent of the trials in which an interval held the truth, its mean width in points behind it."""
     lines = [
-        f"Percent of {found['trials']:,} trials in which a 95 % interval ({found['resamples']} resamples) held the "
-        f"truth; by chance ± {error:.1f} (one standard error). Simulated people with {IMAGES} images on average: this "
-        "tests the intervals, not a network.",
-        "",
-        f"| people | statistic | interval | {heads} |",
-        f"| ---: | --- | --- |{' ---: |' * len(found['fmrs'])}",
+        "| people | scenario | trials | statistic | " + " | ".join(f"FMR {fmr:g}" for fmr in FMRS) + " |",
+        "| ---: | --- | ---: | --- |" + " ---: |" * len(FMRS),
     ]
-    for people, statistics in found["people"].items():
-        for name, methods in statistics.items():
-            for method, held in methods.items():
-                cells = " | ".join(
-                    f"{'**' * (method == 'pkd')}{100 * rate:.1f}{'**' * (method == 'pkd')}" for rate in held
-                )
-                lines.append(f"| {people} | {name} | {method} | {cells} |")
+    for key, cell in found["cells"].items():
+        name, _, people = key.partition("/")
+        for statistic in STATISTICS:
+            told = []
+            for fmr in FMRS:
+                both = [cell["sums"].get(f"{statistic}/{fmr:g}/{method}") for method in ("before", "now")]
+                told.append(" → ".join(_share(sums) for sums in both if sums) or "not resolved")
+            lines.append(f"| {people} | {name} | {cell['trials']} | {statistic} | " + " | ".join(told) + " |")
     return "\n".join(lines)
+
+
+def _share(sums: list[float]) -> str:
+    return f"{100 * sums[0] / sums[2]:.0f} ({100 * sums[1] / sums[2]:.2g})"
 
 
 if __name__ == "__main__":

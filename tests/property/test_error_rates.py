@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 
 from pkd.toolkit.evaluation.metrics import pair_scores as scores_module
 from pkd.toolkit.evaluation.metrics.error_rates import (
+    accepted_rates,
     equal_error_rate,
+    first_beyond,
     fmr_at,
     impostor_cumulative,
     lowest_impostor,
     rates,
     raw_fmr_at,
     raw_impostor_cumulative,
-    resampled_rates,
 )
 from pkd.toolkit.evaluation.metrics.pair_scores import BINS, bin_edges, bin_of, score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
@@ -81,13 +82,11 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(
     a, b = (np.array(side) for side in zip(*(sorted(pair) for pair in drawn_people), strict=True))
     if (multiplicity > 0).all():
         assert pairing.pairs_between(a, b).tolist() == [people.count(pair) for pair in drawn_people]
-    made = resampled_rates(
-        scores,
-        TARGETS,
-        multiplicity,
-        impostor_cumulative(scores, multiplicity),
-        raw_impostor_cumulative(scores, multiplicity),
+    places = (
+        first_beyond(cumulative, cumulative, np.ones(len(TARGETS)), TARGETS)
+        for cumulative in (impostor_cumulative(scores, multiplicity), raw_impostor_cumulative(scores, multiplicity))
     )
+    made = accepted_rates(scores, *places, multiplicity)
     if (multiplicity == 1).all():
         whole = rates(scores, TARGETS)
         np.testing.assert_array_equal(made.threshold, whole.threshold)

@@ -13,11 +13,12 @@ from pkd.toolkit.evaluation.metrics import listed_pairs as listed_module
 from pkd.toolkit.evaluation.metrics import pair_scores as scores_module
 from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap
 from pkd.toolkit.evaluation.metrics.error_rates import (
+    accepted_rates,
     equal_error_rate,
+    first_beyond,
     impostor_cumulative,
     rates,
     raw_impostor_cumulative,
-    resampled_rates,
 )
 from pkd.toolkit.evaluation.metrics.listed_pairs import ListedPairs, listed, read_pair_labels, score_listed
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores
@@ -74,13 +75,11 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listed_module, "BLOCK", 7)
         scores = score_listed(pairs, vectors, vectors)
-    made = resampled_rates(
-        scores,
-        TARGETS,
-        multiplicity,
-        impostor_cumulative(scores, multiplicity),
-        raw_impostor_cumulative(scores, multiplicity),
+    places = (
+        first_beyond(cumulative, cumulative, np.ones(len(TARGETS)), TARGETS)
+        for cumulative in (impostor_cumulative(scores, multiplicity), raw_impostor_cumulative(scores, multiplicity))
     )
+    made = accepted_rates(scores, *places, multiplicity)
     for k, target in enumerate(TARGETS):
         raw = oracle.threshold_at(found, float(target), oracle.fmr)
         assert made.raw_threshold[k] == raw

@@ -70,13 +70,11 @@ class Calibration(Record):
         return self
 
     def score_at(self, fmr: float) -> float:
-        """Smallest score whose interpolated rate is at most ``fmr``; the last one where none is."""
-        right = next((i for i, rate in enumerate(self.fmr) if rate <= fmr), len(self.fmr) - 1)
-        if right == 0 or self.fmr[right] >= fmr:
-            return self.score[right]
-        before, after = self.fmr[right - 1], self.fmr[right]
-        share = math.log(before / fmr) / math.log(before / after) if after > 0 else (before - fmr) / before
-        return self.score[right - 1] + share * (self.score[right] - self.score[right - 1])
+        """Return the smallest measured score whose rate is at most ``fmr``; the last one where none is.
+
+        Between two of them nobody knows where the rate falls, for scores may tie: a straight line may lie below it.
+        """
+        return next((score for score, rate in zip(self.score, self.fmr, strict=True) if rate <= fmr), self.score[-1])
 
 
 class ScoreRate(NamedTuple):
@@ -172,8 +170,8 @@ class Certificate(Record):
     def threshold(self, fmr: float) -> float:
         """Smallest score whose false match rate is at most ``fmr``.
 
-        A measured operating point's own threshold, and between two of them the calibration curve (straight in log
-        FMR). Never falls as ``fmr`` falls. Raises UnsupportedFmr outside the points.
+        A measured operating point's own threshold, and between two of them the next score of the calibration. Never
+        falls as ``fmr`` falls. Raises UnsupportedFmr outside the points.
         """
         largest, smallest = self.points[0].fmr, self.points[-1].fmr
         if not smallest * (1 - 1e-9) <= fmr <= largest * (1 + 1e-9):
@@ -190,8 +188,9 @@ class Certificate(Record):
         return min(max(self.calibration.score_at(fmr), lower), upper)
 
     def fmr_at(self, score: float) -> ScoreRate:
-        """False match rate at ``score``: straight in log FMR between measured scores.
+        """Return the false match rate of a threshold at ``score``: that of the measured score at or below it.
 
+        So it is never below the measured rate, however scores tie; the low end of its interval is the next score's.
         Past the last resolved score its rate is an upper bound, for no rate is claimed that the pairs do not resolve.
         Below the first one every impostor pair matches. Raises BadVector for NaN.
         """
@@ -204,9 +203,8 @@ class Certificate(Record):
         if right == len(c.score):
             beyond = score > c.score[-1]
             return ScoreRate(c.fmr[-1], (0.0 if beyond else c.low[-1], c.high[-1]), beyond)
-        share = (score - c.score[right - 1]) / (c.score[right] - c.score[right - 1])
-        fmr, low, high = (_between(column[right - 1], column[right], share) for column in (c.fmr, c.low, c.high))
-        return ScoreRate(fmr, (low, high), False)
+        low = c.low[right - 1] if score == c.score[right - 1] else min(c.low[right - 1], c.low[right])
+        return ScoreRate(c.fmr[right - 1], (low, c.high[right - 1]), False)
 
 
 @dataclass(frozen=True)
@@ -263,10 +261,3 @@ def _read(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise BundleError(f"{path}: not a certificate: {error.strerror}.") from None
-
-
-def _between(a: float, b: float, share: float) -> float:
-    """Interpolate geometrically, so that rates over many decades stay straight lines; linearly down to zero."""
-    if a > 0 and b > 0:
-        return float(a ** (1 - share) * b**share)
-    return a + share * (b - a)

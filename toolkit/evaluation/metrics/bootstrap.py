@@ -2,6 +2,7 @@
 
 Pairs that share a person are not independent, and an interval that takes them to be is too narrow (Bolle, Ratha and
 Pankanti 2004, "Error analysis of pattern recognition systems: the subsets bootstrap"; Poh, Martin and Bengio 2007).
+What was chosen, and how often it holds the truth where people differ: docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -14,14 +15,33 @@ import numpy as np
 
 from pkd.toolkit.certificates.certificate import Interval
 from pkd.toolkit.evaluation.metrics.error_rates import (
+    accepted_rates,
+    first_beyond,
     fmr_at,
     impostor_cumulative,
     matching,
     raw_impostor_cumulative,
-    resampled_rates,
+)
+from pkd.toolkit.evaluation.metrics.intervals import (
+    effective,
+    proportion_interval,
+    proportion_intervals,
+    student_quantile,
 )
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Ints, Mask
+
+
+@dataclass(frozen=True)
+class FmrVariance:
+    """Hold what pairs of people say of an FMR at K thresholds, one entry each."""
+
+    total: Doubles
+    """Variance of the FMR over people: pairs that share a person vary together, the noise of a pair counts once."""
+    resampled: Doubles
+    """Variance that resampling people gives, which counts the noise of a pair three times."""
+    people: Doubles
+    """Effective people: degrees of freedom that the contributions of single people leave, plus 1."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +54,32 @@ class Bootstrap:
     """R×F: balanced TAR at each balanced target FMR."""
     fmr: Doubles
     """R×K: balanced FMR at each fixed threshold."""
+    observed_tar: Doubles
+    """F: raw TAR of all people."""
+    observed_tar_balanced: Doubles
+    """F: balanced TAR of all people."""
     observed_fmr: Doubles
     """K: FMR of all people at each fixed threshold."""
-    pair_variance: Doubles
-    """K: part of the variance of the FMR that belongs to pairs of people and to neither of the two."""
+    variance: FmrVariance
+    """K: variance of the balanced FMR."""
     identity_pairs: int
     """Pairs of different identities that were compared."""
-    people: tuple[float, float, float]
-    """Effective number of identities behind raw TAR, balanced TAR and FMR: (Σ share)² / Σ share² (Kish 1965)."""
+    people: tuple[float, float]
+    """Effective number of identities behind raw and balanced TAR: (Σ share)² / Σ share² (Kish 1965)."""
 
     def tar_interval(self, k: int) -> Interval:
         """Return the 95 % interval of the raw TAR at target ``k``."""
-        return interval(self.tar[:, k], self.people[0])
+        return proportion_interval(float(self.observed_tar[k]), float(self.tar[:, k].var()), self.people[0])
 
     def tar_balanced_interval(self, k: int) -> Interval:
         """Return the 95 % interval of the balanced TAR at target ``k``."""
-        return interval(self.tar_balanced[:, k], self.people[1])
+        return proportion_interval(
+            float(self.observed_tar_balanced[k]), float(self.tar_balanced[:, k].var()), self.people[1]
+        )
+
+    def tar_balanced_intervals(self) -> tuple[Doubles, Doubles]:
+        """Return the ends of the intervals of the balanced TAR at all targets."""
+        return proportion_intervals(self.observed_tar_balanced, self.tar_balanced.var(axis=0), self.people[1])
 
     def fmr_interval(self, k: int) -> Interval:
         """Return the 95 % interval of the FMR at threshold ``k``, over all people like these."""
@@ -58,7 +88,8 @@ class Bootstrap:
     def prediction(self, k: int) -> Interval:
         """Return the 95 % interval of what as many other people would measure as FMR at threshold ``k``.
 
-        Two chances add up, alike in size: that of the people who gave the threshold, and that of the fresh ones.
+        It holds where the threshold was found for that rate. Two chances add up, of one size: that of the people who
+        gave the threshold, and that of the fresh ones.
         """
         return self._around(k, 2)
 
@@ -66,16 +97,15 @@ class Bootstrap:
         """Compute a log-normal interval (a rate is a small count): FMR · exp(± t √times · relative standard deviation).
 
         Of the variance of an FMR one part comes from people (some match everyone more easily) and one, V, from pairs
-        alone. Resampling people brings V in three times: once by the product of two draws, and, for every person's part
-        is estimated from noisy pairs, once more by either draw (Owen 2007, The pigeonhole bootstrap, for two-way
-        data). At small rates nearly all is V, and without taking 2 V off intervals would be 1.7 times too wide.
+        alone. Resampling people brings V in three times: once by the product of two multiplicities, and, for every
+        person's part is estimated from noisy pairs, once more by either of them (Owen 2007, The pigeonhole bootstrap).
+        Here it counts once. The t is that of the effective people.
         """
         rate = float(self.observed_fmr[k])
         if rate == 0:  # of n independent pairs none, in 2.5 of 100 cases
             return 0.0, min(1.0, float(-np.log(0.025) / max(1, self.identity_pairs)))
-        pairs = float(self.pair_variance[k])
-        spread = np.sqrt(times * max(float(self.fmr[:, k].var()) - 2 * pairs, pairs)) / rate
-        factor = float(np.exp(_quantile(self.people[2]) * spread))
+        deviation = np.sqrt(times * float(self.variance.total[k])) / rate
+        factor = float(np.exp(student_quantile(float(self.variance.people[k])) * deviation))
         return rate / factor, min(1.0, rate * factor)
 
 
@@ -91,8 +121,9 @@ def bootstrap(
     """Draw the identities with replacement ``resamples`` times and measure each resample.
 
     Impostors a ≠ b weigh multiplicity(a)·multiplicity(b), a genuine pair of a multiplicity(a): pairs between two
-    copies of one drawn identity are left out, for they would be genuine pairs posing as impostors. A draw without any
-    impostor or genuine pair (possible only in tiny sets) is drawn again.
+    copies of one drawn identity are left out, for they would be genuine pairs posing as impostors. A resample without
+    any impostor or genuine pair (possible only in tiny sets) is drawn again. Thresholds of a resample move by what
+    people and, once, pairs make the FMR vary, not by the three times that the resample itself has.
     """
     pairing = scores.pairing
     random = np.random.default_rng(seed)
@@ -100,6 +131,14 @@ def bootstrap(
     last = matching(scores.impostor, thresholds)
     has_genuine = pairing.genuine_per_identity > 0
     wanted = has_genuine if has_genuine.any() else ~has_genuine  # a group may have impostor pairs alone
+    everyone = np.ones(pairing.identities)
+    full, raw_full = impostor_cumulative(scores, everyone), raw_impostor_cumulative(scores, everyone)
+    shrink, raw_shrink = (
+        _shrinkage(scores, cumulative, fmrs, raw) for cumulative, raw in ((full, False), (raw_full, True))
+    )
+    observed = accepted_rates(
+        scores, first_beyond(full, full, shrink, fmrs), first_beyond(raw_full, raw_full, raw_shrink, fmrs), everyone
+    )
     tar, balanced = np.empty((resamples, len(fmrs))), np.empty((resamples, len(fmrs)))
     fmr = np.empty((resamples, len(thresholds)))
     for r in range(resamples):
@@ -108,24 +147,25 @@ def bootstrap(
             multiplicity = random.multinomial(pairing.identities, even).astype(np.float64)
         cumulative = impostor_cumulative(scores, multiplicity)
         if len(fmrs):
-            drawn = resampled_rates(
-                scores, fmrs, multiplicity, cumulative, raw_impostor_cumulative(scores, multiplicity)
+            found = accepted_rates(
+                scores,
+                first_beyond(cumulative, full, shrink, fmrs),
+                first_beyond(raw_impostor_cumulative(scores, multiplicity), raw_full, raw_shrink, fmrs),
+                multiplicity,
             )
-            tar[r], balanced[r] = drawn.tar, drawn.tar_balanced
+            tar[r], balanced[r] = found.tar, found.tar_balanced
         fmr[r] = np.minimum(np.append(0.0, cumulative), 1.0)[last]
         advance(1)
     return Bootstrap(
         tar,
         balanced,
         fmr,
+        observed_tar=observed.tar,
+        observed_tar_balanced=observed.tar_balanced,
         observed_fmr=fmr_at(scores, thresholds),
-        pair_variance=_pair_variance(scores, last),
+        variance=fmr_variance(scores, last),
         identity_pairs=pairing.identity_pairs,
-        people=(
-            effective(pairing.genuine_per_identity),
-            float(np.count_nonzero(has_genuine)),
-            float(np.count_nonzero(pairing.per_query + pairing.per_gallery)),
-        ),
+        people=(effective(pairing.genuine_per_identity), float(np.count_nonzero(has_genuine))),
     )
 
 
@@ -136,52 +176,73 @@ def interval(samples: Doubles, people: float = np.inf) -> Interval:
     percentiles move outwards, to where Student's t and n/(n − 1) put the normal ones (Hesterberg 2015, What Teachers
     Should Know About the Bootstrap, "expanded percentile interval").
     """
-    outside = NormalDist().cdf(-_quantile(people))
+    outside = NormalDist().cdf(-student_quantile(people))
     low, high = np.percentile(samples, (100 * outside, 100 * (1 - outside)))
     return float(low), float(high)
 
 
-def _quantile(people: float) -> float:
-    """Compute Student's 97.5 % quantile with n − 1 degrees of freedom (Cornish and Fisher), times √(n/(n − 1))."""
-    z = NormalDist().inv_cdf(0.975)
-    free = max(people, 3.0) - 1
-    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-    return float(t * np.sqrt(1 + 1 / free))
+def fmr_variance(scores: PairScores, last: Ints, *, raw: bool = False) -> FmrVariance:
+    """Estimate the variance of the FMR over people where the first ``last`` (K) kept impostors match.
 
-
-def effective(share: Doubles) -> float:
-    """Compute the number of equal shares that vary as much as these: (Σ share)² / Σ share² (Kish 1965)."""
-    return float(share.sum() ** 2 / (share**2).sum()) if share.any() else 0.0
-
-
-def _pair_variance(scores: PairScores, matching: Ints) -> Doubles:
-    """Estimate the variance of the FMR if pairs of people matched independently.
-
-    The first ``matching`` kept impostors match.
-
-    Σ (x − FMR)² / P² over the P pairs of people, x the fraction of a pair's images that match. Where the kept are a
-    sample, each stands for ``weight`` pairs of images, and its square for as many squares: unbiased.
+    With r the part of a pair of people that matches, less the FMR, and R of a person the sum over that person's pairs:
+    (Σ R² − Σ r²) / P², for pairs that share a person vary together, and a pair's own r² is in the R of both its people
+    (Fafchamps and Gubert 2007, for dyads). It is never less than Σ r² / P². Where the kept impostors are a sample, each
+    stands for ``weight`` pairs of images, and its square for as many squares: unbiased. ``raw``: every pair of images
+    weighs the same.
     """
     pairing = scores.pairing
     a, b = scores.impostor_identities
-    both = np.minimum(a, b) * pairing.identities + np.maximum(a, b)
+    part = scores.weight if raw else scores.share
+    squares = np.append(0.0, np.cumsum(_squares_of_pairs(scores, part)))[last]
+    matched = np.append(0.0, np.cumsum(part))[last]
+    pairs = pairing.impostor_pairs_per_identity if raw else pairing.identity_pairs_per_identity
+    total = pairs.sum() / 2
+    rate = matched / total
+    noise = np.maximum(squares / total - rate**2, 0) / total
+    person, order = np.zeros(pairing.identities), np.argsort(last, kind="stable")
+    variance, people = np.empty(len(last)), np.empty(len(last))
+    done = 0
+    for k in order.tolist():
+        here = slice(done, int(last[k]))
+        for side in (a, b):
+            person += np.bincount(side[here], part[here], minlength=pairing.identities)
+        done = int(last[k])
+        square = (person - pairs * rate[k]) ** 2
+        variance[k] = square.sum() / total**2
+        spare = (square**2).sum() - square.sum() ** 2 / max(1, len(square))
+        people[k] = 1 + (2 * square.sum() ** 2 / spare if spare > 0 else np.inf)
+    compared = float(np.count_nonzero(pairs))
+    return FmrVariance(np.maximum(variance - noise, noise), variance + noise, np.minimum(people, compared))
+
+
+def _squares_of_pairs(scores: PairScores, part: Doubles) -> Doubles:
+    """Compute by how much each kept impostor, in falling order, raises the sum of the squares of pairs of people."""
+    a, b = scores.impostor_identities
+    both = np.minimum(a, b) * scores.pairing.identities + np.maximum(a, b)
     order = np.argsort(both, kind="stable")  # within a pair of people the scores still descend
-    share = scores.share[order]
-    before = np.cumsum(share) - share
+    own = part[order]
+    before = np.cumsum(own) - own
     starts = np.flatnonzero(np.diff(both[order], prepend=-1))
     before -= np.repeat(before[starts], np.diff(starts, append=len(order)))
     squares = np.empty(len(order))
-    squares[order] = share * (2 * before + share / scores.weight[order])
-    matched = np.append(0.0, np.cumsum(squares))[matching]
-    rate = np.append(0.0, np.cumsum(scores.share))[matching] / pairing.identity_pairs
-    variance: Doubles = np.maximum(matched / pairing.identity_pairs - rate**2, 0) / pairing.identity_pairs
-    return variance
+    squares[order] = own * (2 * before + own / scores.weight[order])
+    return squares
+
+
+def _shrinkage(scores: PairScores, cumulative: Doubles, fmrs: Doubles, raw: bool) -> Doubles:
+    """Compute by which factor a resample's FMR deviates too much, at the threshold of each target."""
+    if not len(fmrs):
+        return np.empty(0)
+    variance = fmr_variance(scores, np.searchsorted(cumulative, fmrs, "right"), raw=raw)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(np.sqrt(variance.total / variance.resampled), nan=1.0)
 
 
 def resampled_accuracies(right: Mask, same: Mask, first: Ints, second: Ints, *, resamples: int, seed: int) -> Doubles:
     """Compute the accuracy of a pair list in each resample of its identities, the list's mix of kinds held.
 
-    ``right``, ``same``: bool, one per pair. ``first``, ``second``: int64 identities of its images.
+    ``right``, ``same``: bool, one per pair. ``first``, ``second``: int64 identities of its images. Deviations are
+    scaled to the variance of ``accuracy_variance``: a resample counts the noise of an impostor pair three times.
     """
     random = np.random.default_rng(seed)
     count = int(max(first.max(), second.max())) + 1
@@ -189,12 +250,37 @@ def resampled_accuracies(right: Mask, same: Mask, first: Ints, second: Ints, *, 
     share = same.mean()
     found = np.empty(resamples)
     for r in range(resamples):
-        multiplicity = np.zeros(len(right))
-        while not multiplicity.any():  # a draw without any pair, possible only in tiny lists, is drawn again
+        weight = np.zeros(len(right))
+        while not weight.any():  # a resample without any pair, possible only in tiny lists, is drawn again
             drawn = random.multinomial(count, even).astype(np.float64)
-            multiplicity = np.where(first == second, drawn[first], drawn[first] * drawn[second])
-        parts = [(part, f) for part, f in ((same, share), (~same, 1 - share)) if multiplicity[part].any()]
-        found[r] = sum(f * (multiplicity[p] @ right[p]) / multiplicity[p].sum() for p, f in parts) / sum(
-            f for _, f in parts
-        )
-    return found
+            weight = np.where(first == second, drawn[first], drawn[first] * drawn[second])
+        parts = [(part, f) for part, f in ((same, share), (~same, 1 - share)) if weight[part].any()]
+        found[r] = sum(f * (weight[p] @ right[p]) / weight[p].sum() for p, f in parts) / sum(f for _, f in parts)
+    if (spread := found.std()) > 0:
+        found = right.mean() + (found - found.mean()) * np.sqrt(accuracy_variance(right, same, first, second)) / spread
+    return np.clip(found, 0.0, 1.0)
+
+
+def accuracy_variance(right: Mask, same: Mask, first: Ints, second: Ints) -> float:
+    """Estimate the variance of a pair list's accuracy over people; pairs that share a person vary together.
+
+    As ``fmr_variance``, on decisions less the mean of their kind.
+    """
+    residual = right.astype(np.float64)
+    for kind in (same, ~same):
+        if kind.any():
+            residual[kind] -= residual[kind].mean()
+    across = first != second
+    size = int(max(first.max(), second.max())) + 1
+    people = np.bincount(first, residual, size) + np.bincount(second[across], residual[across], size)
+    noise = float((residual**2).sum())
+    return max(float((people**2).sum()) - float((residual[across] ** 2).sum()), noise) / len(right) ** 2
+
+
+def accuracy_interval(right: Mask, same: Mask, first: Ints, second: Ints) -> Interval:
+    """Compute the 95 % interval of a pair list's accuracy over people."""
+    across = first != second
+    size = int(max(first.max(), second.max())) + 1
+    pairs = np.bincount(first, minlength=size) + np.bincount(second[across], minlength=size)
+    people = effective(pairs.astype(np.float64))
+    return proportion_interval(float(right.mean()), accuracy_variance(right, same, first, second), people)

@@ -14,8 +14,9 @@ import numpy as np
 
 from pkd.toolkit.certificates.certificate import OperatingPoint
 from pkd.toolkit.certificates.demographic_groups import Attribute, Group, GroupRates, Interval
-from pkd.toolkit.evaluation.metrics.bootstrap import Bootstrap, bootstrap, effective, interval
+from pkd.toolkit.evaluation.metrics.bootstrap import Bootstrap, bootstrap
 from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED, fmr_at, matching, smallest_fmr
+from pkd.toolkit.evaluation.metrics.intervals import effective, proportion_interval
 from pkd.toolkit.evaluation.metrics.labels import Labels
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Mask, Pairing
@@ -155,7 +156,7 @@ def _rates(
     if any(resolved):
         drawn = bootstrap(scores, np.empty(0), thresholds, resamples=resamples, seed=seed)
         false = [_false_matches(drawn, k, smallest) if resolved[k] else false[k] for k in range(len(points))]
-    rejected = _false_non_matches(scores, thresholds, resamples=resamples, seed=seed)
+    rejected = _false_non_matches(scores, thresholds)
     return tuple(
         GroupRates(
             target_fmr=point.fmr,
@@ -195,44 +196,28 @@ def _false_matches(drawn: Bootstrap, k: int, smallest: float) -> _FalseMatches:
     return _FalseMatches(smallest, (low, max(high, smallest)), True)
 
 
-def _false_non_matches(scores: PairScores, thresholds: Doubles, *, resamples: int, seed: int) -> list[_FalseNonMatches]:
+def _false_non_matches(scores: PairScores, thresholds: Doubles) -> list[_FalseNonMatches]:
     """Measure false non-match rates at fixed thresholds; none for fewer than ``EXPECTED`` people."""
     pairs = scores.pairing.genuine_per_identity
     has = pairs > 0
     if has.sum() < EXPECTED:
         return [_FalseNonMatches(None, None, None, None)] * len(thresholds)
-    random = np.random.default_rng(seed)
-    even = np.full(len(pairs), 1 / len(pairs))
-    multiplicities = random.multinomial(len(pairs), even, resamples).astype(np.float64)
-    for multiplicity in multiplicities:
-        while not multiplicity[has].any():
-            multiplicity[:] = random.multinomial(len(pairs), even)
-    people, pairs_drawn = multiplicities @ has, multiplicities @ pairs
     accepted = matching(scores.genuine, thresholds)
     made = []
     for first in accepted:  # genuine scores descend: those from here on lie below the threshold
         lost = np.bincount(scores.genuine_identity[first:], minlength=len(pairs))
-        share = lost / np.maximum(pairs, 1)
-        made.append(
-            _FalseNonMatches(
-                float(share.sum() / has.sum()),
-                _interval((multiplicities @ share) / people, float(has.sum())),
-                float(lost.sum() / pairs.sum()),
-                _interval((multiplicities @ lost) / pairs_drawn, effective(pairs)),
-            )
-        )
+        fractions = lost / np.maximum(pairs, 1)
+        balanced, raw = (_rate_over_people(fractions, weight) for weight in (has.astype(np.float64), pairs))
+        made.append(_FalseNonMatches(*balanced, *raw))
     return made
 
 
-def _interval(drawn: Doubles, people: float) -> Interval:
-    """Compute a 95 % interval, at either end no narrower than that of as many people of whom none failed (or all).
-
-    Where hardly anyone failed, resamples hardly vary, though nothing rules out that one person in ``people`` / 4 fails
-    (Clopper and Pearson 1934, the exact interval for a count of zero).
-    """
-    low, high = interval(drawn, people)
-    certain = float(0.025 ** (1 / people))
-    return min(low, certain), max(high, 1 - certain)
+def _rate_over_people(fractions: Doubles, weight: Doubles) -> tuple[float, Interval]:
+    """Average the fractions of single people, weighted, with the 95 % interval."""
+    share = weight / weight.sum()
+    rate = float(share @ fractions)
+    variance = float(((share * (fractions - rate)) ** 2).sum())
+    return rate, proportion_interval(rate, variance, effective(weight))
 
 
 def _ratio(rate: float | None, everyone: float) -> float | None:

@@ -87,12 +87,25 @@ def rates(scores: PairScores, fmrs: Doubles) -> Rates:
     return _accepted(scores, balanced, raw, multiplicity)
 
 
-def resampled_rates(scores: PairScores, fmrs: Doubles, multiplicity: Doubles, balanced: Doubles, raw: Doubles) -> Rates:
-    """Find rates as ``rates`` does, every identity as often as it was drawn, from the kept impostors.
+def first_beyond(cumulative: Doubles, full: Doubles, shrink: Doubles, fmrs: Doubles) -> Ints:
+    """Find the place of the first kept impostor that is one too many for each target.
 
-    ``balanced``, ``raw``: of ``impostor_cumulative`` and ``raw_impostor_cumulative`` with the same ``multiplicity``.
+    ``cumulative``: FMR of a resample at each kept impostor; its deviation from ``full``, that of all people, counts
+    times ``shrink`` (one per target).
     """
-    return _accepted(scores, _last_rejected(scores, fmrs, balanced), _last_rejected(scores, fmrs, raw), multiplicity)
+    low, high = np.zeros(len(fmrs), np.int64), np.full(len(fmrs), len(full))
+    targets = fmrs * (1 + 1e-9)
+    while (low < high).any():
+        middle = np.minimum((low + high) // 2, len(full) - 1)
+        within = shrink * cumulative[middle] + (1 - shrink) * full[middle] <= targets
+        low, high = np.where((low < high) & within, middle + 1, low), np.where((low < high) & ~within, middle, high)
+    return low
+
+
+def accepted_rates(scores: PairScores, balanced: Ints, raw: Ints, multiplicity: Doubles) -> Rates:
+    """Find rates with every identity as often as it was drawn, where the kept impostors before these places match."""
+    ends = np.append(scores.impostor, np.float32(-np.inf))
+    return _accepted(scores, ends[balanced], ends[raw], multiplicity)
 
 
 def fmr_at(scores: PairScores, thresholds: Doubles) -> Doubles:

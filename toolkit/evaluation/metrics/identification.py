@@ -15,10 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkd.toolkit.certificates.certificate import Interval
 from pkd.toolkit.core.encoder_info import EncoderInfo
-from pkd.toolkit.evaluation.metrics.bootstrap import effective, interval
 from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED
+from pkd.toolkit.evaluation.metrics.intervals import effective, proportion_interval, proportion_intervals
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Mask, Pairing
 from pkd.toolkit.evaluation.results.schema import Identification, OpenSetCurve, OpenSetPoint, RankPoint
 
@@ -240,9 +239,11 @@ def measure_searches(
             RankPoint(
                 rank=rank,
                 rate_balanced=float(full.ranks[0, k]),
-                rate_balanced_ci95=interval(rank_samples[:, 0, k], people[0]),
+                rate_balanced_ci95=proportion_interval(
+                    float(full.ranks[0, k]), float(rank_samples[:, 0, k].var()), people[0]
+                ),
                 rate=float(full.ranks[1, k]),
-                rate_ci95=interval(rank_samples[:, 1, k], people[1]),
+                rate_ci95=proportion_interval(float(full.ranks[1, k]), float(rank_samples[:, 1, k].var()), people[1]),
             )
             for k, rank in enumerate(ranks)
         ),
@@ -253,15 +254,17 @@ def measure_searches(
                 fpir=fpir,
                 threshold=float(full.threshold[0, k]),
                 fnir_balanced=float(full.fnir[0, k]),
-                fnir_balanced_ci95=interval(fnir_samples[:, 0, k], people[0]),
+                fnir_balanced_ci95=proportion_interval(
+                    float(full.fnir[0, k]), float(fnir_samples[:, 0, k].var()), people[0]
+                ),
                 raw_threshold=float(full.threshold[1, k]),
                 fnir=float(full.fnir[1, k]),
-                fnir_ci95=interval(fnir_samples[:, 1, k], people[1]),
+                fnir_ci95=proportion_interval(float(full.fnir[1, k]), float(fnir_samples[:, 1, k].var()), people[1]),
             )
             for fpir, k in places.items()
         ),
         unresolved=tuple(fpir for fpir in FPIRS if fpir not in places),
-        curve=_curve(grid, full, [interval(samples, people[0]) for samples in fnir_samples[:, 0].T]),
+        curve=_curve(grid, full, fnir_samples[:, 0].var(axis=0), people[0]),
     )
     return found, values
 
@@ -272,14 +275,11 @@ def _grid(smallest: float) -> Doubles:
     return grid[::-1]
 
 
-def _curve(grid: Doubles, full: ResampledSearches, intervals: Sequence[Interval]) -> OpenSetCurve:
-    fnir = full.fnir[0].tolist()
-    return OpenSetCurve(
-        fpir=tuple(grid.tolist()),
-        fnir=tuple(fnir),
-        low=tuple(min(low, rate) for (low, _), rate in zip(intervals, fnir, strict=True)),
-        high=tuple(max(high, rate) for (_, high), rate in zip(intervals, fnir, strict=True)),
-    )
+def _curve(grid: Doubles, full: ResampledSearches, variance: Doubles, people: float) -> OpenSetCurve:
+    low, high = proportion_intervals(full.fnir[0], variance, people)
+    columns = (grid, full.fnir[0], low, high)
+    fpir, fnir, lows, highs = (tuple(column.tolist()) for column in columns)
+    return OpenSetCurve(fpir=fpir, fnir=fnir, low=lows, high=highs)
 
 
 def _descending(scores: Floats, identity: Ints) -> tuple[Floats, Ints, Ints]:

@@ -69,6 +69,17 @@ class ListedPairs(Pairing):
         low, high = np.divmod(codes, self.identities)
         return low.astype(np.int32), high.astype(np.int32), count.astype(np.float64)
 
+    @cached_property
+    def identity_pairs_per_identity(self) -> Doubles:
+        """Count for each identity the others that it is compared with."""
+        a, b, _ = self.people
+        return self._count(np.concatenate([a, b]).astype(np.int64))
+
+    @cached_property
+    def impostor_pairs_per_identity(self) -> Doubles:
+        """Count the impostor pairs of each identity, on either side."""
+        return self.per_query + self.per_gallery
+
     def impostor_weight(self, multiplicity: Doubles) -> float:
         """Sum multiplicity[a]·multiplicity[b] over all impostor pairs."""
         a, b, count = self.people

@@ -99,7 +99,7 @@ def histogram(scores: Floats) -> Histogram:
 
 def _grid(smallest: float, targets: Doubles) -> Doubles:
     """List falling false match rates of the calibration and DET curves, down to the smallest that is resolved."""
-    coarse = np.arange(5, 100, 5) / 100
+    coarse = np.geomspace(0.05, 0.95, 60)
     fine = np.geomspace(0.05, min(0.05, smallest), 141)
     grid = np.unique(np.concatenate([coarse, fine, targets, [min(smallest, 1.0)]]))[::-1]
     kept: Doubles = grid[(grid < 1) & (grid >= smallest * (1 - 1e-9))]
@@ -122,7 +122,7 @@ def _point(grid: Doubles, full: Rates, drawn: Bootstrap, k: int) -> OperatingPoi
 
 def _det(grid: Doubles, full: Rates, drawn: Bootstrap) -> Det:
     fnmr = 1 - full.tar_balanced
-    high, low = 1 - np.array([drawn.tar_balanced_interval(k) for k in range(len(grid))]).reshape(-1, 2).T
+    high, low = (1 - end for end in drawn.tar_balanced_intervals())
     return Det(
         fmr=tuple(grid.tolist()),
         fnmr=tuple(fnmr.tolist()),

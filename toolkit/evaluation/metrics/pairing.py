@@ -97,6 +97,29 @@ class Pairing:
         """Count the unordered pairs of different identities that are compared."""
         return round(self.identity_pair_weight(np.ones(self.identities)))
 
+    @cached_property
+    def identity_pairs_per_identity(self) -> Doubles:
+        """Count for each identity the others that it is compared with."""
+        query, gallery = self.per_query > 0, self.per_gallery > 0
+        either = int(np.count_nonzero(query | gallery)) - 1
+        count = np.where(query & gallery, either, np.where(query, gallery.sum(), np.where(gallery, query.sum(), 0)))
+        a, b = self._never_compared
+        never = np.bincount(np.concatenate([a, b]), minlength=self.identities)
+        counted: Doubles = (count - never).astype(np.float64)
+        return counted
+
+    @cached_property
+    def impostor_pairs_per_identity(self) -> Doubles:
+        """Count the impostor pairs of each identity, on either side."""
+        n, m = self.per_query, self.per_gallery
+        count = n * (m.sum() - m) + (0 if self.unordered else m * (n.sum() - n))
+        i, j = self.left_out
+        a, b = self.query[i], self.gallery[j]
+        for side in (a[a != b], b[a != b]):
+            count = count - np.bincount(side, minlength=self.identities)
+        counted: Doubles = count.astype(np.float64)
+        return counted
+
     def pairs_between(self, a: Ints, b: Ints) -> Doubles:
         """Count the pairs of images that are compared of each two identities a ≠ b, either way round."""
         codes, dropped = self._dropped

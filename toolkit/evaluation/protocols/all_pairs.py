@@ -226,8 +226,9 @@ def identify(
 
 
 INTERVALS = (
-    "bootstrap over identities, pairs between copies of one identity left out: percentiles for true accept rates, "
-    "log-normal with the noise of pairs counted once for false match rates"
+    "identities resampled, pairs between copies of one identity left out: exact binomial for as many trials as vary as "
+    "much for true accept rates (Korn and Graubard 1998), log-normal with the noise of pairs counted once for false "
+    "match rates"
 )
 """What bootstrap.py does, in words."""
 

@@ -7,7 +7,7 @@ import numpy as np
 from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.encoders.base import Embeddings
 from pkd.toolkit.evaluation.datasets.pair_list import PairList
-from pkd.toolkit.evaluation.metrics.bootstrap import interval, resampled_accuracies
+from pkd.toolkit.evaluation.metrics.bootstrap import accuracy_interval, resampled_accuracies
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Mask
 from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, resampled_from
 from pkd.toolkit.evaluation.protocols.common import (
@@ -61,14 +61,8 @@ def pair_list_accuracy(
             right, thresholds = (scores >= tuned) == pairs.same, np.full(pairs.folds, tuned)
         labels = pairs.faces.labels
         per_fold = np.bincount(pairs.fold, right) / np.bincount(pairs.fold)
-        values[f"{q}–{g}/accuracy"] = resampled_accuracies(
-            right,
-            pairs.same,
-            labels[pairs.first],
-            labels[pairs.second],
-            resamples=options.resamples,
-            seed=options.seed,
-        )
+        decided = (right, pairs.same, labels[pairs.first], labels[pairs.second])
+        values[f"{q}–{g}/accuracy"] = resampled_accuracies(*decided, resamples=options.resamples, seed=options.seed)
         found.append(
             PairAccuracy(
                 name=f"{q}–{g}",
@@ -76,7 +70,7 @@ def pair_list_accuracy(
                 gallery=encoders[g].info.id,
                 accuracy=float(per_fold.mean()),
                 fold_std=float(per_fold.std()) if pairs.folds > 1 else None,
-                ci95=interval(values[f"{q}–{g}/accuracy"]),
+                ci95=accuracy_interval(*decided),
                 fold_accuracy=tuple(per_fold.tolist()),
                 fold_threshold=tuple(thresholds.tolist()),
                 threshold_from=source,

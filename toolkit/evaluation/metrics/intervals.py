@@ -1,0 +1,102 @@
+"""Turn a rate and its variance over people into a 95 % interval that also holds near 0 and 1.
+
+A rate over people is no binomial count: a person's pairs fail together. Korn and Graubard (1998, Confidence intervals
+for proportions with small expected number of positive counts estimated from survey data) take as many independent
+trials as would vary as much, and the exact interval of Clopper and Pearson (1934) for these. Where nobody fails nothing
+varies, and the trials are as many as there are effective people.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+
+from pkd.toolkit.certificates.certificate import Interval
+from pkd.toolkit.evaluation.metrics.pairing import Doubles
+
+TRIALS_PER_PERSON = 2.0
+"""Most independent trials that one effective person counts for where some fail: others who fail may be missing. Chosen
+by coverage and width (benchmarks/coverage.py). Where nobody fails it is one trial: nothing tells how people fail."""
+_TERMS = 200
+_HALVINGS = 34
+
+
+def effective(share: Doubles) -> float:
+    """Compute the number of equal shares that vary as much as these: (Σ share)² / Σ share² (Kish 1965)."""
+    return float(share.sum() ** 2 / (share**2).sum()) if share.any() else 0.0
+
+
+def student_quantile(people: float) -> float:
+    """Compute Student's 97.5 % quantile with n − 1 degrees of freedom (Cornish and Fisher), times √(n/(n − 1))."""
+    z = NormalDist().inv_cdf(0.975)
+    free = max(people, 3.0) - 1
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return float(t * np.sqrt(1 + 1 / free))
+
+
+def proportion_interval(
+    rate: float, variance: float, people: float, *, trials_per_person: float = TRIALS_PER_PERSON
+) -> Interval:
+    """Compute the 95 % interval of a rate that ``people`` effective people give with this variance over people."""
+    (low,), (high,) = proportion_intervals(
+        np.array([rate]), np.array([variance]), people, trials_per_person=trials_per_person
+    )
+    return float(low), float(high)
+
+
+def proportion_intervals(
+    rates: Doubles, variances: Doubles, people: float, *, trials_per_person: float = TRIALS_PER_PERSON
+) -> tuple[Doubles, Doubles]:
+    """Compute the lower and the upper ends of several rates' intervals, as ``proportion_interval`` does."""
+    rates = np.clip(rates, 0.0, 1.0)
+    certain = (variances <= 0) | (rates <= 0) | (rates >= 1)
+    trials = rates * (1 - rates) / np.where(certain, 1.0, variances)
+    trials *= (NormalDist().inv_cdf(0.975) / student_quantile(people)) ** 2
+    most = max(people, 1.0)
+    trials = np.where(certain, most, np.clip(trials, 1.0, most * trials_per_person))
+    hits = rates * trials
+    low = np.where(hits > 0, _beta_quantile(0.025, hits, trials - hits + 1), 0.0)
+    high = np.where(hits < trials, _beta_quantile(0.975, hits + 1, trials - hits), 1.0)
+    return np.minimum(low, rates), np.maximum(high, rates)
+
+
+def _beta_quantile(probability: float, a: Doubles, b: Doubles) -> Doubles:
+    """Find x with I_x(a, b) = probability by halving; a and b of 0 are taken as nearly 0."""
+    a, b = np.maximum(a, 1e-9), np.maximum(b, 1e-9)
+    low, high = np.zeros(len(a)), np.ones(len(a))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        below = _beta_cumulative(middle, a, b) < probability
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return (low + high) / 2
+
+
+def _beta_cumulative(x: Doubles, a: Doubles, b: Doubles) -> Doubles:
+    """Compute the regularised incomplete beta function by its continued fraction (Numerical Recipes, section 6.4)."""
+    from math import lgamma
+
+    turned = x > (a + 1) / (a + b + 2)
+    x, a, b = np.where(turned, 1 - x, x), np.where(turned, b, a), np.where(turned, a, b)
+    logs = np.array([lgamma(p + q) - lgamma(p) - lgamma(q) for p, q in zip(a.tolist(), b.tolist(), strict=True)])
+    with np.errstate(divide="ignore"):
+        front = np.exp(logs + a * np.log(x) + b * np.log1p(-x)) / a
+    c, d = np.ones(len(x)), 1 / _away(1 - (a + b) * x / (a + 1))
+    fraction = d.copy()
+    for m in range(1, _TERMS):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        d, c = 1 / _away(1 + even * d), _away(1 + even / c)
+        fraction *= d * c
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d, c = 1 / _away(1 + odd * d), _away(1 + odd / c)
+        step = d * c
+        fraction *= step
+        if (np.abs(step - 1) < 1e-8).all():
+            break
+    value: Doubles = np.where(turned, 1 - front * fraction, front * fraction)
+    return value
+
+
+def _away(value: Doubles) -> Doubles:
+    """Keep a divisor away from 0."""
+    return np.where(np.abs(value) < 1e-300, 1e-300, value)
