@@ -67,7 +67,20 @@ def extrapolated(calibration: Calibration, fmr: float) -> float | None:
     if fmr >= last:
         return calibration.score_at(fmr)
     end = next(score for score, rate in resolved if rate == last)
-    start, upper = calibration.score_at(DECADE * last), min(DECADE * last, calibration.fmr[0])
+    start, upper = _straight(calibration, DECADE * last), min(DECADE * last, calibration.fmr[0])
     if not (end > start and upper > last):
         return None
     return end + (end - start) / math.log(upper / last) * math.log(last / fmr)
+
+
+def _straight(calibration: Calibration, fmr: float) -> float:
+    """Find the score at which lines between measured scores, straight in log FMR, fall to ``fmr``.
+
+    No threshold is taken from it but the slope of the tail, which steps from score to score would blur.
+    """
+    right = next((i for i, rate in enumerate(calibration.fmr) if rate <= fmr), len(calibration.fmr) - 1)
+    if right == 0 or calibration.fmr[right] >= fmr:
+        return calibration.score[right]
+    before, after = calibration.fmr[right - 1], calibration.fmr[right]
+    share = math.log(before / fmr) / math.log(before / after) if after > 0 else (before - fmr) / before
+    return calibration.score[right - 1] + share * (calibration.score[right] - calibration.score[right - 1])
