@@ -9,14 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from pkd.toolkit.cli.student_check import check_student, map_lines, student_report
 from pkd.toolkit.core import cli_support
 from pkd.toolkit.core.cli_options import add_options, flag, validate_options
 from pkd.toolkit.core.encoder_info import check_name
 from pkd.toolkit.core.errors import InputError, MissingExtra
 from pkd.toolkit.distill.models.open_encoder import open_encoder
+from pkd.toolkit.encoders.base import Embeddings
+from pkd.toolkit.encoders.embed import default_cache
 
 if TYPE_CHECKING:
     from pkd.toolkit.distill.heads.audit import Audit
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
 EXAMPLES = """
   pkd-distill --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --faces crops/ --out runs/student
   pkd-distill --teacher insightface:buffalo_l --faces list.txt --unlabelled u/ --method l2kd --max-minutes 60 --out RUN
+  pkd-distill --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --faces crops/ --out runs/adopted \\
+      --student mobile.onnx --student-preprocess mean=0,std=1 --method map              (an existing model, in a minute)
   pkd-distill --method none --faces crops/ --student iresnet18 --out runs/teacher     (a teacher with its classifier)
   pkd-distill --teacher runs/teacher --faces crops/ --out runs/student                (inherits that classifier)
   pkd-distill --resume --out runs/student
@@ -70,14 +77,30 @@ def _distill(args: argparse.Namespace, console: Console, context: DistributedCon
     if (config.run / "student.pt").is_file():
         raise InputError(f"{config.out}: holds a finished run. Choose another --out, or delete it.")
     teacher = open_encoder(config.teacher, config.teacher_preprocess) if config.teacher else None
-    prepared = context.rank_zero_first(lambda: prepare(config, teacher, console))
+
+    def measure(student: Embeddings, expected: Embeddings, labels: NDArray[np.int64]) -> Mapping[str, Any]:
+        assert teacher is not None
+        return check_student(student, expected, labels, teacher.info)
+
+    prepared = context.rank_zero_first(lambda: prepare(config, teacher, console, measure))
     if prepared.audit:
         console.print(_audit_table(prepared.audit))
         if prepared.audit.fault:  # the method does not classify by these labels, or it would have been refused
             console.print(f"warning: {prepared.audit.fault}")
+    if prepared.start:
+        for line in map_lines(prepared.start.report):
+            console.print(line)
+    if config.method == "map":
+        config = config.model_copy(update={"steps": 0, "max_minutes": None, "precision": "fp32"})
     summary = distill(config, prepared, teacher, console, context)
     console.print(f"wrote {config.out}: {summary['encoder']}, {summary['parameters']:,} parameters")
-    return summary
+    if teacher is None or not context.is_rank_zero:
+        return summary
+    cache = Path(config.cache) if config.cache else default_cache()
+    report = student_report(config.run, prepared.start, prepared.held_out, teacher, cache)
+    for line in report.lines:
+        console.print(line)
+    return {**summary, **report.content}
 
 
 def _config(args: argparse.Namespace) -> Any:
@@ -112,7 +135,8 @@ def _validated(values: Mapping[str, Any]) -> Any:
     from pkd.toolkit.distill.models.backbones import parse
 
     config = validate_options(DistillConfig, values)
-    parse(config.student)
+    if not config.adopts:
+        parse(config.student)
     if config.name:
         check_name(config.name)
     Margin.parse(config.margin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from pkd.toolkit.core.models import Record
 
 SGD_DEFAULTS = {"lr": 0.1, "weight_decay": 5e-4}
 """Defaults that differ where the optimiser is SGD."""
+ADOPTED = {"method": "l2kd", "lr": 1e-3}
+"""Defaults that are other ones for an adopted student."""
 
 
 class DistillConfig(Record):
@@ -38,7 +41,12 @@ class DistillConfig(Record):
     merge_duplicates: float | None = None
     """Cosine of class centres from which classes count as one identity and are merged, for example 0.7."""
     student: str = "mobilefacenet:1.0"
-    """Backbone and, after the colon, its width multiplier."""
+    """Backbone and, after the colon, its width multiplier; or a model that exists and is adopted: FILE.onnx, FILE.pt,
+    insightface:PACK, bundle or run."""
+    student_preprocess: str | None = None
+    """Scaling of an adopted student's pixels, in the form of --teacher-preprocess."""
+    map_rank: int | None = None
+    """Number of values between two halves of an adopted student's last layer, for a smaller file; none: one layer."""
     init: str | None = None
     """Initial weights of the student: a run or FILE.pth of arcface_torch with the same backbone."""
     dim: int | None = None
@@ -50,8 +58,9 @@ class DistillConfig(Record):
     """Name of the trained encoder, first part of its id; by default made from backbone and method."""
     method: str = "proxylesskd"
     """Loss of the training: proxylesskd, l2kd, raml, d3still, csd, infonce, kd, adadistill, margindistillation, none
-    (undistilled), fitnets, at, fsp, rkd, cckd, or a weighted sum such as proxylesskd+l2kd:0.5. The last five,
-    named alone, are added to the student's own classifier. MODULE:NAME is a loss of your own, alone or in a sum."""
+    (undistilled), fitnets, at, fsp, rkd, cckd, or a weighted sum such as proxylesskd+l2kd:0.5. The last five, named
+    alone, are added to the student's own classifier. map, for an adopted student and alone, fits its last layer in
+    closed form and trains nothing. MODULE:NAME is a loss of your own, alone or in a sum."""
     margin: str = "arcface:0.5"
     """Margin of the classification losses: softmax, cosface:M (cosine units) or arcface:M (radians)."""
     gradient: Literal["exact", "straight-through"] = "exact"
@@ -74,6 +83,8 @@ class DistillConfig(Record):
     """Optimiser: AdamW, or SGD with Nesterov momentum 0.9, whose defaults are --lr 0.1 and --weight-decay 5e-4."""
     lr: float = 2e-2
     """Peak learning rate, after the warm-up and before a cosine down to zero; smaller batches need less."""
+    trunk_lr: float = 0.1
+    """Factor on the learning rate of everything but the last layer of an adopted student."""
     weight_decay: float = 0.05
     """Weight decay; not applied to biases, normalisation and PReLU slopes."""
     warmup: float = 0.05
@@ -97,6 +108,8 @@ class DistillConfig(Record):
     """Arithmetic of the student's forward and backward pass; auto is bf16 where the CPU or GPU has it."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentation."""
+    held_out: float = 0.1
+    """Share of the people that are kept out of the training, at most 500, for the check at its end; 0 for none."""
     checkpoint_seconds: float = 60.0
     """Seconds between checkpoints; a killed run loses at most this time."""
     threads: int | None = None
@@ -111,8 +124,11 @@ class DistillConfig(Record):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_sgd(cls, values: Any) -> Any:
-        return {**SGD_DEFAULTS, **values} if isinstance(values, dict) and values.get("optimizer") == "sgd" else values
+    def _defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        adopted = ADOPTED if _adopts(str(values.get("student", ""))) else {}
+        return {**adopted, **(SGD_DEFAULTS if values.get("optimizer") == "sgd" else {}), **values}
 
     @model_validator(mode="after")
     def _sensible(self) -> DistillConfig:
@@ -127,13 +143,14 @@ class DistillConfig(Record):
             "dim",
             "threads",
             "clip_norm",
+            "map_rank",
         ):
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise InputError(f"--{field.replace('_', '-')} {value}: must be above 0.")
         if self.batch < 2:
             raise InputError("--batch 1: batch normalisation needs at least 2 images.")
-        for field in ("warmup", "augment", "mix"):
+        for field in ("warmup", "augment", "mix", "held_out", "trunk_lr"):
             if not 0 <= getattr(self, field) <= 1:
                 raise InputError(f"--{field} {getattr(self, field)}: must lie between 0 and 1.")
         if self.steps is not None and self.max_minutes is not None:
@@ -163,6 +180,16 @@ class DistillConfig(Record):
         return self
 
     @property
+    def adopts(self) -> bool:
+        """Tell whether the student is a model that exists, not a backbone of the zoo."""
+        return _adopts(self.student)
+
+    @property
     def run(self) -> Path:
         """Return the run folder as a path."""
         return Path(self.out)
+
+
+def _adopts(student: str) -> bool:
+    named = re.fullmatch(r"[^/:.]+(:[^/:]*)?", student) and not student.startswith("insightface:")
+    return bool(student) and (not named or Path(student).exists())

@@ -58,6 +58,7 @@ METHODS: dict[str, Method] = {
     "fsp": Method(fsp, stages=2, default_weight=10.0, auxiliary=True),
     "rkd": Method(rkd, default_weight=25.0, auxiliary=True),
     "cckd": Method(cckd, default_weight=100.0, auxiliary=True),
+    "map": Method(l2kd, aligns=True),  # alone, and without a step: training/closed_form.py
     "none": Method(own_classifier, head="trained", teacher=False, labels=True),
 }
 

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from pkd.toolkit.core.encoder_info import EncoderInfo, describe
 from pkd.toolkit.core.errors import InputError
-from pkd.toolkit.distill.models.backbones import BACKBONES
-from pkd.toolkit.distill.models.layers import Backbone
+from pkd.toolkit.distill.models.layers import Adoptable
 from pkd.toolkit.distill.models.onnx_graph import OnnxModule, constants_of, shapes_of
 from pkd.toolkit.distill.models.onnx_operators import OPERATORS
 from pkd.toolkit.distill.models.open_encoder import open_encoder
@@ -47,13 +46,10 @@ SUMS = {"ReduceL2", "ReduceSum", "ReduceSumSquare"}
 FLOAT16 = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 
 
-def names_backbone(student: str) -> bool:
-    """Tell whether ``--student`` names a backbone of the zoo, not a model that exists."""
-    return student.partition(":")[0] in BACKBONES and not Path(student).exists()
-
-
-class AdoptedNetwork(Backbone):
+class AdoptedNetwork(Adoptable):
     """Run an adopted trunk, float32 N×3×S×S → N×width, and a linear map on top of it → N×dim."""
+
+    trunk: OnnxModule
 
     def __init__(self, trunk: onnx.ModelProto, width: int, dim: int) -> None:
         super().__init__()

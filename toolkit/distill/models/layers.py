@@ -6,6 +6,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,17 @@ class Backbone(nn.Module):
     """A network with named stages. ``stages``: submodules whose outputs are N×C×H×W features, each half the last's."""
 
     stages: tuple[str, ...]
+
+
+class Adoptable(Backbone, ABC):
+    """A network whose layers come from a model that existed, so that its file must describe them."""
+
+    trunk: nn.Module
+    map: nn.Module
+
+    @abstractmethod
+    def architecture(self) -> dict[str, Any]:
+        """Describe the network without its weights, as plain values and tensors."""
 
 
 class Fusible(nn.Module, ABC):

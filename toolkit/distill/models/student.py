@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.distill.models.backbones import build
+from pkd.toolkit.distill.models.layers import Adoptable
 from pkd.toolkit.encoders.base import Embeddings, unit_rows
 from pkd.toolkit.images.codec import Rgb
 
@@ -50,6 +51,8 @@ def save_student(run: Path, module: nn.Module, backbone: str, info: EncoderInfo,
         "training": dict(training),
         "state": module.state_dict(),
     }
+    if isinstance(module, Adoptable):
+        content["adopted"] = module.architecture()
     return save_atomically(content, run / FILE)
 
 
@@ -63,11 +66,19 @@ def load_student(run: str | Path) -> TorchEncoder:
         if content["schema"] != SCHEMA:
             raise InputError(f"{path}: schema {content['schema']}; this pkd reads {SCHEMA}. Upgrade pkd.")
         info = EncoderInfo.model_validate_json(content["info"])
-        module = build(content["backbone"], info.space.dim, info.preprocess.size)
+        module = _build(content, info)
         module.load_state_dict(content["state"])
     except (KeyError, TypeError, RuntimeError, ValidationError) as error:
         raise InputError(f"{path}: not a student of pkd-distill: {str(error).splitlines()[0]}.") from None
     return TorchEncoder(info, module, content["training"])
+
+
+def _build(content: Mapping[str, Any], info: EncoderInfo) -> nn.Module:
+    if "adopted" not in content:
+        return build(content["backbone"], info.space.dim, info.preprocess.size)
+    from pkd.toolkit.distill.models.adopted import build_adopted
+
+    return build_adopted(content["adopted"])
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

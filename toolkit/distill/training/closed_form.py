@@ -8,7 +8,7 @@ gathered in one pass: memory does not grow with their number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.row_store import Rows
 from pkd.toolkit.distill.models.adopted import Adopted
+from pkd.toolkit.distill.training.setup import Measure
 from pkd.toolkit.encoders.base import Embeddings, unit_rows
 from pkd.toolkit.encoders.embed import embed_stored
 from pkd.toolkit.encoders.linear_maps import BLOCK, Moments, fit_procrustes, fit_ridge, moments
@@ -37,9 +38,6 @@ FEWEST_PEOPLE = 10
 AMOUNTS = (100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 """Images after which the map is fitted on the way, for the curve."""
 LAYERS = {True: "layer in front of the embedding", False: "embedding"}
-
-Measure = Callable[[Embeddings, Embeddings, Ints], Mapping[str, Any]]
-"""Student's rows, teacher's rows and labels of held-out images → what is reported of them."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def train(
                 save_atomically(content, run / CHECKPOINT)
             saved = time.monotonic()
         if stopping and not last:
-            kept = f"LossInputs {step + 1:,} of {steps:,} is saved: {_resume_command(context)} --resume --out {run}"
+            kept = f"Step {step + 1:,} of {steps:,} is saved: {_resume_command(context)} --resume --out {run}"
             raise KeyboardInterrupt(kept if run else "Nothing was written.")
 
 
@@ -127,6 +127,7 @@ def _restore(trainer: Trainer, run: Path, data_digest: str) -> int:
 
 def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog | None) -> dict[str, Any]:
     config, prepared = trainer.config, trainer.prepared
+    backbone = prepared.start.name if prepared.start else config.student
     student = trainer.trained_student()
     info = _identify(trainer, student, teacher)
     training: dict[str, str | int | float | bool | None] = {
@@ -136,13 +137,13 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
         "margin": config.margin if trainer.method.head != "none" else None,
         "scale": config.scale if trainer.method.head != "none" else None,
         "head": Path(prepared.head.source).name if prepared.head else trainer.method.head,
-        "backbone": config.student,
+        "backbone": backbone,
         "parameters": parameters(student),
         "images": len(prepared.faces),
         "identities": len(prepared.identities),
         "merged_identities": sum(len(group.others) for group in prepared.audit.merged) if prepared.audit else 0,
         "data_digest": prepared.data_digest,
-        "init": trainer.started_from,
+        "init": prepared.start.source if prepared.start else trainer.started_from,
         "steps": config.steps,
         "batch": config.batch,
         "precision": config.precision,
@@ -156,14 +157,15 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
     if trainer.own is not None:
         centres = normalize(trainer.own.detach().float()).cpu()
         save_head(Head(centres, prepared.identities, "trained"), run / HEAD_FILE)
-    save_student(run, student, config.student, info, training)
+    save_student(run, student, backbone, info, training)
     cosine = last.cosine if last and math.isfinite(last.cosine) else None
     return {"run": str(run), "encoder": info.id, **training, "loss": last.loss if last else None, "cosine": cosine}
 
 
 def _identify(trainer: Trainer, student: nn.Module, teacher: Encoder | None) -> EncoderInfo:
     config = trainer.config
-    name = config.name or f"{config.student}-{config.method}".replace(":", "-").replace("+", "-")
+    backbone = trainer.prepared.start.name if trainer.prepared.start else config.student
+    name = config.name or f"{backbone}-{config.method}".replace(":", "-").replace("+", "-")
     digest = weights_digest(student.state_dict())
     dim = teacher.info.space.dim if teacher else config.dim or 512
     template = teacher.info.preprocess.template if teacher else config.template or Preprocess().template

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
 from pkd.toolkit.core.cli_support import progress
 from pkd.toolkit.core.errors import BadHead, InputError
+from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.data.face_set import FaceSet, join
 from pkd.toolkit.data.row_store import Rows
 from pkd.toolkit.distill.config import DistillConfig
@@ -22,9 +27,32 @@ from pkd.toolkit.distill.heads.resolve import Classes, HeadChoice, resolve_head
 from pkd.toolkit.distill.losses.feature_hooks import StagePlan, plan_stages
 from pkd.toolkit.distill.losses.registry import WeightedSum
 from pkd.toolkit.distill.models.backbones import build
+from pkd.toolkit.distill.models.layers import Backbone
 from pkd.toolkit.distill.training.views import StoredViews, Teaching, ViewMaker
-from pkd.toolkit.encoders.base import Encoder
+from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.embed import default_cache, embed_stored
+
+Measure = Callable[[Embeddings, Embeddings, NDArray[np.int64]], Mapping[str, Any]]
+"""Student's rows, teacher's rows and labels of held-out images → what is reported of them."""
+CHECKED = 512
+"""Real crops that measure the statistics of batch normalisation; some of them check the adoption."""
+FEWEST_PEOPLE, MOST_PEOPLE = 100, 500
+"""People with two images from which on some are held out, and how many of them at most."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Hold an adopted student as its training begins: with its map fitted, and batch normalisation where it had been.
+
+    ``mapped``: computes its rows before any step, float32 N×D. ``report``: how the map was fitted and how it does.
+    """
+
+    name: str
+    source: str
+    preprocess: Preprocess
+    network: Backbone
+    mapped: Callable[[FaceSet], Embeddings]
+    report: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,6 +65,8 @@ class Prepared:
     ``labels``: int64 N into the head's rows (or the identities, where the head is trained), −1 where unknown.
     ``exclude``: int64 C×2 by row of the head, the range of rows that a sample's denominator leaves out; None where that
     is its own row alone.
+    ``start``: the adopted student; None where a backbone of the zoo is built.
+    ``held_out``: people that the training does not see; None where there are too few.
     """
 
     faces: FaceSet
@@ -50,6 +80,8 @@ class Prepared:
     stages: StagePlan | None = None
     views: StoredViews | None = None
     live: Encoder | None = None
+    start: Start | None = None
+    held_out: FaceSet | None = None
 
     @property
     def teaching(self) -> Teaching:
@@ -62,8 +94,13 @@ class Prepared:
         return self.labels if self.exclude is None else self.faces.labels
 
 
-def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) -> Prepared:
-    """Read the images, embed them with the teacher (cached), resolve the head and refuse it if the audit does."""
+def prepare(
+    config: DistillConfig, teacher: Encoder | None, console: Console, measure: Measure = lambda *rows: {}
+) -> Prepared:
+    """Read the images, embed them with the teacher (cached), resolve the head and refuse it if the audit does.
+
+    An adopted student is opened, checked and mapped. ``measure``: what else is reported of the map.
+    """
     method = WeightedSum.parse(config.method)
     if method.needs_teacher and teacher is None:
         raise InputError(f"--method {config.method}: needs --teacher. Without one, --method none trains a teacher.")
@@ -73,12 +110,22 @@ def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) ->
         raise InputError(
             f"--mix {config.mix}: --method {config.method} needs labels, and a mixed face has none. Add l2kd."
         )
-    stages = _plan(config, teacher, method.stages) if teacher and method.stages else None
+    if "map" in method.names and (len(method.names) > 1 or not config.adopts):
+        raise InputError(f"--method {config.method}: map stands alone, for --student FILE.onnx, a model that exists.")
+    if config.adopts and teacher is None:
+        raise InputError(f"--student {config.student}: a model is adopted for a teacher's space. Give --teacher.")
     choice = HeadChoice.parse(config.head, config.teacher) if method.head in {"frozen", "ema"} else None
     faces = _read_faces(config, method, choice, console)
     if len(faces) < config.batch:
         raise InputError(f"{len(faces):,} images are fewer than --batch {config.batch}. Give more or a smaller batch.")
+    held_out = None
+    if method.aligns and method.names != ("map",) and (choice is None or choice.kind in {"means", "fit", "images"}):
+        faces, held_out = _set_aside(faces, config.held_out)
     targets = _targets(config, teacher, faces, console) if teacher else None
+    start = (
+        _start(config, teacher, faces, targets[0], console, measure) if config.adopts and teacher and targets else None
+    )
+    stages = _plan(config, teacher, method.stages, start) if teacher and method.stages else None
     classes = Classes(None, faces.labels, faces.identities, None)
     if teacher and targets:
         key = f"{teacher.info.id} {faces.digest()}{'' if config.mirror else ' not mirrored'}"
@@ -90,13 +137,61 @@ def prepare(config: DistillConfig, teacher: Encoder | None, console: Console) ->
     live = teacher if config.teacher_live else None
     return Prepared(
         faces, classes.labels, faces.digest(), targets, classes.head, classes.audit, classes.identities, exclude,
-        stages, views, live,
+        stages, views, live, start, held_out,
     )  # fmt: skip
 
 
-def _plan(config: DistillConfig, teacher: Encoder, least: int) -> StagePlan:
+def _start(
+    config: DistillConfig, teacher: Encoder, faces: FaceSet, targets: Rows, console: Console, measure: Measure
+) -> Start:
+    """Adopt the student, fit its map, and put back its batch normalisation where it will be trained."""
+    from pkd.toolkit.distill.models.adopted import adopt
+    from pkd.toolkit.distill.training.closed_form import fit_map
+
     size = teacher.info.preprocess.size
-    student = build(config.student, teacher.info.space.dim, size)
+    random = np.random.default_rng(config.seed)
+    some = np.sort(random.choice(len(faces), min(len(faces), CHECKED), replace=False))
+    student = adopt(config.student, config.student_preprocess, faces.load(some[:: max(1, len(some) // 32)], size))
+    if student.info.preprocess.size != size or student.info.preprocess.template != teacher.info.preprocess.template:
+        raise InputError(
+            f"--student {config.student}: takes {student.info.preprocess.name} crops, the teacher "
+            f"{teacher.info.preprocess.name}. Adopt a model of the same alignment and crop size."
+        )
+    cache = Path(config.cache) if config.cache else default_cache()
+    with progress(console, "student features", len(faces)) as advance:
+        fitted = fit_map(
+            student, targets, faces, cache=cache, measure=measure, refit=True, seed=config.seed, jobs=config.threads,
+            advance=advance,
+        )  # fmt: skip
+    network = student.network(teacher.info.space.dim)
+    network.set_map(fitted.weight, fitted.bias, config.map_rank)
+    if config.method != "map":
+        chunks = (some[i : i + 64] for i in range(0, len(some), 64))
+        network.restore_batch_norm(
+            torch.from_numpy(student.info.preprocess(faces.load(chunk, size))) for chunk in chunks
+        )
+
+    def mapped(others: FaceSet) -> Embeddings:
+        rows = embed_stored(student.features, others, cache=cache, jobs=config.threads)[:]
+        return unit_rows((rows @ fitted.weight + fitted.bias).astype(np.float32), "the map")
+
+    return Start(student.info.name, student.info.id, student.info.preprocess, network, mapped, fitted.report)
+
+
+def _set_aside(faces: FaceSet, share: float) -> tuple[FaceSet, FaceSet | None]:
+    """Keep some people for the check at the end: chosen by their names, so that every training leaves out the same."""
+    counts = np.bincount(faces.labels[faces.labels >= 0], minlength=len(faces.identities))
+    if share == 0 or (counts > 1).sum() < FEWEST_PEOPLE:
+        return faces, None
+    order = sorted(range(len(faces.identities)), key=lambda i: sha256(faces.identities[i].encode()).digest())
+    chosen = order[: min(MOST_PEOPLE, max(1, round(share * len(order))))]
+    held = np.isin(faces.labels, chosen)
+    return faces.select(np.flatnonzero(~held)), faces.select(np.flatnonzero(held))
+
+
+def _plan(config: DistillConfig, teacher: Encoder, least: int, start: Start | None) -> StagePlan:
+    size = teacher.info.preprocess.size
+    student = start.network if start else build(config.student, teacher.info.space.dim, size)
     return plan_stages(teacher, config.teacher_stages, student, size, least, config.threads or os.cpu_count() or 1)
 
 
@@ -128,9 +223,10 @@ def _views(config: DistillConfig, teacher: Encoder, faces: FaceSet, console: Con
 
 def _targets(config: DistillConfig, teacher: Encoder, faces: FaceSet, console: Console) -> tuple[Rows, Rows]:
     cache = Path(config.cache) if config.cache else default_cache()
-    with progress(console, "teacher embeddings", (1 + config.mirror) * len(faces)) as advance:
+    mirrors = config.mirror and config.method != "map"
+    with progress(console, "teacher embeddings", (1 + mirrors) * len(faces)) as advance:
         plain = embed_stored(teacher, faces, cache=cache, jobs=config.threads, advance=advance)
-        if not config.mirror:
+        if not mirrors:
             return plain, plain
         mirrored = embed_stored(teacher, faces, flip=True, cache=cache, jobs=config.threads, advance=advance)
     return plain, mirrored

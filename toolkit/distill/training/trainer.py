@@ -25,7 +25,7 @@ from pkd.toolkit.distill.losses.inputs import Bank, LossInputs, StagePair
 from pkd.toolkit.distill.losses.registry import WeightedSum
 from pkd.toolkit.distill.models.backbones import build
 from pkd.toolkit.distill.models.initial_weights import start_from
-from pkd.toolkit.distill.models.layers import Backbone
+from pkd.toolkit.distill.models.layers import Adoptable, Backbone
 from pkd.toolkit.distill.training.distributed import SINGLE_PROCESS, DistributedContext, ShardedHead
 from pkd.toolkit.distill.training.loader import Loader
 from pkd.toolkit.distill.training.setup import Prepared
@@ -56,6 +56,8 @@ class Trainer:
         self.method = WeightedSum.parse(config.method)
         self.margin = Margin.parse(config.margin, config.gradient)
         torch.manual_seed(config.seed)
+        if student is None and prepared.start is not None:
+            student = copy.deepcopy(prepared.start.network)
         student = student or build(config.student, dim, size)
         self.started_from = start_from(config.init, student, config.student, dim, size) if config.init else None
         self.student = student.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -86,15 +88,17 @@ class Trainer:
             prepared.faces, config.batch, size, augment=config.augment, seed=config.seed, mirror=config.mirror,
             mix=config.mix, teaching=prepared.teaching, share=context.batch_share(config.batch),
         )  # fmt: skip
-        self.preprocess = Preprocess(size=size)
+        self.preprocess = prepared.start.preprocess if prepared.start else Preprocess(size=size)
         self.mean, self.std = torch.tensor(self.preprocess.mean), torch.tensor(self.preprocess.std)
         self.bf16 = config.precision == "bf16"
 
     def step(self, batch: CropBatch, lr: float) -> tuple[float, float]:
         """Take one optimiser step. Returns the loss and the mean teacher–student cosine (NaN without a teacher)."""
         for group in self.optimiser.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         pixels = torch.as_tensor(batch.crops).to(self.device).permute(0, 3, 1, 2)  # channels last, no copy
+        if self.preprocess.channels == "bgr":
+            pixels = pixels.flip(1)
         inputs = pixels.float().sub_(self.mean).div_(self.std)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             embeddings = self.network(inputs)
@@ -201,11 +205,18 @@ class Trainer:
             self.average.restore(state["average"])
 
     def _groups(self) -> list[dict[str, Any]]:
+        trunk = {id(p) for p in self.student.trunk.parameters()} if isinstance(self.student, Adoptable) else set()
         trained = [*self.student.parameters(), *self.adapters.parameters(), *([] if self.own is None else [self.own])]
-        return [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.config.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        groups = []
+        for rate, inside in ((self.config.trunk_lr, True), (1.0, False)):
+            parts = [p for p in trained if p.requires_grad and (id(p) in trunk) == inside]
+            for weight_decay, chosen in (
+                (self.config.weight_decay, [p for p in parts if p.ndim > 1]),
+                (0.0, [p for p in parts if p.ndim <= 1]),
+            ):
+                if chosen or not inside:
+                    groups.append({"params": chosen, "weight_decay": weight_decay, "rate": rate})
+        return groups
 
 
 class WeightAverage:
