@@ -29,7 +29,9 @@ def with_engine(folder: Path, package: str, **changes: str) -> Bundle:
     """A bundle with a real engine for batches of 2 to 5; ``changes``: of its settings."""
     pytest.importorskip(package, reason=f"{package} is not installed")
     files, manifest = content()
-    engine = build_engine(package, files["encoder.onnx"], BuildOptions((2, 4, 5), 256), lambda phase: None)
+    engine = build_engine(
+        package, files["encoder.onnx"], BuildOptions(batches=(2, 4, 5), workspace=256), lambda phase: None
+    )
     target = Target(
         runtime=package,
         precision="fp32",
