@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -128,3 +129,11 @@ def test_a_missing_package_is_said_before_the_work_and_the_graph_is_not_called_o
     assert "not built" in row
     assert "pkd-export --from-bundle made --format theirs:FORMAT --precision fp32" in lines[-1]
     assert np.all([target.file is None for target in Bundle.open("made").manifest.targets])
+
+
+def test_the_format_in_the_documentation_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[4] / "docs/export.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "own_format.py").write_text(program)
+    assert main([*STATED, "--format", "onnx", "own_format:FORMAT"]) == 0, capsys.readouterr().err
+    assert Bundle.open("made").manifest.target("gzipped-fp32") is not None
