@@ -1,6 +1,6 @@
 """Read class centres from other trainers' checkpoints: arcface_torch of every version, PartialFC, plain classifiers.
 
-The files that arcface_torch writes, one per rank, are ``rank_R_softmax_weight.pt`` (2021, a bare tensor, its momentum
+The files that arcface_torch writes, one per rank, are ``rank:R_softmax_weight.pt`` (2021, a bare tensor, its momentum
 beside it), ``softmax_fc_gpu_R.pt`` (2022, ``weight`` and optimiser buffers), ``checkpoint_gpu_R.pt`` (since 2022,
 ``state_dict_softmax_fc``). Of C classes, rank R of W holds C // W, and one more if R < C % W, in order of the classes.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from pkd.toolkit.core.errors import BadHead
 from pkd.toolkit.distill.heads.rows import CHUNK, Float
 
-PATTERNS = ("head.npz", "checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt", "rank_*_softmax_weight.pt")
+PATTERNS = ("head.npz", "checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt", "rank[_:]*_softmax_weight.pt")
 """File names that a folder is searched for: the head of a run of pkd-distill, then shards, newest layout first."""
 NESTED_KEYS = ("state_dict_softmax_fc", "state_dict_head", "head", "state_dict")
 CENTRE_NAMES = ("weight", "kernel", "head.weight", "head.kernel")
@@ -99,7 +99,7 @@ def starts(shards: Sequence[Shard]) -> list[int]:
 
 
 def _rank(path: Path) -> int | None:
-    found = re.search(r"(?:^|_)(?:gpu|rank)_(\d+)(?:_|$)", path.stem)
+    found = re.search(r"(?:^|_)(?:gpu|rank)[_:](\d+)(?:_|$)", path.stem)
     return int(found[1]) if found else None
 
 
@@ -113,7 +113,7 @@ def _weight(path: Path, dim: int) -> Tensor:
         raise BadHead(f"{path}: holds the optimiser's momentum, not class centres. Leave it out.")
     content = _load(path)
     name, found = ("tensor", content) if isinstance(content, Tensor) else _pick(content, path)
-    found = found.detach()
+    found = found.detach() if found.layout == torch.strided else found.detach().to_dense()
     if found.ndim == 2 and found.is_floating_point():
         if name.endswith("kernel") and found.shape[0] == dim:
             return found.T

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid, normalize
 
 from pkd.toolkit.core.errors import BadHead, InputError
@@ -214,16 +213,33 @@ class _LogSumExp(torch.autograd.Function):
         ctx: Any, unit: Tensor, head: FrozenHead, scale: float, exclude: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         result, centre = head.reduce(unit.detach(), scale, exclude)
-        ctx.save_for_backward(centre)
+        ctx.save_for_backward(centre, unit)
         ctx.mark_non_differentiable(centre)
         ctx.scale = scale
         return result, centre
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        (centre,) = ctx.saved_tensors
-        return centre * (ctx.scale * grad)[:, None], None, None, None
+        centre, unit = ctx.saved_tensors
+        slope: Tensor = centre * (ctx.scale * grad.detach())[:, None]
+        if torch.is_grad_enabled():  # create_graph=True
+            slope = _NotDifferentiable.apply(slope, unit, grad)  # type: ignore[no-untyped-call]
+        return slope, None, None, None
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """Pass a first derivative on, and refuse to differentiate it: as a constant it would give wrong second ones."""
+
+    @staticmethod
+    def forward(ctx: Any, slope: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
+        return slope.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise NotImplementedError(
+            "the frozen head has no second derivative: its pass keeps no logits. Leave create_graph=True out, or use "
+            "margin_cross_entropy, which holds them all."
+        )
 
 
 def _heavy(sums: Tensor, least: Tensor) -> Tensor | None:

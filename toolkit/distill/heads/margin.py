@@ -15,7 +15,6 @@ from torch import Tensor
 from pkd.toolkit.core.errors import InputError
 
 Gradient = Literal["exact", "straight-through"]
-_CLAMP = 1e-6  # sqrt(1 − c²) has an infinite slope at ±1
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Margin:
         """Compute ψ of each cosine, same shape. Float32 or better. ``sizes``: a margin per cosine in place of one.
 
         ArcFace is cos(θ + m) while θ + m ≤ π and continues as c − m·sin(π − m), so that it never rises again.
+        Within float precision of c = 1, where its slope is infinite, it is a straight line.
         """
         c = cosine.double() if cosine.dtype == torch.float64 else cosine.float()
         m = torch.full_like(c, self.size) if sizes is None else sizes.to(c.dtype)
@@ -65,9 +65,11 @@ class Margin:
             return c
         if self.kind == "cosface":
             return c - m
-        inside = c.clamp(-1 + _CLAMP, 1 - _CLAMP)
-        sine = torch.sqrt(1 - inside * inside)
-        turned = inside * m.cos() - sine * m.sin()
+        edge = torch.finfo(c.dtype).eps  # sqrt(1 − c²) has an infinite slope at ±1
+        inside = c.clamp(-1 + edge, 1 - edge)
+        turned = inside * m.cos() - torch.sqrt((1 - inside) * (1 + inside)) * m.sin()
+        steepest = m.cos() + m.sin() / math.sqrt(2 * edge)
+        turned = torch.where(c > 1 - edge, turned.detach() + steepest * (c - inside.detach()), turned)
         return torch.where(c > -m.cos(), turned, c - m * m.sin())
 
 

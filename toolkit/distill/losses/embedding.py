@@ -30,9 +30,11 @@ def rkd(inputs: LossInputs) -> Tensor:
     Source: Park et al. 2019, arXiv 1904.05068, §3.2. Distances are divided by their mean in the
     batch. All means run over every ordered pair or triplet of the batch.
     """
-    student, teacher = unit_pair(inputs)
-    distance = smooth_l1_loss(_distances(student), _distances(teacher))
-    return distance + ANGLE_WEIGHT * smooth_l1_loss(_angles(student), _angles(teacher))
+    assert inputs.teacher is not None
+    student, teacher = _products(normalize(inputs.embeddings.double())), _products(inputs.teacher.double())
+    wide = inputs.embeddings.dtype if inputs.embeddings.dtype == torch.float64 else torch.float32
+    distance = smooth_l1_loss(_distances(student), _distances(teacher)).to(wide)
+    return distance + ANGLE_WEIGHT * smooth_l1_loss(_angles(student, wide), _angles(teacher, wide))
 
 
 def cckd(inputs: LossInputs) -> Tensor:
@@ -51,33 +53,36 @@ def unit_pair(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     return normalize(embeddings), inputs.teacher.to(embeddings.dtype)
 
 
-def _squared(units: Tensor) -> Tensor:
-    """B×B squared distances with an exact zero on the diagonal."""
-    cosines = units @ units.T
+def _squared(cosines: Tensor) -> Tensor:
+    """Turn B×B inner products, float64, into squared distances with an exact zero on the diagonal."""
     diagonal = cosines.diagonal()
     return (diagonal[:, None] + diagonal[None, :] - 2 * cosines).clamp_min(0)
 
 
-def _distances(units: Tensor) -> Tensor:
-    """B×B distances divided by the mean of the distinct pairs; images that coincide stay at 0, without gradient."""
-    squared = _squared(units)
+def _products(units: Tensor) -> Tensor:
+    """Compute B×B inner products of float64 rows: in float32 distances below 3e-4 would drown in their rounding."""
+    return units @ units.T
+
+
+def _distances(cosines: Tensor) -> Tensor:
+    """Return B×B distances over the mean of the distinct pairs; images that coincide stay at 0, without gradient."""
+    squared = _squared(cosines)
     apart = squared > 1e-12
     distances = torch.where(apart, squared, torch.ones_like(squared)).sqrt() * apart
     return distances / (distances.sum() / apart.sum().clamp_min(1)).clamp_min(1e-12)
 
 
-def _angles(units: Tensor) -> Tensor:
-    """B×B×B cosines of the angle at the first image between the second and the third; 0 where two coincide.
+def _angles(cosines: Tensor, wide: torch.dtype) -> Tensor:
+    """Return B×B×B cosines, of type ``wide``, of the angle at the first image between the others; 0 where two coincide.
 
     From inner products: (a − v)·(b − v) = a·b − a·v − b·v + v·v, so that no B×B×D array is made.
     """
-    cosines = units @ units.T
     own = cosines.diagonal()
     products = cosines[None] - cosines[:, :, None] - cosines[:, None, :] + own[:, None, None]
-    squared = _squared(units)
+    squared = _squared(cosines)
     apart = squared > 1e-12
-    inverse = torch.where(apart, squared, torch.ones_like(squared)).rsqrt() * apart
-    return products * inverse[:, :, None] * inverse[:, None, :]
+    inverse = (torch.where(apart, squared, torch.ones_like(squared)).rsqrt() * apart).to(wide)
+    return products.to(wide) * inverse[:, :, None] * inverse[:, None, :]
 
 
 def _correlation(cosines: Tensor) -> Tensor:

@@ -178,3 +178,30 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadHead, match=message):
             read([str(tmp_path / given)])
+
+
+def test_shards_named_with_a_colon_are_found_and_ordered(tmp_path: Path) -> None:
+    """arcface_torch of 2021 wrote rank:0_softmax_weight.pt, its momentum beside it."""
+    for path in write_shards(tmp_path, WEIGHT, 3, "rank"):
+        path.rename(path.with_name(path.name.replace("rank_", "rank:")))
+    for path in tmp_path.glob("rank_*_mom.pt"):
+        path.rename(path.with_name(path.name.replace("rank_", "rank:")))
+    assert len(list(tmp_path.glob("rank:*"))) >= 3
+    for given in ([str(tmp_path)], [f"{tmp_path}/rank:*"]):
+        np.testing.assert_allclose(read(given).centres, unit(WEIGHT), atol=1e-6)
+    with pytest.raises(BadHead, match=r"rank:2_softmax_weight\.pt: is the shard of rank 2"):
+        read(tmp_path / "rank:2_softmax_weight.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+def test_a_sparse_head_is_read_and_its_empty_rows_are_refused(tmp_path: Path, layout: str) -> None:
+    dense = torch.from_numpy(WEIGHT)
+    sparse = dense.to_sparse() if layout == "coo" else dense.to_sparse_csr()
+    torch.save({"weight": sparse}, tmp_path / "head.pt")
+    np.testing.assert_allclose(read(tmp_path / "head.pt").centres, unit(WEIGHT), atol=1e-6)
+    dense = dense.clone()
+    dense[5] = 0
+    torch.save(dense.to_sparse() if layout == "coo" else dense.to_sparse_csr(), tmp_path / "head.pt")
+    with pytest.raises(BadHead, match=r"1 of 37 centres are zero.*row 5 of head.pt, p05"):
+        read(tmp_path / "head.pt")

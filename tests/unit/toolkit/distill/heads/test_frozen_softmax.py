@@ -148,3 +148,18 @@ def test_an_empty_batch_is_refused() -> None:
 def test_heads_of_another_shape_are_refused(centres: Tensor) -> None:
     with pytest.raises(BadHead, match="C×D"):
         FrozenHead(centres)
+
+
+def test_second_derivatives_are_refused_in_words_and_first_ones_are_not() -> None:
+    head = FrozenHead(normalize(torch.randn(7, 5, dtype=torch.float64)))
+    x = normalize(torch.randn(3, 5, dtype=torch.float64)).requires_grad_()
+    loss = head.logsumexp(x, 8.0)[0].sum()
+    (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (kept,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert torch.equal(plain, kept)
+    with pytest.raises(NotImplementedError, match=r"frozen head.*second derivative.*margin_cross_entropy"):
+        kept.square().sum().backward()
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    (weighted,) = torch.autograd.grad((head.logsumexp(x, 8.0)[0] * weight).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(weighted.sum(), weight)

@@ -93,3 +93,30 @@ def test_loss_at_random_initialisation_is_the_known_constant() -> None:
 def test_unknown_margins_are_refused(spec: str) -> None:
     with pytest.raises(InputError, match="--margin"):
         Margin.parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "angles", "tolerance"),
+    [(torch.float32, (0.01, 1.3e-3, 1e-3), 0.1), (torch.float64, (1e-3, 1e-5, 1e-7), 1e-3)],
+)
+def test_arcface_keeps_its_gradient_next_to_the_centre(
+    dtype: torch.dtype, angles: tuple[float, ...], tolerance: float
+) -> None:
+    """Away from the centre, an embedding at angle θ is pushed along the sphere with sin(θ + m), however small θ."""
+    margin = Margin.parse("arcface:0.5")
+    centre, aside = torch.eye(16, dtype=torch.float64)[:2]
+    for angle in angles:
+        exact = math.cos(angle) * centre + math.sin(angle) * aside
+        x = exact.to(dtype).requires_grad_()
+        margin(((x / x.norm()) @ centre.to(dtype))[None]).sum().backward()  # type: ignore[no-untyped-call]
+        assert x.grad is not None
+        tangent = float(x.grad.double() @ (math.cos(angle) * aside - math.sin(angle) * centre))
+        assert -tangent == pytest.approx(math.sin(angle + 0.5), rel=tolerance), angle
+
+
+def test_arcface_has_a_gradient_at_the_last_float_before_the_centre_and_beyond_it() -> None:
+    cosine = torch.tensor([1 - 2**-24, 1.0, 1 + 2**-23], requires_grad=True)
+    values = Margin.parse("arcface:0.5")(cosine)
+    values.sum().backward()  # type: ignore[no-untyped-call]
+    assert cosine.grad is not None and bool((cosine.grad > 100).all())
+    assert float(values.detach().max()) == pytest.approx(math.cos(0.5), abs=1e-3)
