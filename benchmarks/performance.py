@@ -39,8 +39,9 @@ PARTS = {
 OPENING = """\
 # Performance
 
-Assembled by `python benchmarks/performance.py` from benchmarks/results/; the script named under each heading measures
-it again. Ratios are within one run on one machine, times are CPU time, medians where repeated. Accuracy is measured on
+Here you can look up what each part of pkd costs and what it gains, against a named alternative. The script under
+each heading measures it again; `python benchmarks/performance.py` assembles this page from benchmarks/results/.
+Ratios are within one run on one machine. Times are CPU time, medians where repeated. Accuracy is measured on
 research-only photographs that are not part of the project."""
 
 

@@ -173,9 +173,9 @@ def page(results: Report) -> str:
     lines = [
         "# Results on real faces",
         prose(
-            "Made by `python benchmarks/real_faces.py`, which runs the commands that a user runs and needs the "
-            "research-only photographs and teachers of `PKD_SHARED`. Intervals are 95 % identity-level bootstrap "
-            "intervals."
+            "Here you can see how accurate students of real teachers are on real people. `python "
+            "benchmarks/real_faces.py` measures it again by the commands that a user runs; it needs the research-only "
+            "photographs and teachers of `PKD_SHARED`. Intervals are 95 % identity-level bootstrap intervals."
         ),
         "## Teachers on LFW View 2",
         prose(

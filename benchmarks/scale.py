@@ -180,8 +180,8 @@ def _round(value: float) -> str:
 OPENING = f"""\
 # Scale
 
-Made by `python benchmarks/scale.py` from what other benchmarks measured on one machine, multiplied out. It plans, it
-does not promise: nothing of this size was run.
+Use this page to plan machines for large galleries and many users. `python benchmarks/scale.py` makes it: it multiplies
+out what other benchmarks measured on one machine. Nothing of this size was ever run.
 
 A machine is taken to have {CORES} cores as fast as the measured one and {MEMORY // 2**30} GiB; {BUSY:.0%} of either is
 planned with. Everything is held in {COPIES} copies, which share the requests. CPU time is taken to grow in proportion
