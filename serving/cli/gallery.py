@@ -8,21 +8,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import model_validator
 from rich.console import Console
 
+from pkd.toolkit.core.cli_options import Argument, Options, add_options, read_options
 from pkd.toolkit.core.cli_support import Result, make_parser, run
 from pkd.toolkit.core.errors import InputError, MissingExtra, NotTrusted
 from pkd.toolkit.core.progress import ConsoleProgress
 
 if TYPE_CHECKING:
     from pkd.serving.galleries.audit import Head
-    from pkd.serving.galleries.crypto import MasterKey
-    from pkd.serving.galleries.open import StoreUrl
+    from pkd.serving.galleries.store import GalleryStore
 
 EXAMPLES = """
   pkd-gallery new-key master.key
@@ -34,67 +35,125 @@ EXAMPLES = """
   pkd-gallery verify milvus+tls://milvus.example:19530 --milvus-token token --audit audit.db --master-key master.key
 """
 _NOTED = re.compile(r"(\d{1,18}):([0-9a-f]{64})", re.ASCII)
+_File = Annotated[Path, Argument("FILE", positional=True)]
+_Key = Annotated[Path, Argument("FILE")]
+
+
+class NewKeyOptions(Options):
+    """Hold what ``pkd-gallery new-key`` was asked for."""
+
+    file: _File
+    """File to write, mode 600; it must not exist."""
+
+
+class StoreOptions(Options):
+    """Name the store of galleries, and what opens it."""
+
+    store: Annotated[str, Argument("DIR|milvus[+tls]://HOST:PORT", positional=True)]
+    """What pkd-serve --gallery was given."""
+    master_key: _Key
+    """Master key of the store."""
+    audit: Annotated[str | None, Argument("FILE")] = None
+    """Audit log of this machine, beside Milvus."""
+    milvus_token: Annotated[str | None, Argument("FILE")] = None
+    """File that holds USER:PASSWORD of Milvus."""
+
+    @model_validator(mode="after")
+    def _check_url(self) -> StoreOptions:
+        from pkd.serving.galleries.open import StoreUrl
+
+        try:
+            milvus = StoreUrl(self.store).milvus
+        except InputError as error:
+            raise InputError(f"{self.store}: {error}") from None
+        for option, value in (("--audit", self.audit), ("--milvus-token", self.milvus_token)):
+            if value and not milvus:
+                raise InputError(f"{option} {value}: it is for a store milvus://HOST:PORT alone. Leave it out.")
+        return self
+
+    def open(self, *, create: bool = False) -> GalleryStore:
+        """Open the store, without reading its templates into memory."""
+        from pkd.serving.galleries.crypto import MasterKey
+        from pkd.serving.galleries.open import StoreUrl
+
+        url = StoreUrl(self.store, self.audit, self.milvus_token)
+        return url.open(MasterKey.read(self.master_key), create=create, load=False)
+
+
+class VerifyOptions(StoreOptions):
+    """Hold what ``pkd-gallery verify`` was asked for."""
+
+    noted: Annotated[str | None, Argument("SEQUENCE:HASH")] = None
+    """Head of the audit log, noted outside earlier."""
+
+
+class ExportOptions(StoreOptions):
+    """Hold what ``pkd-gallery export`` was asked for."""
+
+    gallery: Annotated[str, Argument("GALLERY", positional=True)]
+    """Name of the gallery."""
+    file: _File
+    """File to write; it must not exist."""
+    plain: bool = False
+    """Do not encrypt: the file then holds readable embeddings."""
+
+
+class ImportOptions(StoreOptions):
+    """Hold what ``pkd-gallery import`` was asked for."""
+
+    file: _File
+    """File that pkd-gallery export wrote."""
+    gallery: Annotated[str | None, Argument("NAME")] = None
+    """Gallery to import into (default: the exported one's name)."""
+    sealed_with: Annotated[Path | None, Argument("FILE")] = None
+    """Master key of the export (default: the store's)."""
+
+
+class RekeyOptions(StoreOptions):
+    """Hold what ``pkd-gallery rekey`` was asked for."""
+
+    new_key: _Key
+    """Master key from now on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run pkd-gallery and return its exit code."""
     parser = make_parser("pkd-gallery", "Look after galleries that pkd-serve --gallery keeps.", EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, help: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    for name, (says, model, _) in COMMANDS.items():
+        made = commands.add_parser(name, help=says, description=says, allow_abbrev=False)
         made.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        if name != "new-key":
-            made.add_argument(
-                "store", metavar="DIR|milvus[+tls]://HOST:PORT", help="what pkd-serve --gallery was given"
-            )
-            made.add_argument("--master-key", type=Path, required=True, metavar="FILE", help="its master key")
-            made.add_argument("--audit", metavar="FILE", help="audit log of this machine, beside Milvus")
-            made.add_argument("--milvus-token", metavar="FILE", help="file that holds USER:PASSWORD of Milvus")
-        return made
-
-    made = command("new-key", "write a new master key, mode 600")
-    made.add_argument("file", type=Path, metavar="FILE")
-    made = command("verify", "check the audit log, that every row decrypts, and that the index equals the rows")
-    made.add_argument("--noted", metavar="SEQUENCE:HASH", help="a head of the audit log, noted outside earlier")
-    made = command("export", "write a gallery's subjects with vectors to a file, one JSON object a line")
-    made.add_argument("gallery", metavar="GALLERY")
-    made.add_argument("file", type=Path, metavar="FILE")
-    made.add_argument("--plain", action="store_true", help="do not encrypt: the file then holds readable embeddings")
-    made = command("import", "enrol what an export holds; what is there already is passed over, so run it again freely")
-    made.add_argument("file", type=Path, metavar="FILE")
-    made.add_argument("--gallery", metavar="NAME", help="import into this gallery (default: the exported one's name)")
-    made.add_argument(
-        "--sealed-with", type=Path, metavar="FILE", help="master key of the export (default: the store's)"
-    )
-    made = command("rekey", "wrap every gallery's key with another master key; servers must be stopped")
-    made.add_argument("--new-key", type=Path, required=True, metavar="FILE", help="master key from now on")
+        add_options(made, model)
     return run(parser, _run, argv)
 
 
 def _run(args: argparse.Namespace, console: Console) -> Result:
+    _, model, body = COMMANDS[args.command]
     try:
-        from pkd.serving.galleries.crypto import MasterKey
+        return body(read_options(model, args), console)
     except ModuleNotFoundError as missing:
         if missing.name in ("fastapi", "starlette", "orjson", "threadpoolctl"):
             raise MissingExtra(missing.name, "serve") from None
         raise
-    if args.command == "new-key":
-        made = MasterKey.create(args.file)
-        console.print(f"wrote {args.file}, master key {made.id}. Keep a copy where the database's backups are not.")
-        return {"file": str(args.file), "master": made.id}
-    return COMMANDS[args.command](args, _store_url(args), MasterKey.read(args.master_key), console)
 
 
-def _verify(args: argparse.Namespace, url: StoreUrl, master: MasterKey, console: Console) -> Result:
-    noted = _noted(args.noted)
-    with closing(url.open(master, create=False, load=False)) as store:
+def _new_key(options: NewKeyOptions, console: Console) -> Result:
+    from pkd.serving.galleries.crypto import MasterKey
+
+    made = MasterKey.create(options.file)
+    console.print(f"wrote {options.file}, master key {made.id}. Keep a copy where the database's backups are not.")
+    return {"file": str(options.file), "master": made.id}
+
+
+def _verify(options: VerifyOptions, console: Console) -> Result:
+    noted = _noted(options.noted)
+    with closing(options.open()) as store:
         found = store.verify(noted, ConsoleProgress(console))
     for line in found.wrong:
         console.print(line, style="red", markup=False, soft_wrap=True)
     if found.wrong:
         many = "1 thing is wrong" if len(found.wrong) == 1 else f"{len(found.wrong)} things are wrong, first"
-        raise NotTrusted(f"{url.url}: {many}: {found.wrong[0]}")
+        raise NotTrusted(f"{options.store}: {many}: {found.wrong[0]}")
     head = f"{found.head.sequence}:{found.head.hash}"
     galleries = "1 gallery" if found.galleries == 1 else f"{found.galleries:,} galleries"
     console.print(
@@ -107,29 +166,31 @@ def _verify(args: argparse.Namespace, url: StoreUrl, master: MasterKey, console:
     return {**counts, "audit_head": head, "noted_head_checked": bool(noted)}
 
 
-def _export(args: argparse.Namespace, url: StoreUrl, master: MasterKey, console: Console) -> Result:
+def _export(options: ExportOptions, console: Console) -> Result:
+    from pkd.serving.galleries.crypto import MasterKey
     from pkd.serving.galleries.file_export import export
 
+    master = None if options.plain else MasterKey.read(options.master_key)
     with (
-        closing(url.open(master, create=False, load=False)) as store,
-        ConsoleProgress(console)("exporting", store.get(args.gallery).subjects) as advance,
+        closing(options.open()) as store,
+        ConsoleProgress(console)("exporting", store.get(options.gallery).subjects) as advance,
     ):
-        count = export(store, args.gallery, args.file, None if args.plain else master, advance)
-    state = "readable by anyone who has the file" if args.plain else f"encrypted under master key {master.id}"
-    console.print(f"wrote {count:,} subjects to {args.file}, {state}", markup=False, soft_wrap=True)
-    return {"gallery": args.gallery, "subjects": count, "file": str(args.file), "encrypted": not args.plain}
+        count = export(store, options.gallery, options.file, master, advance)
+    state = f"encrypted under master key {master.id}" if master else "readable by anyone who has the file"
+    console.print(f"wrote {count:,} subjects to {options.file}, {state}", markup=False, soft_wrap=True)
+    return {"gallery": options.gallery, "subjects": count, "file": str(options.file), "encrypted": not options.plain}
 
 
-def _import(args: argparse.Namespace, url: StoreUrl, master: MasterKey, console: Console) -> Result:
+def _import(options: ImportOptions, console: Console) -> Result:
     from pkd.serving.galleries.crypto import MasterKey
     from pkd.serving.galleries.file_export import count_subjects, import_
 
-    exported_under = MasterKey.read(args.sealed_with) if args.sealed_with else master
+    exported_under = MasterKey.read(options.sealed_with or options.master_key)
     with (
-        ConsoleProgress(console)("importing", count_subjects(args.file)) as advance,
-        closing(url.open(master, load=False)) as store,
+        ConsoleProgress(console)("importing", count_subjects(options.file)) as advance,
+        closing(options.open(create=True)) as store,
     ):
-        gallery, done = import_(store, args.file, exported_under, advance, "pkd-gallery", args.gallery)
+        gallery, done = import_(store, options.file, exported_under, advance, "pkd-gallery", options.gallery)
     console.print(
         f"{gallery}: {done.subjects:,} subjects, {done.templates:,} templates enrolled, "
         f"{done.there_already:,} were there already, {done.expired:,} had expired",
@@ -138,30 +199,32 @@ def _import(args: argparse.Namespace, url: StoreUrl, master: MasterKey, console:
     return {"gallery": gallery, **vars(done)}
 
 
-def _rekey(args: argparse.Namespace, url: StoreUrl, master: MasterKey, console: Console) -> Result:
+def _rekey(options: RekeyOptions, console: Console) -> Result:
     from pkd.serving.galleries.crypto import MasterKey
 
-    after = MasterKey.read(args.new_key)
-    with closing(url.open(master, create=False, load=False)) as store:
+    after = MasterKey.read(options.new_key)
+    with closing(options.open()) as store:
         count = store.rekey(after)
     console.print(f"{count:,} gallery keys are wrapped by master key {after.id} now. Start the server with it.")
     return {"galleries": count, "master": after.id}
 
 
-COMMANDS = {"verify": _verify, "export": _export, "import": _import, "rekey": _rekey}
-
-
-def _store_url(args: argparse.Namespace) -> StoreUrl:
-    from pkd.serving.galleries.open import StoreUrl
-
-    try:
-        url = StoreUrl(args.store, args.audit, args.milvus_token)
-    except InputError as error:
-        raise InputError(f"{args.store}: {error}") from None
-    for option, value in (("--audit", args.audit), ("--milvus-token", args.milvus_token)):
-        if value and not url.milvus:
-            raise InputError(f"{option} {value}: it is for a store milvus://HOST:PORT alone. Leave it out.")
-    return url
+COMMANDS: dict[str, tuple[str, type[Options], Callable[[Any, Console], Result]]] = {
+    "new-key": ("write a new master key, mode 600", NewKeyOptions, _new_key),
+    "verify": (
+        "check the audit log, that every row decrypts, and that the index equals the rows",
+        VerifyOptions,
+        _verify,
+    ),
+    "export": ("write a gallery's subjects with vectors to a file, one JSON object a line", ExportOptions, _export),
+    "import": (
+        "enrol what an export holds; what is there already is passed over, so run it again freely",
+        ImportOptions,
+        _import,
+    ),
+    "rekey": ("wrap every gallery's key with another master key; servers must be stopped", RekeyOptions, _rekey),
+}
+"""Command → what it does, its options, and the function that does it."""
 
 
 def _noted(text: str | None) -> Head | None:
