@@ -28,11 +28,14 @@ from pkd.toolkit.core.errors import PkdError
 METHODS = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")
 
 
-def create_app(service: Service, keys: ApiKeys | None = None) -> Middleware:
-    """Make the ASGI application around one Service. ``keys``: None leaves every route open."""
+def create_app(service: Service, keys: ApiKeys | None = None, *, local: bool = True) -> Middleware:
+    """Make the ASGI application around one Service. ``keys``: None leaves every route open.
+
+    ``local``: the server can be reached from this machine alone.
+    """
     service.state.metrics.expect_refusals(TYPES)
     routes = _DirectRoutes(create_api(service), matching.routes(service))
-    return Middleware(routes, service.settings, service.state, keys)
+    return Middleware(routes, service.settings, service.state, keys, local=local)
 
 
 def create_api(service: Service) -> FastAPI:

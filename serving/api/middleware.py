@@ -6,18 +6,23 @@ Checked are keys and their rates, readiness, the bounded queue and the size of b
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
+from urllib.parse import SplitResult, urlsplit
 
 import orjson
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pkd.serving.api.api_keys import IN_SCOPE, ApiKeys
-from pkd.serving.api.problems import problem_response
+from pkd.serving.api.api_keys import ANONYMOUS, IN_SCOPE, ApiKey, ApiKeys, is_loopback
+from pkd.serving.api.problems import ForeignOrigin, problem_response
 from pkd.serving.api.request_limits import Limits, RequestGuard, too_large
 from pkd.serving.core.errors import Overloaded, UnsupportedMedia
 from pkd.serving.core.options import Settings
+from pkd.serving.inference.thread_pool import owner
 from pkd.serving.observability.logs import log_request, log_unforeseen
 from pkd.serving.observability.metrics import NO_ROUTE
 from pkd.serving.observability.state import State
@@ -37,9 +42,13 @@ STREAMED = re.compile(r"/v1/galleries/[^/]+/(templates:bulk|import|export)")
 class Middleware:
     """Wrap an ASGI application. Refusals become problems, an unforeseen error a 500 without a traceback."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, state: State, keys: ApiKeys | None) -> None:
-        self.app, self.settings, self.state, self.keys = app, settings, state, keys
-        self.working = 0
+    def __init__(
+        self, app: ASGIApp, settings: Settings, state: State, keys: ApiKeys | None, *, local: bool = True
+    ) -> None:
+        """Wrap ``app``. ``local``: the server can be reached from this machine alone."""
+        self.app, self.settings, self.state, self.keys, self.local = app, settings, state, keys, local
+        self.working: Counter[str] = Counter()
+        """Requests that are worked on, by the name of their key."""
         self._timed = Limits(settings.max_body, settings.body_seconds, settings.request_seconds)
         self._untimed = Limits(settings.max_body, settings.body_seconds, None)
         self._streamed = Limits(settings.max_stream, settings.body_seconds, None, streams=True)
@@ -51,13 +60,12 @@ class Middleware:
             return
         begun = perf_counter()
         counts = scope["path"] not in UNCOUNTED
-        works = scope["method"] not in ("GET", "HEAD")
         scope[IN_SCOPE] = None
-        self._count(counts, works)
-        recorder = _ResponseRecorder(send)
+        self.state.metrics.in_progress += counts
+        recorder = _ResponseRecorder(send, self.state)
         with span(scope) as end_span:
             try:
-                await self._admit(scope, receive, recorder, works)
+                await self._admit(scope, receive, recorder)
             except PkdError as error:
                 await self._answer(error, scope, receive, recorder)
             except ClientDisconnect:
@@ -66,7 +74,7 @@ class Middleware:
                 log_unforeseen(f"{scope['method']} {route_of(scope)}", error)
                 await self._answer(error, scope, receive, recorder)
             finally:
-                self._count(counts, works, -1)
+                self.state.metrics.in_progress -= counts
                 route = route_of(scope)
                 if recorder.problem:
                     self.state.metrics.refusal(recorder.problem)
@@ -78,27 +86,47 @@ class Middleware:
                     log_request(scope["method"], route, recorder.status, seconds, key and key.name, recorder.problem)
                 end_span(route, recorder.status, recorder.problem)
 
-    async def _admit(self, scope: Scope, receive: Receive, send: Send, works: bool) -> None:
-        if self.keys and scope["path"] not in OPEN_PATHS:
-            scope[IN_SCOPE] = self.keys.check(Headers(scope=scope).get("authorization"))
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        works = scope["method"] not in ("GET", "HEAD")
+        if scope["path"] not in OPEN_PATHS:
+            headers = Headers(scope=scope)
+            if self.keys:
+                scope[IN_SCOPE] = self.keys.check(headers.get("authorization"))
+            else:
+                _require_own_origin(headers, self.local)
         limits = self._streamed if STREAMED.fullmatch(scope["path"]) else self._timed if works else self._untimed
         if works:
             self.state.require_ready()
-            if self.working > self.settings.threads + self.settings.queue:
-                detail = f"{self.working - 1} requests are in progress already. Try again in a moment."
-                raise Overloaded(detail)
             for name, value in scope["headers"]:
                 if name == b"content-length" and not (value.isdigit() and int(value) <= limits.bytes):
                     raise too_large(limits.bytes)
                 if name == b"content-encoding" and scope["method"] in SENDS_BODY:
                     _require_uncoded(value)
+        place = self._place(scope[IN_SCOPE]) if works else nullcontext()
         # What is cancelled while it waits for a worker thread is never executed.
-        with RequestGuard(receive, limits, scope["method"] in SENDS_BODY) as guard:
+        with place, RequestGuard(receive, limits, scope["method"] in SENDS_BODY) as guard:
             await self.app(scope, guard.receive, send)
 
-    def _count(self, counts: bool, works: bool, by: int = 1) -> None:
-        self.working += by * works
-        self.state.metrics.in_progress += by * counts
+    @contextmanager
+    def _place(self, key: ApiKey | None) -> Iterator[None]:
+        """Take a place in the queue. Raises Overloaded where it is full, unless this key has less than its share of it.
+
+        So a key that fills the queue leaves room for the others: each may take as many places as it would have if all
+        keys that ask now shared the queue evenly, and all together twice the queue.
+        """
+        name, places = key.name if key else ANONYMOUS, self.settings.threads + self.settings.queue
+        taken, own = self.working.total(), self.working[name]
+        share = places // len({name, *self.working})
+        if taken >= 2 * places or (taken >= places and own >= share):
+            raise Overloaded(f"{taken} requests are in progress already. Try again in a moment.")
+        self.working[name] += 1
+        owner.set(name)
+        try:
+            yield
+        finally:
+            self.working[name] -= 1
+            if not self.working[name]:
+                del self.working[name]
 
     async def _answer(self, error: Exception, scope: Scope, receive: Receive, recorder: _ResponseRecorder) -> None:
         if not recorder.status:
@@ -108,8 +136,8 @@ class Middleware:
 class _ResponseRecorder:
     """Send messages on, and remember the status and the problem's type."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, state: State) -> None:
+        self._send, self._state = send, state
         self.status = 0
         self.problem: str | None = None
         self._is_problem = False
@@ -117,11 +145,35 @@ class _ResponseRecorder:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            if self._state.draining:  # the next request belongs on another connection, to another server
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             if self.status >= 400:
                 self._is_problem = Headers(raw=message["headers"]).get("content-type") == "application/problem+json"
         elif self._is_problem and self.problem is None:
             self.problem = orjson.loads(message["body"])["type"]
         await self._send(message)
+
+
+def _require_own_origin(headers: Headers, local: bool) -> None:
+    """Raise ForeignOrigin for what a web page of another site had a browser send to a server without keys.
+
+    Browsers send forms and plain POSTs anywhere without asking. ``local``: the server answers to names of this machine
+    only, so that no foreign name that resolves to it makes it part of a foreign site.
+    """
+    host = headers.get("host", "")
+    remedy = "Use the server's own address, or start it with --api-keys."
+    if local and host and not is_loopback(_split(f"//{host}").hostname or ""):
+        raise ForeignOrigin(f"Host {host[:80]!r} is no name of this machine. {remedy}")
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+    if (origin is not None and _split(origin).netloc != host) or site not in ("none", "same-origin"):
+        raise ForeignOrigin(f"A page of {(origin or site)[:80]!r} asked for this. {remedy}")
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # for example half an IPv6 address
+        return urlsplit("")
 
 
 def _require_uncoded(coding: bytes) -> None:

@@ -48,6 +48,8 @@ STUDENT, TEACHER, SPACE = "student@sha256:…", "teacher@sha256:…", "teacher@s
 
 READ: Examples = {
     "auth": {},
+    "foreign-origin": {},
+    "headers-too-large": {},
     "rate-limited": {"retry_after": 1},
     "invalid-request": {
         "errors": [{"field": "limt", "message": "no such query parameter; this route takes after, limit"}],

@@ -25,6 +25,10 @@ class Forbidden(PkdError):
     """The API key may not do this."""
 
 
+class ForeignOrigin(PkdError):
+    """A web page of another site, or a foreign host name, led a browser to a server without keys."""
+
+
 class RouteNotFound(PkdError):
     """No route has this path."""
 
@@ -43,6 +47,10 @@ class RangeNotSatisfiable(PkdError):
 
 class RateLimited(PkdError):
     """The API key sends too many requests."""
+
+
+class HeadersTooLarge(PkdError):
+    """The headers of a request are more or longer than taken."""
 
 
 class ProblemType(NamedTuple):
@@ -64,6 +72,7 @@ PROBLEMS: dict[type[PkdError], ProblemType] = {
     toolkit.BadImage: ProblemType("bad-image", 400, "The image cannot be decoded"),
     Unauthenticated: ProblemType("auth", 401, "A valid API key is needed"),
     Forbidden: ProblemType("forbidden", 403, "The API key may not do this"),
+    ForeignOrigin: ProblemType("foreign-origin", 403, "The request comes from another site"),
     RouteNotFound: _NOT_FOUND,
     errors.UnknownFile: _NOT_FOUND,
     errors.UnknownEncoder: ProblemType("unknown-encoder", 404, "No such encoder is loaded"),
@@ -94,6 +103,7 @@ PROBLEMS: dict[type[PkdError], ProblemType] = {
     errors.LowQuality: ProblemType("low-quality", 422, "The face is not good enough to enrol"),
     errors.Overloaded: ProblemType("overloaded", 429, "The server is busy"),
     RateLimited: ProblemType("rate-limited", 429, "This API key sends too many requests"),
+    HeadersTooLarge: ProblemType("headers-too-large", 431, "The headers are too large"),
     errors.ServerFault: INTERNAL,
     errors.NotReady: ProblemType("not-ready", 503, "The server is not ready"),
     errors.StoreUnavailable: ProblemType("store-unavailable", 503, "The gallery cannot be read or written"),

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from time import perf_counter
 from traceback import clear_frames
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ Made = TypeVar("Made")
 _Submitted = tuple["Job[Any]", float, Callable[[], Any]]
 """A job, the time at which it was submitted, and the call to make."""
 _thread = threading.local()
+owner: ContextVar[str] = ContextVar("owner", default="")
+"""Whom a job is for, the name of an API key: owners take turns."""
 
 
 class Job(asyncio.Future[Made]):
@@ -52,7 +55,8 @@ class Pool:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
-        self._waiting: deque[_Submitted] = deque()
+        self._waiting: dict[str, deque[_Submitted]] = {}
+        """Owner → what waits for it, in the order in which owners are served."""
         self._closing = False
         self._workers = [_Worker(f"pkd-worker {number}", self._take, metrics) for number in range(threads)]
 
@@ -65,8 +69,8 @@ class Pool:
                 raise RuntimeError("the pool is closed")
             worker = self._idle.pop() if self._idle else None
             if worker is None:
-                self._waiting.append(taken)
-                self._metrics.waiting = len(self._waiting)
+                self._waiting.setdefault(owner.get(), deque()).append(taken)
+                self._count()
         if worker:
             worker.give(taken)
         return job
@@ -75,7 +79,8 @@ class Pool:
         """Cancel what waits, let what has begun finish, end the threads."""
         with self._lock:
             self._closing = True
-            waiting, idle = list(self._waiting), list(self._idle)
+            waiting = [taken for queue in self._waiting.values() for taken in queue]
+            idle = list(self._idle)
             self._idle.clear()
         for job, _, _ in waiting:
             job.cancel()
@@ -87,15 +92,27 @@ class Pool:
     def _forget(self, job: Job[Any]) -> None:
         """Let go of a job that waits, and of the image that it holds."""
         with self._lock:
-            self._waiting = deque(taken for taken in self._waiting if taken[0] is not job)
-            self._metrics.waiting = len(self._waiting)
+            for name, queue in list(self._waiting.items()):
+                kept = deque(taken for taken in queue if taken[0] is not job)
+                if kept:
+                    self._waiting[name] = kept
+                else:
+                    del self._waiting[name]
+            self._count()
+
+    def _count(self) -> None:
+        self._metrics.waiting = sum(map(len, self._waiting.values()))
 
     def _take(self, worker: _Worker) -> _Submitted | None:
         """Return the next job for ``worker``, which may wait for it; None: there will be none."""
         with self._lock:
             if self._waiting:
-                taken = self._waiting.popleft()
-                self._metrics.waiting = len(self._waiting)
+                name = next(iter(self._waiting))
+                queue = self._waiting.pop(name)
+                taken = queue.popleft()
+                if queue:
+                    self._waiting[name] = queue  # behind all others
+                self._count()
                 return taken
             if self._closing:
                 return None

@@ -19,12 +19,13 @@ from weakref import WeakKeyDictionary
 
 import uvicorn
 
-from pkd.serving.api.api_keys import ApiKeys
+from pkd.serving.api.api_keys import ApiKeys, is_loopback
 from pkd.serving.api.app import create_app
 from pkd.serving.core.errors import ServingError
 from pkd.serving.galleries.crypto import DecryptionError
 from pkd.serving.galleries.store import GalleryStore
 from pkd.serving.matching.service import Service
+from pkd.serving.server.http_protocol import LimitedHttpProtocol
 from pkd.toolkit.core.errors import BundleError, InputError, PkdError
 
 if sys.platform != "win32":
@@ -69,7 +70,8 @@ def serve(
     reproduce its golden embeddings.
     """
     config = uvicorn.Config(
-        create_app(service, keys),
+        create_app(service, keys, local=is_loopback(listener.getsockname()[0])),
+        http=LimitedHttpProtocol,
         lifespan="on",
         ws="none",
         access_log=False,

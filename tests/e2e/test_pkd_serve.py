@@ -172,7 +172,7 @@ def test_a_second_signal_does_not_wait(family):
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as stuck:
             stuck.sendall(
-                b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nabc"
+                b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nabc"
             )
             time.sleep(0.3)
             server.process.send_signal(signal.SIGTERM)

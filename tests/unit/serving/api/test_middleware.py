@@ -145,7 +145,8 @@ def test_a_client_that_has_gone_is_dropped_from_the_queue(encoders):
     with made.running(service) as client, ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.post, "/embed?faces=all", content=PHOTO, headers=PNG)
         until(lambda: gate.seen == 1)
-        head = f"POST /embed?faces=all HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(PHOTO)}"
+        head = "POST /embed?faces=all HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+        head += f"Content-Length: {len(PHOTO)}"
         for _ in range(3):
             with socket.create_connection((client.base_url.host, client.base_url.port)) as gone:
                 gone.sendall(head.encode() + b"\r\n\r\n" + PHOTO)
@@ -242,7 +243,9 @@ def test_before_the_self_test_and_while_draining_nothing_is_answered(encoders):
         assert set(client.get("/readyz").json()["golden_error"]) == set(encoders.loaded)
         service.state.draining = True
         problem(client.get("/readyz"), 503, "draining")
-        problem(client.post("/verify", json={}), 503, "draining")
+        answer = client.post("/verify", json={})
+        problem(answer, 503, "draining")
+        assert answer.headers["connection"] == "close"  # the next one belongs to another server
         assert client.get("/healthz").status_code == 200
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from pkd.serving.inference.thread_pool import Pool, current_job
+from pkd.serving.inference.thread_pool import Pool, current_job, owner
 from pkd.serving.observability.metrics import Metrics
 
 
@@ -157,3 +157,24 @@ def until(true):
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def test_owners_take_turns(pool, metrics):
+    """Whoever submits many jobs does not keep another one's few waiting until all of them are done."""
+    gate, done = threading.Event(), []
+
+    async def visit():
+        busy = pool.submit(partial(gate.wait, 20))
+        until(lambda: b"pkd_queue_depth 0.0" in metrics.page())
+        jobs = []
+        for name, count in (("many", 5), ("few", 2), ("one", 1)):
+            owner.set(name)
+            jobs += [pool.submit(partial(done.append, f"{name} {number}")) for number in range(count)]
+        assert b"pkd_queue_depth 8.0" in metrics.page()
+        jobs.pop(1).cancel()
+        gate.set()
+        await busy
+        await asyncio.gather(*jobs)
+
+    asyncio.run(visit())
+    assert done == ["many 0", "few 0", "one 0", "many 2", "few 1", "many 3", "many 4"]

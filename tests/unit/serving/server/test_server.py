@@ -19,8 +19,8 @@ from tests.support import serving_bundles as made
 from tests.support.server_process import until
 
 PIECE = bytes(64 * 1024)
-EXPORT = b"GET /v1/galleries/g/export HTTP/1.1\r\nHost: x\r\n\r\n"
-BULK = b"POST /v1/galleries/g/templates:bulk HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+EXPORT = b"GET /v1/galleries/g/export HTTP/1.1\r\nHost: localhost\r\n\r\n"
+BULK = b"POST /v1/galleries/g/templates:bulk HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,9 @@ def endless(folder, monkeypatch, **settings):
     service = Service(Encoders.open([folder]), Settings(threads=1, **settings))
     app = Endless(service)
     monkeypatch.setattr(
-        server, "create_app", lambda service, keys: Middleware(app, service.settings, service.state, keys)
+        server,
+        "create_app",
+        lambda service, keys, local: Middleware(app, service.settings, service.state, keys, local=local),
     )
     listener = server.listen("127.0.0.1", 0)
     ready = threading.Event()

@@ -161,7 +161,7 @@ def test_an_item_is_answered_while_the_body_is_still_coming(client, fleet):
         host, port = client.base_url.host, client.base_url.port
         reader, writer = await asyncio.open_connection(host, port)
         writer.write(
-            b"POST /v1/galleries/live/templates:bulk HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+            b"POST /v1/galleries/live/templates:bulk HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
             b"Content-Type: application/x-ndjson\r\n\r\n"
         )
         told = []
