@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkd.toolkit.certificates.demographic_groups import Attribute
+from pkd.toolkit.certificates.certificate import Attribute
 from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.preprocess import Preprocess

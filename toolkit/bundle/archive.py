@@ -1,4 +1,4 @@
-"""A bundle as one file: a plain zip archive that is read where it lies and never unpacked."""
+"""Keep a bundle as one file: a plain zip archive that is read where it lies and never unpacked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENCRYPTED = 1
 
 
 def zip_path(folder: Path) -> Path:
-    """Where pkd-export --zip puts the bundle in ``folder``: beside it, ``.zip`` after its whole name."""
+    """Say where pkd-export --zip puts the bundle in ``folder``: beside it, ``.zip`` after its whole name."""
     if folder.name in ("", ".."):
         folder = folder.resolve()
     return folder.with_name(folder.name + SUFFIX)
@@ -53,13 +53,13 @@ def write_zip(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
 
 def list_zip(path: Path) -> list[str]:
-    """Names of the files in the archive, sorted. Raises BundleError for anything but plain files within the limits."""
+    """List the archive's files by name, sorted. Raises BundleError for anything but plain files within the limits."""
     with _opened(path) as (_, entries):
         return sorted(entries)
 
 
 def read_zip(path: Path, name: str, *, limit: int = MAX_FILE) -> bytes:
-    """Content of the file ``name``, at most ``limit`` bytes once unpacked. Raises BundleError."""
+    """Read the file ``name``, at most ``limit`` bytes once unpacked. Raises BundleError."""
     check_name(path, name)
     with _opened(path) as (archive, entries):
         if name not in entries:
@@ -81,7 +81,7 @@ def _opened(path: Path) -> Iterator[tuple[ZipFile, dict[str, ZipInfo]]]:
 
 
 def _check_end(path: Path) -> None:
-    """Before ``zipfile`` reads the list of entries into memory: it is short, and not described twice."""
+    """Check, before ``zipfile`` reads the list of entries into memory, that it is short and described once."""
     tail = ZIP64_LOCATOR + END.size
     with path.open("rb") as file:
         size = file.seek(0, 2)

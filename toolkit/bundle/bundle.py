@@ -1,4 +1,4 @@
-"""Bundle: an encoder on disk with everything needed to run it, check it and trust it. Format: docs/bundle.md."""
+"""Keep an encoder on disk with everything needed to run it, check it and trust it: a bundle. Format: docs/bundle.md."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MAX_SIGNATURE = 1 << 10
 
 
 class GraphSpec(Record):
-    """What ``encoder.onnx`` takes and gives."""
+    """State what ``encoder.onnx`` takes and gives."""
 
     input_name: str = "crops"
     input: str = "uint8 N×H×W×3 RGB"
@@ -64,7 +64,7 @@ class GraphSpec(Record):
 
 
 class Manifest(Record):
-    """``manifest.json``: what the bundle is, and the SHA-256 of every other file in it."""
+    """Hold ``manifest.json``: what the bundle is, and the SHA-256 of every other file in it."""
 
     schema_version: int = SCHEMA
     encoder: EncoderInfo
@@ -86,11 +86,11 @@ class Manifest(Record):
 
     @property
     def encoders(self) -> dict[str, EncoderInfo]:
-        """Every encoder in the bundle by id; its own, in fp32, comes first."""
+        """Map ids to every encoder in the bundle; its own, in fp32, comes first."""
         return {info.id: info for info in (self.encoder, *(target.encoder for target in self.targets))}
 
     def target(self, name: str) -> Target | None:
-        """The target called ``<runtime>-<precision>``, if there is one."""
+        """Return the target called ``<runtime>-<precision>``, if there is one."""
         return next((target for target in self.targets if target.name == name), None)
 
     @model_validator(mode="after")
@@ -115,7 +115,7 @@ class Manifest(Record):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A directory, or a zip of one, whose every file was checked against the manifest."""
+    """Open a directory, or a zip of one, whose every file was checked against the manifest."""
 
     path: Path
     manifest: Manifest
@@ -125,7 +125,7 @@ class Bundle:
     """Of ``data``, unchecked; None where nobody signed."""
 
     def read(self, name: str) -> bytes:
-        """Bytes of one listed file, checked against its hash. Raises BundleError."""
+        """Read one listed file, checked against its hash. Raises BundleError."""
         expected = self.manifest.files.get(name)
         if expected is None:
             raise BundleError(f"{self.path}: the manifest lists no {name}. Export the bundle again.")
@@ -138,11 +138,11 @@ class Bundle:
         return data
 
     def golden(self) -> Golden:
-        """The golden crops and embeddings. Raises BundleError unless they fit the encoder and are finite unit rows."""
+        """Read golden crops and embeddings. Raises BundleError unless they fit the encoder and are finite unit rows."""
         return read_golden(self.read("golden.npz"), self.manifest.encoder, self.path / "golden.npz")
 
     def certificate_files(self) -> list[CertificateFile]:
-        """Every certificate in the bundle and its signature, unchecked.
+        """Read every certificate in the bundle and its signature, unchecked.
 
         Raises BundleError for one that does not name this encoder, NotTrusted for what is no signature.
         """
@@ -161,15 +161,15 @@ class Bundle:
         return found
 
     def certificates(self) -> list[Certificate]:
-        """Every certificate in the bundle. Raises as ``certificate_files``."""
+        """Read every certificate in the bundle. Raises as ``certificate_files``."""
         return [file.certificate for file in self.certificate_files()]
 
     def require_signed(self, keys: TrustedKeys) -> str:
-        """The fingerprint of the trusted key that signed the manifest, and with it every file. Raises NotTrusted."""
+        """Find the trusted key that signed the manifest, and so every file → its fingerprint. Raises NotTrusted."""
         return keys.require(self.data, self.signature, self.path / MANIFEST, "pkd-export --sign KEY.pem")
 
     def require_evidence(self, keys: TrustedKeys, file: CertificateFile) -> str:
-        """The fingerprint of the trusted key that vouches for a certificate of this bundle. Raises NotTrusted.
+        """Find the trusted key that vouches for a certificate of this bundle → its fingerprint. Raises NotTrusted.
 
         Its own signature, where it has one, is what counts. An unsigned one is vouched for by whoever signed the
         manifest, which holds its hash.
@@ -188,7 +188,7 @@ class Bundle:
 
     @classmethod
     def peek(cls, path: str | Path) -> Bundle:
-        """The manifest and its signature; nothing else was read or checked. Raises BundleError or NotTrusted."""
+        """Read the manifest and its signature; nothing else is read or checked. Raises BundleError or NotTrusted."""
         path = Path(path)
         manifest, data = _read_manifest(path)
         signed = SIGNATURE in _names(path) and manifest.schema_version >= 3
@@ -233,7 +233,9 @@ class Bundle:
 
 
 def self_test(bundle: Bundle, embed: Callable[[Rgb], NDArray[np.float32]], target: Target | None = None) -> float:
-    """Largest 1 − cosine over the golden crops. Raises BundleError above the tolerance of ``target``, or the bundle's.
+    """Compute the largest 1 − cosine over the golden crops.
+
+    Raises BundleError above the tolerance of ``target``, or the bundle's.
 
     ``embed``: uint8 N×H×W×3 → unit rows N×D, as ``Encoder.embed``.
     """
@@ -292,13 +294,15 @@ def write_bundle(
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether ``path`` looks like a bundle: a folder with a manifest, or a zip."""
+    """Tell whether ``path`` looks like a bundle: a folder with a manifest, or a zip."""
     return (path / MANIFEST).is_file() or (path.suffix == ZIP and path.is_file())
 
 
 def require_free(path: str | Path, *, replace: bool = False) -> None:
-    """Raise BundleError unless a bundle may be written to ``path``: nothing there, an empty folder, or, with
-    ``replace``, a bundle and nothing else."""
+    """Raise BundleError unless a bundle may be written to ``path``.
+
+    It may where nothing is there, or an empty folder, or, with ``replace``, a bundle and nothing else.
+    """
     path = Path(path)
     blocking = next((parent for parent in path.absolute().parents if parent.is_file()), None)
     if blocking:
@@ -330,7 +334,7 @@ def require_about(certificate: Certificate, encoder: EncoderInfo, source: str | 
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """``manifest.json`` as bytes: UTF-8, two spaces, fields in the order of the class, a final newline."""
+    """Write ``manifest.json`` as bytes: UTF-8, two spaces, fields in the order of the class, a final newline."""
     return (manifest.model_dump_json(indent=2) + "\n").encode()
 
 
@@ -366,7 +370,7 @@ def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
 
 
 def _no_twins(where: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Readers differ in which of two equal keys they take, so none may be there."""
+    """Refuse two equal keys: readers differ in which of them they take."""
     found = dict(pairs)
     if len(found) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
@@ -375,7 +379,7 @@ def _no_twins(where: Path, pairs: list[tuple[str, object]]) -> dict[str, object]
 
 
 def _listed_loosely(path: Path) -> set[str] | None:
-    """File names in the manifest of a bundle of any version, damaged or not; None where there is no such manifest."""
+    """Read the file names in a manifest of any version, damaged or not; None where there is none."""
     try:
         manifest = json.loads(read_file(path, MANIFEST, limit=MAX_MANIFEST))
         return set(manifest["files"]) if {"schema_version", "encoder"} <= set(manifest) else None

@@ -1,4 +1,4 @@
-"""The folder a bundle lives in: which names and files are allowed, and how a new one takes an old one's place."""
+"""Keep a bundle in a folder: which names and files are allowed, and how a new one takes an old one's place."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_name(root: Path, name: str) -> None:
 
 
 def list_files(root: Path) -> list[str]:
-    """Relative POSIX names of all files below ``root``, sorted. Hidden ones (``.DS_Store``) are left out: never read.
+    """List relative POSIX names of all files below ``root``, sorted, without hidden ones (``.DS_Store``).
 
     Raises BundleError for links, pipes, devices: nothing in a bundle may lead elsewhere. And for more, or larger, files
     than a bundle may have, before any of them is read.
@@ -69,7 +69,7 @@ def check_sizes(root: Path, sizes: Mapping[str, int]) -> None:
 
 
 def read_file(root: Path, name: str, *, limit: int = MAX_FILE) -> bytes:
-    """Bytes of the plain file ``name`` below ``root``, at most ``limit``. Raises BundleError; follows no links."""
+    """Read the plain file ``name`` below ``root``, at most ``limit``. Raises BundleError; follows no links."""
     check_name(root, name)
     target = root
     try:
@@ -91,7 +91,7 @@ def read_file(root: Path, name: str, *, limit: int = MAX_FILE) -> bytes:
 
 @contextmanager
 def build_folder(path: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
-    """A hidden folder beside ``path`` with ``files`` in it; removed at the end unless it was moved away."""
+    """Make a hidden folder beside ``path`` with ``files`` in it; removed at the end unless it was moved away."""
     path.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -134,5 +134,5 @@ def recover(path: Path) -> None:
 
 
 def aside_of(path: Path) -> Path:
-    """Where ``swap_in`` keeps the old folder for a moment."""
+    """Say where ``swap_in`` keeps the old folder for a moment."""
     return path.with_name(f".{path.name}.replaced")

@@ -1,4 +1,4 @@
-"""Golden crops: synthetic faces and what the encoder made of them, for every runtime to try itself on at start."""
+"""Read and write golden crops: synthetic faces and their embeddings, which every runtime tries itself on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_GOLDEN = 64 << 20
 
 @dataclass(frozen=True)
 class Golden:
-    """Synthetic crops and their embeddings: the self-test that a server, a phone or a browser runs at start."""
+    """Hold synthetic crops and their embeddings: the self-test that a server, a phone or a browser runs at start."""
 
     crops: Rgb
     """uint8 N×H×W×3."""
@@ -32,7 +32,7 @@ class Golden:
 
 
 def pack_golden(golden: Golden) -> bytes:
-    """``golden.npz`` as bytes."""
+    """Write ``golden.npz`` as bytes."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, crops=golden.crops, embeddings=golden.embeddings)
     return buffer.getvalue()
@@ -67,7 +67,7 @@ def read_golden(data: bytes, encoder: EncoderInfo, where: str | Path) -> Golden:
 
 
 def _declared(file: IO[bytes]) -> int:
-    """Bytes of the array that the header of a ``.npy`` file promises; NumPy would allocate them unseen."""
+    """Return the bytes of the array that the header of a ``.npy`` file promises; NumPy would allocate them unseen."""
     version = npy.read_magic(file)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read(file)

@@ -1,4 +1,4 @@
-"""What an ONNX file from a stranger must not do before a runtime loads it. Reads protobuf's wire format; needs no onnx.
+"""Refuse ONNX files that no runtime should load. Reads protobuf's wire format; needs no onnx.
 
 onnxruntime reads a tensor that is said to lie in another file from the current folder, and older releases allocate what
 a tensor declares before they look for its numbers. Field numbers: onnx.proto3 of ONNX 1.17.
@@ -45,7 +45,7 @@ def check_onnx(data: bytes, where: str | Path) -> None:
 
 
 class _Refused(Exception):
-    """Why the file must not be loaded."""
+    """Say why the file must not be loaded."""
 
 
 class _Walk:
@@ -87,7 +87,7 @@ class _Walk:
             raise _Refused(f"the tensor {name!r} declares more elements than its {held:,} bytes can hold")
 
     def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Number, wire type, and where the value lies, for every field of the message in ``start:end``."""
+        """Yield number, wire type, and where the value lies, for every field of the message in ``start:end``."""
         place = start
         while place < end:
             self._count()
@@ -119,7 +119,7 @@ class _Walk:
             raise _Refused(f"has more than {MAX_PARTS:,} parts")
 
     def _varint(self, place: int, end: int) -> tuple[int, int]:
-        """The unsigned value at ``place``, and where it ends."""
+        """Read the unsigned value at ``place``, and where it ends."""
         value = 0
         for shift in range(0, 70, 7):
             if place >= end:

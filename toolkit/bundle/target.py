@@ -1,4 +1,4 @@
-"""Target: one form of an encoder in a bundle, for one runtime in one precision."""
+"""Describe one form of an encoder in a bundle, for one runtime in one precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pkd.toolkit.core.models import Record
 
 
 class Target(Record):
-    """What a device loads instead of ``encoder.onnx``. Its name is ``<runtime>-<precision>``."""
+    """Describe what a device loads instead of ``encoder.onnx``. Its name is ``<runtime>-<precision>``."""
 
     runtime: str
     """onnxruntime, openvino, ncnn, executorch, tensorrt or tensorrt_rtx."""
@@ -33,7 +33,7 @@ class Target(Record):
 
     @property
     def name(self) -> str:
-        """``onnxruntime-int8``."""
+        """Return ``<runtime>-<precision>``, for example ``onnxruntime-int8``."""
         return f"{self.runtime}-{self.precision}"
 
     @field_validator("runtime", "precision")

@@ -1,4 +1,4 @@
-"""Certificate: the measured permission to match queries of one encoder against a gallery of another.
+"""Certify what was measured: the permission to match queries of one encoder against a gallery of another.
 
 It holds all a server needs of an evaluation: thresholds for target false match rates, and the calibration from a
 score to the false match rate at that score. The pair of encoders is ordered, and one pair's threshold is never used
@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
-from pkd.toolkit.certificates.demographic_groups import Attribute
-from pkd.toolkit.certificates.demographic_groups import Interval as Interval
 from pkd.toolkit.certificates.signing import Signature, signature_beside
 from pkd.toolkit.core.encoder_info import Role, short
 from pkd.toolkit.core.errors import BadVector, BundleError, UnsupportedFmr
@@ -28,8 +26,11 @@ SLACK = 1 + 1e-9
 """How far the calibration's rate at an operating point may lie above the point's: rounding."""
 
 
+Interval = tuple[float, float]
+
+
 class OperatingPoint(Record):
-    """Error rates at one threshold; intervals are 95 % identity-level bootstrap intervals."""
+    """Give error rates at one threshold; intervals are 95 % identity-level bootstrap intervals."""
 
     fmr: float
     """Target false match rate, a fraction: of two different people drawn at random, however many images there are."""
@@ -51,7 +52,7 @@ class OperatingPoint(Record):
 
 
 class Calibration(Record):
-    """Score → false match rate, at ascending scores; rates fall from left to right."""
+    """Map a score to its false match rate, at ascending scores; rates fall from left to right."""
 
     score: tuple[float, ...]
     fmr: tuple[float, ...]
@@ -78,7 +79,7 @@ class Calibration(Record):
 
 
 class ScoreRate(NamedTuple):
-    """What a certificate says of one score."""
+    """Hold what a certificate says of one score."""
 
     fmr: float
     """False match rate of a threshold at this score."""
@@ -88,8 +89,63 @@ class ScoreRate(NamedTuple):
     """True past the last resolved score: the rate there is at most ``fmr``, and nobody measured how much less."""
 
 
+class GroupRates(Record):
+    """Give error rates of one group at one operating point; intervals are 95 % identity-level bootstrap intervals.
+
+    A rate is None where the group is too small to resolve it.
+    """
+
+    target_fmr: float
+    """The operating point's false match rate, over everyone."""
+    threshold: float
+    """Cosine similarity: the operating point's, found over everyone."""
+    fmr: float | None
+    """False match rate between people of the group; the smallest rate that the group resolves where that is larger."""
+    fmr_ci95: Interval | None
+    fmr_is_upper_bound: bool
+    """True where the group's false match rate lies below the smallest rate that the group resolves."""
+    fmr_ratio: float | None
+    """``fmr`` over everyone's at this threshold; None where that is zero, too."""
+    fnmr_balanced: float | None
+    """False non-match rate, every identity weighing the same."""
+    fnmr_balanced_ci95: Interval | None
+    fnmr_balanced_ratio: float | None
+    """``fnmr_balanced`` over everyone's at this threshold; None where that is zero, too."""
+    fnmr: float | None
+    """False non-match rate, every genuine pair weighing the same."""
+    fnmr_ci95: Interval | None
+
+
+class Group(Record):
+    """Describe the people with one value of an attribute. Pairs count where both people belong to the group."""
+
+    value: str
+    identities: int = Field(ge=0)
+    images: int = Field(ge=0)
+    genuine_identities: int = Field(ge=0)
+    """Identities with genuine pairs: what the balanced rate averages over."""
+    genuine_pairs: int = Field(ge=0)
+    impostor_pairs: int = Field(ge=0)
+    identity_pairs: int = Field(ge=0)
+    """Pairs of different identities that were compared."""
+    min_fmr: float | None
+    """Smallest false match rate that these resolve; None where there is no impostor pair."""
+    rates: tuple[GroupRates, ...]
+    """One per operating point of the certificate, in its order."""
+
+
+class Attribute(Record):
+    """Describe one column of the labels, for example ``sex``."""
+
+    name: str
+    unlabelled: int = Field(ge=0)
+    """Identities without a value: they count in no group."""
+    groups: tuple[Group, ...]
+    """By value, in alphabetical order."""
+
+
 class Certificate(Record):
-    """Queries from ``query`` may be matched against a gallery of ``gallery``, with these error rates.
+    """Permit matching queries from ``query`` against a gallery of ``gallery``, with these error rates.
 
     Format and rules: docs/certificate.md. Raises ValidationError where its parts contradict one another.
     """
@@ -146,7 +202,7 @@ class Certificate(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Certificate:
-        """A threshold that was changed no longer lies on the calibration, with or without a signature."""
+        """Refuse a threshold that was changed: it no longer lies on the calibration, signed or not."""
         c = self.calibration
         if self.resolved_scores != (c.score[0], c.score[-1]):
             raise ValueError("resolved_scores must be the calibration's first and last score")
@@ -164,11 +220,11 @@ class Certificate(Record):
 
     @property
     def file_name(self) -> str:
-        """``query__gallery.json`` with shortened ids, so that one folder holds every ordered pair."""
+        """Return ``query__gallery.json`` with shortened ids, so that one folder holds every ordered pair."""
         return file_name(self.query, self.gallery)
 
     def threshold(self, fmr: float) -> float:
-        """Smallest score whose false match rate is at most ``fmr``.
+        """Find the smallest score whose false match rate is at most ``fmr``.
 
         A measured operating point's own threshold, and between two of them the next score of the calibration. Never
         falls as ``fmr`` falls. Raises UnsupportedFmr outside the points.
@@ -209,7 +265,7 @@ class Certificate(Record):
 
 @dataclass(frozen=True)
 class CertificateFile:
-    """A certificate as it lies on disk: its exact bytes, and the signature beside it, unchecked."""
+    """Hold a certificate as it lies on disk: its exact bytes, and the signature beside it, unchecked."""
 
     path: Path
     data: bytes
@@ -220,13 +276,13 @@ class CertificateFile:
 
     @classmethod
     def read(cls, path: Path) -> CertificateFile:
-        """Raises BundleError for what is no certificate, NotTrusted for what is no signature."""
+        """Read a file. Raises BundleError for what is no certificate, NotTrusted for what is no signature."""
         data = _read(path)
         return cls(path, data, parse_certificate(data, path), signature_beside(path))
 
 
 def file_name(query: str, gallery: str) -> str:
-    """The file name of the certificate of this ordered pair of encoder ids."""
+    """Return the file name of the certificate of this ordered pair of encoder ids."""
     return f"{short(query)}__{short(gallery)}.json"
 
 

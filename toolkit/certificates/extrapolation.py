@@ -1,4 +1,4 @@
-"""Tail: the threshold for a false match rate that a certificate does not resolve, said to be extrapolated.
+"""Extrapolate the threshold for a false match rate that a certificate does not resolve, and say so.
 
 A search among N templates errs about N times as often as one comparison, so its threshold is asked for at rates far
 below what an evaluation's people resolve. A verification refuses such a rate; a search answers and marks it.
@@ -18,7 +18,7 @@ DECADE = 10.0
 
 
 class Threshold(NamedTuple):
-    """A threshold for a target false match rate, and whether it was measured."""
+    """Hold a threshold for a target false match rate, and whether it was measured."""
 
     score: float
     """Cosine similarity at and above which a pair matches; above 1, no pair can."""
@@ -27,7 +27,7 @@ class Threshold(NamedTuple):
 
 
 def threshold_for(certificate: Certificate, fmr: float) -> Threshold:
-    """The threshold for a per-comparison rate ``fmr`` (a fraction above 0), whatever the certificate resolves.
+    """Find the threshold for a per-comparison rate ``fmr`` (a fraction above 0), whatever the certificate resolves.
 
     Within its points: ``Certificate.threshold``. Above the largest: that one's threshold, which errs less often than
     asked. Below the smallest: ``extrapolated``. Never falls as ``fmr`` falls. Raises UnsupportedFmr where the tail has
@@ -49,7 +49,7 @@ def threshold_for(certificate: Certificate, fmr: float) -> Threshold:
 
 
 def extrapolated(calibration: Calibration, fmr: float) -> float | None:
-    """The score at which a straight tail of log FMR would fall to ``fmr``; None where the curve does not fall.
+    """Find the score at which a straight tail of log FMR would fall to ``fmr``; None where the curve does not fall.
 
     Down to the last resolved rate r the curve itself is followed. Beyond it the line through the scores at 10·r and
     at r goes on:  s(fmr) = s(r) + (s(r) − s(10 r)) / ln 10 · ln(r / fmr).

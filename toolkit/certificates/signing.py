@@ -1,4 +1,4 @@
-"""Signing: detached ed25519 signatures beside the files that an operator answers for. Format: docs/certificate.md.
+"""Sign the files that an operator answers for: detached ed25519 signatures beside them. Format: docs/certificate.md.
 
 The exact bytes of a file are signed (RFC 8032, pure Ed25519), so no JSON has to be brought into a canonical form, and
 plain OpenSSL can check what pkd signed.
@@ -35,13 +35,13 @@ _MAKE = "Make one with pkd-verify --new-key FILE, or openssl genpkey -algorithm 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a ``.sig`` file holds. ``value``: 64 bytes. ``key``: fingerprint of the key that is said to have made it."""
+    """Hold what a ``.sig`` file says. ``value``: 64 bytes. ``key``: fingerprint of the key said to have made it."""
 
     key: str
     value: bytes
 
     def text(self) -> bytes:
-        """The file: ``ed25519 <fingerprint>``, then the signature as base64, each on a line of its own."""
+        """Write the file: ``ed25519 <fingerprint>``, then the signature as base64, each on a line of its own."""
         return f"ed25519 {self.key}\n{base64.b64encode(self.value).decode()}\n".encode()
 
     @classmethod
@@ -57,13 +57,13 @@ class Signature:
 
 @dataclass(frozen=True)
 class SigningKey:
-    """A private key, in memory."""
+    """Hold a private key in memory."""
 
     private: Ed25519PrivateKey
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the public half."""
+        """Return the fingerprint of the public half."""
         return fingerprint(self.private.public_key())
 
     def sign(self, data: bytes) -> Signature:
@@ -94,14 +94,14 @@ class SigningKey:
 
 
 class TrustedKeys:
-    """The public keys whose signatures are believed."""
+    """Hold the public keys whose signatures are believed."""
 
     def __init__(self, keys: Iterable[Ed25519PublicKey]) -> None:
         self._keys = {fingerprint(key): key for key in keys}
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
-        """Of every key, in the order given."""
+        """Return the fingerprint of every key, in the order given."""
         return tuple(self._keys)
 
     @classmethod
@@ -112,7 +112,7 @@ class TrustedKeys:
     def require(
         self, data: bytes, signature: Signature | None, path: str | Path, sign: str = "pkd-evaluate --sign KEY.pem"
     ) -> str:
-        """The fingerprint of the trusted key that signed ``data``; ``path`` is what errors name, ``sign`` how to sign.
+        """Find the trusted key that signed ``data`` → its fingerprint. Errors name ``path`` and how to sign: ``sign``.
 
         Raises NotTrusted where it is unsigned, signed by another key, or changed.
         """
@@ -135,12 +135,12 @@ class TrustedKeys:
 
 
 def signature_path(path: Path) -> Path:
-    """Where the signature of the file at ``path`` lies."""
+    """Say where the signature of the file at ``path`` lies."""
     return path.with_name(path.name + SUFFIX)
 
 
 def signature_beside(path: Path) -> Signature | None:
-    """The signature of the file at ``path``, unchecked; None where there is none. Raises NotTrusted for a bad one."""
+    """Read the signature beside ``path``, unchecked; None where there is none. Raises NotTrusted for a bad one."""
     where = signature_path(path)
     try:
         with where.open("rb") as file:
@@ -162,7 +162,7 @@ def write_signed(path: Path, data: bytes, key: SigningKey | None) -> None:
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:
-    """``sha256:<64 hex digits>`` over the key's SPKI DER, as ``openssl pkey -pubin -outform DER | sha256sum`` gives."""
+    """Hash a key's SPKI DER: ``sha256:<64 hex digits>``, as ``openssl pkey -pubin -outform DER | sha256sum`` does."""
     der = key.public_bytes(pem.Encoding.DER, pem.PublicFormat.SubjectPublicKeyInfo)
     return f"sha256:{hashlib.sha256(der).hexdigest()}"
 
@@ -220,7 +220,7 @@ def _decrypt(data: bytes, path: Path) -> object:
 
 
 def _read(path: Path) -> tuple[bytes, int]:
-    """Content and permission bits of a key file."""
+    """Read content and permission bits of a key file."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_KEY), stat.S_IMODE(os.fstat(file.fileno()).st_mode)

@@ -1,12 +1,11 @@
-"""pkd-align: folders of photographs → the same folders of aligned 112×112 crops."""
+"""Align (pkd-align) folders of photographs → the same folders of aligned 112×112 crops."""
 
 from __future__ import annotations
 
 import csv
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from pkd.toolkit.core.cli_options import Argument, Options, run_command
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError, PkdError
 from pkd.toolkit.core.models import Record
+from pkd.toolkit.core.parallel import in_order
 from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.encoders.detector import Detector, choose, open_detector
 from pkd.toolkit.images.alignment import SIZE, warp
@@ -28,11 +28,10 @@ EXAMPLES = """
   pkd-align photos faces --detector yunet.onnx
   pkd-align photos faces --detector insightface:buffalo_l --min-score 0.6
 """
-SLICE = 512
 
 
 class Settings(Record):
-    """``align.json`` beside the crops: what made them, so that a later run does not mix two ways."""
+    """Record in ``align.json`` beside the crops what made them, so that a later run does not mix two ways."""
 
     detector: str
     """SHA-256 (hex) of the detector's weights."""
@@ -42,7 +41,7 @@ class Settings(Record):
 
 @dataclass(frozen=True)
 class Photo:
-    """One file below SRC and the crop it becomes; names are relative, with forward slashes."""
+    """Pair one file below SRC with the crop it becomes; names are relative, with forward slashes."""
 
     source: str
     target: str
@@ -93,7 +92,7 @@ def align(options: AlignOptions, console: Console) -> Result:
     done = 0
     try:
         with ConsoleProgress(console)("aligning", len(todo)) as advance:
-            for outcome in _each(one, todo, options.jobs):
+            for outcome in in_order(one, todo, workers=options.jobs):
                 done += outcome is None
                 skipped += [outcome] if outcome else []
                 advance(1)
@@ -120,19 +119,6 @@ def _align_one(source: Path, target: Path, name: str, detector: Detector) -> tup
     return None
 
 
-def _each(
-    work: Callable[[Photo], tuple[str, str] | None], photos: list[Photo], jobs: int
-) -> Iterator[tuple[str, str] | None]:
-    """Results in order; a slice at a time, so that a stop waits for no more than the photographs in hand."""
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for start in range(0, len(photos), SLICE):
-                yield from pool.map(work, photos[start : start + SLICE])
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
 def _check_folders(src: Path, dst: Path) -> None:
     if not src.is_dir():
         raise InputError(f"{src}: no such folder. Give the folder that holds the photographs.")
@@ -144,7 +130,7 @@ def _check_folders(src: Path, dst: Path) -> None:
 
 
 def _list(src: Path) -> tuple[list[Photo], list[tuple[str, str]]]:
-    """Photographs below ``src``, and the files that are none with the reason. Hidden files are ignored."""
+    """List the photographs below ``src``, and the files that are none with the reason. Hidden files are ignored."""
     names = sorted(
         path.relative_to(src).as_posix()
         for path in src.rglob("*")
@@ -180,7 +166,7 @@ def _claim(dst: Path, settings: Settings) -> None:
 
 
 def _finished(source: Path, target: Path) -> bool:
-    """True where the crop is there and the photograph was not replaced since."""
+    """Tell whether the crop is there and the photograph was not replaced since."""
     try:
         return target.stat().st_mtime >= source.stat().st_mtime
     except OSError:

@@ -1,4 +1,4 @@
-"""pkd-demo: from training to a verified pair over HTTP in minutes, offline. Run as: pkd-demo --out demo"""
+"""Run the demo (pkd-demo): from training to a verified pair over HTTP in minutes, offline."""
 
 from __future__ import annotations
 

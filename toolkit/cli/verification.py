@@ -1,4 +1,4 @@
-"""Verification: is a certificate, an evaluation or a bundle whole, free of contradiction, and from a known key?
+"""Check that a certificate, an evaluation or a bundle is whole, free of contradiction, and from a known key.
 
 Every question is one Check. What was not asked is a Check, too: integrity without authenticity must not look like both.
 """
@@ -39,7 +39,7 @@ Kind = Literal["certificate", "evaluation", "bundle"]
 
 
 class Check(Record):
-    """One question and its answer."""
+    """Hold one question and its answer."""
 
     file: str
     """Relative to what is verified."""
@@ -49,7 +49,7 @@ class Check(Record):
 
 
 class Verdict(Record):
-    """All that was asked about one certificate, evaluation or bundle."""
+    """Hold all that was asked about one certificate, evaluation or bundle."""
 
     path: str
     kind: Kind
@@ -57,7 +57,7 @@ class Verdict(Record):
 
     @property
     def failures(self) -> tuple[Check, ...]:
-        """The checks that failed."""
+        """Return the checks that failed."""
         return tuple(check for check in self.checks if check.result == "failed")
 
 
@@ -92,7 +92,7 @@ def _certificate(data: bytes, path: Path, name: str) -> Check:
 
 
 def _contradiction_free(c: Certificate) -> str:
-    """What the schema cannot see: counts that do not fit one another. Returns a summary."""
+    """Refuse what the schema cannot see: counts that do not fit one another. Returns a summary."""
     smallest = EXPECTED / min(c.identity_pairs, c.impostor_pairs)
     most_pairs = c.identities * (c.identities - 1) // 2
     if abs(c.min_fmr - smallest) > ROUNDING * smallest:
@@ -143,7 +143,7 @@ def _evaluation(folder: Path, keys: TrustedKeys | None) -> list[Check]:
 
 
 def _certificates_of(data: bytes, report: Path) -> dict[str, Certificate]:
-    """File name → the certificate that report.json stands for."""
+    """Map file names to the certificate that report.json stands for."""
     try:
         evaluation = Evaluation.model_validate_json(data)
         certified = [c for c in evaluation.comparisons if c.certificate]
@@ -171,7 +171,7 @@ def _agrees(path: Path, expected: Certificate | None) -> str:
 
 
 def _bundle(path: Path, keys: TrustedKeys | None) -> list[Check]:
-    """The signature first: nothing of a bundle is run that should have been signed and is not."""
+    """Check the signature first: nothing of a bundle is run that should have been signed and is not."""
     try:
         bundle = Bundle.peek(path)
     except PkdError as error:
@@ -241,7 +241,7 @@ def _unchecked(signature: Signature | None) -> str:
 
 
 class _Unasked(Exception):
-    """A question that was not asked, and why."""
+    """Say that a question was not asked, and why."""
 
 
 def _check(file: str, question: str, ask: Callable[[], str]) -> Check:

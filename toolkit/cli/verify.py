@@ -1,4 +1,4 @@
-"""pkd-verify: whether certificates, evaluations and bundles are whole, consistent, and signed by a key you trust."""
+"""Verify (pkd-verify) that certificates, evaluations and bundles are whole, consistent and signed by a trusted key."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _device(options: VerifyOptions, console: Console, failed: list[Check]) -> Re
 
 
 def _show(console: Console, verdict: Verdict) -> None:
-    """File by file, for encoder ids make names too long for a column."""
+    """Print file by file, for encoder ids make names too long for a column."""
     console.print(Text(f"{verdict.kind} {verdict.path}", "bold"))
     for file, checks in groupby(verdict.checks, lambda check: check.file):
         console.print(Text(file), soft_wrap=True)

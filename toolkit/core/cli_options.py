@@ -4,13 +4,13 @@ Each field is an option, its docstring the help text, its default the default; n
 
     class AlignOptions(Options):
         photographs: Annotated[Path, Argument("SRC", positional=True)]
-        \"""Folder with one folder of photographs per person.\"""
+        "Folder with one folder of photographs per person."
         min_score: float = Field(0.5, ge=0, le=1)
-        \"""Detector confidence, 0 to 1, below which a face is ignored.\"""
+        "Detector confidence, 0 to 1, below which a face is ignored."
         trust_key: Annotated[tuple[Path, ...], Argument("PUB.pem", repeatable=True)] = ()
-        \"""Public key that must have signed; repeatable.\"""
+        "Public key that must have signed; repeatable."
         mirror: bool = True
-        \"""Look at the mirror image, too.\"""
+        "Look at the mirror image, too."
 
     def main(argv: Sequence[str] | None = None) -> int:
         return run_command("pkd-align", "Align photographs.", EXAMPLES, AlignOptions, align, argv)

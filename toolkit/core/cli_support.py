@@ -1,4 +1,4 @@
-"""What every command shares: its parser, errors as one line, exit codes, ``--json``, how it is stopped."""
+"""Share what every command does: its parser, errors as one line, exit codes, ``--json``, how it is stopped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Run = Callable[[argparse.Namespace, Console], Result]
 
 
 def make_parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose ``--help`` ends with examples and that knows ``--json`` and ``--version``."""
+    """Make a parser whose ``--help`` ends with examples and that knows ``--json`` and ``--version``."""
     parser = argparse.ArgumentParser(
         prog=program,
         description=textwrap.fill(description, 80),
@@ -77,7 +77,7 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
 
 
 class StopRequest:
-    """Within it, Ctrl-C and SIGTERM only set ``requested``, so that a step ends and a checkpoint is written first.
+    """Hold Ctrl-C and SIGTERM back: they only set ``requested``, so that a step ends and a checkpoint is written.
 
     A second signal interrupts at once; within half a second it is the same wish, told twice by the terminal and by
     torchrun. Outside the main thread, where Python sets no handlers, it does nothing.

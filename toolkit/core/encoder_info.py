@@ -1,4 +1,4 @@
-"""EmbeddingSpace and the identity of encoders: what two vectors must share to be comparable."""
+"""Name encoders and their embedding spaces: what two vectors must share to be comparable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Role = Literal["teacher", "student"]
 
 
 class EmbeddingSpace(Record):
-    """A space is defined by its teacher: ``id = <name>@sha256:<weights + preprocessing>``."""
+    """Identify a space by its teacher: ``id = <name>@sha256:<weights + preprocessing>``."""
 
     id: str
     dim: int
@@ -24,7 +24,7 @@ class EmbeddingSpace(Record):
 
 
 class EncoderInfo(Record):
-    """Who an encoder is. ``id = <name>@sha256:<weights + preprocessing + numeric mode>``."""
+    """Say who an encoder is. ``id = <name>@sha256:<weights + preprocessing + numeric mode>``."""
 
     id: str
     name: str
@@ -66,7 +66,7 @@ def describe(
 
 
 def in_mode(encoder: EncoderInfo, numeric_mode: str) -> EncoderInfo:
-    """The encoder that computes ``encoder`` in another numeric mode: another id, the same space.
+    """Describe the encoder that computes ``encoder`` in another numeric mode: another id, the same space.
 
     Its id is made of the id that it derives from, so that a bundle alone is enough to name it.
     """
@@ -83,17 +83,17 @@ def check_name(name: str) -> None:
 
 
 def name_of(path: Path) -> str:
-    """The encoder name that a weights file gets: its stem, with every other character as ``-``."""
+    """Make an encoder's name from a weights file: its stem, with every other character as ``-``."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", path.stem).strip("-.") or "encoder"
 
 
 def combine(digests: Iterable[str]) -> str:
-    """SHA-256 (hex) over several hex digests or short strings, unambiguous about where each ends."""
+    """Hash several hex digests or short strings, unambiguous about where each ends."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def short(identifier: str) -> str:
-    """``name@sha256:0123456789ab…`` → ``name@0123456789``, for tables."""
+    """Shorten ``name@sha256:0123456789ab…`` to ``name@0123456789``, for tables."""
     name, _, digest = identifier.partition("@sha256:")
     return f"{name}@{digest[:10]}" if digest else identifier
 

@@ -1,4 +1,4 @@
-"""Every error pkd raises on purpose.
+"""Define every error that pkd raises on purpose.
 
 A message is one line that names the value and the remedy. The commands print it without a traceback and exit with the
 class's ``exit_code``::
@@ -37,7 +37,7 @@ PREFIX = re.compile(r"^(\[\w+\]( : \d+ : \w+ :)?|[-\s]+)\s*")
 
 
 class PkdError(Exception):
-    """Root of the tree. ``exit_code`` is what a command exits with.
+    """Carry the root of the tree. ``exit_code`` is what a command exits with.
 
     ``details``: the same for programs, for example what was ``expected``, what it ``got`` and what ``works``; values of
     JSON. A server sends them beside the message.

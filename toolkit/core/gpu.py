@@ -1,4 +1,4 @@
-"""Is there an NVIDIA GPU with a working driver? Asked of the driver itself, with no package but the standard library.
+"""Find an NVIDIA GPU with a working driver: the driver itself is asked, by the standard library alone.
 
 TensorRT without a device logs error 35 and goes on until something fails far away; this is asked first.
 """
@@ -19,7 +19,7 @@ MAJOR, MINOR = 75, 76
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first device."""
+    """Name the first device."""
 
     name: str
     capability: str
@@ -27,7 +27,7 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | None:
-    """The first NVIDIA device, or None: no driver, one too old to start, or no device."""
+    """Find the first NVIDIA device, or None: no driver, one too old to start, or no device."""
     library = LIBRARIES.get(sys.platform)
     try:
         cuda = ctypes.CDLL(library) if library else None

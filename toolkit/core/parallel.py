@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T], *, workers: int, ahead: int | None = None) -> Iterator[R]:
-    """``map`` in ``workers`` threads. At most ``ahead`` results (by default two a thread) are made before their turn.
+    """Map items in ``workers`` threads. At most ``ahead`` results (by default two a thread) are made before their turn.
 
     An error is raised at the turn of its item; then, or when the caller stops, what has not begun is not begun.
     """

@@ -1,4 +1,4 @@
-"""Preprocess: what happens to a face crop before the network sees it. Data beside the weights, never inferred."""
+"""Prepare a face crop for a network. How is data beside the weights, never inferred."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PerChannel = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 
 
 class Preprocess(Record):
-    """Crop geometry and pixel scaling: network input = (pixel − mean) / std, in ``channels`` order."""
+    """State crop geometry and pixel scaling: network input = (pixel − mean) / std, in ``channels`` order."""
 
     size: int = Field(default=112, ge=8)
     """Height and width of the square crop, pixels."""
@@ -45,7 +45,7 @@ class Preprocess(Record):
 
     @property
     def name(self) -> str:
-        """Short form for people and the REST API, for example ``arcface5pt-112-rgb``."""
+        """Give a short form for people and the REST API, for example ``arcface5pt-112-rgb``."""
         return f"{self.template}-{self.size}-{self.channels}"
 
     @classmethod
@@ -70,7 +70,7 @@ class Preprocess(Record):
             raise InputError(f"preprocessing {spec!r}: {error}. Give a JSON file or fields, {example}.") from None
 
     def __call__(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 N×H×W×3 RGB → float32 N×3×H×W. The one numpy implementation; graphs embed the same arithmetic.
+        """Scale uint8 N×H×W×3 RGB → float32 N×3×H×W. The one numpy implementation; graphs do the same.
 
         Raises InputError for another shape or dtype.
         """

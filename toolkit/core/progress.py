@@ -1,4 +1,4 @@
-"""Progress: how long steps say how far they are, on a terminal as bars and elsewhere as plain lines.
+"""Say how far long steps are: as bars on a terminal, elsewhere as plain lines.
 
 A function that takes long takes a ``Progress`` and opens a step with it::
 
@@ -31,7 +31,8 @@ LINE_SECONDS = 30.0
 class Advance(Protocol):
     """Report that ``done`` more items of a step are finished; ``note`` is shown beside their number."""
 
-    def __call__(self, done: int, note: str = "", /) -> None: ...
+    def __call__(self, done: int, note: str = "", /) -> None:
+        """Report."""
 
 
 class Progress(Protocol):
@@ -40,7 +41,8 @@ class Progress(Protocol):
     The step ends with the context. Steps may lie within one another; ``advance`` is called by one thread at a time.
     """
 
-    def __call__(self, label: str, total: int | None = None, /) -> AbstractContextManager[Advance]: ...
+    def __call__(self, label: str, total: int | None = None, /) -> AbstractContextManager[Advance]:
+        """Open a step."""
 
 
 @contextmanager

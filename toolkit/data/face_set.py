@@ -1,28 +1,35 @@
-"""FaceSet: aligned crops with their identities, from folders, list files, RecordIO and tar shards, also mixed."""
+"""Read face sets: aligned crops with their identities, from folders, lists, RecordIO and tar files, also mixed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pkd.toolkit.core.errors import BadImage, InputError
-from pkd.toolkit.data.digests import content_digest, digests_of
+from pkd.toolkit.core.parallel import in_order
 from pkd.toolkit.data.files import read_folder, read_list
 from pkd.toolkit.data.recordio import read_recordio
-from pkd.toolkit.data.row_store import Rows
+from pkd.toolkit.data.row_store import KeyedRows, Rows
 from pkd.toolkit.data.source import UNLABELLED, Found, ImageCollection, Ints
 from pkd.toolkit.data.tar import read_tar
 from pkd.toolkit.images.codec import Rgb, decode_rgb
 
-READERS = {".rec": read_recordio, ".tar": read_tar}
+CONTAINERS = {".rec": read_recordio, ".tar": read_tar}
+BYTES = 32
+CHUNK = 512
+BLOCK = 1 << 16
+READERS = 8
+"""Threads that read and hash; more than cores, since most of the time goes into waiting for the disk."""
 
 
 @dataclass(frozen=True)
 class FaceSet:
-    """Images and what is known of who they show. 16 bytes of memory an image, besides what its source takes.
+    """Hold images and what is known of who they show. 16 bytes of memory an image, besides what its source takes.
 
     ``rows``: int64 N into ``images``. ``labels``: int64 N, an index into ``identities`` or −1 for an image without
     identity.
@@ -38,17 +45,17 @@ class FaceSet:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """Short name for messages and reports: a path in its folder, list or tar, or ``train.rec#7``."""
+        """Name an image in messages and reports: a path in its folder, list or tar, or ``train.rec#7``."""
         source, row = self.images.locate(int(self.rows[index]))
         return source.name(row)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names, made on demand."""
+        """Return all names, made on demand."""
         return tuple(self.name(i) for i in range(len(self)))
 
     def path(self, index: int) -> Path:
-        """The file that holds this image alone. Raises InputError for one in a .rec or .tar."""
+        """Return the file that holds this image alone. Raises InputError for one in a .rec or .tar."""
         source, row = self.images.locate(int(self.rows[index]))
         if not source.is_file():
             raise InputError(
@@ -71,7 +78,7 @@ class FaceSet:
         return crops
 
     def crop_size(self) -> int:
-        """Height and width of the first image, pixels. Raises InputError if it is not square."""
+        """Return height and width of the first image, pixels. Raises InputError if it is not square."""
         row = int(self.rows[0])
         height, width = map(int, self._decode(row).shape[:2])
         if height != width:
@@ -81,7 +88,7 @@ class FaceSet:
         return height
 
     def digests(self, cache: Path | None = None) -> Rows:
-        """SHA-256 of every image's bytes, in order → N rows of 32 uint8, by index. Computed once.
+        """Hash every image's bytes (SHA-256), in order → N rows of 32 uint8, by index. Computed once.
 
         ``cache``: folder that remembers them by file, size and times, so that the next start need not read the images.
         """
@@ -90,11 +97,11 @@ class FaceSet:
         return self._known[0]
 
     def digest(self) -> str:
-        """One SHA-256 over contents and identities, independent of where the files lie and of their order."""
+        """Hash (SHA-256) contents and identities, independent of where the files lie and of their order."""
         return content_digest(self.digests(), self.labels, self.identities)
 
     def select(self, indices: Ints) -> FaceSet:
-        """The images at ``indices``, with the identities relabelled to those that occur."""
+        """Take the images at ``indices``, with the identities relabelled to those that occur."""
         labels = self.labels[indices]
         kept = np.unique(labels[labels >= 0])
         relabelled = np.where(labels >= 0, np.searchsorted(kept, labels), UNLABELLED)
@@ -134,7 +141,7 @@ class FaceSet:
 
 
 def join(a: FaceSet, b: FaceSet) -> FaceSet:
-    """The images of ``a`` and of an unlabelled ``b``."""
+    """Join the images of ``a`` and of an unlabelled ``b``."""
     if b.identities:
         raise InputError("only an unlabelled set can be joined to another; read both sources with one FaceSet.read.")
     images = ImageCollection(a.images.sources + b.images.sources)
@@ -151,19 +158,19 @@ def _found(source: Path, labelled: bool) -> list[Found]:
 
 def _open(source: Path, labelled: bool) -> list[Found]:
     if source.is_dir():
-        packed = sorted(path for path in source.iterdir() if path.suffix in READERS and path.is_file())
+        packed = sorted(path for path in source.iterdir() if path.suffix in CONTAINERS and path.is_file())
         if packed:
-            return [READERS[path.suffix](path, labelled) for path in packed]
+            return [CONTAINERS[path.suffix](path, labelled) for path in packed]
         return [read_folder(source, labelled)]
     if not source.is_file():
         raise InputError(
             f"{source}: no such folder or list file. Give a folder of aligned crops, a list, a .rec or a .tar."
         )
-    return [READERS.get(source.suffix, read_list)(source, labelled)]
+    return [CONTAINERS.get(source.suffix, read_list)(source, labelled)]
 
 
 def _distinct(found: list[Found]) -> list[tuple[str, ...]]:
-    """The identities of each source; class numbers get their folder's name where they could be taken for others."""
+    """Name the identities of each source; class numbers get their folder's name where others have the same."""
     numbered = {each.folder for each in found if each.numbered}
     if len(numbered) < 2 and all(each.numbered for each in found):
         return [each.identities for each in found]
@@ -174,3 +181,64 @@ def _distinct(found: list[Found]) -> list[tuple[str, ...]]:
         else each.identities
         for each in found
     ]
+
+
+def digests_of(images: ImageCollection, rows: Ints, cache: Path | None) -> Rows:
+    """Hash the bytes of each image (SHA-256) → N rows of 32 uint8. Raises BadImage.
+
+    ``cache``: folder that remembers them by path, size and times of the file. The result is memory-mapped then, unless
+    a file is so young that another change of it could go unnoticed; such files are not remembered.
+    """
+    if cache is None:
+        return _hash(images, rows)
+    store = KeyedRows(cache / "digests", "sha256", "u8", BYTES, np.uint8)
+    keys, settled = images.stamps(rows)
+    missing = np.flatnonzero((store.find(keys) < 0) & settled)
+    missing = missing[np.argsort(rows[missing], kind="stable")]  # containers are read from front to back
+    for part, found in _hashed(images, rows[missing]):
+        store.append(keys[missing[part]], found)
+    young = np.flatnonzero(~settled)
+    if not len(young):
+        return store.view(keys)
+    found = np.empty((len(rows), BYTES), np.uint8)
+    found[settled] = store.view(keys[settled])[:]
+    found[young] = _hash(images, rows[young])
+    return found
+
+
+def content_digest(digests: Rows, labels: Ints, identities: tuple[str, ...]) -> str:
+    """Hash (SHA-256) the sorted lines ``<hex digest> <identity>``, whatever the order of the images.
+
+    ``labels``: int64 N into ``identities``, −1 for images without one, whose line ends after the space.
+    """
+    owners = [*identities, ""]
+    rank = np.empty(len(owners), np.int64)
+    rank[np.argsort(np.array(owners, object), kind="stable")] = np.arange(len(owners))
+    halves = np.empty((2, len(labels)), ">u8")  # 16 of 32 bytes: enough to tell 10²⁰ images apart
+    for start in range(0, len(labels), BLOCK):
+        rows = np.ascontiguousarray(digests[start : start + BLOCK])
+        halves[:, start : start + BLOCK] = rows.view(">u8")[:, :2].T
+    order = np.lexsort((rank[labels], halves[1].astype(np.uint64), halves[0].astype(np.uint64)))
+    sha = hashlib.sha256()
+    for start in range(0, len(labels), BLOCK):
+        block = order[start : start + BLOCK]
+        text = digests[block].tobytes().hex()
+        lines = [f"{text[64 * i : 64 * i + 64]} {owners[label]}" for i, label in enumerate(labels[block].tolist())]
+        sha.update((("\n" if start else "") + "\n".join(lines)).encode())
+    return sha.hexdigest()
+
+
+def _hash(images: ImageCollection, rows: Ints) -> NDArray[np.uint8]:
+    out = np.empty((len(rows), BYTES), np.uint8)
+    for part, found in _hashed(images, rows):
+        out[part] = found
+    return out
+
+
+def _hashed(images: ImageCollection, rows: Ints) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
+    def work(part: slice) -> tuple[slice, NDArray[np.uint8]]:
+        raw = b"".join(hashlib.sha256(images.read(row)).digest() for row in rows[part].tolist())
+        return part, np.frombuffer(raw, np.uint8).reshape(-1, BYTES)
+
+    parts = (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK))
+    return in_order(work, parts, workers=READERS)

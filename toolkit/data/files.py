@@ -1,4 +1,4 @@
-"""ImageFiles: images that are files of their own, from a folder per identity or from a list of paths."""
+"""Read images that are files of their own, from a folder per identity or from a list of paths."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.toolkit.core.errors import BadImage, InputError
-from pkd.toolkit.data.packed_names import PackedNames
-from pkd.toolkit.data.source import UNLABELLED, Found, Ints, Keys, stamp
+from pkd.toolkit.data.source import UNLABELLED, Found, Ints, Keys, PackedNames, stamp
 from pkd.toolkit.images.codec import SUFFIXES
 
 
 class ImageFiles:
-    """Files below ``root``, by relative path."""
+    """Read files below ``root`` by relative path."""
 
     def __init__(self, root: Path, names: PackedNames) -> None:
         self.root = root
@@ -28,11 +27,11 @@ class ImageFiles:
         return len(self._names)
 
     def name(self, row: int) -> str:
-        """The path as the folder or the list gives it."""
+        """Return the path as the folder or the list gives it."""
         return self._names[row]
 
     def read(self, row: int) -> bytes:
-        """All bytes of the file. Raises BadImage."""
+        """Read all bytes of the file. Raises BadImage."""
         path = self._path(row)
         try:
             with open(path, "rb", buffering=0) as file:  # noqa: PTH123 — a Path would cost more than the reading
@@ -41,11 +40,11 @@ class ImageFiles:
             raise BadImage(f"{path}: {error.strerror or error}.") from None
 
     def is_file(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
-        """A key per file over path, size and times; see ``image_source.stamp``."""
+        """Make a key per file over path, size and times; see ``image_source.stamp``."""
         found = [stamp(self._path(row)) for row in rows.tolist()]
         return np.array([key for key, _ in found], np.uint64), np.array([settled for _, settled in found], np.bool_)
 
@@ -54,7 +53,7 @@ class ImageFiles:
 
 
 def read_folder(folder: Path, labelled: bool) -> Found:
-    """Images below ``folder``, in the order of their path's parts; identity = the path of an image's folder."""
+    """Find images below ``folder``, in the order of their path's parts; identity = the path of an image's folder."""
     owners, files = _Owners(), _walk(folder, "")
     names = PackedNames(owners.note(name, posixpath.dirname(name)) for name in files)
     if not len(names):
@@ -69,7 +68,7 @@ def read_folder(folder: Path, labelled: bool) -> Found:
 
 
 def read_list(listing: Path, labelled: bool) -> Found:
-    """Images that a text file names, one path a line, relative to the file's folder or that folder's parent."""
+    """Find the images that a text file names, a path a line, relative to the file's folder or that folder's parent."""
     owners = _Owners()
     tidy: dict[str, str] = {}  # a list names few folders and many files
 
@@ -103,7 +102,7 @@ def read_list(listing: Path, labelled: bool) -> Found:
 
 
 class _Owners:
-    """Numbers the identities in the order in which they first occur."""
+    """Number the identities in the order in which they first occur."""
 
     def __init__(self) -> None:
         self.identities: dict[str, int] = {}

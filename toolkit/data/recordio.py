@@ -1,4 +1,4 @@
-"""RecordImages: MXNet RecordIO (``.rec`` with its ``.idx``) as InsightFace lays it out, read without MXNet.
+"""Read MXNet RecordIO (``.rec`` with its ``.idx``) as InsightFace lays it out, without MXNet.
 
 A file is a chain of frames: ``uint32 magic, uint32 cflag << 29 | length, length bytes, zeros up to a multiple of 4``
 (little-endian; dmlc-core, recordio.h). A record that contains the magic number at a multiple of 4 is cut there into
@@ -32,7 +32,7 @@ Words = NDArray[np.uint32]
 
 
 class RecordImages:
-    """The images of one ``.rec``. 16 bytes of memory an image."""
+    """Read the images of one ``.rec``. 16 bytes of memory an image."""
 
     def __init__(self, path: Path, keys: Ints, offsets: Ints) -> None:
         self.root = path.parent
@@ -45,11 +45,11 @@ class RecordImages:
         return len(self._offsets)
 
     def name(self, row: int) -> str:
-        """``train.rec#7`` for the record of key 7."""
+        """Name the record: ``train.rec#7`` for the one of key 7."""
         return f"{self._path.name}#{self._keys[row]}"
 
     def read(self, row: int) -> bytes:
-        """The image of a record. Raises BadImage naming it."""
+        """Read the image of a record. Raises BadImage naming it."""
         try:
             data = _record(self._path, int(self._offsets[row]))
         except (OSError, ValueError) as error:
@@ -57,11 +57,11 @@ class RecordImages:
         return data[HEADER + 4 * int.from_bytes(data[:4], "little") :]
 
     def is_file(self) -> bool:
-        """False."""
+        """Return False."""
         return False
 
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
-        """Keys from the ``.rec``'s path, size and times when it was opened, and the record's place."""
+        """Make keys from the ``.rec``'s path, size and times when it was opened, and the record's place."""
         key, settled = self._stamp
         return within(key, self._offsets[rows]), np.full(len(rows), settled)
 
@@ -127,7 +127,7 @@ def _read_index(index: Path, path: Path, size: int) -> tuple[Ints, Ints]:
 
 
 def _scan(path: Path, words: Words, size: int) -> tuple[Ints, Ints]:
-    """Places of all records; their number in the file is their key."""
+    """Find the places of all records; their number in the file is their key."""
     starts: list[int] = []
     at, inside = 0, False
     while at < size:
@@ -144,7 +144,7 @@ def _scan(path: Path, words: Words, size: int) -> tuple[Ints, Ints]:
 
 
 def _frame(path: Path, words: Words, size: int, at: int) -> tuple[int, int]:
-    """Length and cflag of the frame at a byte."""
+    """Read length and cflag of the frame at a byte."""
     if at + 8 > size:
         raise InputError(f"{path}: truncated: it ends within a frame at byte {at:,}. Copy it again.")
     magic, field = words[at // 4 : at // 4 + 2].tolist()
@@ -162,7 +162,7 @@ def _frame(path: Path, words: Words, size: int, at: int) -> tuple[int, int]:
 def _headers(
     path: Path, words: Words, size: int, keys: Ints, offsets: Ints
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Label of every record (of an image header's flag labels the first), and whether an image follows it."""
+    """Read the label of every record (of an image header's flag labels the first), and whether an image follows it."""
     labels = np.zeros(len(offsets), np.float32)
     holds_image = np.zeros(len(offsets), np.bool_)
     for start in range(0, len(offsets), BLOCK):
@@ -181,7 +181,7 @@ def _headers(
 
 
 def _odd_header(path: Path, words: Words, size: int, key: int, at: int) -> tuple[float, bool]:
-    """The same for one record that is cut into parts; raises InputError for one that is corrupt."""
+    """Read the same for one record that is cut into parts; raises InputError for one that is corrupt."""
     _frame(path, words, size, at)
     try:
         data = _record(path, at)
@@ -194,7 +194,7 @@ def _odd_header(path: Path, words: Words, size: int, key: int, at: int) -> tuple
 
 
 def _announced(path: Path, keys: Ints, offsets: Ints, holds_image: NDArray[np.bool_]) -> int | None:
-    """How many images InsightFace's record 0 announces; None without such a record."""
+    """Read how many images InsightFace's record 0 announces; None without such a record."""
     if keys[0] != 0 or holds_image[0]:
         return None
     data = _record(path, int(offsets[0]))
@@ -206,7 +206,7 @@ def _announced(path: Path, keys: Ints, offsets: Ints, holds_image: NDArray[np.bo
 
 
 def _record(path: Path, at: int) -> bytes:
-    """All bytes of the record at ``at``, its parts joined. Raises ValueError for what is no record, and OSError."""
+    """Read the whole record at ``at``, its parts joined. Raises ValueError for what is no record, and OSError."""
     parts: list[bytes] = []
     file = os.open(path, os.O_RDONLY)
     try:

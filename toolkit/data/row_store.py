@@ -1,4 +1,4 @@
-"""KeyedRows: rows of numbers on disk by 64-bit key, for tens of millions of them and several writers."""
+"""Keep rows of numbers on disk by 64-bit key, tens of millions of them, for several writers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BLOCK = 1 << 20
 
 
 class KeyedRows:
-    """Two growing files: 8-byte keys, and rows of ``width`` numbers. A torn tail of either is ignored.
+    """Keep two growing files: 8-byte keys, and rows of ``width`` numbers. A torn tail of either is ignored.
 
     Rows are written before their keys, and a row that has its key is never written again: whatever kills a writer,
     what was readable stays right. Several processes may append at a time.
@@ -38,7 +38,7 @@ class KeyedRows:
             raise InputError(f"cache {folder}: {error.strerror}. Pass --cache DIR or set PKD_CACHE.") from None
 
     def find(self, keys: Keys) -> Ints:
-        """Row of each key, −1 where it is not stored. Sorts only what may match: few keys are found fast in many."""
+        """Find the row of each key, −1 where none is stored. Sorts only what may match: few are found fast in many."""
         known = np.fromfile(self._keys, np.uint64, self._count())
         place: Ints | None = None
         if len(keys) * 8 < len(known):
@@ -55,14 +55,14 @@ class KeyedRows:
         return found
 
     def rows(self) -> NDArray[Any]:
-        """All stored rows, memory-mapped."""
+        """Map all stored rows into memory."""
         count = self._count()
         if not count:
             return np.empty((0, self._width), self._dtype)
         return np.memmap(self._rows, self._dtype, "r", shape=(count, self._width))
 
     def view(self, keys: Keys) -> StoredRows:
-        """The rows of keys that are all stored, by index, memory-mapped. Raises InputError if any has gone."""
+        """Map the rows of keys that are all stored, by index. Raises InputError if any has gone."""
         places = self.find(keys)
         if len(lost := np.flatnonzero(places < 0)):
             raise InputError(
@@ -89,7 +89,7 @@ class KeyedRows:
 
 
 def _candidates(known: Keys, keys: Keys) -> Ints:
-    """Where ``known`` begins with the same bits as any of ``keys``."""
+    """Find where ``known`` begins with the same bits as any of ``keys``."""
     shift = np.uint64(64 - FILTER_BITS)
     wanted = np.zeros(1 << FILTER_BITS, np.bool_)
     wanted[keys >> shift] = True
@@ -98,19 +98,20 @@ def _candidates(known: Keys, keys: Keys) -> Ints:
 
 
 class Rows(Protocol):
-    """N rows that are read by index; they need not be in memory."""
+    """Read N rows by index; they need not be in memory."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Return N and the width."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Any) -> NDArray[Any]:
-        """The rows at an int64 array, a mask or a slice; one row at a number."""
+        """Copy the rows at an int64 array, a mask or a slice; one row at a number."""
 
 
 class StoredRows:
-    """Rows of a store in an order of one's own: 8 bytes of memory each; indexing copies what is asked for."""
+    """Read rows of a store in an order of one's own: 8 bytes of memory each; indexing copies what is asked for."""
 
     def __init__(self, stored: NDArray[Any], places: Ints) -> None:
         self._stored = stored
@@ -118,7 +119,7 @@ class StoredRows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """N and the width."""
+        """Return N and the width."""
         return len(self._places), self._stored.shape[1]
 
     def __len__(self) -> int:

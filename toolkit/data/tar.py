@@ -1,4 +1,4 @@
-"""TarImages: images in an uncompressed tar, as WebDataset lays them out or as a folder per identity was packed.
+"""Read images in an uncompressed tar, as WebDataset lays them out or as a folder per identity was packed.
 
 Images stay where they are: one pass over the headers (POSIX.1-1988 ustar, its pax extension, GNU long names) notes
 offset and size of each. The identity of ``<key>.jpg`` is in ``<key>.cls``, ``<key>.txt`` or ``<key>.json`` next to
@@ -8,9 +8,9 @@ it (a JSON object with ``identity`` or ``label``), else it is the folder that th
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import posixpath
+import tarfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.toolkit.core.errors import BadImage, InputError
-from pkd.toolkit.data.packed_names import PackedNames
-from pkd.toolkit.data.source import UNLABELLED, Found, Ints, Keys, stamp, within
+from pkd.toolkit.data.source import UNLABELLED, Found, Ints, Keys, PackedNames, stamp, within
 from pkd.toolkit.images.codec import SUFFIXES
 
-BLOCK = 512
+LINKS = (tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+"""Members without content."""
 LABELS = (".cls", ".json", ".txt")
 """In this order where a sample has several."""
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
@@ -32,7 +32,7 @@ LONGEST_LABEL = 1 << 20
 
 
 class TarImages:
-    """The images of one tar: 16 bytes of memory and the name for each."""
+    """Read the images of one tar: 16 bytes of memory and the name for each."""
 
     def __init__(self, path: Path, names: PackedNames, offsets: Ints, sizes: Ints) -> None:
         self.root = path
@@ -45,18 +45,14 @@ class TarImages:
         return len(self._offsets)
 
     def name(self, row: int) -> str:
-        """Path within the tar."""
+        """Return the path within the tar."""
         return self._names[row]
 
     def read(self, row: int) -> bytes:
-        """Bytes of a member. Raises BadImage."""
+        """Read the bytes of a member. Raises BadImage."""
         size = int(self._sizes[row])
         try:
-            file = os.open(self.root, os.O_RDONLY)
-            try:
-                data = os.pread(file, size, int(self._offsets[row]))
-            finally:
-                os.close(file)
+            data = _read(self.root, int(self._offsets[row]), size)
         except OSError as error:
             raise BadImage(f"{self.root}: {error.strerror or error}.") from None
         if len(data) < size:
@@ -64,11 +60,11 @@ class TarImages:
         return data
 
     def is_file(self) -> bool:
-        """False."""
+        """Return False."""
         return False
 
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
-        """Keys from the tar's path, size and times when it was opened, and the image's place."""
+        """Make keys from the tar's path, size and times when it was opened, and the image's place."""
         key, settled = self._stamp
         return within(key, self._offsets[rows]), np.full(len(rows), settled)
 
@@ -82,7 +78,7 @@ class _Member:
 
 @dataclass
 class _Sample:
-    """Files next to each other that share a key."""
+    """Hold files next to each other that share a key."""
 
     key: str = ""
     images: list[_Member] = field(default_factory=list)
@@ -96,26 +92,29 @@ def read_tar(path: Path, labelled: bool) -> Found:
     strays: list[str] = []
     counted = True
 
-    with path.open("rb") as file, _map(path, file.fileno()) as data:
+    _require_plain(path)
 
-        def images() -> Iterator[str]:
-            nonlocal counted
-            for sample in _samples(path, data):
-                if labelled and not sample.images:
-                    _refuse_lonely(path, sample)
-                for image in sample.images:
-                    identity, is_number = _identity(path, data, sample, image) if labelled else ("", False)
-                    if identity:
-                        owners.append(numbers.setdefault(identity, len(numbers)))
-                        counted &= is_number
-                    else:
-                        owners.append(UNLABELLED)
-                        strays.append(image.name)
-                    offsets.append(image.offset)
-                    sizes.append(image.size)
-                    yield image.name
+    def images() -> Iterator[str]:
+        nonlocal counted
+        for sample in _samples(path):
+            if labelled and not sample.images:
+                _refuse_lonely(path, sample)
+            for image in sample.images:
+                identity, is_number = _identity(path, sample, image) if labelled else ("", False)
+                if identity:
+                    owners.append(numbers.setdefault(identity, len(numbers)))
+                    counted &= is_number
+                else:
+                    owners.append(UNLABELLED)
+                    strays.append(image.name)
+                offsets.append(image.offset)
+                sizes.append(image.size)
+                yield image.name
 
+    try:
         names = PackedNames(images())
+    except tarfile.TarError as error:
+        raise InputError(f"{path}: no tar header at byte 0 or truncated: {error}. Copy it again.") from None
     if not len(names):
         raise InputError(f"{path}: holds no image ({', '.join(sorted(SUFFIXES))}).")
     if labelled and strays:
@@ -138,20 +137,26 @@ def _refuse_lonely(path: Path, sample: _Sample) -> None:
         )
 
 
-def _map(path: Path, file: int) -> mmap.mmap:
+def _read(path: Path, offset: int, size: int) -> bytes:
+    file = os.open(path, os.O_RDONLY)
     try:
-        data = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
-    except ValueError:
-        raise InputError(f"{path}: empty, no tar. Copy it again.") from None
-    if (start := COMPRESSED.get(data[:2])) and data[257:262] != b"ustar":
-        data.close()
-        raise InputError(f"{path}: compressed with {start}; images in it cannot be reached singly. Unpack it first.")
-    return data
+        return os.pread(file, size, offset)
+    finally:
+        os.close(file)
 
 
-def _samples(path: Path, data: mmap.mmap) -> Iterator[_Sample]:
+def _require_plain(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise InputError(f"{path}: empty, no tar. Copy it again.")
+    if (packed := COMPRESSED.get(start[:2])) and start[257:262] != b"ustar":
+        raise InputError(f"{path}: compressed with {packed}; images in it cannot be reached singly. Unpack it first.")
+
+
+def _samples(path: Path) -> Iterator[_Sample]:
     sample = _Sample()
-    for member in _members(path, data):
+    for member in _members(path):
         key, suffix = posixpath.splitext(member.name)
         suffix = suffix.lower()
         if posixpath.basename(key).startswith(".") or not (suffix in SUFFIXES or suffix in LABELS):
@@ -163,14 +168,14 @@ def _samples(path: Path, data: mmap.mmap) -> Iterator[_Sample]:
     yield sample
 
 
-def _identity(path: Path, data: mmap.mmap, sample: _Sample, image: _Member) -> tuple[str, bool]:
-    """Name of the identity (class numbers with eight digits) and whether it is a class number."""
+def _identity(path: Path, sample: _Sample, image: _Member) -> tuple[str, bool]:
+    """Name the identity (class numbers with eight digits) and whether it is a class number."""
     if not sample.labels:
         return posixpath.dirname(image.name), False
     member = min(sample.labels, key=lambda label: LABELS.index(posixpath.splitext(label.name)[1].lower()))
     where = f"{path}: {member.name}"
     try:
-        text = data[member.offset : member.offset + min(member.size, LONGEST_LABEL)].decode().strip()
+        text = _read(path, member.offset, min(member.size, LONGEST_LABEL)).decode().strip()
         if member.name.lower().endswith(".json"):
             content = json.loads(text)
             text = str(content["identity"] if "identity" in content else content["label"]).strip()
@@ -183,74 +188,30 @@ def _identity(path: Path, data: mmap.mmap, sample: _Sample, image: _Member) -> t
     return (f"{int(text):08d}", True) if text.isascii() and text.isdigit() else (text, False)
 
 
-def _members(path: Path, data: mmap.mmap) -> Iterator[_Member]:
-    """Regular files of a tar, in order."""
-    at, end = 0, len(data)
-    long_name, long_size = "", None
-    while at + BLOCK <= end:
-        head = data[at : at + BLOCK]
-        if head[0] == 0 and not any(head):
-            return
-        size = _number(head[124:136]) if _sound(head) else None
-        if size is None:
-            raise InputError(f"{path}: no tar header at byte {at:,}: no tar, or corrupt. Copy it again.")
-        kind, start = head[156:157], at + BLOCK
-        if kind in b"x" + b"LKg":
-            extra = data[start : start + size]
-            if kind == b"L":
-                long_name = os.fsdecode(extra.rstrip(b"\0"))
-            elif kind == b"x":
-                fields = _pax(extra)
-                long_name = fields.get("path", long_name)
-                long_size = int(fields["size"]) if fields.get("size", "").isdigit() else long_size
-        else:
-            size = size if long_size is None else long_size
-            if start + size > end:
+def _members(path: Path) -> Iterator[_Member]:
+    """Yield the regular files of a tar, in order; what ``tarfile`` would pass over is refused.
+
+    ``tarfile`` takes a damaged header behind the first, and a cut within one, for the end of the tar.
+    """
+    size = path.stat().st_size
+    with tarfile.open(path, "r:", errorlevel=2) as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # millions of them would be kept
+            if member.offset_data + (member.size if member.isreg() else 0) > size:
                 raise InputError(
-                    f"{path}: truncated: a file at byte {at:,} needs {start + size:,} bytes, the tar has {end:,}. "
-                    "Copy it again."
+                    f"{path}: truncated: a file at byte {member.offset:,} needs {member.offset_data + member.size:,} "
+                    f"bytes, the tar has {size:,}. Copy it again."
                 )
-            if kind in b"0\0" + b"7":
-                yield _Member(long_name or _name(head), start, size)
-            elif kind in b"123456":
-                size = 0  # links, devices and folders have no content, whatever their header says
-            else:
-                raise InputError(f"{path}: {_name(head)} is stored as type {kind!r}. Pack it again as a plain tar.")
-            long_name, long_size = "", None
-        at = start + (size + BLOCK - 1) // BLOCK * BLOCK
-    if at < end or end % BLOCK:
-        raise InputError(f"{path}: truncated: it ends within a header at byte {at:,}. Copy it again.")
-
-
-def _sound(head: bytes) -> bool:
-    """Whether the header's checksum, computed with its own field as spaces, is right."""
-    told = _number(head[148:156])
-    return told is not None and sum(head) - sum(head[148:156]) + 8 * 32 == told
-
-
-def _number(digits: bytes) -> int | None:
-    """Octal text, or GNU's base 256 for sizes from 8 GB."""
-    if digits[0] == 0x80:
-        return int.from_bytes(digits[1:], "big")
-    try:
-        return int(digits.rstrip(b"\0 ").lstrip() or b"0", 8)
-    except ValueError:
-        return None
-
-
-def _name(head: bytes) -> str:
-    name, prefix = head[:100].split(b"\0", 1)[0], b""
-    if head[257:263] == b"ustar\0":
-        prefix = head[345:500].split(b"\0", 1)[0]
-    return os.fsdecode(prefix + b"/" + name if prefix else name)
-
-
-def _pax(extra: bytes) -> dict[str, str]:
-    """Records ``<length> <key>=<value>\\n`` of a pax header."""
-    fields: dict[str, str] = {}
-    while extra[:1].isdigit():
-        length = int(extra.split(b" ", 1)[0])
-        key, _, value = extra[:length].split(b" ", 1)[-1].rstrip(b"\n").partition(b"=")
-        fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        extra = extra[max(length, 1) :]
-    return fields
+            if member.issparse() or not (member.isreg() or member.type in (*LINKS, tarfile.CONTTYPE)):
+                raise InputError(
+                    f"{path}: {member.name} is stored as type {member.type!r}. Pack it again as a plain tar."
+                )
+            if member.isreg():
+                yield _Member(member.name, member.offset_data, member.size)
+        with path.open("rb") as file:
+            file.seek(tar.offset)
+            rest = file.read(tarfile.BLOCKSIZE)
+        if len(rest) not in (0, tarfile.BLOCKSIZE):
+            raise InputError(f"{path}: truncated: it ends within a header at byte {tar.offset:,}. Copy it again.")
+        if any(rest):
+            raise InputError(f"{path}: no tar header at byte {tar.offset:,}: no tar, or corrupt. Copy it again.")

@@ -1,4 +1,4 @@
-"""The demo's people: three groups without a common identity, drawn or taken from a folder of real crops."""
+"""Choose the demo's people: three groups without a common identity, drawn or taken from real crops."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEAST_PEOPLE = 80
 
 @dataclass(frozen=True)
 class Groups:
-    """Who trains the encoders, who measures them, and who comes to the door afterwards. Folders or list files."""
+    """Name who trains the encoders, who measures them and who is matched over HTTP: folders or list files."""
 
     train: Path
     test: Path
@@ -43,7 +43,7 @@ def draw_groups(folder: Path, people: int, images: int, jobs: int, progress: Cal
 
 
 def images_drawn(people: int, images: int) -> int:
-    """How many crops ``draw_groups`` writes."""
+    """Count the crops that ``draw_groups`` writes."""
     return sum(count * each for count, each in _sizes(people, images))
 
 
@@ -75,7 +75,7 @@ def split_groups(folder: Path, source: Path) -> Groups:
 
 
 def _sizes(people: int, images: int) -> tuple[tuple[int, int], ...]:
-    """People and images of each, by group."""
+    """Return people and images of each, by group."""
     test, visitors = _within(people // 2, LEAST_TEST, MOST_TEST), _within(people // 8, LEAST_VISITORS, MOST_VISITORS)
     return (people, images), (test, TEST_IMAGES), (visitors, VISITOR_IMAGES)
 

@@ -1,4 +1,4 @@
-"""What the demo shows: demo.png, one person on two devices, and the section that opens its report."""
+"""Draw what the demo shows: demo.png, one person on two devices, and the section that opens its report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def draw_picture(outcome: Outcome, path: Path) -> None:
 
 
 def page(report: str, told: Mapping[str, Any], picture: Path) -> str:
-    """The evaluation's page with the demo's own section after its header; one file, the picture inside."""
+    """Put together the evaluation's page with the demo's own section after its header; one file, the picture inside."""
     head, mark, rest = report.partition("</header>")
     if not mark:
         raise PkdError("the evaluation's report.html has no header to follow. Reinstall pkd: its parts do not match.")
@@ -91,7 +91,7 @@ def _heading(figure: Any, outcome: Outcome) -> None:
 
 
 def _row(figure: Any, outcome: Outcome, attempt: Attempt, bottom: float, truth: str) -> None:
-    """Query crop, score on its scale with the threshold, gallery crop."""
+    """Draw query crop, score on its scale with the threshold, gallery crop."""
     height = 0.235
     side = height * HEIGHT / WIDTH
     left, right = 0.045, 0.957 - side
@@ -146,7 +146,7 @@ def _crop(figure: Any, path: Path, place: tuple[float, float, float, float], dev
 
 
 def _scores(figure: Any, outcome: Outcome) -> None:
-    """Histogram of all scores of the demo's own queries."""
+    """Draw a histogram of all scores of the demo's own queries."""
     axes = figure.add_axes((0.045, 0.075, 0.912, 0.125))
     genuine, impostor = outcome.of(True), outcome.of(False)
     low, high = _span(outcome)
@@ -164,7 +164,7 @@ def _scores(figure: Any, outcome: Outcome) -> None:
 
 
 def _span(outcome: Outcome) -> tuple[float, float]:
-    """Ends of the score scale, rounded outwards to tenths, that hold every score and the threshold."""
+    """Find the ends of the score scale, rounded outwards to tenths, that hold every score and the threshold."""
     scores = [a.score for a in outcome.attempts] + [outcome.point.threshold]
     return float(np.floor(min(scores) * 10 - 0.3) / 10), float(np.ceil(max(scores) * 10 + 0.3) / 10)
 

@@ -1,4 +1,4 @@
-"""The demo's steps as processes: commands found beside this Python, their logs, and a server that is always stopped."""
+"""Run the demo's steps as processes: commands beside this Python, their logs, a server that is always stopped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STOP_SECONDS = 15.0
 
 
 class StepFailed(PkdError):
-    """A command of the demo ended with an error; carries its exit code."""
+    """Say that a command of the demo ended with an error; carries its exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -41,7 +41,7 @@ class StepFailed(PkdError):
 
 
 class Steps:
-    """Runs the other commands as a user would: prints each command line, logs to ``folder/logs``, times it."""
+    """Run the other commands as a user would: print each command line, log to ``folder/logs``, time it."""
 
     def __init__(self, folder: Path, console: Console) -> None:
         self.folder = folder
@@ -105,7 +105,7 @@ class Steps:
 
 
 class Client:
-    """The three calls of the REST API that the demo makes; every refusal becomes StepFailed with the server's words."""
+    """Make the three calls of the REST API that the demo needs; a refusal becomes StepFailed in the server's words."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -113,7 +113,7 @@ class Client:
         self._connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=60)
 
     def ready(self) -> bool:
-        """Whether ``/readyz`` says yes: the golden crops of every bundle reproduced their embeddings."""
+        """Ask whether ``/readyz`` says yes: the golden crops of every bundle reproduced their embeddings."""
         try:
             self._connection.request("GET", "/readyz")
             answer = self._connection.getresponse()
@@ -127,7 +127,7 @@ class Client:
         self._connection.close()
 
     def embed(self, crop: Path, encoder: str) -> Mapping[str, Any]:
-        """``POST /embed`` with one aligned crop file → its embedding object for ``verify``."""
+        """Call ``POST /embed`` with one aligned crop file → its embedding object for ``verify``."""
         query = urlencode({"encoder": encoder, "aligned": "true", "encoding": "b64_f32"})
         kind = "jpeg" if crop.suffix.lower() in (".jpg", ".jpeg") else crop.suffix.lower()[1:]
         answer = self._post(f"/embed?{query}", crop.read_bytes(), f"image/{kind}")
@@ -135,7 +135,7 @@ class Client:
         return embedding_object(found["embedding"], answer["encoder"]["id"], answer["space"]["id"])
 
     def verify(self, query: Mapping[str, Any], gallery: Mapping[str, Any], fmr: float) -> Mapping[str, Any]:
-        """``POST /verify`` of two embedding objects at a target false match rate."""
+        """Call ``POST /verify`` with two embedding objects at a target false match rate."""
         body = {"a": query, "b": gallery, "policy": {"target_fmr": fmr}}
         return self._post("/verify", json.dumps(body).encode(), "application/json")
 
@@ -153,13 +153,13 @@ class Client:
 
 
 def embedding_object(embedding: str | NDArray[np.float32], encoder: str, space: str) -> dict[str, Any]:
-    """What ``/verify`` takes for an embedding that was made elsewhere; float32 D or base64 of it, little-endian."""
+    """Make what ``/verify`` takes for an embedding made elsewhere; float32 D, or base64 of it, little-endian."""
     text = embedding if isinstance(embedding, str) else base64.b64encode(embedding.astype("<f4").tobytes()).decode()
     return {"embedding": text, "encoding": "b64_f32", "encoder": encoder, "space": space}
 
 
 def command(name: str) -> Path:
-    """A pkd command of the environment that runs this. Raises InputError where it is not installed."""
+    """Find a pkd command of the environment that runs this. Raises InputError where it is not installed."""
     found = Path(sys.executable).with_name(name)
     if not found.is_file():
         raise InputError(
@@ -170,7 +170,7 @@ def command(name: str) -> Path:
 
 @contextmanager
 def _process(line: list[str], output: IO[str], errors: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in a session of its own, so that Ctrl-C reaches only the demo, which then stops the child."""
+    """Start a child in a session of its own, so that Ctrl-C reaches only the demo, which then stops the child."""
     environment = QUIET | os.environ
     process = subprocess.Popen(
         line, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, env=environment, start_new_session=True

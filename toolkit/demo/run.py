@@ -1,4 +1,4 @@
-"""The demo: photographs on two devices matched across encoders, from training to HTTP, by the commands a user runs.
+"""Run the demo: match two devices' photographs across encoders, from training to HTTP, by the users' commands.
 
 Every training, evaluation, export and server is a process of its own; this file imports none of their code. Without
 ``--faces`` the people are synthetic drawings and all that is measured on them says nothing about real people.
@@ -72,7 +72,7 @@ class DemoConfig(Options):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One query at the door: who asked, against whose gallery image, and what the server decided."""
+    """Record one query over HTTP: who asked, against whose gallery image, and what the server decided."""
 
     query: Path
     gallery: Path
@@ -85,7 +85,7 @@ class Attempt:
 
 @dataclass
 class Outcome:
-    """All that the picture, the page and the table tell."""
+    """Hold all that the picture, the page and the table tell."""
 
     synthetic: bool
     teacher: Bundle
@@ -97,17 +97,17 @@ class Outcome:
     parameters: Mapping[str, int] = field(default_factory=dict)
 
     def of(self, genuine: bool) -> list[Attempt]:
-        """The genuine attempts, or the impostors', by ascending score."""
+        """Return the genuine attempts, or the impostors', by ascending score."""
         return sorted((a for a in self.attempts if a.genuine is genuine), key=lambda a: a.score)
 
     def rate(self, genuine: bool) -> float:
-        """Share of them that matched."""
+        """Return the share of them that matched."""
         tried = self.of(genuine)
         return sum(a.match for a in tried) / len(tried)
 
 
 def run_demo(config: DemoConfig, console: Console) -> Outcome:
-    """The whole demo into ``config.out``. Raises StepFailed with the exit code of the command that failed."""
+    """Run the whole demo into ``config.out``. Raises StepFailed with the exit code of the command that failed."""
     _check(config)
     start = time.monotonic()
     with demo_folder(config.out):
@@ -180,8 +180,10 @@ def _train(config: DemoConfig, groups: Groups, steps: Steps) -> dict[str, int]:
 
 
 def _train_control(config: DemoConfig, groups: Groups, steps: Steps) -> None:
-    """The student's network, trained without the teacher: the report says what distillation bought. Synthetic only,
-    where it takes half a minute; on your own faces it would take as long as the student."""
+    """Train the student's network without the teacher, so that the report says what distillation bought.
+
+    Synthetic only, where it takes half a minute; on your own faces it would take as long as the student.
+    """
     steps.run(
         "control", "pkd-distill", "--method", "none", "--student", STUDENT, "--dim", str(DIM), "--name", "demo-control",
         *RECIPE, *_steps(config, "control"), "--faces", groups.train, "--cache", config.out / "cache", "--json",
@@ -207,7 +209,7 @@ def _export(config: DemoConfig, steps: Steps, role: str) -> Bundle:
 
 
 def _named(config: DemoConfig) -> list[str | Path]:
-    """How the teacher is named to the other commands."""
+    """Name the teacher to the other commands."""
     named: list[str | Path] = ["--teacher", config.teacher or config.out / "runs/teacher"]
     if config.teacher_preprocess:
         named += ["--teacher-preprocess", config.teacher_preprocess]
@@ -233,7 +235,7 @@ def _certificate(student: Bundle, teacher: Bundle) -> Certificate:
 
 
 def at_the_door(server: Client, student: Bundle, teacher: Bundle, visitors: Path, fmr: float) -> list[Attempt]:
-    """Each visitor's first image is enrolled with the teacher on the server; the others are queries.
+    """Enrol each visitor's first image with the teacher on the server, and match the others as queries.
 
     A query is embedded here, on the "phone", with nothing but onnxruntime and the student's bundle: its image never
     reaches the server. Each is tried against its own gallery image and those of the next twelve people.
@@ -260,7 +262,7 @@ def at_the_door(server: Client, student: Bundle, teacher: Bundle, visitors: Path
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
-    """The outcome as plain data: what ``--json`` prints and ``demo.json`` holds."""
+    """Return the outcome as plain data: what ``--json`` prints and ``demo.json`` holds."""
     point = outcome.point
     return {
         "synthetic": outcome.synthetic,

@@ -22,6 +22,8 @@ from pkd.toolkit.encoders.onnx_ports import Ports, choose_output, flat_rows, rea
 from pkd.toolkit.images.codec import Rgb
 
 Embeddings = NDArray[np.float32]
+Training = Mapping[str, str | int | float | bool | None]
+NO_TRAINING: Training = MappingProxyType({})
 PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FASTEST = "onnxruntime-fp32"
 """The target that computes a bundle's own encoder as onnxruntime likes it best."""
@@ -30,74 +32,71 @@ MAX_MEMORY = 4 << 30
 
 
 class Encoder(Protocol):
-    """Anything that embeds: an ONNX file, a bundle, a torch student."""
+    """Embed crops: an ONNX file, a bundle, a torch student."""
 
     @property
     def info(self) -> EncoderInfo:
-        """Who this is; certificates and galleries are keyed by ``info.id``."""
+        """Say who this is; certificates and galleries are keyed by ``info.id``."""
 
     def embed(self, crops: Rgb) -> Embeddings:
-        """uint8 N×H×W×3 RGB → float32 N×D with unit rows."""
+        """Embed uint8 N×H×W×3 RGB → float32 N×D with unit rows."""
 
 
 class NetEncoder:
-    """An encoder around a network that takes uint8 crops as they are. Safe to share between threads where that is."""
+    """Wrap a network that takes uint8 crops as they are. Safe to share between threads where that is."""
 
     def __init__(self, info: EncoderInfo, net: Callable[[Rgb], NDArray[np.float32]]) -> None:
-        """``net``: uint8 N×H×W×3 RGB, N ≥ 1 → float32 N×D of any length."""
+        """Take ``net``: uint8 N×H×W×3 RGB, N ≥ 1 → float32 N×D of any length."""
         self.info = info
         self._net = net
 
     def embed(self, crops: Rgb) -> Embeddings:
-        """uint8 N×H×W×3 RGB → float32 N×D with unit rows. Raises InputError or BadVector."""
+        """Embed uint8 N×H×W×3 RGB → float32 N×D with unit rows. Raises InputError or BadVector."""
         self.info.preprocess.check(crops)
         if not len(crops):
             return np.empty((0, self.info.space.dim), np.float32)
         return unit_rows(self._net(crops), self.info.name)
 
 
-class OnnxEncoder:
-    """An encoder in onnxruntime. Safe to share between threads."""
+class OnnxEncoder(NetEncoder):
+    """Run an encoder in onnxruntime. Safe to share between threads.
 
-    path: Path | None = None
-    """The ONNX file it was opened from; None for the graph of a bundle."""
-    ports: Ports | None = None
-    """How the file takes pixels and gives embeddings; None for the graph of a bundle."""
-    training: Mapping[str, str | int | float | bool | None] = MappingProxyType({})
-    """What a bundle's manifest says of how it was trained."""
+    ``path``: the ONNX file it was opened from, ``ports``: how the file takes pixels and gives embeddings; both None for
+    the graph of a bundle. ``training``: what a bundle's manifest says of how it was trained.
+    """
 
     def __init__(
         self,
         info: EncoderInfo,
         session: ort.InferenceSession,
         feed: Callable[[Rgb], NDArray[np.generic]],
+        *,
         output: str | None = None,
+        path: Path | None = None,
+        ports: Ports | None = None,
+        training: Training = NO_TRAINING,
     ) -> None:
-        self.info = info
+        """Take ``feed``: uint8 N×H×W×3 RGB → what the session takes; ``output``: its name, else the first."""
+        super().__init__(info, lambda crops: self._run(feed(crops)))
+        self.path = path
+        self.ports = ports
+        self.training = training
         self._session = session
-        self._feed = feed
         self._input = session.get_inputs()[0].name
         self._output = output or session.get_outputs()[0].name
 
-    def embed(self, crops: Rgb) -> Embeddings:
-        """uint8 N×H×W×3 RGB → float32 N×D with unit rows. Raises InputError or BadVector."""
-        self.info.preprocess.check(crops)
-        if not len(crops):
-            return np.empty((0, self.info.space.dim), np.float32)
-        return unit_rows(self._raw(self._feed(crops)), self.info.name)
-
-    def _raw(self, fed: NDArray[np.generic]) -> NDArray[np.float32]:
+    def _run(self, fed: NDArray[np.generic]) -> NDArray[np.float32]:
         (raw,) = self._session.run([self._output], {self._input: fed})
         return flat_rows(raw)
 
 
 class _FixedBatch(OnnxEncoder):
-    """A graph that was exported for one batch size: the last batch is filled up with zeros."""
+    """Run a graph that was exported for one batch size: the last batch is filled up with zeros."""
 
-    def _raw(self, fed: NDArray[np.generic]) -> NDArray[np.float32]:
+    def _run(self, fed: NDArray[np.generic]) -> NDArray[np.float32]:
         size: int = self._session.get_inputs()[0].shape[0]
         filled = np.concatenate([fed, np.zeros((-len(fed) % size, *fed.shape[1:]), fed.dtype)])
-        rows = [super(_FixedBatch, self)._raw(filled[i : i + size]) for i in range(0, len(filled), size)]
+        rows = [super(_FixedBatch, self)._run(filled[i : i + size]) for i in range(0, len(filled), size)]
         return np.concatenate(rows)[: len(fed)]
 
 
@@ -129,10 +128,7 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
     name = name or name_of(path)
     info = describe(name, "teacher", hashlib.sha256(data).hexdigest(), preprocess, ports.dim)
     kind = OnnxEncoder if taken.batch is None else _FixedBatch
-    encoder = kind(info, session, lambda crops: taken.feed(crops, preprocess), output)
-    encoder.ports = ports
-    encoder.path = path
-    return encoder
+    return kind(info, session, lambda crops: taken.feed(crops, preprocess), output=output, path=path, ports=ports)
 
 
 def open_bundle(bundle: Bundle, *, threads: int = 1, device: Device = "cpu") -> OnnxEncoder:
@@ -168,13 +164,11 @@ def open_graph(
                 f"{where}: has {found}, expected one {kind} {port_name!r} of shape N×{'×'.join(map(str, shape))}. "
                 "Export the bundle again."
             )
-    encoder = OnnxEncoder(info, session, lambda crops: crops)
-    encoder.training = bundle.manifest.training
-    return encoder
+    return OnnxEncoder(info, session, lambda crops: crops, training=bundle.manifest.training)
 
 
 def make_session(model: bytes, threads: int, device: Device = "cpu", *, bounded: bool = False) -> ort.InferenceSession:
-    """A session that does not spin: spinning doubles the cost where cores are shared.
+    """Make a session that does not spin: spinning doubles the cost where cores are shared.
 
     ``bounded``: it fails instead of taking more than its share of MAX_MEMORY, whatever its graph asks for. Raises
     TargetUnavailable for ``cuda`` where onnxruntime would silently run on the CPU instead.
@@ -200,7 +194,7 @@ def make_session(model: bytes, threads: int, device: Device = "cpu", *, bounded:
 
 @cache
 def _bound_memory() -> None:
-    """Once in a process: onnxruntime has one allocator that sessions may share, and only that takes a limit."""
+    """Limit memory, once in a process: only the one allocator that onnxruntime's sessions share takes a limit."""
     arena = {"max_mem": MAX_MEMORY, "arena_extend_strategy": -1, "initial_chunk_size_bytes": -1}
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg({**arena, "max_dead_bytes_per_chunk": -1}))
@@ -217,13 +211,13 @@ def unit_rows(vectors: NDArray[np.float32], source: str = "encoder") -> Embeddin
 
 
 def batches(count: int, size: int) -> Iterator[range]:
-    """Consecutive index ranges of at most ``size``."""
+    """Yield consecutive index ranges of at most ``size``."""
     for start in range(0, count, size):
         yield range(start, min(start + size, count))
 
 
 def ort_reason(error: Exception) -> str:
-    """What onnxruntime says, as one short sentence: no codes, no paths of its source files."""
+    """Shorten what onnxruntime says to one short sentence: no codes, no paths of its source files."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
     first = first.split(" Status Message:")[0]
     return first.rsplit(" : ", 1)[-1][:300].rstrip(".") + "."

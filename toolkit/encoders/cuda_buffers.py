@@ -1,4 +1,4 @@
-"""The first NVIDIA GPU's context, and memory on it with a stream: what an engine needs around it."""
+"""Hold what an engine needs around it: the first NVIDIA GPU's context, memory on it and a stream."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def enter_device() -> Any:
 
 
 class CudaMemory:
-    """A buffer for bytes that go in, one for float32 that come out, and the stream that they are copied on.
+    """Hold a buffer for bytes that go in, one for float32 that come out, and the stream they are copied on.
 
     Each has its twin on the host, pinned, so that the driver copies it without a detour. One call at a time.
     """
 
     def __init__(self, bytes_in: int, floats_out: int) -> None:
-        """Raises as ``enter_device``, and PkdError where there is no room."""
+        """Allocate. Raises as ``enter_device``, and PkdError where there is no room."""
         self._driver = enter_device()
         undo: list[tuple[str, Any]] = []
         finalizer = weakref.finalize(self, _release, undo)
@@ -57,7 +57,7 @@ class CudaMemory:
         return copied
 
     def _pair(self, size: int, undo: list[tuple[str, Any]]) -> tuple[int, int]:
-        """Addresses of ``size`` bytes on the device and of as many on the host."""
+        """Allocate ``size`` bytes on the device and of as many on the host."""
         device = call(self._driver, "cuMemAlloc", size)
         undo.append(("cuMemFree", device))
         host = call(self._driver, "cuMemHostAlloc", size, 0)
@@ -66,7 +66,7 @@ class CudaMemory:
 
 
 def call(driver: Any, name: str, *arguments: Any) -> Any:
-    """One function of the CUDA driver. Raises PkdError in its own words where it fails."""
+    """Call one function of the CUDA driver. Raises PkdError in its own words where it fails."""
     error, *values = getattr(driver, name)(*arguments)
     if error != driver.CUresult.CUDA_SUCCESS:
         _, words = driver.cuGetErrorString(error)
@@ -76,7 +76,7 @@ def call(driver: Any, name: str, *arguments: Any) -> Any:
 
 @cache
 def _primary_context() -> tuple[Any, Any]:
-    """The driver and the context, held for as long as the process lives: engines are loaded in it."""
+    """Open the driver and the context, held for as long as the process lives: engines are loaded in it."""
     try:
         from cuda.bindings import driver
     except ImportError:

@@ -29,7 +29,7 @@ YUNET_OUTPUTS = frozenset(f"{part}_{stride}" for part in ("cls", "obj", "bbox", 
 
 @dataclass(frozen=True)
 class Face:
-    """One detected face, in pixels of the image that was given.
+    """Describe one detected face, in pixels of the image that was given.
 
     ``box``: float32 4, x1 y1 x2 y2; may reach beyond the image. ``landmarks``: float32 5×2, x y of the image-left
     eye, the other eye, nose tip, image-left mouth corner, the other. ``score``: detector confidence, 0–1.
@@ -41,14 +41,14 @@ class Face:
 
 
 class Detector(Protocol):
-    """Anything that finds faces. Safe to share between threads."""
+    """Find faces in photographs. Safe to share between threads."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the detector's weights."""
+        """Return the SHA-256 (hex) of the detector's weights."""
 
     def detect(self, image: Rgb) -> list[Face]:
-        """uint8 H×W×3 RGB → the faces found, in no particular order; empty where there is none."""
+        """Search uint8 H×W×3 RGB → the faces found, in no particular order; empty where there is none."""
 
 
 def open_detector(spec: str, min_score: float = 0.5) -> Detector:
@@ -66,7 +66,7 @@ def open_detector(spec: str, min_score: float = 0.5) -> Detector:
 
 
 def choose(faces: Sequence[Face], image: Rgb) -> Face:
-    """The face the photograph is of: the largest, where a face on the rim counts a fifth of its area. Raises NoFace."""
+    """Choose the face a photograph is of: the largest; on the rim a fifth of its area counts. Raises NoFace."""
     if not faces:
         raise NoFace("no face found. Give a photograph that shows a face, or lower --min-score.")
     extent = np.array([image.shape[1], image.shape[0]], np.float64)
@@ -80,7 +80,7 @@ def choose(faces: Sequence[Face], image: Rgb) -> Face:
 
 
 class YuNet:
-    """YuNet through OpenCV, which keeps state between calls: every thread gets a network of its own."""
+    """Run YuNet through OpenCV, which keeps state between calls: every thread gets a network of its own."""
 
     def __init__(self, path: Path, min_score: float) -> None:
         self._model = _yunet_bytes(path)
@@ -89,7 +89,7 @@ class YuNet:
         self.digest = hashlib.sha256(self._model).hexdigest()
 
     def detect(self, image: Rgb) -> list[Face]:
-        """uint8 H×W×3 RGB → faces."""
+        """Search uint8 H×W×3 RGB → faces."""
         if min(image.shape[:2]) < MIN_SIDE:
             return []
         longest = max(image.shape[:2])
@@ -105,7 +105,7 @@ class YuNet:
         return []
 
     def _refine(self, image: Rgb, face: Face) -> Face:
-        """The same face found again in a finer copy of its surroundings; the landmarks of tiny faces are coarse."""
+        """Find the same face again in a finer copy of its surroundings; the landmarks of tiny faces are coarse."""
         reach = 1.5 * _side(face)
         centre = (face.box[:2] + face.box[2:]) / 2
         x1, y1 = np.maximum(0, np.floor(centre - reach)).astype(int)
@@ -142,7 +142,7 @@ _quiet = threading.Lock()
 
 
 def _open_network(model: bytes, min_score: float) -> cv2.FaceDetectorYN:
-    """OpenCV 5 warns on stderr that it ignores the default target; that is not the user's concern."""
+    """Open YuNet without OpenCV 5's warning on stderr that it ignores the default target."""
     with _quiet:
         level = cv2.utils.logging.getLogLevel()
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
@@ -155,7 +155,7 @@ def _open_network(model: bytes, min_score: float) -> cv2.FaceDetectorYN:
 
 
 def _yunet_bytes(path: Path) -> bytes:
-    """OpenCV takes any ONNX file without complaint and fails later, so look at its outputs first."""
+    """Read the file and look at its outputs: OpenCV takes any ONNX file without complaint and fails later."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -175,12 +175,12 @@ def _yunet_bytes(path: Path) -> bytes:
 
 
 def _side(face: Face) -> float:
-    """Longer side of the box, pixels."""
+    """Return the longer side of the box, pixels."""
     return float(np.max(face.box[2:] - face.box[:2]))
 
 
 def _face(row: NDArray[np.float32], stretch: NDArray[np.float32]) -> Face:
-    """OpenCV's row: x, y, width, height, five points, score. Pixel centres lie at whole coordinates: hence the ½."""
+    """Read OpenCV's row: x, y, width, height, five points, score. Pixel centres are whole numbers: hence the ½."""
     corner, extent = row[:2], row[2:4]
     box = np.concatenate([corner * stretch, (corner + extent) * stretch])
     landmarks = (row[4:14].reshape(5, 2) + 0.5) * stretch - 0.5

@@ -1,4 +1,4 @@
-"""Embed a whole FaceSet: decoding in threads, results cached on disk by what made them."""
+"""Embed a whole FaceSet: decode in threads, and cache results on disk by what made them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def embed_stored(
     jobs: int | None = None,
     advance: Advance = lambda done: None,
 ) -> StoredRows:
-    """As ``embed_faces``, but the vectors stay on disk: float32 rows by index, 8 bytes of memory an image."""
+    """Embed as ``embed_faces``, but leave the vectors on disk: float32 rows by index, 8 bytes of memory an image."""
     load = _reader(encoder, faces, flip)
     return embed_keyed(encoder, _keys(faces, flip, cache), load, cache=cache, jobs=jobs, advance=advance)
 
@@ -88,7 +88,7 @@ def embed_keyed(
 
 
 def default_cache() -> Path:
-    """``$PKD_CACHE``, or ``pkd`` in the user's cache folder."""
+    """Return ``$PKD_CACHE``, or ``pkd`` in the user's cache folder."""
     named = os.environ.get("PKD_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pkd"
 
@@ -114,7 +114,7 @@ def _embedded(
 
 
 def _keys(faces: FaceSet, flip: bool, cache: Path) -> Keys:
-    """First eight bytes of SHA-256 over an image's hex digest and which way round it is."""
+    """Make keys: the first eight bytes of SHA-256 over an image's hex digest and which way round it is."""
     digests, tag = faces.digests(cache), b" flip" if flip else b" as is"
     keys = np.empty(len(faces), np.uint64)
     for start in range(0, len(faces), BLOCK):

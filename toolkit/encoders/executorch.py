@@ -29,7 +29,7 @@ _TURN = threading.Lock()
 
 
 class ExecuTorchNet:
-    """A loaded program. Safe to share between threads: calls take turns."""
+    """Run a loaded program. Safe to share between threads: calls take turns."""
 
     def __init__(self, program: bytes, threads: int) -> None:
         with _TURN, quiet():
@@ -53,7 +53,7 @@ class ExecuTorchNet:
                 raise BundleError(f"{self.version} cannot read the program. Export the bundle again.") from None
 
     def __call__(self, crops: Rgb) -> NDArray[np.float32]:
-        """uint8 N×S×S×3 → float32 N×D as the program gives it, one crop after the other."""
+        """Run uint8 N×S×S×3 → float32 N×D as the program gives it, one crop after the other."""
         return np.stack([self._one(crop) for crop in crops])
 
     def _one(self, crop: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -75,7 +75,7 @@ def open_executorch(bundle: Bundle, target: Target, file: str, threads: int) -> 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without ExecuTorch's warnings, its log, and what its C++ side writes to stderr about the processor."""
+    """Silence ExecuTorch's warnings, its log, and what its C++ side writes to stderr about the processor."""
     before = logging.root.manager.disable
     sys.stderr.flush()
     stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)

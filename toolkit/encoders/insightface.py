@@ -1,4 +1,4 @@
-"""insightface packs: the recogniser and the SCRFD detector of ``buffalo_l`` and its kin, or of a folder of ONNX files.
+"""Open insightface packs: recogniser and SCRFD detector of ``buffalo_l`` and its kin, or of a folder of files.
 
 insightface itself reads the files, so that what it infers from a graph (scaling, anchors) is what its users get.
 """
@@ -25,7 +25,7 @@ INPUT_SIZE = (640, 640)
 
 
 def recogniser(spec: str) -> tuple[Path, Preprocess]:
-    """Path of the pack's recognition network and the preprocessing insightface gives it.
+    """Find the path of the pack's recognition network and the preprocessing insightface gives it.
 
     Raises InputError where the pack is missing or has no single recogniser, MissingExtra without insightface.
     """
@@ -38,7 +38,7 @@ def recogniser(spec: str) -> tuple[Path, Preprocess]:
 
 
 def detector(spec: str, min_score: float) -> Scrfd:
-    """The pack's face detector. Raises as ``recogniser``."""
+    """Open the pack's face detector. Raises as ``recogniser``."""
     model = _only(spec, "detection")
     if not model.use_kps:
         raise InputError(f"{model.model_file}: this detector gives no landmarks. Give one that does (…_kps or _bnkps).")
@@ -47,14 +47,14 @@ def detector(spec: str, min_score: float) -> Scrfd:
 
 
 class Scrfd:
-    """SCRFD as insightface runs it. Its onnxruntime session is safe to share between threads."""
+    """Run SCRFD as insightface does. Its onnxruntime session is safe to share between threads."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self.digest = hashlib.sha256(Path(model.model_file).read_bytes()).hexdigest()
 
     def detect(self, image: Rgb) -> list[Face]:
-        """uint8 H×W×3 RGB → faces."""
+        """Search uint8 H×W×3 RGB → faces."""
         if min(image.shape[:2]) < MIN_SIDE:
             return []
         boxes, points = self._model.detect(np.ascontiguousarray(image[:, :, ::-1]))
@@ -66,7 +66,7 @@ class Scrfd:
 
 
 def _only(spec: str, task: str) -> Any:
-    """The one model of the pack with that task, opened by insightface."""
+    """Open the one model of the pack with that task, opened by insightface."""
     try:
         from insightface.model_zoo import get_model
     except ModuleNotFoundError:
@@ -97,7 +97,7 @@ def _only(spec: str, task: str) -> Any:
 
 
 def _folder(name: str) -> Path:
-    """Folder (or single file) that ``name`` stands for; a pack that is missing is fetched as insightface does it."""
+    """Find the folder (or file) that ``name`` stands for; a pack that is missing is fetched as insightface does."""
     if not name:
         raise InputError("insightface: names no pack. Write insightface:buffalo_l or insightface:FOLDER.")
     path = Path(name).expanduser()

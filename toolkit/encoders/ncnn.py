@@ -19,7 +19,7 @@ PINNED = ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf1
 
 
 class NcnnNet:
-    """A loaded network. Safe to share between threads: each call has an extractor of its own."""
+    """Run a loaded network. Safe to share between threads: each call has an extractor of its own."""
 
     def __init__(self, param: bytes, weights: bytes, threads: int) -> None:
         try:
@@ -38,7 +38,7 @@ class NcnnNet:
         self._net.load_model_mem(weights)
 
     def __call__(self, crops: Rgb) -> NDArray[np.float32]:
-        """uint8 N×S×S×3 → float32 N×D as the network gives it, one crop after the other."""
+        """Run uint8 N×S×S×3 → float32 N×D as the network gives it, one crop after the other."""
         return np.stack([self._one(crop) for crop in crops])
 
     def _one(self, crop: NDArray[np.uint8]) -> NDArray[np.float32]:

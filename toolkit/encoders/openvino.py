@@ -25,13 +25,13 @@ FIXED = 4
 
 
 class OpenVinoModel:
-    """IR on the CPU with the precision pinned. Safe to share between threads.
+    """Run IR on the CPU with the precision pinned. Safe to share between threads.
 
     A model of a fixed batch size is faster than one of any size, for single crops most of all.
     """
 
     def __init__(self, model: bytes, weights: bytes, precision: str, threads: int) -> None:
-        """Raises MissingExtra, or TargetUnavailable for a precision that this processor lacks."""
+        """Compile. Raises MissingExtra, or TargetUnavailable for a precision that this processor lacks."""
         try:
             import openvino
         except ImportError:
@@ -55,7 +55,7 @@ class OpenVinoModel:
             )
 
     def __call__(self, crops: Rgb) -> NDArray[np.float32]:
-        """uint8 N×S×S×3 → float32 N×D as the network gives it."""
+        """Run uint8 N×S×S×3 → float32 N×D as the network gives it."""
         return self._for(len(crops)).infer(crops)
 
     def _for(self, batch: int) -> _Requests:
@@ -72,7 +72,7 @@ class OpenVinoModel:
 
 
 class _Requests:
-    """A compiled model and the inference requests that no thread uses just now: to make one costs more than a crop."""
+    """Keep a compiled model and idle inference requests: to make a request costs more than a crop."""
 
     def __init__(self, compiled: Any) -> None:
         self.compiled = compiled

@@ -18,7 +18,7 @@ Open = Callable[[Bundle, Target, str, int], Encoder]
 
 
 def open_target(bundle: Bundle, name: str, *, threads: int = 1) -> Encoder:
-    """The encoder of the target ``<runtime>-<precision>``, on the CPU or, of TensorRT, on the GPU.
+    """Open the encoder of the target ``<runtime>-<precision>``, on the CPU or, of TensorRT, on the GPU.
 
     Raises BundleError for a target that the bundle lacks, TargetUnavailable for one that was not built or cannot run
     here, MissingExtra without its runtime.
@@ -46,7 +46,7 @@ def open_target(bundle: Bundle, name: str, *, threads: int = 1) -> Encoder:
 
 
 def target_of(path: Path) -> tuple[Path, str] | None:
-    """``BUNDLE/targets/NAME`` → bundle (folder or zip) and target name; None for any other path."""
+    """Split ``BUNDLE/targets/NAME`` → bundle (folder or zip) and target name; None for any other path."""
     bundle = path.parent.parent
     if path.parent.name != "targets" or not is_bundle(bundle):
         return None

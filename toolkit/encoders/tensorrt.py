@@ -20,7 +20,7 @@ from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.core.errors import BundleError, MissingExtra, PkdError, TargetUnavailable
 from pkd.toolkit.core.gpu import find_gpu
-from pkd.toolkit.encoders.base import Embeddings, batches, unit_rows
+from pkd.toolkit.encoders.base import NetEncoder, batches
 from pkd.toolkit.encoders.cuda_buffers import CudaMemory, enter_device
 from pkd.toolkit.images.codec import Rgb
 
@@ -29,39 +29,32 @@ EXTRAS = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
 """Package → the extra of pkd that installs it, which is also what pkd-export --format calls it."""
 
 
-class TensorRtEncoder:
-    """An encoder in TensorRT. Safe to share between threads: each call has an execution context to itself."""
+class TensorRtEncoder(NetEncoder):
+    """Run an encoder in TensorRT. Safe to share between threads: each call has an execution context to itself."""
 
     def __init__(self, info: EncoderInfo, engine: Any, ports: tuple[str, str]) -> None:
-        """``ports``: names of the engine's input and output."""
-        self.info = info
+        """Take ``ports``: names of the engine's input and output."""
+        super().__init__(info, self.raw)
         self._engine, self._ports = engine, ports
         smallest, _, largest = engine.get_tensor_profile_shape(ports[0], 0)
         self._limits = int(smallest[0]), int(largest[0])
-        self._idle: list[_Lane] = []
+        self._idle: list[_Slot] = []
         self._opening = Lock()
 
-    def embed(self, crops: Rgb) -> Embeddings:
-        """uint8 N×H×W×3 RGB → float32 N×D with unit rows, for any N. Raises InputError, BadVector or PkdError."""
-        self.info.preprocess.check(crops)
-        if not len(crops):
-            return np.empty((0, self.info.space.dim), np.float32)
-        return unit_rows(self.raw(crops), self.info.name)
-
     def raw(self, crops: Rgb) -> NDArray[np.float32]:
-        """uint8 N×S×S×3, N ≥ 1 → float32 N×D as the engine gives it. Raises PkdError where TensorRT or CUDA fails."""
-        lane = self._lane()
-        rows = [lane.run(part)[:kept] for part, kept in split(crops, *self._limits)]
-        self._idle.append(lane)  # not after an error: it may be of no more use
+        """Run uint8 N×S×S×3, N ≥ 1 → float32 N×D as the engine gives it. Raises PkdError where TensorRT fails."""
+        slot = self._slot()
+        rows = [slot.run(part)[:kept] for part, kept in split(crops, *self._limits)]
+        self._idle.append(slot)  # not after an error: it may be of no more use
         return np.concatenate(rows)
 
-    def _lane(self) -> _Lane:
+    def _slot(self) -> _Slot:
         with self._opening:
-            return self._idle.pop() if self._idle else _Lane(self.info, self._engine, self._ports, self._limits[1])
+            return self._idle.pop() if self._idle else _Slot(self.info, self._engine, self._ports, self._limits[1])
 
 
-class _Lane:
-    """What one call at a time needs: an execution context, which is not thread-safe, with memory and a stream."""
+class _Slot:
+    """Hold what one call at a time needs: an execution context, which is not thread-safe, with memory and a stream."""
 
     def __init__(self, info: EncoderInfo, engine: Any, ports: tuple[str, str], largest: int) -> None:
         self._name, self._dim, self._taken = info.name, info.space.dim, ports[0]
@@ -73,7 +66,7 @@ class _Lane:
             self._must(self._context.set_tensor_address(port, address), f"set_tensor_address({port})")
 
     def run(self, crops: Rgb) -> NDArray[np.float32]:
-        """uint8 N×S×S×3, N within the engine's profile → float32 N×D as the engine gives it."""
+        """Run uint8 N×S×S×3, N within the engine's profile → float32 N×D as the engine gives it."""
         enter_device()  # the calling thread may be another than last time
         self._memory.upload(crops)
         self._must(self._context.set_input_shape(self._taken, crops.shape), f"set_input_shape{crops.shape}")
@@ -136,7 +129,7 @@ def load_engine(
 
 
 def split(crops: Rgb, smallest: int, largest: int) -> Iterator[tuple[Rgb, int]]:
-    """Batches of ``smallest`` to ``largest`` crops, and how many of each are real: a short one is filled with zeros."""
+    """Yield batches of ``smallest`` to ``largest`` crops, filled up with zeros, and how many of each are real."""
     for chosen in batches(len(crops), largest):
         part = crops[chosen.start : chosen.stop]
         missing = max(0, smallest - len(part))
@@ -144,7 +137,7 @@ def split(crops: Rgb, smallest: int, largest: int) -> Iterator[tuple[Rgb, int]]:
 
 
 def mismatch(settings: Settings, capability: str, version: str) -> str | None:
-    """What an engine with these ``settings`` needs and what is here, where they differ. ``capability``: ``8.9``."""
+    """Say how what an engine with these ``settings`` needs differs from what is here. ``capability``: ``8.9``."""
     built_for, built_by = str(settings.get("compute_capability")), str(settings.get("tensorrt"))
     if built_by != version:
         return f"the engine is of TensorRT {built_by}, here is {version}"
@@ -156,7 +149,7 @@ def mismatch(settings: Settings, capability: str, version: str) -> str | None:
 
 
 def invalidity(trt: Any, runtime: Any, data: bytes) -> str | None:
-    """Why TensorRT itself would refuse the engine, as far as its header tells; only ``tensorrt_rtx`` can say."""
+    """Ask why TensorRT itself would refuse the engine, as far as its header tells; only ``tensorrt_rtx`` can say."""
     if not hasattr(runtime, "get_engine_validity"):
         return None
     _, bits = runtime.get_engine_validity(data)
@@ -165,7 +158,7 @@ def invalidity(trt: Any, runtime: Any, data: bytes) -> str | None:
 
 
 def error_logger(trt: Any, messages: list[str]) -> Any:
-    """Keeps errors for our own message and prints nothing. The class exists only once the package is imported."""
+    """Keep errors for our own message and prints nothing. The class exists only once the package is imported."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -179,5 +172,5 @@ def error_logger(trt: Any, messages: list[str]) -> Any:
 
 
 def one_line(message: str) -> str:
-    """The start of TensorRT's message."""
+    """Shorten TensorRT's message to one line."""
     return " ".join(message.split())[:300]

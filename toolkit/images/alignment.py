@@ -1,4 +1,4 @@
-"""Alignment: five facial points → the similarity that puts them on the ArcFace template, and the crop it cuts."""
+"""Align faces: find the similarity that puts five facial points on the ArcFace template, and cut the crop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPLATE: NDArray[np.float64] = np.array(
 
 
 def similarity(points: NDArray[np.floating], target: NDArray[np.floating] = TEMPLATE) -> NDArray[np.float64]:
-    """Least-squares rotation, scale and shift that maps N×2 ``points`` onto N×2 ``target`` → float64 2×3.
+    """Find the least-squares rotation, scale and shift that maps N×2 ``points`` onto N×2 ``target`` → float64 2×3.
 
     Closed form of Umeyama (1991, eq. 40–42); never a reflection. Raises NoFace where the points are not finite or
     all coincide.

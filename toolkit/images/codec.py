@@ -1,4 +1,4 @@
-"""Bytes and files → uint8 H×W×3 RGB images, with the limits and messages that strangers' files need."""
+"""Read and write images as uint8 H×W×3 RGB, with the limits and messages that strangers' files need."""
 
 from __future__ import annotations
 

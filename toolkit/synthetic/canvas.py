@@ -1,4 +1,4 @@
-"""Brushes of the synthetic faces: anti-aliased polygons and lines on a planar float canvas in crop units.
+"""Paint synthetic faces: anti-aliased polygons and lines on a planar float canvas in crop units.
 
 Crop units are pixels of the 112×112 crop; the canvas reaches beyond it, because a turned head shows what lies there.
 """
@@ -28,7 +28,7 @@ MIDDLE = 56.0
 
 
 class Canvas:
-    """``rgb`` float32 3×GRID×GRID, and ``alpha`` float32 GRID×GRID: where the head hides the scene."""
+    """Hold ``rgb`` float32 3×GRID×GRID, and ``alpha`` float32 GRID×GRID: where the head hides the scene."""
 
     def __init__(self, colour: Colour) -> None:
         self.rgb: Plane = np.empty((3, GRID, GRID), np.float32)
@@ -74,7 +74,7 @@ WHOLE = slice(0, GRID)
 
 
 def window(shapes: Sequence[Points], margin: float) -> tuple[slice, slice]:
-    """Rows and columns of the canvas that hold the shapes and ``margin`` crop units around them."""
+    """Find rows and columns of the canvas that hold the shapes and ``margin`` crop units around them."""
     points = shapes[0] if len(shapes) == 1 else np.concatenate(shapes)
     (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
     slices = []
@@ -85,7 +85,7 @@ def window(shapes: Sequence[Points], margin: float) -> tuple[slice, slice]:
 
 
 def mask(shapes: Sequence[Points], rows: slice = WHOLE, columns: slice = WHOLE, width: float = 0.0) -> Plane:
-    """Anti-aliased 0…1 mask of polygons, or of open lines where ``width`` is given, on a part of the canvas."""
+    """Draw an anti-aliased 0…1 mask of polygons, or of open lines where ``width`` is given, on a part of the canvas."""
     canvas = np.zeros((rows.stop - rows.start, columns.stop - columns.start), np.uint8)
     origin = np.array([LOW + columns.start / UNIT, LOW + rows.start / UNIT])
     fixed = [np.rint((s - origin) * (16 * UNIT)).astype(np.int32) for s in shapes]
@@ -98,22 +98,22 @@ def mask(shapes: Sequence[Points], rows: slice = WHOLE, columns: slice = WHOLE, 
 
 
 def fixed_point(x: float, y: float, rows: slice = WHOLE, columns: slice = WHOLE) -> tuple[int, int]:
-    """A point in crop units → OpenCV's coordinates with 4 fractional bits on a part of the canvas."""
+    """Convert a point in crop units → OpenCV's coordinates with 4 fractional bits on a part of the canvas."""
     return round(((x - LOW) * UNIT - columns.start) * 16), round(((y - LOW) * UNIT - rows.start) * 16)
 
 
 def fixed_radius(radius: float) -> int:
-    """A radius in crop units → OpenCV's, with 4 fractional bits."""
+    """Convert a radius in crop units → OpenCV's, with 4 fractional bits."""
     return round(radius * UNIT * 16)
 
 
 def curve(a: Point, b: Point, c: Point) -> Points:
-    """A quadratic curve that starts at a, passes b half-way and ends at c → 9×2."""
+    """Draw a quadratic curve that starts at a, passes b half-way and ends at c → 9×2."""
     return np.asarray(_bezier() @ np.array([a, b, c]))
 
 
 def smooth(points: Points) -> Points:
-    """A closed Catmull-Rom curve through N points → 6·N points."""
+    """Draw a closed Catmull-Rom curve through N points → 6·N points."""
     around = np.stack([np.roll(points, k, axis=0) for k in (1, 0, -1, -2)])
     return np.asarray(np.einsum("tk,knd->ntd", _catmull(), around).reshape(-1, 2))
 
@@ -126,12 +126,12 @@ def mirrored(right: Sequence[Point]) -> Points:
 
 
 def both(right: Points) -> list[Points]:
-    """A shape given by (distance from the middle line, y), on either side."""
+    """Put a shape given by (distance from the middle line, y), on either side."""
     return [right * [side, 1] + [MIDDLE, 0] for side in (-1, 1)]
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Points:
-    """24 points of an ellipse; ``angle`` in radians."""
+    """Return 24 points of an ellipse; ``angle`` in radians."""
     circle = _circle() * [rx, ry]
     if angle:
         cos, sin = np.cos(angle), np.sin(angle)
@@ -140,7 +140,7 @@ def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Poi
 
 
 def bumps(shapes: Sequence[tuple[float, float, float, float, float]]) -> Plane:
-    """Sum of separable Gaussians (x, y, σx, σy, height; crop units) → GRID×GRID."""
+    """Sum separable Gaussians (x, y, σx, σy, height; crop units) → GRID×GRID."""
     x, y, sx, sy, height = np.array(shapes).T[..., None]
     across = np.exp(-0.5 * ((axis()[None, :] - x) / sx) ** 2)
     down = np.exp(-0.5 * ((axis()[None, :] - y) / sy) ** 2) * height
@@ -149,7 +149,7 @@ def bumps(shapes: Sequence[tuple[float, float, float, float, float]]) -> Plane:
 
 
 def ramp(stops: NDArray[np.float64], value: float) -> Colour:
-    """The colour at −1…1 along N×3 stops."""
+    """Return the colour at −1…1 along N×3 stops."""
     position = (min(max(value, -1.0), 1.0) + 1) / 2 * (len(stops) - 1)
     low = min(int(position), len(stops) - 2)
     return np.asarray(stops[low] + (position - low) * (stops[low + 1] - stops[low]))
@@ -157,7 +157,7 @@ def ramp(stops: NDArray[np.float64], value: float) -> Colour:
 
 @cache
 def axis() -> NDArray[np.float64]:
-    """Crop units of the canvas's columns, and of its rows."""
+    """Return the crop units of the canvas's columns, and of its rows."""
     return np.asarray(LOW + (np.arange(GRID) + 0.5) / UNIT, np.float64)
 
 

@@ -1,4 +1,4 @@
-"""Synthetic faces: procedural aligned 112×112 crops of people who do not exist.
+"""Draw synthetic faces: procedural aligned 112×112 crops of people who do not exist.
 
 The offline data of the demo, the tests and the golden crops of bundles. **They are drawings, not photographs**: error
 rates measured on them say whether the tools work, and nothing about people. Whatever is measured on them must say so.
@@ -38,7 +38,7 @@ OCCLUSIONS: tuple[Occlusion, ...] = get_args(Occlusion)
 
 @dataclass(frozen=True)
 class Identity:
-    """What stays with a person. Every factor lies in −1…1, 0 is the average face; ``marks`` is a seed."""
+    """Describe what stays with a person. Every factor lies in −1…1, 0 is the average face; ``marks`` is a seed."""
 
     # shape of the head
     face_width: float = 0.0
@@ -100,7 +100,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What changes from image to image. The defaults are a frontal, evenly lit, sharp, neutral face."""
+    """Describe what changes from image to image. The defaults are a frontal, evenly lit, sharp, neutral face."""
 
     # pose: the head turns in depth; the crop is then aligned by its five points, as a detector would
     yaw: float = 0.0
@@ -176,14 +176,14 @@ def draw(identity: Identity, conditions: Conditions | None = None) -> Rgb:
 
 
 def random_identity(seed: int, person: int) -> Identity:
-    """Identity ``person`` of the population ``seed``: every factor uniform in −1…1, by itself."""
+    """Make identity ``person`` of the population ``seed``: every factor uniform in −1…1, by itself."""
     random = np.random.default_rng([seed, person])
     factors = {f.name: float(random.uniform(-1, 1)) for f in fields(Identity) if f.name != "marks"}
     return Identity(**factors, marks=int(random.integers(2**31)))
 
 
 def random_conditions(seed: int, person: int, image: int, difficulty: float = 1.0) -> Conditions:
-    """Conditions of image ``image`` of identity ``person``; they do not depend on who the person is.
+    """Make the conditions of image ``image`` of identity ``person``; they do not depend on who the person is.
 
     ``difficulty`` 0 gives every image the defaults but for the scene, 1 the range of unposed snapshots, 2 hardly
     recognisable ones. Raises InputError outside 0…2.
@@ -225,14 +225,14 @@ def random_conditions(seed: int, person: int, image: int, difficulty: float = 1.
 
 
 def face(seed: int, person: int, image: int, difficulty: float = 1.0) -> Rgb:
-    """Image ``image`` of synthetic identity ``person`` → uint8 112×112×3 RGB."""
+    """Draw image ``image`` of synthetic identity ``person`` → uint8 112×112×3 RGB."""
     return draw(random_identity(seed, person), random_conditions(seed, person, image, difficulty))
 
 
 def generate(
     seed: int, identities: int, images_per_identity: int, *, first: int = 0, difficulty: float = 1.0
 ) -> tuple[Rgb, NDArray[np.int64]]:
-    """Synthetic crops uint8 N×112×112×3 RGB and labels int64 N (0 … identities − 1), identity by identity.
+    """Draw synthetic crops uint8 N×112×112×3 RGB and labels int64 N (0 … identities − 1), identity by identity.
 
     ``first``: number of the first identity, so that ranges of the same seed can be disjoint.
     """

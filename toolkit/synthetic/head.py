@@ -1,4 +1,4 @@
-"""Head: one synthetic face painted flat and from the front, with its relief. See ``synthetic.py`` for the nouns."""
+"""Paint one synthetic face flat and from the front, with its relief. ``faces.py`` explains the factors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EYES_Y = 51.6
 
 
 class Head:
-    """What is painted (``canvas``), its ``relief`` for light and its ``depth`` for pose (GRID×GRID, crop units)."""
+    """Paint a head on ``canvas``, with ``relief`` for light and ``depth`` for pose (GRID×GRID, crop units)."""
 
     def __init__(self, identity: Identity, conditions: Conditions) -> None:
         self.i, self.c = i, c = identity, conditions
@@ -65,13 +65,13 @@ class Head:
 
     @property
     def five_points(self) -> Points:
-        """Eyes, nose tip and mouth corners, 5×2 crop units."""
+        """Return eyes, nose tip and mouth corners, 5×2 crop units."""
         x, y = self.eye_x, EYES_Y
         offsets = [(-x, y), (x, y), (0.0, self.nose_y), (-self.mouth_w, self.mouth_y), (self.mouth_w, self.mouth_y)]
         return np.asarray(np.array(offsets) + np.array([MIDDLE, 0]))
 
     def _paint(self) -> None:
-        """From the back to the front. Each part draws its random numbers whatever the conditions are."""
+        """Paint from the back to the front. Each part draws its random numbers whatever the conditions are."""
         self.inside = mask([self._outline()])
         self.strands = self._strands()
         self._back_hair()
@@ -105,7 +105,7 @@ class Head:
         )  # fmt: skip
 
     def _complexion(self) -> Plane:
-        """Skin with blush, mottling and beard (3×GRID×GRID)."""
+        """Paint skin with blush, mottling and beard (3×GRID×GRID)."""
         i, x, y = self.i, self.eye_x, EYES_Y + 6
         tired = 0.5 + 0.5 * i.age
         blush = bumps(
@@ -184,7 +184,7 @@ class Head:
         self.canvas.stroke(crease, 0.8, self.skin * 0.55, 0.45 + 0.2 * i.eye_depth, soft=0.6)
 
     def _eyeball(self, side: int, lid: Points, almond: Points) -> None:
-        """White, iris, pupil and a reflection, seen through the almond opening."""
+        """Paint white, iris, pupil and a reflection, seen through the almond opening."""
         i, c = self.i, self.c
         rows, columns = window([almond], 2)
         ball = np.empty((rows.stop - rows.start, columns.stop - columns.start, 3), np.float32)
@@ -258,7 +258,7 @@ class Head:
         self.canvas.cover(smooth(mirrored(right)), self.hair * 0.80, self.strands)
 
     def _front_hair(self) -> None:
-        """Hair over the forehead and before the ears, down to a line that is drawn as a height per column."""
+        """Paint hair over the forehead and before the ears, down to a line that is drawn as a height per column."""
         i = self.i
         x = (axis() - MIDDLE) / self.half
         edge = 13.0 - 11.0 * i.hairline + 17 * np.maximum(np.abs(x - 0.3 * i.parting) - 0.2, 0) ** 1.6
@@ -274,7 +274,7 @@ class Head:
         self.canvas.mix(_rgb(self.hair) * self.strands, weight)
 
     def _strands(self) -> Plane:
-        """Brightness of hair around 1, in strands that fall from the crown (GRID×GRID)."""
+        """Make the brightness of hair around 1, in strands that fall from the crown (GRID×GRID)."""
         wave = np.tile(self.random.standard_normal(97).astype(np.float32), 3)[None]
         strands: Plane = (1 + np.float32(0.2) * cv2.GaussianBlur(wave, (3, 1), 0)[0, 97:194])[_crown()]
         return strands
@@ -321,7 +321,7 @@ class Head:
 
 
 def _between(x: NDArray[np.float64], top: NDArray[np.float64], bottom: NDArray[np.float64]) -> Points:
-    """The polygon between two lines over the same x."""
+    """Return the polygon between two lines over the same x."""
     return np.concatenate([np.stack([x, top], 1), np.stack([x, bottom], 1)[::-1]])
 
 
@@ -331,13 +331,13 @@ def _rgb(colour: NDArray[np.float64] | list[int]) -> Plane:
 
 @cache
 def _grain() -> Plane:
-    """Fine noise around 0.8 that makes a beard of an even shade."""
+    """Make fine noise around 0.8 that makes a beard of an even shade."""
     noise: Plane = 0.8 + 0.2 * np.random.default_rng(0).standard_normal((GRID, GRID), np.float32)
     return noise
 
 
 @cache
 def _crown() -> NDArray[np.int64]:
-    """Index 0…96 of the strand that runs through each pixel of the canvas."""
+    """Return the index 0…96 of the strand that runs through each pixel of the canvas."""
     angle = np.arctan2((axis() - MIDDLE)[None, :], (axis() + 26)[:, None])
     return ((angle / np.pi + 1) * 125).astype(np.int64) % 97

@@ -1,4 +1,4 @@
-"""What covers a synthetic face: glasses, masks, hair, hands, hats, painted on the head before it is lit and turned."""
+"""Cover a synthetic face: glasses, masks, hair, hands, hats, painted on the head before it is lit and turned."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _hair(head: Head, random: np.random.Generator) -> None:
 
 
 def _hand(head: Head, random: np.random.Generator) -> None:
-    """Four fingers that come from below and lie on one cheek, towards the mouth."""
+    """Paint four fingers that come from below and lie on one cheek, towards the mouth."""
     side, x, reach = random.choice([-1, 1]), random.uniform(8, 26), random.uniform(58, 84)
     fingers: list[Points] = []
     for k in range(4):

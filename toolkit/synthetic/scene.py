@@ -1,4 +1,4 @@
-"""Light, pose and background of a synthetic face: from the flat painted head to the crop.
+"""Give a synthetic face light, pose and background: from the flat painted head to the crop.
 
 The relief's normals give the light; pose moves every pixel by its depth, so that nose and cheeks shift against each
 other as in a head that turns; the turned head is then aligned by its own five points, as a detector would do it.
@@ -27,7 +27,7 @@ AXLE_Y = 60.0
 
 
 def photograph(head: Head, c: Conditions, size: int) -> NDArray[np.float32]:
-    """The lit, turned and aligned head before its background → float32 size×size×3 RGB, about 0…255."""
+    """Return the lit, turned and aligned head before its background → float32 size×size×3 RGB, about 0…255."""
     lit = cv2.merge(list(_light(head, c)))
     columns, rows = _pose(head, c, size)
     layer = cv2.remap(lit, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
@@ -41,7 +41,7 @@ def photograph(head: Head, c: Conditions, size: int) -> NDArray[np.float32]:
 
 
 def _light(head: Head, c: Conditions) -> Plane:
-    """Diffuse and glancing light on the painted head; the light stays with the camera while the head turns."""
+    """Put diffuse and glancing light on the painted head; the light stays with the camera while the head turns."""
     azimuth, elevation = np.deg2rad([c.light_azimuth - c.yaw, c.light_elevation + c.pitch])
     light = np.array([np.sin(azimuth) * np.cos(elevation), -np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
     slope_x = cv2.Sobel(head.relief, cv2.CV_32F, 1, 0, ksize=3, scale=UNIT / 8)
@@ -49,7 +49,7 @@ def _light(head: Head, c: Conditions) -> Plane:
     length = np.sqrt(slope_x * slope_x + slope_y * slope_y + 1)
 
     def facing(direction: Points) -> Plane:
-        """Cosine between the relief's normal and a unit direction, 0 where it faces away."""
+        """Compute the cosine between the relief's normal and a unit direction, 0 where it faces away."""
         x, y, z = direction.astype(np.float32)
         cosine: Plane = np.maximum((z - x * slope_x - y * slope_y) / length, 0)
         return cosine
@@ -66,7 +66,7 @@ def _light(head: Head, c: Conditions) -> Plane:
 
 
 def _pose(head: Head, c: Conditions, size: int) -> tuple[Plane, Plane]:
-    """Columns and rows of the canvas from which each crop pixel comes."""
+    """Find the columns and rows of the canvas from which each crop pixel comes."""
     yaw, pitch, roll = np.deg2rad([c.yaw, c.pitch, c.roll])
     turn, nod = (np.sin(yaw), np.cos(yaw)), (np.sin(pitch), np.cos(pitch))
     flat = head.five_points
@@ -96,7 +96,7 @@ def _pose(head: Head, c: Conditions, size: int) -> tuple[Plane, Plane]:
 
 
 def _similarity(source: Points, target: Points) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Least-squares rotation with scale (2×2) and shift (2) that takes N×2 points to N×2 points."""
+    """Find the least-squares rotation with scale (2×2) and shift (2) that takes N×2 points to N×2 points."""
     a, b = source - source.mean(0), target - target.mean(0)
     cos, sin = (a * b).sum(), (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum()
     linear = np.array([[cos, -sin], [sin, cos]]) / (a * a).sum()
@@ -111,7 +111,7 @@ def _background(c: Conditions, size: int) -> NDArray[np.float32]:
 
 
 def _block(image: NDArray[np.float32], c: Conditions) -> None:
-    """Something flat before the face, in place."""
+    """Put something flat before the face, in place."""
     random = np.random.default_rng([c.occlusion_seed, 9])
     width, height = (int(n) for n in random.integers(28, 62, 2))
     x, y = int(random.integers(8, 104 - width)), int(random.integers(14, 106 - height))

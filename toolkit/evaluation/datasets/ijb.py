@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from pkd.toolkit.core.errors import BadImage, InputError, NoFace
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.files import ImageFiles
-from pkd.toolkit.data.packed_names import PackedNames
-from pkd.toolkit.data.source import ImageCollection, ImageSource, Keys
+from pkd.toolkit.data.source import ImageCollection, ImageSource, Keys, PackedNames
 from pkd.toolkit.evaluation.datasets.pair_list import linked
 from pkd.toolkit.evaluation.metrics.listed_pairs import Ids, read_pair_labels
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Ints, Mask

@@ -14,8 +14,7 @@ import numpy as np
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.files import ImageFiles
-from pkd.toolkit.data.packed_names import PackedNames
-from pkd.toolkit.data.source import ImageCollection
+from pkd.toolkit.data.source import ImageCollection, PackedNames
 from pkd.toolkit.evaluation.datasets.pair_list import PairList
 from pkd.toolkit.images.codec import SUFFIXES
 

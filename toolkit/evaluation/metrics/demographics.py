@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkd.toolkit.certificates.certificate import OperatingPoint
-from pkd.toolkit.certificates.demographic_groups import Attribute, Group, GroupRates, Interval
+from pkd.toolkit.certificates.certificate import Attribute, Group, GroupRates, Interval, OperatingPoint
 from pkd.toolkit.evaluation.metrics.bootstrap import Bootstrap, bootstrap
 from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED, fmr_at, matching, smallest_fmr
 from pkd.toolkit.evaluation.metrics.intervals import effective, proportion_interval

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from pkd.toolkit.certificates.certificate import Calibration, Interval, OperatingPoint
-from pkd.toolkit.certificates.demographic_groups import Attribute
+from pkd.toolkit.certificates.certificate import Attribute, Calibration, Interval, OperatingPoint
 from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.core.models import Record
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pkd.toolkit.data.packed_names import PackedNames
+from pkd.toolkit.data.source import PackedNames
 
 
 def test_names_come_back_whatever_they_are() -> None:
