@@ -128,7 +128,7 @@ def test_a_signature_is_no_part_of_older_schemas_nor_of_the_list(signed: Path) -
 
 def test_what_nobody_trusted_signed_is_not_run(signed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (signed / "manifest.json.sig").unlink()
-    monkeypatch.setattr("pkd.toolkit.cli.verify.open_bundle", lambda bundle: pytest.fail("it was loaded"))
+    monkeypatch.setattr("pkd.toolkit.cli.verification.open_bundle", lambda bundle: pytest.fail("it was loaded"))
     (golden,) = (c for c in verify(signed, TRUSTED).checks if c.question == "reproduces its golden embeddings")
     assert golden.result == "not checked" and "not run" in golden.detail
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +35,7 @@ from pkd.toolkit.certificates.certificate import Certificate, CertificateFile, p
 from pkd.toolkit.certificates.signing import SUFFIX, Signature, SigningKey, TrustedKeys
 from pkd.toolkit.core.encoder_info import EncoderInfo, short
 from pkd.toolkit.core.errors import BundleError, PkdError, plain_reason
-from pkd.toolkit.core.models import Record
+from pkd.toolkit.core.models import Record, fault_of, read_json
 from pkd.toolkit.images.codec import Rgb
 
 SCHEMA = 3
@@ -355,27 +353,16 @@ def _read_manifest(path: Path) -> tuple[Manifest, bytes]:
     data = _read(path, MANIFEST, MAX_MANIFEST)
     try:
         # First of all, for another version may have other fields.
-        version = json.loads(data, object_pairs_hook=partial(_no_twins, where))["schema_version"]
+        version = read_json(data, where)["schema_version"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{where}: not the manifest of a bundle: it states no schema_version.") from None
     if version not in READABLE or isinstance(version, bool):
         known = f"{', '.join(map(str, READABLE[:-1]))} and {SCHEMA}"
         raise BundleError(f"{where}: bundle schema {version!r}; this pkd reads {known}. Upgrade pkd or export again.")
     try:
-        return Manifest.model_validate_json(data), data
+        return Manifest.model_validate_json(data, strict=True), data
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "content"
-        raise BundleError(f"{where}: {field}: {first['msg']}. Export the bundle again.") from None
-
-
-def _no_twins(where: Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse two equal keys: readers differ in which of them they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise BundleError(f"{where}: has {name[:100]!r} twice in one object. Do not trust it.")
-    return found
+        raise BundleError(f"{where}: {fault_of(error)}. Export the bundle again.") from None
 
 
 def _listed_loosely(path: Path) -> set[str] | None:

@@ -7,19 +7,18 @@ for another.
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pkd.toolkit.certificates.signing import Signature, signature_beside
 from pkd.toolkit.core.encoder_info import Role, short
 from pkd.toolkit.core.errors import BadVector, BundleError, UnsupportedFmr
-from pkd.toolkit.core.models import Record
+from pkd.toolkit.core.models import Record, fault_of, read_json
 
 SCHEMA = 2
 SLACK = 1 + 1e-9
@@ -27,37 +26,54 @@ SLACK = 1 + 1e-9
 
 
 Interval = tuple[float, float]
+"""Both ends of an interval, the lower first."""
+
+
+def _ascending(interval: Interval) -> Interval:
+    if interval[0] > interval[1]:
+        raise ValueError(f"an interval runs from {interval[0]:g} to {interval[1]:g}")
+    return interval
+
+
+# What a server loads has a range: a rate of 5 or 10^400 pairs would be passed on to whoever asks it.
+Rate = Annotated[float, Field(ge=-1e-9, le=1 + 1e-9)]
+"""A share of pairs, 0 to 1."""
+RateInterval = Annotated[tuple[Rate, Rate], AfterValidator(_ascending)]
+Score = Annotated[float, Field(ge=-2, le=2)]
+"""Cosine similarity; embeddings that were rounded are not quite of unit length."""
+Ratio = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(le=10**15)]
 
 
 class OperatingPoint(Record):
     """Give error rates at one threshold; intervals are 95 % identity-level bootstrap intervals."""
 
-    fmr: float
+    fmr: Rate
     """Target false match rate, a fraction: of two different people drawn at random, however many images there are."""
-    threshold: float
+    threshold: Score
     """Cosine similarity at and above which a pair matches."""
-    fmr_ci95: Interval
+    fmr_ci95: RateInterval
     """The threshold's false match rate over all people like these: how well it is known."""
-    prediction95: Interval
+    prediction95: RateInterval
     """What a fresh, equally large set of such people would measure as false match rate at this threshold, in 95 of 100
     cases: wider, for the fresh set has a chance of its own, and the threshold's is in it, too."""
-    raw_threshold: float
+    raw_threshold: Score
     """Threshold for the same rate where every pair of images weighs the same, as published figures count. Not used."""
-    tar: float
+    tar: Rate
     """True accept rate at ``raw_threshold``, every genuine pair weighing the same."""
-    tar_ci95: Interval
-    tar_balanced: float
+    tar_ci95: RateInterval
+    tar_balanced: Rate
     """True accept rate at ``threshold``, every identity weighing the same."""
-    tar_balanced_ci95: Interval
+    tar_balanced_ci95: RateInterval
 
 
 class Calibration(Record):
     """Map a score to its false match rate, at ascending scores; rates fall from left to right."""
 
-    score: tuple[float, ...]
-    fmr: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+    score: tuple[Score, ...]
+    fmr: tuple[Rate, ...]
+    low: tuple[Rate, ...]
+    high: tuple[Rate, ...]
 
     @model_validator(mode="after")
     def _consistent(self) -> Calibration:
@@ -95,40 +111,40 @@ class GroupRates(Record):
     A rate is None where the group is too small to resolve it.
     """
 
-    target_fmr: float
+    target_fmr: Rate
     """The operating point's false match rate, over everyone."""
-    threshold: float
+    threshold: Score
     """Cosine similarity: the operating point's, found over everyone."""
-    fmr: float | None
+    fmr: Rate | None
     """False match rate between people of the group; the smallest rate that the group resolves where that is larger."""
-    fmr_ci95: Interval | None
+    fmr_ci95: RateInterval | None
     fmr_is_upper_bound: bool
     """True where the group's false match rate lies below the smallest rate that the group resolves."""
-    fmr_ratio: float | None
+    fmr_ratio: Ratio | None
     """``fmr`` over everyone's at this threshold; None where that is zero, too."""
-    fnmr_balanced: float | None
+    fnmr_balanced: Rate | None
     """False non-match rate, every identity weighing the same."""
-    fnmr_balanced_ci95: Interval | None
-    fnmr_balanced_ratio: float | None
+    fnmr_balanced_ci95: RateInterval | None
+    fnmr_balanced_ratio: Ratio | None
     """``fnmr_balanced`` over everyone's at this threshold; None where that is zero, too."""
-    fnmr: float | None
+    fnmr: Rate | None
     """False non-match rate, every genuine pair weighing the same."""
-    fnmr_ci95: Interval | None
+    fnmr_ci95: RateInterval | None
 
 
 class Group(Record):
     """Describe the people with one value of an attribute. Pairs count where both people belong to the group."""
 
     value: str
-    identities: int = Field(ge=0)
-    images: int = Field(ge=0)
-    genuine_identities: int = Field(ge=0)
+    identities: Count = Field(ge=0)
+    images: Count = Field(ge=0)
+    genuine_identities: Count = Field(ge=0)
     """Identities with genuine pairs: what the balanced rate averages over."""
-    genuine_pairs: int = Field(ge=0)
-    impostor_pairs: int = Field(ge=0)
-    identity_pairs: int = Field(ge=0)
+    genuine_pairs: Count = Field(ge=0)
+    impostor_pairs: Count = Field(ge=0)
+    identity_pairs: Count = Field(ge=0)
     """Pairs of different identities that were compared."""
-    min_fmr: float | None
+    min_fmr: Rate | None
     """Smallest false match rate that these resolve; None where there is no impostor pair."""
     rates: tuple[GroupRates, ...]
     """One per operating point of the certificate, in its order."""
@@ -138,7 +154,7 @@ class Attribute(Record):
     """Describe one column of the labels, for example ``sex``."""
 
     name: str
-    unlabelled: int = Field(ge=0)
+    unlabelled: Count = Field(ge=0)
     """Identities without a value: they count in no group."""
     groups: tuple[Group, ...]
     """By value, in alphabetical order."""
@@ -164,18 +180,18 @@ class Certificate(Record):
     points: tuple[OperatingPoint, ...]
     """Operating points, from the largest false match rate to the smallest."""
     calibration: Calibration
-    resolved_scores: Interval
+    resolved_scores: tuple[Score, Score]
     """Scores between which the calibration is resolved: its first and its last."""
-    min_fmr: float = Field(gt=0)
+    min_fmr: Rate = Field(gt=0)
     """Smallest false match rate that the pairs of different identities resolve."""
-    identities: int = Field(ge=2)
-    genuine_identities: int = Field(ge=1)
+    identities: Count = Field(ge=2)
+    genuine_identities: Count = Field(ge=1)
     """Identities with genuine pairs: what the balanced rates average over."""
-    identity_pairs: int = Field(ge=1)
+    identity_pairs: Count = Field(ge=1)
     """Pairs of different identities that were compared."""
-    images: int = Field(ge=2)
-    genuine_pairs: int = Field(ge=1)
-    impostor_pairs: int = Field(ge=1)
+    images: Count = Field(ge=2)
+    genuine_pairs: Count = Field(ge=1)
+    impostor_pairs: Count = Field(ge=1)
     demographics: tuple[Attribute, ...] = ()
     """Error rates per group, where labels were given."""
     labels_digest: str | None = None
@@ -187,7 +203,7 @@ class Certificate(Record):
     """True where the faces were procedural: the rates say nothing about people."""
     intervals: str
     """How the 95 % intervals were made."""
-    resamples: int = Field(ge=1)
+    resamples: Count = Field(ge=1)
     seed: int
     tool: str
     created: str
@@ -294,19 +310,16 @@ def read_certificate(path: str | Path) -> Certificate:
 def parse_certificate(data: bytes, path: str | Path) -> Certificate:
     """Validate the bytes of a certificate file; ``path`` is what errors name. Raises BundleError."""
     try:
-        version = json.loads(data)["schema_version"]  # first of all: another version has other fields
+        version = read_json(data, path)["schema_version"]  # first of all: another version has other fields
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{path}: not a certificate: it states no schema_version.") from None
-    if version != SCHEMA:
+    if version != SCHEMA or isinstance(version, bool):
         remedy = "Evaluate again with this pkd." if version == 1 else "Upgrade pkd."
         raise BundleError(f"{path}: certificate schema {version!r}; this pkd reads {SCHEMA}. {remedy}")
     try:
-        certificate = Certificate.model_validate_json(data)
+        certificate = Certificate.model_validate_json(data, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        what = f"{field}: {first['msg']}" if field else first["msg"].removeprefix("Value error, ")
-        raise BundleError(f"{path}: not a certificate: {what}.") from None
+        raise BundleError(f"{path}: not a certificate: {fault_of(error)}.") from None
     if not certificate.points:
         raise BundleError(f"{path}: a certificate without operating points certifies nothing. Evaluate on more people.")
     return certificate

@@ -23,7 +23,7 @@ from pkd.toolkit.certificates.certificate import (
 )
 from pkd.toolkit.certificates.signing import SUFFIX, Signature, TrustedKeys, signature_beside
 from pkd.toolkit.core.errors import InputError, MissingExtra, NotTrusted, PkdError, TargetUnavailable
-from pkd.toolkit.core.models import Record
+from pkd.toolkit.core.models import Record, fault_of
 from pkd.toolkit.encoders.base import Encoder, open_bundle
 from pkd.toolkit.encoders.registry import open_target
 from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED
@@ -102,12 +102,6 @@ def _contradiction_free(c: Certificate) -> str:
             f"{c.identities:,} identities cannot have {c.identity_pairs:,} pairs, {c.genuine_identities:,} identities "
             f"with genuine pairs and {c.images:,} images."
         )
-    for point in c.points:
-        for low, high in (point.fmr_ci95, point.prediction95, point.tar_ci95, point.tar_balanced_ci95):
-            if not -ROUNDING <= low <= high <= 1 + ROUNDING:
-                raise NotTrusted(f"an interval at FMR {point.fmr:g} runs from {low:g} to {high:g}.")
-        if not all(-ROUNDING <= rate <= 1 + ROUNDING for rate in (point.tar, point.tar_balanced)):
-            raise NotTrusted(f"a true accept rate at FMR {point.fmr:g} does not lie between 0 and 1.")
     return f"{len(c.points)} operating points, {c.identities:,} identities, {c.created[:10]}"
 
 
@@ -149,8 +143,7 @@ def _certificates_of(data: bytes, report: Path) -> dict[str, Certificate]:
         certified = [c for c in evaluation.comparisons if c.certificate]
         made = {str(c.certificate): certify(c, evaluation) for c in certified}
     except ValidationError as error:
-        first = error.errors()[0]
-        raise NotTrusted(f"{report}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Evaluate again.") from None
+        raise NotTrusted(f"{report}: {fault_of(error)}. Evaluate again.") from None
     except KeyError as error:
         raise NotTrusted(f"{report}: certifies {error}, which is neither its teacher nor its student.") from None
     for name, certificate in made.items():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, field_validator
 
 from pkd.toolkit.core.errors import InputError
-from pkd.toolkit.core.models import Record
+from pkd.toolkit.core.models import Record, fault_of
 
 PerChannel = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 
@@ -61,11 +61,10 @@ class Preprocess(Record):
         except FileNotFoundError:
             raise InputError(f"preprocessing {spec!r}: no such file. Give a JSON file or fields, {example}.") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = str(first["loc"][0]) if first["loc"] else "value"
-            each = " mean and std are one number, or three: one per channel." if where in ("mean", "std") else ""
-            said = f"{where}: {first['msg']}.{each}"
-            raise InputError(f"preprocessing {spec!r}: {said} Give fields, {example}.") from None
+            field = str([*error.errors()[0]["loc"], ""][0])
+            scaling = f"{field}: must be one number, or three: one per channel"
+            said = scaling if field in ("mean", "std") else fault_of(error)
+            raise InputError(f"preprocessing {spec!r}: {said}. Give fields, {example}.") from None
         except (ValueError, OSError) as error:
             raise InputError(f"preprocessing {spec!r}: {error}. Give a JSON file or fields, {example}.") from None
 

@@ -58,19 +58,35 @@ def test_what_is_no_certificate_is_refused_by_name(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"surprise": 1}, "surprise: Extra inputs"),
-        ({"identities": 1}, "identities: Input should be greater"),
+        ({"surprise": 1}, "surprise: is no field that this pkd knows"),
+        ({"identities": 1}, "identities: must be greater than or equal to 2"),
         ({"min_fmr": 0}, "min_fmr: "),
         ({"seed": "x"}, "seed: "),
         ({"points": []}, "certifies nothing"),
         ({"query_role": "control"}, "query_role: "),
         ({"resolved_scores": [-1, 1]}, "first and last score"),
+        ({"min_fmr": 5.0}, "min_fmr: must be less than or equal to 1"),
+        ({"impostor_pairs": 10**400}, "impostor_pairs: must be less than or equal to"),
+        ({"images": True}, "images: must be a valid integer"),
+        ({"seed": "5"}, "seed: must be a valid integer"),
+        (
+            {"calibration": FIELDS["calibration"] | {"low": [-1.0] * len(FIELDS["calibration"]["low"])}},
+            r"low\.0: must be",
+        ),
+        ({"points": [FIELDS["points"][0] | {"threshold": 40.0}]}, r"points\.0\.threshold: must be"),
+        ({"points": [FIELDS["points"][0] | {"tar_ci95": [0.9, 0.1]}]}, r"tar_ci95: an interval runs from 0\.9 to 0\.1"),
     ],
 )
 def test_a_wrong_field_is_named(change: dict[str, object], said: str) -> None:
     parse(FIELDS)
     with pytest.raises(BundleError, match=said):
         parse({**FIELDS, **change})
+
+
+def test_two_equal_keys_are_refused() -> None:
+    text = json.dumps(FIELDS)[:-1] + ', "impostor_pairs": 7}'
+    with pytest.raises(BundleError, match=r"has 'impostor_pairs' twice in one object"):
+        parse_certificate(text.encode(), "dir/c.json")
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
