@@ -27,9 +27,8 @@ from pkd.toolkit.distill.models.backbones import build
 from pkd.toolkit.distill.models.initial_weights import start_from
 from pkd.toolkit.distill.models.layers import Adoptable, Backbone
 from pkd.toolkit.distill.training.distributed import SINGLE_PROCESS, DistributedContext, ShardedHead
-from pkd.toolkit.distill.training.loader import Loader
+from pkd.toolkit.distill.training.loader import CropBatch, Loader
 from pkd.toolkit.distill.training.setup import Prepared
-from pkd.toolkit.distill.training.views import CropBatch
 
 
 class Trainer:
@@ -84,9 +83,10 @@ class Trainer:
         self.network: nn.Module = self.student if context.world == 1 else DistributedDataParallel(self.student)
         self.optimiser = make_optimiser(config, self._groups())
         self.average = WeightAverage(self.student, config.ema) if config.ema else None
+        memory = self.device if config.views_in_memory else None
         self.loader = Loader(
             prepared.faces, config.batch, size, augment=config.augment, seed=config.seed, mirror=config.mirror,
-            mix=config.mix, teaching=prepared.teaching, share=context.batch_share(config.batch),
+            mix=config.mix, teaching=prepared.teaching, memory=memory, share=context.batch_share(config.batch),
         )  # fmt: skip
         self.preprocess = prepared.start.preprocess if prepared.start else Preprocess(size=size)
         self.mean, self.std = torch.tensor(self.preprocess.mean), torch.tensor(self.preprocess.std)
@@ -96,7 +96,7 @@ class Trainer:
         """Take one optimiser step. Returns the loss and the mean teacher–student cosine (NaN without a teacher)."""
         for group in self.optimiser.param_groups:
             group["lr"] = lr * group["rate"]
-        pixels = torch.as_tensor(batch.crops).to(self.device).permute(0, 3, 1, 2)  # channels last, no copy
+        pixels = batch.crops.to(self.device).permute(0, 3, 1, 2)  # channels last, no copy
         if self.preprocess.channels == "bgr":
             pixels = pixels.flip(1)
         inputs = pixels.float().sub_(self.mean).div_(self.std)
@@ -128,7 +128,7 @@ class Trainer:
         indices, mixed = self.context.gather(drawn).cpu().numpy().T
         labels = np.where(mixed, -1, self.prepared.labels[indices])
         people = np.where(mixed, -1, self.prepared.people[indices])
-        teacher = None if batch.teacher is None else torch.from_numpy(batch.teacher).to(self.device)
+        teacher = None if batch.teacher is None else batch.teacher.to(self.device)
         exclude = self.prepared.exclude
         return LossInputs(
             embeddings=self.context.gather(embeddings),
@@ -161,7 +161,7 @@ class Trainer:
     def _stages(self, batch: CropBatch) -> tuple[StagePair, ...]:
         if self.plan is None or self.hooks is None:
             return ()
-        student, teacher = self.hooks.pop(), self.plan.teacher(batch.crops)
+        student, teacher = self.hooks.pop(), self.plan.teacher(batch.crops.cpu().numpy())
         return tuple(StagePair(student[i], teacher[j].to(self.device)) for i, j in self.plan.pairs)
 
     def finite(self) -> bool:

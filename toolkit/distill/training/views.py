@@ -29,18 +29,12 @@ Seed = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class CropBatch:
-    """Hold a batch: ``crops`` uint8 B×S×S×3 RGB, ``indices`` int64 B into the face set, bool B ``mirrored``, ``mixed``.
-
-    ``mixed``: blended with another image, so that the crop shows nobody. ``teacher``: float32 B×D, the teacher's unit
-    embeddings for these crops; None without a teacher.
-    """
+class Views:
+    """Hold views of B images: ``crops`` uint8 B×S×S×3 RGB, bool B ``mirrored`` and ``mixed`` (blended with another)."""
 
     crops: Rgb
-    indices: Int
     mirrored: NDArray[np.bool_]
     mixed: NDArray[np.bool_]
-    teacher: Embeddings | None = None
 
 
 class ViewMaker:
@@ -57,7 +51,7 @@ class ViewMaker:
         self._mirror = mirror
         self._mix = mix
 
-    def make(self, indices: Int, seeds: Sequence[Seed]) -> CropBatch:
+    def make(self, indices: Int, seeds: Sequence[Seed]) -> Views:
         """Decode ``indices`` and make one view of each."""
         crops = self.faces.load(indices, self.size)
         mirrored, mixed = np.zeros(len(indices), np.bool_), np.zeros(len(indices), np.bool_)
@@ -71,7 +65,7 @@ class ViewMaker:
                 other = self.faces.load([partner], self.size)[0]
                 image = np.rint(share * image.astype(np.float32) + (1 - share) * other).astype(np.uint8)
             crops[row] = augment(np.ascontiguousarray(image), self._augment, random)
-        return CropBatch(crops, indices, mirrored, mixed)
+        return Views(crops, mirrored, mixed)
 
     def partner(self, seed: Seed) -> tuple[int | None, float]:
         """Draw the image to mix with, None for most, and the share of the image itself."""
@@ -148,14 +142,17 @@ class Teaching:
     views: StoredViews | None = None
     live: Encoder | None = None
 
-    def embed(self, batch: CropBatch, views: Int) -> Embeddings | None:
-        """Return the teacher's unit embeddings for a batch, float32 B×D; None without a teacher."""
+    def embed(self, shown: Views, indices: Int, numbers: Int) -> Embeddings | None:
+        """Return the teacher's unit embeddings of the images ``indices`` as ``shown``, float32 B×D; None without one.
+
+        ``numbers``: int64 B, which stored view each is.
+        """
         if self.live is not None:
-            return self.live.embed(batch.crops)
+            return self.live.embed(shown.crops)
         if self.views is not None:
-            return self.views.teacher(batch.indices, views)
+            return self.views.teacher(indices, numbers)
         if self.clean is None:
             return None
         plain, mirrored = self.clean
-        found: Embeddings = np.where(batch.mirrored[:, None], mirrored[batch.indices], plain[batch.indices])
+        found: Embeddings = np.where(shown.mirrored[:, None], mirrored[indices], plain[indices])
         return found

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.training.loader import Loader
 from pkd.toolkit.distill.training.views import StoredViews, Teaching, ViewMaker
@@ -59,11 +61,11 @@ def test_the_teacher_embedded_exactly_what_the_student_sees(folder: Path, stored
     loader = Loader(FaceSet.read(folder), 6, SIZE, augment=0.8, seed=0, mix=mix, teaching=teaching)
     mixed = 0
     for batch in loader.run(0, 8):
-        assert batch.teacher is not None and batch.teacher.dtype == np.float32
+        assert batch.teacher is not None and batch.teacher.dtype == torch.float32
         np.testing.assert_allclose(
-            batch.teacher, make_teacher().embed(batch.crops), atol=1e-6 if kind == "live" else 1e-3
+            batch.teacher, make_teacher().embed(batch.crops.numpy()), atol=1e-6 if kind == "live" else 1e-3
         )
-        np.testing.assert_allclose(np.linalg.norm(batch.teacher, axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(batch.teacher.numpy(), axis=1), 1, atol=1e-6)
         mixed += int(batch.mixed.sum())
     assert (mixed > 8) == (mix > 0)
 
@@ -77,7 +79,7 @@ def test_cached_embeddings_of_clean_images_are_not_those_of_augmented_ones(folde
     np.testing.assert_array_equal(
         batch.teacher, np.where(batch.mirrored[:, None], mirrored[batch.indices], plain[batch.indices])
     )
-    assert np.abs(batch.teacher - make_teacher().embed(batch.crops)).max() > 0.05
+    assert np.abs(batch.teacher.numpy() - make_teacher().embed(batch.crops.numpy())).max() > 0.05
 
 
 def test_views_come_in_turn_and_again(folder: Path, stored: Make) -> None:
@@ -121,3 +123,31 @@ def test_copies_of_an_image_have_the_same_views(folder: Path, stored: Make) -> N
     views = stored(CountingTeacher(), faces)
     both = ViewMaker(faces, SIZE, augment=0.8).make(np.array([0, 1]), views.seeds(np.array([0, 1]), np.array([2, 2])))
     np.testing.assert_array_equal(both.crops[0], both.crops[1])
+
+
+def test_views_kept_in_memory_are_those_that_are_made_again(folder: Path, stored: Make) -> None:
+    views = stored(CountingTeacher(), mix=0.3)
+    made, kept = (
+        list(Loader(FaceSet.read(folder), 5, SIZE, augment=0.8, seed=0, mix=0.3, teaching=Teaching(views=views),
+                    memory=memory).run(1, 9))
+        for memory in (None, torch.device("cpu"))
+    )  # fmt: skip
+    for one, other in zip(made, kept, strict=True):
+        assert torch.equal(one.crops, other.crops) and one.teacher is not None and other.teacher is not None
+        torch.testing.assert_close(one.teacher, other.teacher, atol=1e-3, rtol=0)
+        for name in ("indices", "mirrored", "mixed"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_views_that_do_not_fit_into_memory_are_refused(
+    folder: Path, stored: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teaching = Teaching(views=stored(CountingTeacher()))
+    loader = Loader(FaceSet.read(folder), 5, SIZE, augment=0.8, seed=0, teaching=teaching, memory=torch.device("cpu"))
+
+    def full(*shape: object, **options: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(InputError, match=r"--views-in-memory: 3 views of 12 images are 0.0 GiB"):
+        loader.run(0, 1)
