@@ -1,6 +1,6 @@
 """How often 95 % intervals hold the truth: simulated people who differ as real ones do.
 
-Run as: python benchmarks/coverage.py                      (hours of a core; resumes where it stopped)
+Run as: python benchmarks/coverage.py                      (hours of a core for 1,000 trials; resumes where it stopped)
         python benchmarks/coverage.py --scenarios wolves --people 120 --trials 200
 
 People are centres on a sphere with images about them; how far differs from person to person (log-normal). ``SCENARIOS``
@@ -28,7 +28,7 @@ import numpy as np
 from pkd.toolkit.certificates.certificate import Interval
 from pkd.toolkit.evaluation.metrics.bootstrap import Bootstrap, bootstrap, interval
 from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, rates, smallest_fmr
-from pkd.toolkit.evaluation.metrics.intervals import proportion_interval, student_quantile
+from pkd.toolkit.evaluation.metrics.intervals import TRIALS_PER_PERSON, proportion_intervals, student_quantile
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Pairing
 from pkd.toolkit.evaluation.metrics.resamples import paired_difference
@@ -204,37 +204,31 @@ def trial(
 def _intervals(scores: PairScores, drawn: Bootstrap, k: int) -> dict[str, dict[str, Interval]]:
     own = len(FMRS) + k
     compared = float(np.count_nonzero(scores.pairing.identity_pairs_per_identity))
-    tar, balanced = float(drawn.observed_tar[k]), float(drawn.observed_tar_balanced[k])
     raw_people, people = drawn.people
     fractions = _per_person(scores, float(rates(scores, FMRS[k : k + 1]).threshold[0]))
     return {
         "FMR": {"now": drawn.fmr_interval(k), "before": _log_normal(drawn, k, 1, compared)},
         "prediction": {"now": drawn.prediction(own), "before": _log_normal(drawn, own, 2, compared)},
         "TAR": {
-            "now": drawn.tar_balanced_interval(k),
             "before": interval(drawn.tar_balanced[:, k], people),
-            "exact": proportion_interval(balanced, balanced * (1 - balanced) / people, people),
+            **_binomial(float(drawn.observed_tar_balanced[k]), float(drawn.tar_balanced[:, k].var()), people),
             "bayesian": _bayesian(fractions),
             "jackknife": _jackknife(fractions, people),
-            **{
-                f"now, {each:g} trials a person": proportion_interval(
-                    balanced, float(drawn.tar_balanced[:, k].var()), people, trials_per_person=each
-                )
-                for each in (2.0, 4.0, 1e9)
-            },
         },
         "raw TAR": {
-            "now": drawn.tar_interval(k),
             "before": interval(drawn.tar[:, k], raw_people),
-            "exact": proportion_interval(tar, tar * (1 - tar) / raw_people, raw_people),
-            **{
-                f"now, {each:g} trials a person": proportion_interval(
-                    tar, float(drawn.tar[:, k].var()), raw_people, trials_per_person=each
-                )
-                for each in (2.0, 4.0, 1e9)
-            },
+            **_binomial(float(drawn.observed_tar[k]), float(drawn.tar[:, k].var()), raw_people),
         },
     }
+
+
+def _binomial(rate: float, variance: float, people: float) -> dict[str, Interval]:
+    """Compute the interval of pkd, that of one trial a person, and those of more trials a person."""
+    trials = (TRIALS_PER_PERSON, TRIALS_PER_PERSON, 4.0, 1e9)
+    variances = np.array([variance, rate * (1 - rate) / people, variance, variance])
+    low, high = proportion_intervals(np.full(4, rate), variances, people, trials_per_person=np.array(trials))
+    names = ("now", "exact", "4 trials a person", "any trials a person")
+    return dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
 
 def _log_normal(drawn: Bootstrap, k: int, times: int, people: float) -> Interval:
@@ -273,24 +267,85 @@ def _jackknife(fractions: Doubles, people: float) -> Interval:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: percent of the trials in which an interval held the truth, its mean width in points behind it."""
+    """Markdown: coverage before and now, mean widths, and what other methods would give."""
+    return "\n\n".join([coverage_table(found), width_table(found), method_table(found)])
+
+
+def coverage_table(found: dict[str, Any]) -> str:
+    """Markdown: percent of the trials in which an interval held the truth, before and now."""
+    trials = sorted({cell["trials"] for cell in found["cells"].values()})
+    error = 100 * math.sqrt(0.95 * 0.05 / trials[0])
     lines = [
-        "| people | scenario | trials | statistic | " + " | ".join(f"FMR {fmr:g}" for fmr in FMRS) + " |",
-        "| ---: | --- | ---: | --- |" + " ---: |" * len(FMRS),
+        f"Percent of {' or '.join(map(str, trials))} trials in which a 95 % interval ({found['resamples']} resamples) "
+        f"held the truth, before → now, at FMR {FMRS[0]:g}; {FMRS[1]:g}. By chance ± {error:.1f} (one standard error, "
+        f"{trials[0]} trials). p: percent of paired comparisons of two equally good encoders with p < 0.05. Simulated "
+        "people: this tests the intervals, not a network.",
+        "",
+        "| people | scenario | trials | " + " | ".join(STATISTICS) + " | p |",
+        "| ---: | --- | ---: |" + " ---: |" * (len(STATISTICS) + 1),
     ]
     for key, cell in found["cells"].items():
         name, _, people = key.partition("/")
-        for statistic in STATISTICS:
-            told = []
-            for fmr in FMRS:
-                both = [cell["sums"].get(f"{statistic}/{fmr:g}/{method}") for method in ("before", "now")]
-                told.append(" → ".join(_share(sums) for sums in both if sums) or "not resolved")
-            lines.append(f"| {people} | {name} | {cell['trials']} | {statistic} | " + " | ".join(told) + " |")
+        held = [
+            "; ".join(
+                " → ".join(f"{100 * _mean(cell, f'{s}/{fmr:g}/{method}', 0):.0f}" for method in ("before", "now"))
+                if f"{s}/{fmr:g}/now" in cell["sums"]
+                else "not resolved"
+                for fmr in FMRS
+            )
+            for s in STATISTICS
+        ]
+        chances = [key for fmr in FMRS if (key := f"p < 0.05/{fmr:g}/now") in cell["sums"]]
+        p = "; ".join(f"{100 * _mean(cell, key, 0):.0f}" for key in chances)
+        lines.append(f"| {people} | {name} | {cell['trials']} | {' | '.join(held)} | {p} |")
     return "\n".join(lines)
 
 
-def _share(sums: list[float]) -> str:
-    return f"{100 * sums[0] / sums[2]:.0f} ({100 * sums[1] / sums[2]:.2g})"
+def width_table(found: dict[str, Any]) -> str:
+    """Markdown: mean widths in points, before and now."""
+    lines = [
+        "Mean width of these intervals in points, before → now:",
+        "",
+        "| people | scenario | " + " | ".join(STATISTICS) + " |",
+        "| ---: | --- |" + " ---: |" * len(STATISTICS),
+    ]
+    for key, cell in found["cells"].items():
+        name, _, people = key.partition("/")
+        widths = [
+            "; ".join(
+                " → ".join(f"{100 * _mean(cell, f'{s}/{fmr:g}/{method}', 1):.2g}" for method in ("before", "now"))
+                for fmr in FMRS
+                if f"{s}/{fmr:g}/now" in cell["sums"]
+            )
+            for s in STATISTICS
+        ]
+        lines.append(f"| {people} | {name} | {' | '.join(widths)} |")
+    return "\n".join(lines)
+
+
+def method_table(found: dict[str, Any]) -> str:
+    """Markdown: every method over all scenarios and sizes."""
+    lines = [
+        "Every method for the true accept rates, over all rows and rates above:",
+        "",
+        "| statistic | method | mean coverage, % | lowest coverage, % | mean width, points |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for statistic in ("TAR", "raw TAR"):
+        by_method: dict[str, list[tuple[float, float]]] = {}
+        for cell in found["cells"].values():
+            for key in cell["sums"]:
+                if key.startswith(f"{statistic}/"):
+                    by_method.setdefault(key.split("/")[2], []).append((_mean(cell, key, 0), _mean(cell, key, 1)))
+        for method, pairs in by_method.items():
+            held, widths = 100 * np.array(pairs).T
+            lines.append(f"| {statistic} | {method} | {held.mean():.1f} | {held.min():.0f} | {widths.mean():.1f} |")
+    return "\n".join(lines)
+
+
+def _mean(cell: dict[str, Any], key: str, place: int) -> float:
+    sums = cell["sums"][key]
+    return float(sums[place] / sums[2])
 
 
 if __name__ == "__main__":

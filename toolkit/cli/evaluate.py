@@ -28,11 +28,11 @@ from pkd.toolkit.evaluation.metrics.labels import read_labels
 from pkd.toolkit.evaluation.metrics.resamples import write_resample_values
 from pkd.toolkit.evaluation.protocols.all_pairs import cross_matrix
 from pkd.toolkit.evaluation.protocols.baselines import require_control, with_maps
-from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, ProtocolResult
+from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, ProtocolResult, require_unseen
 from pkd.toolkit.evaluation.protocols.pair_list import pair_list_accuracy
 from pkd.toolkit.evaluation.protocols.registry import find_protocol
 from pkd.toolkit.evaluation.protocols.templates import template_matching
-from pkd.toolkit.evaluation.report.evaluation_page import render, require_plots, write_figures
+from pkd.toolkit.evaluation.report.evaluation_page import render, render_worst, require_plots, verdicts, write_figures
 from pkd.toolkit.evaluation.results.schema import Evaluation
 
 EXAMPLES = """
@@ -236,6 +236,7 @@ def _open(
         else None,
     )
     require_control(encoder_set)
+    require_unseen(encoder_set, evaluated, options)
     if not asked.fit_faces:
         return encoder_set
     return with_maps(encoder_set, FaceSet.read(asked.fit_faces), _name(asked.fit_faces), evaluated, options, progress)
@@ -256,6 +257,10 @@ def _write(out: Path, result: ProtocolResult, key: SigningKey | None) -> None:
     write_resample_values(out, result.resample_values)
     write_signed(out / "report.json", (result.evaluation.model_dump_json(indent=2) + "\n").encode(), key)
     (out / "report.html").write_text(render(result.evaluation), encoding="utf-8")
+    if worst := render_worst(result.evaluation):
+        (out / "worst.html").write_text(worst, encoding="utf-8")
+    else:
+        (out / "worst.html").unlink(missing_ok=True)
     write_figures(result.evaluation, out / "figures")
 
 
@@ -266,10 +271,13 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
         console.print(_matrix(evaluation))
     if evaluation.identifications:
         console.print(identification_table(evaluation))
+    for line in verdicts(evaluation):
+        console.print(line, style="bold red", markup=False)
     for found in evaluation.pair_accuracies:
-        spread = f" ± {100 * found.fold_std:.2f} (standard deviation over folds)" if found.fold_std is not None else ""
+        folds = found.fold_std
+        deviation = f" ± {100 * folds:.2f} (standard deviation over folds)" if folds is not None else ""
         console.print(
-            f"{found.name}  accuracy {100 * found.accuracy:.2f}{spread}, 95 % interval {_percents(found.ci95)}; "
+            f"{found.name}  accuracy {100 * found.accuracy:.2f}{deviation}, 95 % interval {_percents(found.ci95)}; "
             f"threshold from {found.threshold_from}"
         )
     if evaluation.agreement:

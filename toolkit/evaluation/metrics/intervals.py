@@ -46,7 +46,7 @@ def proportion_interval(
 
 
 def proportion_intervals(
-    rates: Doubles, variances: Doubles, people: float, *, trials_per_person: float = TRIALS_PER_PERSON
+    rates: Doubles, variances: Doubles, people: float, *, trials_per_person: float | Doubles = TRIALS_PER_PERSON
 ) -> tuple[Doubles, Doubles]:
     """Compute the lower and the upper ends of several rates' intervals, as ``proportion_interval`` does."""
     rates = np.clip(rates, 0.0, 1.0)

@@ -143,6 +143,19 @@ def describe_data(name: str, digest: str, labels: Ints) -> Data:
     )
 
 
+def require_unseen(encoder_set: EncoderSet, evaluated: Sequence[FaceSet], options: EvaluationOptions) -> None:
+    """Raise InputError where the student was trained on exactly these images, as its run or bundle says."""
+    trained_on = encoder_set.training.get("S", {}).get("data_digest")
+    for faces in evaluated if trained_on else ():
+        faces.digests(options.cache)
+        if faces.digest() != trained_on:
+            continue
+        raise InputError(
+            f"{encoder_set.encoders['S'].info.name}: it was trained on these very images, so the rates would be "
+            "those of faces that it knows. Evaluate on other people."
+        )
+
+
 class Common(TypedDict):
     """List the fields of an Evaluation that every protocol fills alike."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pkd.toolkit.evaluation.comparison.compare import Ranking
 from pkd.toolkit.evaluation.report.compare_plots import LEVEL, pictures, probability, what
 from pkd.toolkit.evaluation.report.drawing import as_svg, write_png
-from pkd.toolkit.evaluation.report.page import render_page
+from pkd.toolkit.evaluation.report.page import points, render_page
 
 
 def render_ranking(r: Ranking) -> str:
@@ -39,6 +39,8 @@ def verdict(r: Ranking) -> str:
     best, second = r.runs[0], r.runs[1]
     assert second.behind_best is not None and second.p_adjusted is not None
     lead = f"{abs(100 * second.behind_best.difference):.1f} points, p {probability(second.p_adjusted)}"
+    if points(second.behind_best.difference) == points(0.0):
+        return f"{best.name} and {second.name} are level ({lead})."
     if second.p_adjusted < LEVEL:
         return f"{best.name} beats {second.name} by {lead}."
     if r.smallest_p >= LEVEL:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pkd.toolkit.certificates.certificate import OperatingPoint
 from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED
 from pkd.toolkit.evaluation.report.drawing import as_svg, require_plots, write_png
-from pkd.toolkit.evaluation.report.page import render_page
+from pkd.toolkit.evaluation.report.page import percent, render_page
 from pkd.toolkit.evaluation.report.plots import pictures
 from pkd.toolkit.evaluation.results.schema import Comparison, Evaluation
 
@@ -25,10 +25,12 @@ DISTILLED = {
     "C–C": "control against itself: what it could do in a space of its own",
 }
 """Encoder pairs that say what distillation bought, in the order of the table."""
+USEFUL = 0.5
+"""TAR below which a pair is called poor."""
 GROUPED = ("S–T", "T–T")
 """Encoder pairs with tables of groups; report.json has the others."""
 WORST = ("S–T", "T–S", "T–T")
-"""Encoder pairs whose worst pairs of images are on the page; report.json has those of all."""
+"""Encoder pairs whose worst pairs of images are on worst.html; report.json has those of all."""
 
 
 def render(e: Evaluation) -> str:
@@ -57,11 +59,35 @@ def render(e: Evaluation) -> str:
         gains={g.baseline: g.difference for g in e.gains if g.fmr == fmr},
         accuracies={a.name: a for a in e.pair_accuracies},
         grouped=[by_name[name] for name in GROUPED if name in by_name],
-        worst=[by_name[name] for name in WORST if name in by_name and by_name[name].worst],
+        verdicts=verdicts(e),
+        worst=_worst(e),
         not_claimed=(*e.notes, *sorted({r.reason for c in e.comparisons for r in c.refused})),
         encoders=[(name, info) for name, info in infos if info],
         expected=EXPECTED,
     )
+
+
+def render_worst(e: Evaluation) -> str | None:
+    """Render the pairs of images that teacher and student get most wrong, by file name; None where none are known."""
+    worst = _worst(e)
+    title = f"The pairs of {e.data.name} that are told most wrong"
+    return render_page("worst.html", title=title, synthetic=e.synthetic, worst=worst) if worst else None
+
+
+def verdicts(e: Evaluation) -> list[str]:
+    """Say of which pairs of teacher and student nobody should use the scores, and why; empty where all are of use."""
+    fmr, said = headline(e.comparisons), []
+    for c in e.comparisons:
+        point = point_at(c, fmr)
+        if point is None or not set(c.name) <= set("T–S"):
+            continue
+        share = f"{percent(point.tar_balanced, 1)} of the people it should"
+        accepted = f"{c.name} accepts {share}, at FMR {percent(point.fmr)}"
+        if point.tar_balanced_ci95[0] <= 2 * point.fmr:
+            said.append(f"Useless: {accepted}. Chance does as well.")
+        elif point.tar_balanced < USEFUL:
+            said.append(f"Poor: {accepted}, less than half.")
+    return said
 
 
 def write_figures(e: Evaluation, folder: Path) -> None:
@@ -83,6 +109,11 @@ def headline(comparisons: Sequence[Comparison]) -> float | None:
 def point_at(comparison: Comparison, fmr: float | None) -> OperatingPoint | None:
     """Return the operating point at this target; None where it was not resolved."""
     return next((p for p in comparison.points if p.fmr == fmr), None)
+
+
+def _worst(e: Evaluation) -> list[Comparison]:
+    by_name = {c.name: c for c in e.comparisons}
+    return [by_name[name] for name in WORST if name in by_name and by_name[name].worst]
 
 
 def _compared(e: Evaluation) -> str:

@@ -18,7 +18,7 @@ from pkd.toolkit.evaluation.metrics.operating_points import histogram, measure
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
 from pkd.toolkit.evaluation.report.drawing import require_plots
-from pkd.toolkit.evaluation.report.evaluation_page import render, write_figures
+from pkd.toolkit.evaluation.report.evaluation_page import render, render_worst, verdicts, write_figures
 from pkd.toolkit.evaluation.results.schema import (
     Agreement,
     Comparison,
@@ -175,9 +175,25 @@ def test_the_worst_pairs_are_told_by_name_and_escaped() -> None:
         false_non_matches=(PairOfFiles(query="c/1.png", gallery="c/2.png", score=-0.123),),
     )
     told = [c.model_copy(update={"worst": worst}) for c in evaluation().comparisons]
-    page = render(evaluation(comparisons=tuple(told)))
-    assert "a/<wbr>&lt;i&gt;_<wbr>1.png" in page and "0.876" in page and "-0.123" in page
-    assert "They may name people" in page and "They may name people" not in PAGE
+    made = evaluation(comparisons=tuple(told))
+    page, worst_page = render(made), render_worst(made)
+    assert worst_page and "a/<wbr>&lt;i&gt;_<wbr>1.png" in worst_page
+    assert "0.876" in worst_page and "-0.123" in worst_page and "They may name people" in worst_page
+    assert "worst.html" in page and "1.png" not in page, "a report travels in bundles, names must not"
+    assert render_worst(evaluation()) is None and "worst.html" not in PAGE
+
+
+def test_a_pair_that_is_no_better_than_chance_is_called_so() -> None:
+    made = evaluation()
+    first = made.comparisons[0]
+    assert verdicts(made) == [] or not verdicts(made)[0].startswith("Useless")
+    for tar, word in ((0.011, "Useless"), (0.4, "Poor")):
+        point = first.points[0].model_copy(update={"tar_balanced": tar, "tar_balanced_ci95": (tar / 2, 2 * tar)})
+        changed = made.model_copy(
+            update={"comparisons": (first.model_copy(update={"points": (point,)}), *made.comparisons[1:])}
+        )
+        assert any(line.startswith(f"{word}: T–T accepts {100 * tar:.1f} %") for line in verdicts(changed))
+        assert f"{word}: T–T accepts" in render(changed)
 
 
 def test_pictures_are_written_and_those_of_an_earlier_run_go(tmp_path: Path) -> None:
