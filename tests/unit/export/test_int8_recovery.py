@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import argparse
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 
-from pkd.export.checks.gate import Gate
 from pkd.export.cli import main
-from pkd.export.options import GateOptions
+from pkd.export.options import ExportOptions
+from pkd.export.pipeline import export
 from pkd.toolkit.bundle.bundle import Bundle
+from pkd.toolkit.core.cli_options import add_options, read_options
+from pkd.toolkit.core.progress import Advance, no_progress
 from tests.support.evaluation_faces import PREPROCESS, write_people
 
 BAD = "net/Bad"
@@ -59,24 +63,24 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*stated, "--precision", "int8", "--calib", "calib", "--gate", "people", "--gate-fmr", "0.05"]
 
 
-def test_the_costliest_layer_stays_in_float32_until_the_gate_passes(
-    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[GateOptions] = []
-    plain = Gate.__init__
+def test_the_costliest_layer_stays_in_float32_until_the_gate_passes(command: list[str]) -> None:
+    labels: list[str] = []
 
-    def counted(self: Gate, options: GateOptions, *rest: object) -> None:
-        opened.append(options)
-        plain(self, options, *rest)  # type: ignore[arg-type]
+    def recorded(label: str, total: int | None = None, /) -> AbstractContextManager[Advance]:
+        labels.append(label)
+        return no_progress(label, total)
 
-    monkeypatch.setattr(Gate, "__init__", counted)
-    assert main([*command, "--max-tar-drop", "0.1"]) == 0, capsys.readouterr().err
-    told = json.loads(capsys.readouterr().out)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true")
+    add_options(parser, ExportOptions)
+    options = read_options(ExportOptions, parser.parse_args([*command, "--max-tar-drop", "0.1"]))
+    told = export(options, Console(quiet=True), recorded)
     ordered, tried = told["gated"]
     assert (ordered["passed"], ordered["tried"], ordered["level"]) == (False, "", 0.95)
     assert (tried["passed"], tried["tried"], tried["level"]) == (True, "1 layer in float32", 0.95)  # K = 1
     assert ordered["encoder"] != tried["encoder"] and ordered["reference"] == tried["reference"]
-    assert len(opened) == 1, "people, gallery and fp32 are measured once"
+    measured = [label for label in labels if label.startswith(("embedding", "gate"))]
+    assert measured == ["embedding the gallery", "gate fp32", *["gate onnxruntime-int8"] * 2], "people and fp32 once"
     (target,) = Bundle.open("made").manifest.targets
     assert target.settings["layers_in_fp32"] == BAD == told["sensitivity"]["u8s8"][0]["layer"]
     assert target.encoder.id == tried["encoder"]
