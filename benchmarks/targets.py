@@ -22,7 +22,7 @@ from pkd.export.options import PRECISIONS
 from pkd.toolkit.bundle.bundle import Bundle
 
 RESULTS = ROOT / "benchmarks" / "results" / "targets.json"
-CPU = [name for name in FORMATS if not name.startswith("trt")]
+CPU = [name for name in FORMATS if name != "npu" and not name.startswith("trt")]
 FMR = 1e-3
 PLAIN, REWRITTEN = "encoder.onnx", "onnxruntime-fp32"
 

@@ -60,7 +60,7 @@ class ExportOptions(Options):
     out: Annotated[Path | None, Argument("BUNDLE", flags=("-o",))] = None
     """Bundle folder to write."""
     format: Annotated[tuple[str, ...], Argument("F")] = ()
-    """Runtimes to build targets for: onnx (default), openvino, ncnn, executorch, trt, trt-rtx or your MODULE:NAME."""
+    """Runtimes of the targets: onnx (default), openvino, ncnn, executorch, npu, trt, trt-rtx, your MODULE:NAME."""
     trt: bool = False
     """Build TensorRT targets: short for --format trt."""
     precision: Annotated[tuple[Precision, ...], Argument("P")] = ("fp32",)

@@ -80,7 +80,7 @@ class GateResults:
 @dataclass(frozen=True)
 class _Measured:
     tar: float
-    draws: Doubles
+    resamples: Doubles
     certificate: Certificate | None
 
 
@@ -89,16 +89,16 @@ class Gate:
 
     def __init__(self, options: GateOptions, reference: Encoder, progress: Progress) -> None:
         """Measure. Raises SpaceMismatch for another teacher, UnsupportedFmr for an unresolved rate, InputError."""
-        self._gate, self._reference, self._progress = options, reference, progress
+        self._options, self._reference, self._progress = options, reference, progress
         self._teacher = open_encoder(options.teacher, options.teacher_preprocess) if options.teacher else reference
         require_same_space(self._teacher.info, reference.info)
         self._faces = FaceSet.read(options.faces)
         fmrs = tuple(sorted({options.fmr, *FMRS}, reverse=True))
-        self._options = EvaluationOptions(fmrs=fmrs, cache=default_cache())
-        self._data, self._pairing = pair_up(self._faces, self._faces, options.faces.name, self._options.cache)
+        self._evaluation = EvaluationOptions(fmrs=fmrs, cache=default_cache())
+        self._data, self._pairing = pair_up(self._faces, self._faces, options.faces.name, self._evaluation.cache)
         require_resolved(self._pairing, options.fmr)
         with progress("embedding the gallery", len(self._faces)) as advance:
-            self._gallery = embed_faces(self._teacher, self._faces, cache=self._options.cache, advance=advance)
+            self._gallery = embed_faces(self._teacher, self._faces, cache=self._evaluation.cache, advance=advance)
         self._plain = self._measure("fp32", reference)
 
     def judge(self, targets: Mapping[str, Encoder], tried: str = "", level: float = LEVEL) -> list[GateResult]:
@@ -107,21 +107,21 @@ class Gate:
         for target, encoder in _own(self._reference, targets).items():
             found = self._measure(target, encoder)
             lost = self._plain.tar - found.tar
-            drop = paired_difference(self._plain.draws, found.draws, observed=lost)
+            drop = paired_difference(self._plain.resamples, found.resamples, observed=lost)
             most = drop.ci95[1]
             if level != LEVEL:
-                most = max(lost, float(np.quantile(self._plain.draws - found.draws, (1 + level) / 2)))
+                most = max(lost, float(np.quantile(self._plain.resamples - found.resamples, (1 + level) / 2)))
             row = GateRow(
                 target=target,
                 encoder=encoder.info.id,
                 tried=tried,
-                fmr=self._gate.fmr,
+                fmr=self._options.fmr,
                 reference=self._plain.tar,
                 tar=found.tar,
                 drop=drop,
                 level=level,
                 most=most,
-                passed=most <= self._gate.max_drop,
+                passed=most <= self._options.max_drop,
             )
             assert found.certificate is not None
             judged.append(GateResult(row, found.certificate))
@@ -137,18 +137,18 @@ class Gate:
         return GateResults(rows, self._summary(rows), tuple(certificates))
 
     def _measure(self, label: str, encoder: Encoder) -> _Measured:
-        options, reference = self._options, encoder is self._reference
+        options, reference = self._evaluation, encoder is self._reference
         with self._progress(f"gate {label}", len(self._faces)) as advance:
             # not from the cache: another graph may have had this name and precision
             query = embed_faces(encoder, self._faces, jobs=None if reference else 1, advance=advance)
         comparison, values = self._compare(query, encoder)
-        point = next(p for p in comparison.points if p.fmr == self._gate.fmr)
+        point = next(p for p in comparison.points if p.fmr == self._options.fmr)
         encoder_set = EncoderSet(self._teacher, encoder)
         certificate = None if encoder is self._teacher else self._certificate(comparison, encoder_set, options)
-        return _Measured(point.tar_balanced, values[f"S–T/tar_balanced/{self._gate.fmr:g}"], certificate)
+        return _Measured(point.tar_balanced, values[f"S–T/tar_balanced/{self._options.fmr:g}"], certificate)
 
     def _compare(self, query: Floats, encoder: Encoder) -> tuple[Comparison, dict[str, Doubles]]:
-        options = self._options
+        options = self._evaluation
         return measure(
             score_pairs(self._pairing, query, self._gallery, seed=options.seed),
             "S–T",
@@ -167,7 +167,7 @@ class Gate:
         return certify(named, evaluation)
 
     def _summary(self, rows: Sequence[GateRow]) -> str:
-        options, data = self._gate, self._data
+        options, data = self._options, self._data
         people = f"on {data.name}, {data.images:,} images of {data.identities:,} people"
         final = {row.target: row for row in rows}.values()
         if not rows:

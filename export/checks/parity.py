@@ -107,6 +107,7 @@ def measure(
         if made.shape != reference.shape or not np.isfinite(made).all() or not np.isfinite(alone).all():
             raise BadVector(f"{graph}: batch {batch} gives {made.shape} or not a number, expected {reference.shape}.")
         norms = np.linalg.norm(made.astype(np.float64), axis=1)
+        unit = (made / norms[:, None]).astype(np.float32)
         cosines = np.sum(made * reference, axis=1) / (norms * np.linalg.norm(reference, axis=1))
         rows.append(
             ParityRow(
@@ -118,14 +119,10 @@ def measure(
                 worst_cosine=float(cosines.min()),
                 norm_error=float(np.abs(norms - 1).max()),
                 invariance=float(np.abs(made - alone[:batch]).max()),
-                similarity_rms=_rms(made / norms[:, None], expected[:batch]),
+                similarity_rms=similarity_rms(unit, expected[:batch]) if batch > 1 else None,
             )
         )
     return rows
-
-
-def _rms(rows: NDArray[np.float64], expected: Embeddings) -> float | None:
-    return similarity_rms(rows.astype(np.float32), expected) if len(rows) > 1 else None
 
 
 def onnx_runner(

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from pkd.export.checks.parity import GOLDEN_COUNT, GOLDEN_TOLERANCE, ParityRow, measure, onnx_runner
-from pkd.export.formats import executorch, ncnn, openvino, tensorrt
+from pkd.export.formats import executorch, ncnn, npu, openvino, tensorrt
 from pkd.export.formats.base import ORT, Built, Embed, Format, Tell
 from pkd.export.graph.precision_variants import GraphForm, PrecisionVariants, Variant
 from pkd.export.graph.rewrite import decompose_prelu, split_prelu
@@ -17,11 +17,10 @@ from pkd.export.options import PRECISIONS, BuildOptions
 from pkd.toolkit.bundle.golden import Golden
 from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.cli_support import tool_version
-from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.core.errors import InputError, PkdError, TargetUnavailable, plain_reason
 from pkd.toolkit.core.extensions import load_object
 from pkd.toolkit.core.progress import Progress
-from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
+from pkd.toolkit.encoders.base import Embeddings, Encoder, NetEncoder
 from pkd.toolkit.images.codec import Rgb
 
 
@@ -35,6 +34,7 @@ FORMATS: dict[str, Format] = {
     "openvino": openvino.FORMAT,
     "ncnn": ncnn.FORMAT,
     "executorch": executorch.FORMAT,
+    "npu": npu.FORMAT,
     "trt": tensorrt.FORMAT,
     "trt-rtx": tensorrt.FORMAT_RTX,
 }
@@ -104,18 +104,6 @@ class MissingTarget:
     reason: str
 
 
-@dataclass(frozen=True)
-class TargetEncoder:
-    """Run a target, or its graph in onnxruntime where the target itself cannot run here."""
-
-    info: EncoderInfo
-    raw: Embed
-
-    def embed(self, crops: Rgb) -> Embeddings:
-        """Embed uint8 N×S×S×3 as float32 N×D unit rows."""
-        return unit_rows(self.raw(crops), self.info.name)
-
-
 @dataclass
 class BuildResults:
     """Hold what was built: targets, their files, how they compare with the source, and what could not be built."""
@@ -126,7 +114,7 @@ class BuildResults:
     missing: dict[str, MissingTarget] = field(default_factory=dict)
     """Target name → why it was not built."""
     encoders: dict[str, Encoder] = field(default_factory=dict)
-    """Target name → the target as an encoder."""
+    """Target name → the target as an encoder, or its graph in onnxruntime where the target cannot run here."""
 
     def replaced(self, newer: BuildResults) -> BuildResults:
         """Return these results with the targets of ``newer`` in the place of those of the same name."""
@@ -189,7 +177,7 @@ class TargetBuilder:
         crops, expected = self.standard.crops, self.standard.embeddings
         limits = self.source_precision if precision == "fp32" else precision
         results.parity += measure(name, expected, crops, embed, limits, built=bool(built.files))
-        results.encoders[name] = TargetEncoder(graph.encoder, embed)
+        results.encoders[name] = NetEncoder(graph.encoder, embed)
 
         plain = self.variants.get("fp32", GraphForm("")).data
         stored = "encoder.onnx" if graph.data == plain else f"targets/{name}/encoder.onnx"
