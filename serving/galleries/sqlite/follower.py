@@ -97,11 +97,12 @@ class ChangeFollower:
         self._watcher.start()
 
     def close(self) -> None:
-        """End all threads."""
+        """End all threads and close the connection."""
         self._closing.set()
         if self._watcher.is_alive():
             self._watcher.join()
         self._cores.shutdown()
+        self._file.disconnect(self._db)
 
     def gallery(self, name: str) -> LoadedGallery | None:
         """Return a gallery as of the last catching up."""

@@ -33,7 +33,8 @@ def inspect(file: SqliteFile, follower: ChangeFollower, noted: Head | None, prog
         with progress("decrypting", count) as advance:
             found = Inspection(audit.head(db))
             found.wrong += [f"SQLite: {line}" for (line,) in db.execute("PRAGMA integrity_check") if line != "ok"]
-            found.wrong += [f"{row[0]}: row {row[1]} refers to a {row[2]} that is not there." for row in _orphans(db)]
+            orphans = db.execute("PRAGMA foreign_key_check").fetchall()
+            found.wrong += [f"{row[0]}: row {row[1]} refers to a {row[2]} that is not there." for row in orphans]
             try:
                 audit.verify(db, noted)
             except NotTrusted as error:
@@ -91,16 +92,14 @@ def _gallery(
             count, total = sums.get(encoder, (0, 0))
             total = (total + checksum(np.array([number], np.int64), unit_rows(stored, 1))) % 2**64
             sums[encoder] = count + 1, total
-    counters = "SELECT name, templates FROM encoders e WHERE gallery = ? AND templates <> " + (
-        "(SELECT count(*) FROM templates t WHERE t.encoder = e.id)"
+    miscounted = db.execute(
+        "SELECT name, templates FROM encoders e WHERE gallery = ? AND templates <> "
+        "(SELECT count(*) FROM templates t WHERE t.encoder = e.id)",
+        (id,),
     )
-    for name, count in db.execute(counters, (id,)):
+    for name, count in miscounted:
         found.wrong.append(f"gallery {key.gallery}, {name}: counts {count:,} templates, which is not so.")
     return sums
-
-
-def _orphans(db: sqlite3.Connection) -> list[tuple[str, int, str]]:
-    return db.execute("PRAGMA foreign_key_check").fetchall()
 
 
 @contextmanager

@@ -346,8 +346,12 @@ class SqliteStore:
         return cast("Iterator[Subject]", subjects)
 
     def verify(self, noted: audit.Head | None = None, progress: Progress = no_progress) -> Inspection:
-        """Look at everything that is kept, as of one moment, and at the index in memory; say what is wrong."""
-        return inspect(self._file, self._follower, noted, progress)
+        """Look at everything that is kept, as of one moment, and at an index made of it; say what is wrong."""
+        follower = ChangeFollower(self._file)  # of its own, which nobody else lets catch up meanwhile
+        try:
+            return inspect(self._file, follower, noted, progress)
+        finally:
+            follower.close()
 
     def rekey(self, master: MasterKey) -> int:
         """Wrap every gallery's key with another master key, in one step; returns how many were."""
