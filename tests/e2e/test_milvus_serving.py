@@ -25,9 +25,10 @@ from pkd.serving.client import Client
 from pkd.serving.galleries.crypto import MasterKey
 from tests.support import serving_bundles as made
 from tests.support.milvus_server import MilvusServer, copy
-from tests.support.milvus_stores import milvus_emptied  # noqa: F401 - a fixture
+from tests.support.milvus_stores import Backdoor, backdoor
 from tests.support.server_process import serving, until
 
+__all__ = ["backdoor"]
 COMMAND = str(Path(sys.executable).with_name("pkd-gallery"))
 ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
 PEOPLE = 6
@@ -96,13 +97,13 @@ class Operator:
 
 
 @pytest.mark.slow
-def test_an_operator_s_day_with_milvus(milvus_emptied: MilvusServer, tmp_path: Path) -> None:  # noqa: F811
+def test_an_operator_s_day_with_milvus(milvus_server: MilvusServer, backdoor: Backdoor, tmp_path: Path) -> None:
     family = made.family(tmp_path)
     student = family.student
     MasterKey.create(tmp_path / "master")
     MasterKey.create(tmp_path / "next")
     (tmp_path / "token").write_text("root:Milvus\n")
-    with tls(milvus_emptied.uri, tmp_path) as address:
+    with tls(milvus_server.uri, tmp_path) as address:
         operator = Operator(f"milvus+tls://{address}", tmp_path)
         settings: dict[str, object] = {
             "PKD_BUNDLES": os.pathsep.join(map(str, family.folders[:2])),

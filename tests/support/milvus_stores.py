@@ -140,10 +140,3 @@ def milvus_opened(backdoor: Backdoor, connect: Callable[[], HookedConnection], l
     yield open
     for store in stores:
         store.close()
-
-
-@pytest.fixture
-def milvus_emptied(backdoor: Backdoor, milvus_server: MilvusServer) -> Iterator[MilvusServer]:
-    """The server without any gallery, before and after: for galleries under other keys than MASTER."""
-    yield milvus_server
-    backdoor.empty()

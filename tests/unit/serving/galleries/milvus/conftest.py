@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.support.milvus_stores import backdoor, connect, log, milvus_emptied, milvus_opened
+from tests.support.milvus_stores import backdoor, connect, log, milvus_opened
 
-__all__ = ["backdoor", "connect", "log", "milvus_emptied", "milvus_opened"]
+__all__ = ["backdoor", "connect", "log", "milvus_opened"]
