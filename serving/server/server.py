@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import struct
@@ -30,11 +31,17 @@ from pkd.toolkit.core.errors import BundleError, InputError, PkdError
 
 if sys.platform != "win32":
     import fcntl
+    import resource
     import termios
 
 logger = logging.getLogger("pkd.serving")
 KEEP_ALIVE_SECONDS = 75
 """Idle time of a kept connection; longer than common proxies', so that this side never closes under a request."""
+
+FORCE_SECONDS = 3.0
+"""Time after a drain, or after a second signal, in which threads must end; then the process does not wait for them."""
+DESCRIPTOR_TICKS = 50
+"""Ticks of a tenth of a second between two looks at how many file descriptors are left."""
 
 GARBAGE = 10_000
 """Objects that may be new before Python looks for cycles among them; requests leave few."""
@@ -129,6 +136,7 @@ class _Server(uvicorn.Server):
         self._service, self._keys, self._ready, self._swept_store = service, keys, ready, swept_store
         self._link = link
         self._drained_by = 0.0
+        self._descriptors_used_up = False
         self._tasks: list[asyncio.Task[None]] = []
         self._idle: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
         self._behind: dict[Any, tuple[int, float]] = {}
@@ -198,6 +206,8 @@ class _Server(uvicorn.Server):
         if state.draining and (not state.metrics.in_progress or now >= self._drained_by):
             self.config.timeout_graceful_shutdown = max(1, round(self._drained_by - now))
             self.should_exit = True
+        if counter % DESCRIPTOR_TICKS == 0:
+            self._descriptors_used_up = warn_of_descriptors(self._descriptors_used_up)
         self._close_silent(now)
         self._drop_stalled(now)
         return await super().on_tick(counter)
@@ -239,10 +249,32 @@ class _Server(uvicorn.Server):
         """Drain at the first signal, and do not wait at a second. Neither is raised again: draining is a clean end."""
         if self._link and sig == signal.SIGINT:
             return  # Ctrl-C reaches every process of a terminal; the parent passes it on as SIGTERM
-        if self._service.state.draining:
+        again, seconds = self._service.state.draining, self._service.settings.drain_seconds
+        if again:
             self.force_exit = self.should_exit = True
         self._service.state.draining = True
-        self._drained_by = time.monotonic() + self._service.settings.drain_seconds
+        self._drained_by = time.monotonic() + seconds
+        # A thread may never end, in a decoder or a runtime that nothing can interrupt. This one is not cancelled: the
+        # interpreter waits for threads, too, after everything here is over.
+        timer = threading.Timer(FORCE_SECONDS + (0 if again else seconds), _end_process)
+        timer.daemon = True
+        timer.start()
+
+
+def _end_process() -> None:
+    logger.error("a thread did not end: the process ends without it")
+    os._exit(1)
+
+
+def warn_of_descriptors(warned: bool) -> bool:
+    """Log once that hardly any file descriptors are left: connections that find none are dropped without a word."""
+    if sys.platform != "linux":
+        return False
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - ten times as fast as Path.iterdir, on the event loop
+    if used > 0.9 * limit and not warned:
+        logger.error("%d of %d file descriptors are used: further connections will fail. Raise ulimit -n.", used, limit)
+    return used > (0.8 if warned else 0.9) * limit
 
 
 def _untaken(transport: asyncio.WriteTransport) -> int:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -164,6 +165,38 @@ def test_a_real_photograph(family, shared):
         assert one["detection_score"] > 0.5
         assert (points > box[:2]).all() and (points < box[2:]).all()
         assert 0 < box[0] < box[2] < 250
+
+
+NEVER = """
+import sys
+from pkd.serving.cli.serve import main
+from pkd.serving.inference.pipeline import Pipeline
+
+def run(self, *arguments):
+    while True:
+        pass
+
+Pipeline.run = run
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_thread_that_never_ends_does_not_keep_the_process(family):
+    """SIGTERM had no effect while a decoder or a runtime was busy for hours."""
+    arguments = [str(family.folders[0]), "--port", "0", "--drain-seconds", "1", "--request-seconds", "0.5"]
+    process = subprocess.Popen([sys.executable, "-c", NEVER, *arguments], stderr=subprocess.PIPE, text=True)
+    try:
+        url = next(line.split()[-1] for line in process.stderr if line.startswith("listening"))
+        answer = httpx.post(f"{url}/embed?aligned=true", content=CROP, headers=PNG)
+        assert answer.status_code == 429
+        process.terminate()
+        begun = time.monotonic()
+        assert process.wait(20) == 1
+        assert time.monotonic() - begun < 8
+        assert "a thread did not end" in process.stderr.read()
+    finally:
+        process.kill()
+        process.stderr.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +116,14 @@ def test_a_drain_ends_with_its_time_whoever_does_not_read(folder, monkeypatch):
         thread.join(5)
         assert not thread.is_alive()
         assert app.inside == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_descriptors_that_run_out_are_logged_once(monkeypatch):
+    logged = []
+    monkeypatch.setattr(server.logger, "error", lambda message, *values: logged.append(message % values))
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    for limit, warned, warns in ((2 * used, False, False), (used, False, True), (used, True, True)):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, limit=limit: (limit, limit))
+        assert server.warn_of_descriptors(warned) is warns
+    assert len(logged) == 1 and "Raise ulimit -n" in logged[0]

@@ -1,0 +1,85 @@
+"""Images of strangers: a small file does not order hours of work, and ordinary files pass."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pkd.serving.inference.decoding import MAX_PARTS, check_work, decode
+from pkd.toolkit.core.errors import BadImage
+
+PICTURE = np.random.default_rng(1).integers(0, 256, (256, 320, 3), np.uint8)
+
+
+def saved(form: str, image: np.ndarray = PICTURE, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, form, **options)
+    return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_scans(count: int, side: int) -> bytes:
+    """A grey progressive JPEG with that many further scans of AC coefficients, all of them empty: 17 bytes each."""
+    whole = saved("JPEG", np.full((side, side), 128, np.uint8), progressive=True)
+    header = b"\xff\xc4\x00\x14\x10" + bytes([1]) + bytes(15) + b"\x00"  # a table with the one code 0: end of block
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" + b"\x00" * 2
+    return whole[:-2] + header + scan * count + b"\xff\xd9"
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded() -> None:
+    begun = time.process_time()
+    with pytest.raises(BadImage, match="too much work"):
+        decode(with_scans(1000, 2000))
+    assert time.process_time() - begun < 0.5
+
+
+BOMBS = {
+    "JPEG segments": b"\xff\xd8" + b"\xff\xe1\x00\x02" * (MAX_PARTS + 1) + saved("JPEG")[2:],
+    "JPEG comments": b"\xff\xd8" + b"\xff\xfe\x00\x02" * (MAX_PARTS + 1) + saved("JPEG")[2:],
+    "JPEG tables": b"\xff\xd8" + (b"\xff\xdb\x00\x43" + bytes(65)) * (MAX_PARTS + 1) + saved("JPEG")[2:],
+    "PNG chunks": saved("PNG")[:33] + chunk(b"tEXt", b"a\0b") * (MAX_PARTS + 1) + saved("PNG")[33:],
+    "PNG data in chunks": saved("PNG")[:33] + chunk(b"IDAT") * (MAX_PARTS + 1) + saved("PNG")[33:],
+    "WebP chunks": saved("WEBP")[:12] + b"EXIF\0\0\0\0" * (MAX_PARTS + 1) + saved("WEBP")[12:],
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_file_of_too_many_parts_is_refused(name: str) -> None:
+    begun = time.process_time()
+    with pytest.raises(BadImage, match=r"too much work|more than 20,000 chunks"):
+        decode(BOMBS[name])
+    assert time.process_time() - begun < 0.5
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True, "quality": 100}),
+        ("JPEG", {"exif": b"Exif\0\0" + saved("JPEG")}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+    ],
+)
+def test_an_ordinary_file_passes(form: str, options: dict[str, object]) -> None:
+    assert decode(saved(form, **options)).shape == PICTURE.shape
+
+
+def test_a_large_progressive_photograph_passes_with_a_film_behind_it() -> None:
+    film = np.random.default_rng(2).bytes(8_000_000)
+    check_work(saved("JPEG", np.zeros((5000, 8000, 3), np.uint8), progressive=True) + film)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xd8", b"\xff\xd8\xff\xc2", b"\x89PNG\r\n\x1a\n\xff\xff", b"RIFF", b""])
+def test_what_is_cut_off_is_for_the_reader_to_refuse(data: bytes) -> None:
+    check_work(data)
