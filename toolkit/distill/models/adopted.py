@@ -38,7 +38,9 @@ TOLERANCE = 1e-5
 """Largest distance of an embedding in torch from onnxruntime's, both at unit length."""
 WIDEST = 2048
 """Numbers of the layer in front of the embedding from which on it is not used: its map would be most of the student."""
-KEPT_BY_ORT = ["ConvBNFusion", "ConvMulFusion", "ConvAddFusion", "MatmulBNFusion", "MatMulBNFusion", "MatMulAddFusion"]
+KEPT_BY_ORT = [
+    "ConvBNFusion", "ConvMulFusion", "ConvAddFusion", "MatMul_BatchNormalization_Fusion", "MatMulAddFusion",
+]  # fmt: skip
 """Rewrites of onnxruntime that would fold away layers that training wants to have, or merge the batch into an axis."""
 LINEAR = {"Gemm", "MatMul", "Conv", "BatchNormalization", "Add", "Sub", "Mul", "Div", "Identity", "Dropout"}
 RESHAPES = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
@@ -245,6 +247,7 @@ def adopt_graph(model: onnx.ModelProto, encoder: Encoder, spec: str, crops: Rgb 
     digest = hashlib.sha256(f"{encoder.info.id} features {front or end}".encode()).hexdigest()
     own = describe(f"{encoder.info.name}-features", "teacher", digest, encoder.info.preprocess, width)
     found = Adopted(encoder.info, spec, trunk, width, weight, bias, Features(own, _free_batch(trunk)))
+    found.network(weight.shape[1])  # what cannot be translated is refused here
     if crops is not None:
         _require_equal(found, encoder, crops)
     return found
@@ -352,7 +355,7 @@ def _before_normalisation(model: onnx.ModelProto) -> str:
             ahead = [divisor]
             while ahead:
                 name = ahead.pop()
-                if name == x or name in constants:
+                if name in ("", x) or name in constants:
                     continue
                 before = maker.get(name)
                 if before is None or len(seen) > 12:

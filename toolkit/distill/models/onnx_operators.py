@@ -287,7 +287,7 @@ def _reshape(node: Node) -> nn.Module:
     wanted = node.setting("shape", 1)
     shape = node.shape()
     sizes = [shape[i] if size == 0 and i else size for i, size in enumerate(wanted)]
-    need(len(sizes) > 1 and not node.options.get("allowzero"), "of what is behind the batch")
+    need(len(sizes) > 1 and not (node.options.get("allowzero") and 0 in wanted), "of what is behind the batch")
     if all(shape[1:]):
         total = math.prod(shape[1:])
         rest = [s if s > 0 else total // max(1, math.prod(s for s in sizes[1:] if s > 0)) for s in sizes[1:]]

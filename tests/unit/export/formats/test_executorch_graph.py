@@ -79,7 +79,7 @@ def with_last(kind: str, *constants: np.ndarray) -> onnx.ModelProto:
     [
         (with_last("CumSum", np.array(1)), "does not translate CumSum"),
         (changed("Gemm", transA=1), "Gemm of this graph: only behind the batch"),
-        (changed("Reshape", allowzero=1), "Reshape of this graph: only of what is behind the batch"),
+        (with_last("Gather", np.array([0])), "Gather of this graph: only behind the batch"),
         (with_last("ReduceSum", np.array([0])), "ReduceSum of this graph: only of an embedding"),
     ],
 )

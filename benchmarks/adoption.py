@@ -1,0 +1,167 @@
+"""Adopt a mobile face model for a teacher's space by the closed-form map, and measure it on real faces.
+
+Run as: python benchmarks/adoption.py
+
+It needs the photographs and models of PKD_SHARED (or ../shared), which are for research only and not part of the
+project, and writes benchmarks/results/adoption.json and the table of docs/adoption.md. Embeddings are cached in
+$PKD_CACHE; the first time takes an hour of one core for 58,000 images. Layer and ridge weight are chosen on held-out
+people of the fitting data; test.txt is used for the figures alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.data.face_set import FaceSet, join
+from pkd.toolkit.distill.models.adopted import Adopted, adopt
+from pkd.toolkit.distill.training.closed_form import fit_map
+from pkd.toolkit.encoders.base import Embeddings, OnnxEncoder, open_onnx, unit_rows
+from pkd.toolkit.encoders.embed import default_cache, embed_stored
+from pkd.toolkit.evaluation.metrics.operating_points import measure
+from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
+from pkd.toolkit.evaluation.metrics.pairing import Pairing
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("PKD_SHARED") or ROOT.parent / "shared")
+RESULTS = ROOT / "benchmarks" / "results" / "adoption.json"
+PAGE = ROOT / "docs" / "adoption.md"
+BEGIN, END = "<!-- figures: benchmarks/adoption.py -->\n", "<!-- end of figures -->\n"
+FMRS = (1e-2, 1e-3, 1e-4)
+AMOUNTS = (300, 1000, 3000, 14_000)
+SEEDS = (0, 1, 2)
+Report = dict[str, Any]
+
+
+def main() -> int:
+    """Measure, and write the JSON and the table."""
+    if not (SHARED / "faces").is_dir():
+        print(f"skipped: no photographs in {SHARED}. Set PKD_SHARED to the folder that holds faces/ and models/.")
+        return 0
+    faces = SHARED / "faces"
+    teacher = open_onnx(SHARED / "models" / "teacher_edgeface_xs_512.onnx", Preprocess())
+    train, test = (FaceSet.read(faces / "splits" / f"{name}.txt") for name in ("train", "test"))
+    student = adopt(
+        str(SHARED / "models" / "teacher_mobilefacenet_y1_128.onnx"), "mean=0,std=1", train.load(range(16), 112)
+    )
+    place = Bench(teacher, student, test)
+    rows: list[Report] = [{"images": 0, "what": "the teacher itself", **place.rates(place.expected, place.expected)}]
+    random = np.random.default_rng(0)
+    for count in AMOUNTS:
+        for seed in SEEDS:
+            chosen = np.sort(np.random.default_rng(seed).choice(len(train), count, replace=False))
+            rows.append(
+                {"what": f"{count:,} images of train.txt", "seed": seed, **place.row(train.select(chosen), seed)}
+            )
+    rows.append({"what": "train.txt", "seed": 0, **place.row(train, 0)})
+    more = FaceSet.read(*sorted(faces.glob("unlabelled/fairface-*.tar")), labelled=False)
+    if len(some := place.cached(more)) > 1000:
+        rows.append(
+            {"what": "train.txt and images without identity", "seed": 0, **place.row(join(train, more.select(some)), 0)}
+        )
+    for seed in SEEDS:
+        rows.append(
+            {
+                "what": "newcomer: 800 photographs of 400 people",
+                "seed": seed,
+                **place.row(newcomer(train, random), seed),
+            }
+        )
+    results = {"rows": rows, "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_table(results)
+    print(f"wrote {RESULTS.relative_to(ROOT)}")
+    return 0
+
+
+class Bench:
+    """Hold what every row is measured with."""
+
+    def __init__(self, teacher: OnnxEncoder, student: Adopted, test: FaceSet) -> None:
+        self.teacher, self.student, self.cache = teacher, student, default_cache()
+        self.labels = test.labels
+        self.expected = embed_stored(teacher, test, cache=self.cache)[:]
+        self.features = embed_stored(student.features, test, cache=self.cache)[:]
+        files = np.arange(len(test))
+        self.pairing = Pairing(test.labels, test.labels, files, files, len(test.identities), unordered=False)
+
+    def row(self, faces: FaceSet, seed: int) -> Report:
+        """Fit on ``faces`` and measure S–T and S–S on the test set."""
+        targets = embed_stored(self.teacher, faces, cache=self.cache)
+        embed_stored(self.student.features, faces, cache=self.cache)
+        began = time.monotonic()
+        fitted = fit_map(
+            self.student, targets, faces, cache=self.cache, measure=lambda *rows: {}, refit=True, seed=seed
+        )  # fmt: skip
+        seconds = time.monotonic() - began
+        mapped = unit_rows((self.features @ fitted.weight + fitted.bias).astype(np.float32))
+        report = {key: fitted.report[key] for key in ("layer", "kind", "penalty")}
+        print(f"{len(faces):,} images: {report['layer']}, {seconds:.1f} s", flush=True)
+        return {
+            "images": len(faces), **report, "fit_seconds": round(seconds, 2),
+            "held_out_cosine": fitted.report["held_out"]["cosine"],
+            "cosine": float(np.einsum("nd,nd->n", mapped, self.expected).mean()),
+            **self.rates(mapped, self.expected), "student_alone": self.rates(mapped, mapped),
+        }  # fmt: skip
+
+    def rates(self, query: Embeddings, gallery: Embeddings) -> Report:
+        """TAR, every identity weighing the same, at each FMR, with its 95 % interval."""
+        scores = score_pairs(self.pairing, query, gallery, seed=0)
+        info = self.teacher.info
+        comparison, _ = measure(scores, "S–T", info, info, fmrs=FMRS, resamples=200, seed=0)
+        return {
+            "tar": {f"{p.fmr:g}": p.tar_balanced for p in comparison.points},
+            "interval": {f"{p.fmr:g}": p.tar_balanced_ci95 for p in comparison.points},
+        }
+
+    def cached(self, faces: FaceSet) -> NDArray[np.int64]:
+        """Images of a large set that both encoders have embedded already: others would take hours."""
+        chosen = os.environ.get("PKD_ADOPTION_ROWS")
+        return np.load(chosen) if chosen else np.arange(len(faces))
+
+
+def newcomer(train: FaceSet, random: np.random.Generator) -> FaceSet:
+    """Two photographs each of 400 people, drawn from those that have two or more."""
+    counts = np.bincount(train.labels, minlength=len(train.identities))
+    people = random.choice(np.flatnonzero(counts > 1), 400, replace=False)
+    rows = [random.choice(np.flatnonzero(train.labels == person), 2, replace=False) for person in people]
+    return train.select(np.sort(np.concatenate(rows)))
+
+
+def write_table(results: Mapping[str, Any]) -> None:
+    """Put the figures between the marks of docs/adoption.md."""
+    lines = [
+        "| fitted on | images | S–T TAR at FMR 1e-2 / 1e-3 / 1e-4 | S–S at 1e-3 | layer | fit |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    by_what: dict[str, list[Report]] = {}
+    for row in results["rows"]:
+        by_what.setdefault(row["what"], []).append(row)
+    for what, rows in by_what.items():
+        mean = {fmr: float(np.mean([row["tar"][fmr] for row in rows])) for fmr in rows[0]["tar"]}
+        rates = " / ".join(f"{value:.3f}" for value in mean.values())
+        alone = [row["student_alone"]["tar"]["0.001"] for row in rows if "student_alone" in row]
+        layer = {row.get("layer", "") for row in rows}
+        lines.append(
+            f"| {what} | {rows[0]['images'] or '':,} | {rates} | {f'{np.mean(alone):.3f}' if alone else ''} | "
+            f"{', '.join(sorted(layer))} | {f'{rows[0]['fit_seconds']:.1f} s' if alone else ''} |"
+            if rows[0]["images"]
+            else f"| {what} | | {rates} | | | |"
+        )
+    if PAGE.is_file():
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        PAGE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
