@@ -10,6 +10,7 @@ people of the fitting data; test.txt is used for the figures alone.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.data.face_set import FaceSet, join
@@ -44,6 +44,9 @@ Report = dict[str, Any]
 
 def main() -> int:
     """Measure, and write the JSON and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--unlabelled", type=int, default=50_000, help="images without identity that are added")
+    args = parser.parse_args()
     if not (SHARED / "faces").is_dir():
         print(f"skipped: no photographs in {SHARED}. Set PKD_SHARED to the folder that holds faces/ and models/.")
         return 0
@@ -123,11 +126,6 @@ class Bench:
             "interval": {f"{p.fmr:g}": p.tar_balanced_ci95 for p in comparison.points},
         }
 
-    def cached(self, faces: FaceSet) -> NDArray[np.int64]:
-        """Images of a large set that both encoders have embedded already: others would take hours."""
-        chosen = os.environ.get("PKD_ADOPTION_ROWS")
-        return np.load(chosen) if chosen else np.arange(len(faces))
-
 
 def newcomer(train: FaceSet, random: np.random.Generator) -> FaceSet:
     """Two photographs each of 400 people, drawn from those that have two or more."""
@@ -150,13 +148,12 @@ def write_table(results: Mapping[str, Any]) -> None:
         mean = {fmr: float(np.mean([row["tar"][fmr] for row in rows])) for fmr in rows[0]["tar"]}
         rates = " / ".join(f"{value:.3f}" for value in mean.values())
         alone = [row["student_alone"]["tar"]["0.001"] for row in rows if "student_alone" in row]
-        layer = {row.get("layer", "") for row in rows}
-        lines.append(
-            f"| {what} | {rows[0]['images'] or '':,} | {rates} | {f'{np.mean(alone):.3f}' if alone else ''} | "
-            f"{', '.join(sorted(layer))} | {f'{rows[0]['fit_seconds']:.1f} s' if alone else ''} |"
-            if rows[0]["images"]
-            else f"| {what} | | {rates} | | | |"
-        )
+        if not alone:
+            lines.append(f"| {what} | | {rates} | | | |")
+            continue
+        layer = ", ".join(sorted({row["layer"] for row in rows}))
+        seconds = np.mean([row["fit_seconds"] for row in rows])
+        lines.append(f"| {what} | {rows[0]['images']:,} | {rates} | {np.mean(alone):.3f} | {layer} | {seconds:.1f} s |")
     if PAGE.is_file():
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
