@@ -72,7 +72,7 @@ def distil_and_evaluate(run: Path, teacher: tuple[str, str | None], options: lis
         faces = ["--faces", str(splits / "train.txt"), "--unlabelled", str(splits / "train_unlabelled.txt")]
         command("pkd-distill", *opened, *faces, *options, "--out", str(run), *resume)
     training = dict(load_student(run).training)
-    own = [] if WeightedSum.parse(str(training["method"])).ties else ["--any-space"]
+    own = [] if WeightedSum.parse(str(training["method"])).aligns else ["--any-space"]
     if not (run / "evaluation" / "report.json").is_file():
         test = ["--student", str(run), "--faces", str(splits / "test.txt"), *own]
         command("pkd-evaluate", *opened, *test, "--out", str(run / "evaluation"))

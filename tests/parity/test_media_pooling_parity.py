@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.core.progress import no_progress
 from pkd.toolkit.encoders.base import open_onnx
 from pkd.toolkit.evaluation.datasets.ijb import read_templates
 from pkd.toolkit.evaluation.protocols import templates as template_matching
-from pkd.toolkit.evaluation.protocols.common import Options
+from pkd.toolkit.evaluation.protocols.common import EvaluationOptions
 from tests.support.evaluation_faces import PREPROCESS, write_teacher
 from tests.support.ijb_files import write_ijb
-
-
-@contextmanager
-def bar(label: str, total: int) -> Iterator[object]:
-    yield lambda done: None
 
 
 @pytest.mark.parametrize("scored", [True, False])
@@ -38,7 +32,7 @@ def test_pooling_is_that_of_the_loop(
     meta = write_ijb(tmp_path / "ijb", crops)
     templates = read_templates(meta, tmp_path / "ijb/loose_crop", scored=scored)
     encoder = open_onnx(write_teacher(tmp_path), Preprocess.parse(PREPROCESS))
-    pooled = template_matching.pool(encoder, templates, Options(flip=flip, jobs=1), bar)  # type: ignore[arg-type]
+    pooled = template_matching.pool(encoder, templates, EvaluationOptions(flip=flip, jobs=1), no_progress)
 
     loaded = templates.faces.load(range(len(templates.faces)), 112)
     vectors = encoder.embed(loaded).astype(np.float64)
