@@ -15,7 +15,7 @@ from pkd.export.formats.base import Built, Format, Tell, need_packages
 from pkd.export.graph.build import serialise
 from pkd.export.graph.precision_variants import GraphForm, Variant
 from pkd.export.options import BuildOptions
-from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.errors import InputError, plain_reason
 from pkd.toolkit.encoders.ncnn import NcnnNet
 
 SECONDS = 300
@@ -42,8 +42,8 @@ def to_ncnn(model: bytes) -> tuple[bytes, bytes, str]:
             raise InputError(f"pnnx did not convert the graph within {SECONDS} seconds.") from None
         param, weights = source.with_suffix(".ncnn.param"), source.with_suffix(".ncnn.bin")
         if done.returncode or not param.is_file() or not weights.is_file():
-            said = " ".join((done.stderr or done.stdout).split())[-300:]
-            raise InputError(f"pnnx cannot convert the graph: {said}. Leave --format ncnn out.")
+            said = plain_reason(RuntimeError((done.stderr or done.stdout).strip()))
+            raise InputError(f"pnnx cannot convert the graph: {said} Leave --format ncnn out.")
         text = param.read_text()
         kinds = [line.split()[0] for line in text.splitlines()[2:] if line.strip()]
         unknown = sorted({kind for kind in kinds if "." in kind or "::" in kind})  # left as torch's or ONNX's
