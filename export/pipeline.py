@@ -63,9 +63,10 @@ def export(options: ExportOptions, console: Console, progress: Progress, *, benc
 
 def warn_of_missing_packages(requests: Sequence[TargetRequest], console: Console) -> None:
     """Say before anything slow which targets this machine cannot build, and why."""
-    for request in requests:
-        if reason := request.format.unavailable():
-            console.print(f"note: {request.name} will not be built, only its graph: {reason}.", markup=False)
+    reasons = {request.name: request.format.unavailable() for request in requests}
+    for reason in dict.fromkeys(filter(None, reasons.values())):
+        names = ", ".join(name for name, own in reasons.items() if own == reason)
+        console.print(f"note: {names}: only the graph is written, nothing is built here: {reason}.", markup=False)
 
 
 def read_draft(options: ExportOptions) -> Draft:

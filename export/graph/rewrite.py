@@ -3,6 +3,9 @@
 ``fold_batch_norm`` is for every graph. PRelu costs onnxruntime and OpenVINO more than four plain operators:
 ``decompose_prelu`` gives those that are fastest, ``split_prelu`` those that are smallest beside INT8 weights. TensorRT
 and XNNPACK have one fused operation for PRelu, so there it stays.
+
+The rewrites are pkd's own: the passes of onnxscript or onnxoptimizer would be one more dependency, and neither splits a
+PRelu. tests/unit/export/graph/test_rewrite.py holds what is folded, and that results stay.
 """
 
 from __future__ import annotations

@@ -123,7 +123,9 @@ def test_a_missing_package_is_said_before_the_work_and_the_graph_is_not_called_o
     module.write_text(absent)
     assert main([*STATED, "--format", "theirs:FORMAT"]) == 3
     lines = capsys.readouterr().err.splitlines()
-    first = next(i for i, line in enumerate(lines) if "note: zipped-fp32 will not be built, only its graph" in line)
+    first = next(
+        i for i, line in enumerate(lines) if "note: zipped-fp32: only the graph is written, nothing is built" in line
+    )
     assert first < next(i for i, line in enumerate(lines) if "parity with the source" in line)
     (row,) = (line for line in lines if line.lstrip("│ ").startswith("zipped-fp32"))
     assert "not built" in row
