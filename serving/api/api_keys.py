@@ -108,7 +108,7 @@ class ApiKeys:
     def check(self, authorization: str | None) -> ApiKey:
         """Find the key in the ``Authorization`` header; every hash is compared.
 
-        Raises Unauthenticated, or RateLimited with the seconds after which the next request is taken.
+        Raises Unauthenticated.
         """
         if self._clock() - self._looked >= LOOK_SECONDS:
             self.reload(changed=True)
@@ -117,13 +117,15 @@ class ApiKeys:
         found = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
         if scheme.lower() != "bearer" or not found:
             raise Unauthenticated("Send `Authorization: Bearer KEY` with a key that this server knows.")
-        (key,) = found
+        return found[0]
+
+    def take(self, key: ApiKey) -> None:
+        """Count one request of a key. Raises RateLimited with the seconds after which the next one is taken."""
         if key.rate is not None and (wait := self._bucket(key).take(key.rate, self._clock())):
             raise RateLimited(
                 f"the key {key.name!r} may send {key.rate:g} requests a second. Send the next one in {wait:.2g} s.",
                 details={"retry_after": math.ceil(wait)},
             )
-        return key
 
     def reload(self, *, changed: bool = False) -> None:
         """Read the file again; with ``changed`` only if it has. One that cannot be read leaves the old keys valid."""

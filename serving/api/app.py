@@ -34,8 +34,9 @@ def create_app(service: Service, keys: ApiKeys | None = None, *, local: bool = T
     ``local``: the server can be reached from this machine alone.
     """
     service.state.metrics.expect_refusals(TYPES)
-    routes = _DirectRoutes(create_api(service), matching.routes(service))
-    return Middleware(routes, service.settings, service.state, keys, local=local)
+    api = create_api(service)
+    direct = _DirectRoutes(api, matching.routes(service))
+    return Middleware(direct, service.settings, service.state, keys, local=local, routes=api.state.known_routes)
 
 
 def create_api(service: Service) -> FastAPI:
@@ -63,9 +64,14 @@ def create_api(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unforeseen)
 
-    for one in (matching, identify, galleries, subjects, transfer, migrations, catalogue):
-        app.include_router(one.routes(service), dependencies=[Depends(known_query)])
-    app.include_router(health.routes(service))  # what asks there may add parameters of its own
+    routers = [
+        one.routes(service) for one in (matching, identify, galleries, subjects, transfer, migrations, catalogue)
+    ]
+    for router in routers:
+        app.include_router(router, dependencies=[Depends(known_query)])
+    operations = health.routes(service)
+    app.include_router(operations)  # what asks there may add parameters of its own
+    app.state.known_routes = [route for router in (*routers, operations) for route in router.routes]
     return app
 
 

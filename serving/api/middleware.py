@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from urllib.parse import SplitResult, urlsplit
@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 import orjson
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pkd.serving.api.api_keys import ANONYMOUS, IN_SCOPE, ApiKey, ApiKeys, is_loopback
@@ -43,9 +44,17 @@ class Middleware:
     """Wrap an ASGI application. Refusals become problems, an unforeseen error a 500 without a traceback."""
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, state: State, keys: ApiKeys | None, *, local: bool = True
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        state: State,
+        keys: ApiKeys | None,
+        *,
+        local: bool = True,
+        routes: Sequence[BaseRoute] = (),
     ) -> None:
-        """Wrap ``app``. ``local``: the server can be reached from this machine alone."""
+        """Wrap ``app``, which has ``routes``. ``local``: the server can be reached from this machine alone."""
+        self.routes = routes
         self.app, self.settings, self.state, self.keys, self.local = app, settings, state, keys, local
         self.working: Counter[str] = Counter()
         """Requests that are worked on, by the name of their key."""
@@ -71,11 +80,11 @@ class Middleware:
             except ClientDisconnect:
                 self.state.metrics.abandoned()
             except Exception as error:
-                log_unforeseen(f"{scope['method']} {route_of(scope)}", error)
+                log_unforeseen(f"{scope['method']} {self._route_of(scope)}", error)
                 await self._answer(error, scope, receive, recorder)
             finally:
                 self.state.metrics.in_progress -= counts
-                route = route_of(scope)
+                route = self._route_of(scope)
                 if recorder.problem:
                     self.state.metrics.refusal(recorder.problem)
                 if counts:
@@ -91,7 +100,8 @@ class Middleware:
         if scope["path"] not in OPEN_PATHS:
             headers = Headers(scope=scope)
             if self.keys:
-                scope[IN_SCOPE] = self.keys.check(headers.get("authorization"))
+                scope[IN_SCOPE] = key = self.keys.check(headers.get("authorization"))
+                self.keys.take(key)
             else:
                 _require_own_origin(headers, self.local)
         limits = self._streamed if STREAMED.fullmatch(scope["path"]) else self._timed if works else self._untimed
@@ -127,6 +137,15 @@ class Middleware:
             self.working[name] -= 1
             if not self.working[name]:
                 del self.working[name]
+
+    def _route_of(self, scope: Scope) -> str:
+        """Return the template of the request's route, ``/v1/galleries/{gallery}``: a path would name subjects.
+
+        One that was refused before the router saw it has a route, too.
+        """
+        if (route := scope.get("route")) is None:
+            route = next((one for one in self.routes if one.matches(scope)[0] is Match.FULL), None)
+        return getattr(route, "path", NO_ROUTE)
 
     async def _answer(self, error: Exception, scope: Scope, receive: Receive, recorder: _ResponseRecorder) -> None:
         if not recorder.status:
@@ -181,11 +200,3 @@ def _require_uncoded(coding: bytes) -> None:
     if coding.strip().lower() not in UNCODED:
         said = coding.decode("latin-1")[:80]
         raise UnsupportedMedia(f"content encoding {said!r}. Send the body as it is, without one.")
-
-
-def route_of(scope: Scope) -> str:
-    """Return the template of the route that took the request, ``/v1/galleries/{gallery}``.
-
-    A path would name subjects.
-    """
-    return getattr(scope.get("route"), "path", NO_ROUTE)

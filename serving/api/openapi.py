@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -204,7 +205,7 @@ def responses(
 def stream(example: Content, *examples: Examples) -> dict[int | str, dict[str, Any]]:
     """Describe what a route answers in lines, an ``example`` of which is given."""
     schema = {"anyOf": [{"$ref": REF.format(model=one.__name__)} for one in LINES_OUT]}
-    content = {NDJSON: {"itemSchema": schema, "example": example}}
+    content = {NDJSON: {"schema": _LINES, "itemSchema": schema, "example": example}}
     return {200: {"description": "One JSON object a line", "content": content}, **documented(_merged(examples))}
 
 
@@ -230,7 +231,8 @@ def json_body(model: type[BaseModel], example: Content, *, required: bool = True
 
 def lines_body(model: type[BaseModel], example: Content) -> Content:
     """Describe a body of lines."""
-    content = {NDJSON: {"itemSchema": {"$ref": REF.format(model=model.__name__)}, "example": example}}
+    item = {"$ref": REF.format(model=model.__name__)}
+    content = {NDJSON: {"schema": _LINES, "itemSchema": item, "example": example}}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -278,9 +280,17 @@ def _json(model: type[BaseModel], example: Content) -> Content:
 
 
 def _parameter(name: str, schema: Content) -> Content:
-    """Describe an option in a query string, where what has parts is JSON."""
+    """Describe an option in a query string, where what has parts is JSON.
+
+    Its default is told in words alone: generated clients send the defaults that they are told, and a JSON body that
+    states the option, too, would then be refused as stating it twice.
+    """
+    schema = dict(schema)
+    default = schema.pop("default", None)
+    said = [schema.get("description", ""), "" if default is None else f"default: {json.dumps(default)}"]
+    schema["description"] = "; ".join(filter(None, said))
     shape = {"content": {"application/json": {"schema": schema}}} if _has_parts(schema) else {"schema": schema}
-    return {"name": name, "in": "query", "description": schema.get("description", ""), **shape}
+    return {"name": name, "in": "query", "description": schema["description"], **shape}
 
 
 def _has_parts(schema: Content) -> bool:
@@ -292,3 +302,4 @@ def _merged(examples: tuple[Examples, ...]) -> Examples:
 
 
 _BINARY = {"type": "string", "format": "binary"}
+_LINES = {**_BINARY, "description": "One JSON object a line, each as `itemSchema` (OpenAPI 3.2) says"}

@@ -33,7 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Pillow reads the header that the limit is checked on, OpenCV decodes; where a hostile file makes them disagree,
     # OpenCV's own limit holds. It reads this once, when it is imported.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")
-    return run(make_serve_parser(), _serve, argv)
+    try:
+        parser = make_serve_parser()
+    except ModuleNotFoundError as missing:
+        if missing.name not in EXTRAS:
+            raise
+        error = MissingExtra(missing.name, "serve")
+        print(f"pkd-serve: {error}", file=sys.stderr)
+        return error.exit_code
+    return run(parser, _serve, argv)
 
 
 def make_serve_parser() -> argparse.ArgumentParser:

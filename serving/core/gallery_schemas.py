@@ -11,13 +11,14 @@ from pydantic import (
     AwareDatetime,
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     StringConstraints,
     model_validator,
 )
 
 from pkd.serving.core.embedding_codec import Encoding
-from pkd.serving.core.schemas import MAX_IMAGES, Input, Name, Number, Query, Sent, SpaceAnswer
+from pkd.serving.core.schemas import MAX_IMAGES, Input, Name, Number, Query, Sent, SpaceAnswer, number_given
 
 Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 """An idempotency key: printable ASCII without spaces."""
@@ -108,7 +109,9 @@ class BulkItem(EnrolBody):
 
 
 class IdentifyOptions(Sent):
-    """Say how to search: JSON fields, form fields or query parameters."""
+    """Say how to search: JSON fields, form fields or query parameters; at most one of target_fpir and threshold."""
+
+    model_config = ConfigDict(json_schema_extra={"not": {"allOf": [*number_given("target_fpir", "threshold")]}})
 
     top_k: int = Field(5, ge=1, le=100, description="Most candidates")
     target_fpir: float | None = Field(

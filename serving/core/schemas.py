@@ -17,6 +17,7 @@ from pydantic import (
     Tag,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from pkd.serving.core.embedding_codec import Encoding
 from pkd.toolkit.certificates.certificate import Certificate
@@ -100,8 +101,15 @@ class SubjectSide(Sent):
     subject: Name
 
 
+def number_given(*fields: str) -> list[JsonDict]:
+    """Describe to JSON Schema that each of these fields is given in turn, and is no null."""
+    return [{"required": [name], "properties": {name: {"type": "number"}}} for name in fields]
+
+
 class Policy(Sent):
     """Say when two faces match; give exactly one of the two."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [*number_given("target_fmr", "threshold")]})
 
     target_fmr: float | None = Field(None, gt=0, lt=1, description="False match rate, a fraction")
     threshold: float | None = Field(None, ge=-1, le=1, description="Cosine similarity")

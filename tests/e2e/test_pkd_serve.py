@@ -167,6 +167,17 @@ def test_a_real_photograph(family, shared):
         assert 0 < box[0] < box[2] < 250
 
 
+@pytest.mark.parametrize("package", ["orjson", "uvicorn", "prometheus_client"])
+@pytest.mark.parametrize("arguments", [["--help"], ["bundle"]])
+def test_without_its_extra_the_command_says_what_to_install(package, arguments, tmp_path):
+    program = f"import sys; sys.modules[{package!r}] = None; from pkd.serving.cli.serve import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    if arguments == ["bundle"]:
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].endswith("pip install 'pkd[serve]'")
+
+
 NEVER = """
 import sys
 from pkd.serving.cli.serve import main

@@ -133,7 +133,7 @@ def limited(path, clock, rate):
 
 def refusal(keys):
     with pytest.raises(PkdError) as refused:
-        keys.check("Bearer one")
+        keys.take(keys.check("Bearer one"))
     assert problem_type(refused.value)[:2] == ("rate-limited", 429)
     return int(problem_response(refused.value).headers["retry-after"])
 
@@ -142,16 +142,16 @@ def test_a_rate_holds_over_time_and_says_truly_when_the_next_request_is_taken(tm
     clock = Clock()
     keys = limited(tmp_path / "keys", clock, 4)
     for _ in range(4):
-        keys.check("Bearer one")
+        keys.take(keys.check("Bearer one"))
     assert refusal(keys) == 1
     clock.now += 0.26
-    keys.check("Bearer one")
+    keys.take(keys.check("Bearer one"))
     refusal(keys)
     taken = 0
     for _ in range(1000):  # ten seconds of a client that does not listen
         clock.now += 0.01
         try:
-            keys.check("Bearer one")
+            keys.take(keys.check("Bearer one"))
             taken += 1
         except PkdError:
             pass
@@ -161,25 +161,25 @@ def test_a_rate_holds_over_time_and_says_truly_when_the_next_request_is_taken(tm
 def test_less_than_one_request_a_second(tmp_path):
     clock = Clock()
     keys = limited(tmp_path / "keys", clock, 0.2)
-    keys.check("Bearer one")
+    keys.take(keys.check("Bearer one"))
     clock.now += 1.5
     wait = refusal(keys)
     assert wait == 4
     clock.now += wait
-    keys.check("Bearer one")
+    keys.take(keys.check("Bearer one"))
 
 
 def test_a_raised_rate_holds_at_once(tmp_path):
     clock, path = Clock(), tmp_path / "keys"
     keys = limited(path, clock, 0.001)
-    keys.check("Bearer one")
+    keys.take(keys.check("Bearer one"))
     assert refusal(keys) == 1000
     write(path, f"{hashed('one')} kiosk embed rate=100/s")
     clock.now += 10
     assert refusal(keys) == 1
     for _ in range(200):
         clock.now += 0.01
-        keys.check("Bearer one")
+        keys.take(keys.check("Bearer one"))
 
 
 def test_wrong_keys_use_up_nobody_s_rate(tmp_path):
@@ -188,7 +188,7 @@ def test_wrong_keys_use_up_nobody_s_rate(tmp_path):
     for _ in range(5):
         with pytest.raises(PkdError, match="a key that this server knows"):
             keys.check("Bearer two")
-    keys.check("Bearer one")
+    keys.take(keys.check("Bearer one"))
 
 
 def test_processes_share_a_rate(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 from pydantic import TypeAdapter
 
@@ -207,7 +208,7 @@ def test_the_examples_of_bodies_are_valid(document):
     for name, operation in operations(document):
         for kind, content in operation.get("requestBody", {}).get("content", {}).items():
             if "json" in kind:
-                model = (content.get("schema") or content["itemSchema"])["$ref"].rpartition("/")[2]
+                model = (content.get("itemSchema") or content["schema"])["$ref"].rpartition("/")[2]
                 TypeAdapter(models[model]).validate_python(content["example"])
                 checked.add(name)
     assert len(checked) == 8
@@ -234,3 +235,37 @@ def test_serving_reaches_neither_torch_nor_onnx():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_generated_client_does_not_state_an_option_twice(document):
+    """openapi-python-client sends every default of a query parameter, also beside a JSON body that states it."""
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if "requestBody" in operation:
+                for parameter in operation.get("parameters", ()):
+                    schema = parameter.get("schema") or parameter["content"]["application/json"]["schema"]
+                    assert "default" not in schema, (path, parameter["name"])
+
+
+def test_streams_have_a_schema_that_generators_read(document):
+    found = [node for node in walk(document) if isinstance(node, dict) and "itemSchema" in node]
+    assert len(found) >= 5
+    assert all(node["schema"]["type"] == "string" for node in found)
+
+
+@pytest.mark.parametrize(
+    ("model", "good", "bad"),
+    [
+        ("Policy", [{"target_fmr": 1e-3}, {"threshold": 0.5}, {"threshold": 0.5, "target_fmr": None}], "both, none"),
+        ("IdentifyBody", [{"target_fpir": 0.1}, {"threshold": 0.5}, {}], "both"),
+    ],
+)
+def test_what_excludes_one_another_is_in_the_document(document, model, good, bad):
+    schema = document["components"]["schemas"][model]
+    rules = {name: schema[name] for name in ("oneOf", "not") if name in schema}
+    both = {"target_fmr": 1e-3, "target_fpir": 0.1, "threshold": 0.5}
+    for body in good:
+        jsonschema.validate(body, rules)
+    for body in [both, *([{}] if "none" in bad else [])]:
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(body, rules)

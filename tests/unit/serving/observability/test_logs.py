@@ -102,6 +102,7 @@ def test_neither_logs_nor_spans_hold_a_vector_a_key_or_a_subject(tmp_path, lines
     assert "RuntimeError" in failure["message"] and "POST /v1/embed" in failure["message"]
     requests = [entry for entry in entries if entry["logger"] == "pkd.serving.requests"]
     assert (requests[0]["status"], requests[0]["problem"], "key" in requests[0]) == (401, "auth", False)
+    assert requests[0]["route"] != "none"  # though it was refused before the router saw it
     assert requests[3]["route"] == "/v1/galleries/{gallery}/subjects/{subject}"
     assert requests[3]["key"] == "kiosk" and requests[3]["ms"] > 0
     assert "DELETE /v1/galleries/{gallery}/subjects/{subject}" in attributes
