@@ -44,9 +44,7 @@ Report = dict[str, Any]
 def main() -> int:
     """Measure, and write the JSON and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--unlabelled", type=int, default=50_000, help="images without identity; 0: no such row"
-    )
+    parser.add_argument("--unlabelled", type=int, default=50_000, help="images without identity; 0: no such row")
     parser.add_argument("--seeds", type=int, default=3, help="draws of each row that draws its images")
     args = parser.parse_args()
     seeds = range(args.seeds)

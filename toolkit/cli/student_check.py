@@ -32,7 +32,7 @@ STILL_HELPS = 0.01
 """Gain of the mean cosine over the last step of the curve from which on more images are worth having."""
 RISING = 0.005
 """Gain of the mean cosine over the last tenth of the steps from which on a training was still rising."""
-FMRS = (1e-3, 1e-2)
+FMRS = (1e-3, 1e-2, 1e-1)
 """False match rates tried; the first that the people resolve is reported."""
 RESAMPLES = 200
 

@@ -1,0 +1,108 @@
+"""A model that exists becomes the teacher's student: by the map alone, by training from there, and as a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+pytest.importorskip("torch")
+
+from pkd.export.cli import main as export
+from pkd.toolkit.bundle.bundle import Bundle
+from pkd.toolkit.cli.distill import main
+from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.distill.models.student import load_student
+from pkd.toolkit.encoders.base import open_bundle
+from tests.support.training_data import SIZE, write_patterns, write_teacher
+from tests.unit.toolkit.distill.models.test_adopted import torch_old
+
+STATED = f"mean=127.5,std=127.5,size={SIZE},template=none"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    write_patterns(folder / "crops", identities=160, images=3)
+    write_teacher(folder / "teacher.onnx")
+    torch_old(folder / "mobile.onnx")
+    return folder
+
+
+def distill(place: Path, out: str, *more: str) -> int:
+    return main(
+        [
+            "--teacher", str(place / "teacher.onnx"), "--teacher-preprocess", STATED, "--faces", str(place / "crops"),
+            "--student", str(place / "mobile.onnx"), "--student-preprocess", STATED, "--threads", "1",
+            "--cache", str(place / "cache"), "--out", str(place / out), *more,
+        ]
+    )  # fmt: skip
+
+
+def cosine(place: Path, out: str) -> float:
+    from pkd.toolkit.core.preprocess import Preprocess
+    from pkd.toolkit.encoders.base import open_onnx
+
+    faces = FaceSet.read(place / "crops")
+    crops = faces.load(range(len(faces)), SIZE)
+    expected = open_onnx(place / "teacher.onnx", Preprocess.parse(STATED)).embed(crops)
+    return float(np.einsum("nd,nd->n", load_student(place / out).embed(crops), expected).mean())
+
+
+def test_map_then_bundle(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill(place, "map", "--method", "map") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "map from the layer in front of the embedding (ridge), 480 images: 32 held-out people: S–T TAR" in said
+    report = json.loads((place / "map" / "report.json").read_text())
+    assert [point["images"] for point in report["map"]["curve"]] == [100, 300, 384]
+    assert report["map"]["held_out"]["teacher"] > 0.9
+    assert cosine(place, "map") > 0.5
+    training = load_student(place / "map").training
+    assert (training["method"], training["backbone"], training["steps"]) == ("map", "mobile", 0)
+    assert str(training["init"]).startswith("mobile@sha256:")
+
+    assert export([str(place / "map"), "-o", str(place / "bundle")]) == 0
+    bundle = Bundle.open(place / "bundle")
+    crops = FaceSet.read(place / "crops").load(range(5), SIZE)
+    np.testing.assert_allclose(open_bundle(bundle).embed(crops), load_student(place / "map").embed(crops), atol=1e-5)
+    nodes = onnx.load_model_from_string(bundle.read("encoder.onnx")).graph.node
+    own = [node for node in nodes if not node.name.startswith("pkd/")]
+    assert len(own) <= len([n for n in onnx.load(str(place / "mobile.onnx")).graph.node if n.op_type != "Constant"])
+
+
+def test_training_begins_with_the_map_and_is_checked(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill(place, "trained", "--steps", "30", "--batch", "16", "--precision", "fp32", "--ema", "0.9") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "student, 16 held-out people: S–T TAR" in said
+    assert "the map that it began with, 16 held-out people: S–T TAR" in said
+    report = json.loads((place / "trained" / "report.json").read_text())
+    assert report["check"]["people"] == 16
+    assert report["map"]["images"] == 480 - 48
+    assert {"tar", "interval", "fmr", "teacher"} <= {*report["map_check"]}
+    first = (place / "trained" / "log.csv").read_text().splitlines()[1].split(",")
+    assert float(first[2]) > 0.5, "the first step starts where the map is"
+    assert load_student(place / "trained").training["method"] == "l2kd"
+    kinds = [node.op_type for node in _exported(place, "trained").graph.node]
+    assert "BatchNormalization" not in kinds
+
+
+def _exported(place: Path, run: str) -> onnx.ModelProto:
+    assert export([str(place / run), "-o", str(place / f"{run}-bundle")]) == 0
+    return onnx.load_model_from_string(Bundle.open(place / f"{run}-bundle").read("encoder.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--method", "map+l2kd"), "--method map+l2kd: map stands alone"),
+        (("--student", "mobilefacenet:0.5", "--method", "map"), "map stands alone, for --student FILE.onnx"),
+        (("--student-preprocess", f"mean=127.5,std=127.5,size={SIZE}"), "Adopt a model of the same alignment"),
+        (("--student", "nowhere.onnx"), "nowhere.onnx: no such file"),
+    ],
+)
+def test_refused_in_one_line(place: Path, more: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distill(place, "none", *more) == 2
+    assert said in capsys.readouterr().err
