@@ -4,8 +4,8 @@
 ``decompose_prelu`` gives those that are fastest, ``split_prelu`` those that are smallest beside INT8 weights. TensorRT
 and XNNPACK have one fused operation for PRelu, so there it stays.
 
-The rewrites are pkd's own: the passes of onnxscript or onnxoptimizer would be one more dependency, and neither splits a
-PRelu. tests/unit/export/graph/test_rewrite.py holds what is folded, and that results stay.
+The rewrites are pkd's own: the passes of onnxscript or onnxoptimizer would be one more dependency.
+tests/unit/export/graph/test_rewrite.py holds what is folded, and that results stay.
 """
 
 from __future__ import annotations
