@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import os
+import posixpath
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ from pkd.toolkit.core.errors import InputError, PkdError
 from pkd.toolkit.core.models import Record
 from pkd.toolkit.core.parallel import in_order
 from pkd.toolkit.core.progress import ConsoleProgress
+from pkd.toolkit.data.tree import LeftOut, printable, walk_images
 from pkd.toolkit.encoders.detector import Detector, choose, open_detector
 from pkd.toolkit.images.alignment import SIZE, warp
 from pkd.toolkit.images.codec import SUFFIXES, read_rgb, write_rgb
@@ -83,39 +88,52 @@ def align(options: AlignOptions, console: Console) -> Result:
     detector = open_detector(options.detector, options.min_score)
     photos, skipped = _list(src)
     _claim(dst, Settings(detector=detector.digest, min_score=options.min_score))
-    todo = [photo for photo in photos if not _finished(src / photo.source, dst / photo.target)]
+    record = CropRecord(src, dst)
+    gone = record.remove_gone(photos)
+    todo = [photo for photo in photos if not record.is_finished(photo)]
+    record.rewrite()
 
-    def one(photo: Photo) -> tuple[str, str] | None:
-        return _align_one(src / photo.source, dst / photo.target, photo.source, detector)
+    def one(photo: Photo) -> tuple[Photo, str | None]:
+        reason = _align_one(src / photo.source, dst / photo.target, detector)
+        if reason is None:
+            record.note(photo)
+        return photo, reason
 
     cv2.setNumThreads(1)  # one thread per photograph is faster than many threads on one
     done = 0
     try:
         with ConsoleProgress(console)("aligning", len(todo)) as advance:
-            for outcome in in_order(one, todo, workers=options.jobs):
-                done += outcome is None
-                skipped += [outcome] if outcome else []
+            for photo, reason in in_order(one, todo, workers=options.jobs):
+                done += reason is None
+                skipped += [] if reason is None else [(photo.source, reason)]
                 advance(1)
     finally:
         _write_skipped(dst / "skipped.csv", skipped)
     before = len(photos) - len(todo)
     if not done and not before:
         raise InputError(
-            f"{src}: none of {len(skipped):,} files gave a crop (first: {skipped[0][0]}: "
+            f"{src}: none of {len(skipped):,} files gave a crop (first: {printable(skipped[0][0])}: "
             f"{skipped[0][1]}). All reasons are in {dst / 'skipped.csv'}."
         )
-    return _report(console, dst, done, before, skipped)
+    return _report(console, dst, done, before, gone, skipped)
 
 
-def _align_one(source: Path, target: Path, name: str, detector: Detector) -> tuple[str, str] | None:
-    """Write the crop; None when done, else (file, reason)."""
+def _align_one(source: Path, target: Path, detector: Detector) -> str | None:
+    """Write the crop → None, or the reason why there is none; an older crop does not stay then."""
     try:
         image = read_rgb(source)
         crop = warp(image, choose(detector.detect(image), image).landmarks)
     except PkdError as error:
-        return name, str(error).removeprefix(f"{source}: ")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_rgb(target, crop)
+        with contextlib.suppress(OSError):
+            target.unlink(missing_ok=True)
+        return str(error).removeprefix(f"{source}: ")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_rgb(target, crop)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # a full disk ends the run
+            raise
+        return f"its crop would be called {target.name[:20]}…, a name longer than this disk takes; shorten it"
     return None
 
 
@@ -131,21 +149,17 @@ def _check_folders(src: Path, dst: Path) -> None:
 
 def _list(src: Path) -> tuple[list[Photo], list[tuple[str, str]]]:
     """List the photographs below ``src``, and the files that are none with the reason. Hidden files are ignored."""
-    names = sorted(
-        path.relative_to(src).as_posix()
-        for path in src.rglob("*")
-        if not any(part.startswith(".") for part in path.relative_to(src).parts) and not path.is_dir()
-    )
-    images = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    left_out: list[LeftOut] = []
+    images = list(walk_images(src, left_out.append, every_file=True))
+    skipped = [(name, reason) for name, reason in left_out]
     if not images:
-        raise InputError(f"{src}: holds no photograph ({', '.join(sorted(SUFFIXES))}), {len(names):,} other files.")
-    alike = Counter(Path(name).with_suffix("").as_posix() for name in images)
+        raise InputError(f"{src}: holds no photograph ({', '.join(sorted(SUFFIXES))}), {len(skipped):,} other files.")
+    alike = Counter(posixpath.splitext(name)[0] for name in images)
     photos = []
     for name in images:
-        stem = Path(name).with_suffix("").as_posix()
+        stem = posixpath.splitext(name)[0]
         photos.append(Photo(name, (stem if alike[stem] == 1 else name) + ".webp"))  # a.jpg beside a.png keeps both
-    reason = f"not one of {', '.join(sorted(SUFFIXES))}; convert it first"
-    return photos, [(name, reason) for name in names if Path(name).suffix.lower() not in SUFFIXES]
+    return photos, skipped
 
 
 def _claim(dst: Path, settings: Settings) -> None:
@@ -165,12 +179,55 @@ def _claim(dst: Path, settings: Settings) -> None:
         part.replace(stamp)
 
 
-def _finished(source: Path, target: Path) -> bool:
-    """Tell whether the crop is there and the photograph was not replaced since."""
-    try:
-        return target.stat().st_mtime >= source.stat().st_mtime
-    except OSError:
-        return False
+class CropRecord:
+    """Remember in DST/crops.csv what each crop was made of: the photograph, its size and its times.
+
+    Dates alone would not do: what takes a photograph's place may be older than it (cp -p, rsync, unzip). A line is
+    appended for each crop, so that whatever kills a run, the next one knows what is done.
+    """
+
+    def __init__(self, src: Path, dst: Path) -> None:
+        self._src, self._dst, self._path = src, dst, dst / "crops.csv"
+        self._lock = threading.Lock()
+        self._made: dict[str, tuple[str, str]] = {}
+        if self._path.is_file():
+            with self._path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                self._made = {row[0]: (row[1], row[2]) for row in csv.reader(file) if len(row) == 3}
+
+    def is_finished(self, photo: Photo) -> bool:
+        """Tell whether the crop is there and was made of this very photograph."""
+        return self._made.get(photo.target) == self._facts(photo) and (self._dst / photo.target).is_file()
+
+    def remove_gone(self, photos: Sequence[Photo]) -> list[str]:
+        """Delete the crops whose photographs are no longer there, and folders that this empties → their names."""
+        gone = sorted(self._made.keys() - {photo.target for photo in photos})
+        for name in gone:
+            del self._made[name]
+            crop = self._dst / name
+            crop.unlink(missing_ok=True)
+            for folder in crop.relative_to(self._dst).parents[:-1]:
+                with contextlib.suppress(OSError):  # not empty
+                    (self._dst / folder).rmdir()
+        return gone
+
+    def rewrite(self) -> None:
+        """Write the file anew, without crops that are gone or made again."""
+        part = self._path.with_name(".crops.csv.part")
+        with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerows([target, *facts] for target, facts in sorted(self._made.items()))
+        part.replace(self._path)
+
+    def note(self, photo: Photo) -> None:
+        """Append a finished crop; several threads may."""
+        with self._lock, self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerow([photo.target, *self._facts(photo)])
+
+    def _facts(self, photo: Photo) -> tuple[str, str]:
+        try:
+            found = (self._src / photo.source).stat()
+        except OSError:
+            return photo.source, ""
+        return photo.source, f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def _write_skipped(path: Path, skipped: list[tuple[str, str]]) -> None:
@@ -182,19 +239,27 @@ def _write_skipped(path: Path, skipped: list[tuple[str, str]]) -> None:
     part.replace(path)
 
 
-def _report(console: Console, dst: Path, done: int, before: int, skipped: list[tuple[str, str]]) -> Result:
+def _report(
+    console: Console, dst: Path, done: int, before: int, gone: list[str], skipped: list[tuple[str, str]]
+) -> Result:
     kept = f", {before:,} were there already" if before else ""
     console.print(
         f"{done:,} crops written to {dst}{kept}; {len(skipped):,} files skipped.", markup=False, soft_wrap=True
     )
-    if skipped:
+    if gone:
         console.print(
-            f"Reasons in {dst / 'skipped.csv'}; first: {skipped[0][0]}: {skipped[0][1]}", markup=False, soft_wrap=True
+            f"{len(gone):,} crops removed, their photographs are gone (first: {printable(gone[0])}).",
+            markup=False,
+            soft_wrap=True,
         )
+    if skipped:
+        first = f"{printable(skipped[0][0])}: {skipped[0][1]}"
+        console.print(f"Reasons in {dst / 'skipped.csv'}; first: {first}", markup=False, soft_wrap=True)
     return {
         "out": str(dst),
         "written": done,
         "already_there": before,
+        "removed": len(gone),
         "skipped": len(skipped),
         "skipped_list": str(dst / "skipped.csv"),
     }

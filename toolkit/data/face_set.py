@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from pkd.toolkit.core.errors import BadImage, InputError
 from pkd.toolkit.core.parallel import in_order
-from pkd.toolkit.data.files import read_folder, read_list
+from pkd.toolkit.data.files import ImageFiles, read_folder, read_list
 from pkd.toolkit.data.recordio import read_recordio
 from pkd.toolkit.data.row_store import KeyedRows, Rows
 from pkd.toolkit.data.source import UNLABELLED, Found, ImageCollection, Ints
 from pkd.toolkit.data.tar import read_tar
-from pkd.toolkit.images.codec import Rgb, decode_rgb
+from pkd.toolkit.data.tree import LeftOut, is_hidden, report_left_out
+from pkd.toolkit.images.codec import SUFFIXES, Rgb, decode_rgb
 
 CONTAINERS = {".rec": read_recordio, ".tar": read_tar}
 BYTES = 32
@@ -57,11 +58,11 @@ class FaceSet:
     def path(self, index: int) -> Path:
         """Return the file that holds this image alone. Raises InputError for one in a .rec or .tar."""
         source, row = self.images.locate(int(self.rows[index]))
-        if not source.is_file():
+        if not isinstance(source, ImageFiles):
             raise InputError(
                 f"{source.root / source.name(row)}: not a file of its own. Give a folder or a list of files."
             )
-        return source.root / source.name(row)
+        return source.path(row)
 
     def load(self, indices: Sequence[int] | Ints, size: int) -> Rgb:
         """Read crops → uint8 N×size×size×3 RGB. Raises BadImage (unreadable) or InputError (another size)."""
@@ -109,7 +110,7 @@ class FaceSet:
 
     @classmethod
     def read(cls, *sources: str | Path, labelled: bool = True) -> FaceSet:
-        """Read folders (``<identity>/<image>``), lists of paths, ``.rec`` and ``.tar`` files, and folders of these.
+        """Read folders (``<identity>/…/<image>``), lists of paths, ``.rec`` and ``.tar`` files, and folders of these.
 
         Paths in a list are relative to the list's own folder or to that folder's parent, whichever holds the first;
         their identity is the parent folder. Class numbers mean the same people in all files of one folder; where there
@@ -158,8 +159,12 @@ def _found(source: Path, labelled: bool) -> list[Found]:
 
 def _open(source: Path, labelled: bool) -> list[Found]:
     if source.is_dir():
-        packed = sorted(path for path in source.iterdir() if path.suffix in CONTAINERS and path.is_file())
+        here = sorted(path for path in source.iterdir() if not is_hidden(path.name))
+        packed = [path for path in here if path.suffix in CONTAINERS and path.is_file()]
         if packed:
+            loose = [path.name for path in here if path.is_dir() or path.suffix.lower() in SUFFIXES]
+            reason = f"beside {packed[0].name}, which is read instead; give the folder and the containers by themselves"
+            report_left_out(source, [LeftOut(name, reason) for name in loose])
             return [CONTAINERS[path.suffix](path, labelled) for path in packed]
         return [read_folder(source, labelled)]
     if not source.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pkd.toolkit.core.errors import BadImage, InputError
 from pkd.toolkit.data.source import UNLABELLED, Found, Ints, Keys, PackedNames, stamp
+from pkd.toolkit.data.tree import LeftOut, person_of, printable, report_left_out, walk_images
 from pkd.toolkit.images.codec import SUFFIXES
 
 
@@ -27,8 +28,12 @@ class ImageFiles:
         return len(self._names)
 
     def name(self, row: int) -> str:
-        """Return the path as the folder or the list gives it."""
-        return self._names[row]
+        """Return the path as the folder or the list gives it, as text that can be written anywhere."""
+        return printable(self._names[row])
+
+    def path(self, row: int) -> Path:
+        """Return the file itself."""
+        return Path(self._path(row))
 
     def read(self, row: int) -> bytes:
         """Read all bytes of the file. Raises BadImage."""
@@ -38,10 +43,6 @@ class ImageFiles:
                 return file.read()
         except OSError as error:
             raise BadImage(f"{path}: {error.strerror or error}.") from None
-
-    def is_file(self) -> bool:
-        """Return True."""
-        return True
 
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Make a key per file over path, size and times; see ``image_source.stamp``."""
@@ -53,16 +54,17 @@ class ImageFiles:
 
 
 def read_folder(folder: Path, labelled: bool) -> Found:
-    """Find images below ``folder``, in the order of their path's parts; identity = the path of an image's folder."""
-    owners, files = _Owners(), _walk(folder, "")
-    names = PackedNames(owners.note(name, posixpath.dirname(name)) for name in files)
+    """Find images below ``folder``, in the order of their path's parts; the identity is the first folder below it."""
+    owners, left_out = _Owners(), list[LeftOut]()
+    names = PackedNames(owners.note(name, person_of(name)) for name in walk_images(folder, left_out.append))
+    report_left_out(folder, left_out)
     if not len(names):
         raise InputError(f"{folder}: holds no image ({', '.join(sorted(SUFFIXES))}), no .rec and no .tar file.")
     if labelled and "" in owners.identities:
         stray = np.flatnonzero(owners.labels() == owners.identities[""])
         raise InputError(
-            f"{folder}: {len(stray):,} images lie directly in it (first: {names[int(stray[0])]}), so they have no "
-            "identity. Put each person's images in a folder of their own, or pass the folder as --unlabelled."
+            f"{folder}: {len(stray):,} images lie directly in it (first: {printable(names[int(stray[0])])}), so they "
+            "have no identity. Put each person's images in a folder of their own, or pass the folder as --unlabelled."
         )
     return owners.found(ImageFiles(folder, names), labelled)
 
@@ -73,14 +75,18 @@ def read_list(listing: Path, labelled: bool) -> Found:
     tidy: dict[str, str] = {}  # a list names few folders and many files
 
     def lines() -> Iterator[str]:
-        with listing.open(encoding="utf-8") as file:
+        with listing.open(encoding="utf-8-sig") as file:  # Windows puts a byte order mark in front
             for line in map(str.strip, file):
+                if windows:
+                    line = line.replace("\\", "/")
                 if line and not line.startswith("#"):
                     parent = posixpath.dirname(line)
                     if parent not in tidy:
                         tidy[parent] = Path(parent).as_posix()
                     yield owners.note(line, tidy[parent])
 
+    roots = (listing.parent, listing.parent.parent, listing.parent.resolve().parent)
+    windows = _written_on_windows(listing, roots)
     try:
         names = PackedNames(lines())
     except UnicodeDecodeError:
@@ -89,16 +95,24 @@ def read_list(listing: Path, labelled: bool) -> Found:
         ) from None
     if not len(names):
         raise InputError(f"{listing}: the list is empty.")
-    roots = (listing.parent, listing.parent.parent, listing.parent.resolve().parent)
     root = next((r for r in roots if (r / names[0]).is_file()), None)
     if root is None:
-        raise InputError(f"{listing}: its first image {names[0]!r} lies neither in {roots[0]} nor in {roots[2]}.")
+        parts = names[0].split()
+        more = " A list holds one path a line and no labels: the identity is the image's folder." * (len(parts) > 1)
+        raise InputError(f"{listing}: its first image {names[0]!r} lies neither in {roots[0]} nor in {roots[2]}.{more}")
     missing = [row for row in range(len(names)) if not os.path.isfile(posixpath.join(root, names[row]))]  # noqa: PTH113
     if missing:
         raise InputError(
             f"{listing}: {len(missing):,} of {len(names):,} images do not exist (first: {names[missing[0]]})."
         )
     return owners.found(ImageFiles(root, names), labelled)
+
+
+def _written_on_windows(listing: Path, roots: tuple[Path, ...]) -> bool:
+    """Tell whether the first path of a list is there only with its backslashes turned."""
+    with listing.open(encoding="utf-8-sig", errors="replace") as file:
+        first = next((line for line in map(str.strip, file) if line and not line.startswith("#")), "")
+    return "\\" in first and not any((root / first).is_file() for root in roots)
 
 
 class _Owners:
@@ -118,15 +132,4 @@ class _Owners:
     def found(self, images: ImageFiles, labelled: bool) -> Found:
         if not labelled:
             return Found(images, np.full(len(images), UNLABELLED, np.int64), ())
-        return Found(images, self.labels(), tuple(self.identities))
-
-
-def _walk(folder: Path, below: str) -> Iterable[str]:
-    with os.scandir(folder / below) as entries:
-        here = sorted(entries, key=lambda entry: entry.name)
-    for entry in here:
-        name = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(folder, name)
-        elif posixpath.splitext(name)[1].lower() in SUFFIXES and entry.is_file():
-            yield name
+        return Found(images, self.labels(), tuple(map(printable, self.identities)))

@@ -56,10 +56,6 @@ class RecordImages:
             raise BadImage(f"{self.root / self.name(row)}: {error}.") from None
         return data[HEADER + 4 * int.from_bytes(data[:4], "little") :]
 
-    def is_file(self) -> bool:
-        """Return False."""
-        return False
-
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Make keys from the ``.rec``'s path, size and times when it was opened, and the record's place."""
         key, settled = self._stamp

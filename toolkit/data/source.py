@@ -38,9 +38,6 @@ class ImageSource(Protocol):
     def read(self, row: int) -> bytes:
         """Read the bytes of the JPEG, PNG, WebP or BMP. Raises BadImage."""
 
-    def is_file(self) -> bool:
-        """Tell whether every image is the file ``root / name(row)``."""
-
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Make a 64-bit key per row that changes when its bytes may have, and say whether it can be relied on later."""
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pkd.toolkit.core.errors import BadImage, InputError
 from pkd.toolkit.data.source import UNLABELLED, Found, Ints, Keys, PackedNames, stamp, within
+from pkd.toolkit.data.tree import is_hidden, printable
 from pkd.toolkit.images.codec import SUFFIXES
 
 LINKS = (tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
@@ -45,8 +46,8 @@ class TarImages:
         return len(self._offsets)
 
     def name(self, row: int) -> str:
-        """Return the path within the tar."""
-        return self._names[row]
+        """Return the path within the tar, as text that can be written anywhere."""
+        return printable(self._names[row])
 
     def read(self, row: int) -> bytes:
         """Read the bytes of a member. Raises BadImage."""
@@ -58,10 +59,6 @@ class TarImages:
         if len(data) < size:
             raise BadImage(f"{self.root / self.name(row)}: truncated, {len(data):,} of {size:,} bytes.")
         return data
-
-    def is_file(self) -> bool:
-        """Return False."""
-        return False
 
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Make keys from the tar's path, size and times when it was opened, and the image's place."""
@@ -90,6 +87,7 @@ def read_tar(path: Path, labelled: bool) -> Found:
     numbers: dict[str, int] = {}
     owners, offsets, sizes = array("q"), array("q"), array("q")
     strays: list[str] = []
+    folders: set[str] = set()
     counted = True
 
     _require_plain(path)
@@ -101,6 +99,8 @@ def read_tar(path: Path, labelled: bool) -> Found:
                 _refuse_lonely(path, sample)
             for image in sample.images:
                 identity, is_number = _identity(path, sample, image) if labelled else ("", False)
+                if identity and not sample.labels:
+                    folders.add(identity)
                 if identity:
                     owners.append(numbers.setdefault(identity, len(numbers)))
                     counted &= is_number
@@ -122,11 +122,26 @@ def read_tar(path: Path, labelled: bool) -> Found:
             f"{path}: {len(strays):,} images have neither a .cls, .txt or .json next to them nor a folder (first: "
             f"{strays[0]}), so they have no identity. Add labels, or pass the file as --unlabelled."
         )
+    people = _people(list(numbers), folders)
+    if people != list(numbers):
+        index = {person: i for i, person in enumerate(dict.fromkeys(people))}
+        place = np.array([*(index[person] for person in people), UNLABELLED], np.int64)
+        owners, numbers = array("q", place[np.frombuffer(owners, np.int64)].tobytes()), index
     found = TarImages(path, names, *(np.frombuffer(a, np.int64) for a in (offsets, sizes)))
     return Found(
-        found, np.frombuffer(owners, np.int64), tuple(numbers),
+        found, np.frombuffer(owners, np.int64), tuple(map(printable, numbers)),
         numbered=counted and bool(numbers), folder=path.parent.resolve(),
     )  # fmt: skip
+
+
+def _people(identities: list[str], folders: set[str]) -> list[str]:
+    """Name the person of each folder of a tar: its first part, or the first two where all lie in one folder of folders.
+
+    ``tar -cf faces.tar faces`` puts the packed folder's own name before every person's. What is no folder is a label.
+    """
+    parts = {folder: folder.split("/") for folder in folders}
+    top = len({each[0] for each in parts.values()}) == 1 and all(len(each) > 1 for each in parts.values())
+    return ["/".join(parts[each][: 2 if top else 1]) if each in folders else each for each in identities]
 
 
 def _refuse_lonely(path: Path, sample: _Sample) -> None:
@@ -159,7 +174,8 @@ def _samples(path: Path) -> Iterator[_Sample]:
     for member in _members(path):
         key, suffix = posixpath.splitext(member.name)
         suffix = suffix.lower()
-        if posixpath.basename(key).startswith(".") or not (suffix in SUFFIXES or suffix in LABELS):
+        hidden = any(is_hidden(part) for part in key.removeprefix("./").split("/"))
+        if hidden or not (suffix in SUFFIXES or suffix in LABELS):
             continue
         if key != sample.key:
             yield sample
@@ -171,7 +187,7 @@ def _samples(path: Path) -> Iterator[_Sample]:
 def _identity(path: Path, sample: _Sample, image: _Member) -> tuple[str, bool]:
     """Name the identity (class numbers with eight digits) and whether it is a class number."""
     if not sample.labels:
-        return posixpath.dirname(image.name), False
+        return posixpath.dirname(image.name).removeprefix("./"), False
     member = min(sample.labels, key=lambda label: LABELS.index(posixpath.splitext(label.name)[1].lower()))
     where = f"{path}: {member.name}"
     try:

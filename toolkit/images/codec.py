@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import threading
 from pathlib import Path
 
 import cv2
@@ -77,6 +79,6 @@ def write_rgb(path: str | Path, image: Rgb, *, quality: int = 95) -> None:
         _, encoded = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), parameters)
     except cv2.error:
         raise BadImage(f"{path}: cannot be written as {path.suffix!r}. Use .webp, .png or .jpg.") from None
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")  # short: the name itself may fill the limit
     part.write_bytes(encoded.tobytes())
     part.replace(path)

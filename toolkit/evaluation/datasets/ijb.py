@@ -289,10 +289,6 @@ class LooseCrops:
             raise type(error)(str(error) if str(where) in str(error) else f"{where}: {error}") from None
         return cv2.imencode(".bmp", cv2.cvtColor(crop, cv2.COLOR_RGB2BGR))[1].tobytes()
 
-    def is_file(self) -> bool:
-        """Return False: the crop is no file."""
-        return False
-
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Return a key per crop, over the file's own key and its points."""
         keys, settled = self._files.stamps(rows)

@@ -40,10 +40,6 @@ class PackedImages:
         """Return the image's bytes."""
         return self._images[row]
 
-    def is_file(self) -> bool:
-        """Return False: nothing here lies in a file of its own."""
-        return False
-
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Return no keys: hashing bytes in memory is as fast as looking a digest up."""
         return np.zeros(len(rows), np.uint64), np.zeros(len(rows), np.bool_)

@@ -11,6 +11,7 @@ from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.data.files import ImageFiles
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.linear_maps import (
     LinearMapEncoder,
@@ -150,7 +151,7 @@ def _numbered(a: FaceSet, b: FaceSet) -> bool:
     """Tell whether both hold numbered classes, of containers in different folders."""
     folders = [{source.root for source in faces.images.sources} for faces in (a, b)]
     return not folders[0] & folders[1] and all(
-        not any(source.is_file() for source in faces.images.sources)
+        not any(isinstance(source, ImageFiles) for source in faces.images.sources)
         and all(name.rpartition("/")[2].isdecimal() for name in faces.identities)
         for faces in (a, b)
     )
