@@ -25,6 +25,7 @@ from rich.console import Console
 
 from pkd.toolkit.core.cli_support import Result, make_parser, progress, run
 from pkd.toolkit.core.errors import InputError, PkdError
+from pkd.toolkit.data.tree import LeftOut, person_of, walk_images
 from pkd.toolkit.images.codec import SUFFIXES
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ EXAMPLES = """
 """
 GROUP = 16
 """Photographs that one thread sends at a time."""
+
+
+STRAY = "lies in no subject's folder"
 
 
 @dataclass(frozen=True)
@@ -208,18 +212,13 @@ def _list(root: Path) -> tuple[list[Photo], list[Outcome]]:
     """List photographs below ``root``, and files that are none. Hidden files are ignored."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder. Give the folder that holds a folder per subject.")
-    photos, failed = [], []
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
-        photo = Photo(relative.as_posix())
-        if len(relative.parts) == 1:
-            failed.append(Outcome(photo, "lies in no subject's folder", "no-subject"))
-        elif path.suffix.lower() not in SUFFIXES:
-            failed.append(Outcome(photo, "is no image file", "no-image"))
-        else:
-            photos.append(photo)
+    left_out: list[LeftOut] = []
+    images = list(walk_images(root, left_out.append, every_file=True))
+    photos = [Photo(name) for name in images if person_of(name)]
+    failed = [
+        Outcome(Photo(name), reason, "no-image") if person_of(name) else Outcome(Photo(name), STRAY, "no-subject")
+        for name, reason in [*left_out, *((name, STRAY) for name in images if not person_of(name))]
+    ]
     if not photos:
         raise InputError(f"{root}: holds no folder with images ({', '.join(sorted(SUFFIXES))}).")
     return photos, failed
