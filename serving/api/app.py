@@ -18,7 +18,7 @@ from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import ApiKeys
 from pkd.serving.api.middleware import Middleware
 from pkd.serving.api.problems import TYPES, MethodNotAllowed, RouteNotFound, problem_response
-from pkd.serving.api.routes import catalogue, galleries, health, identify, matching, migrations, subjects, transfer
+from pkd.serving.api.routes import catalogue, galleries, health, matching, migrations, subjects, transfer
 from pkd.serving.api.routes.parameters import known_query, queries_of
 from pkd.serving.core.errors import InvalidRequest
 from pkd.serving.core.validation import invalid
@@ -64,9 +64,9 @@ def create_api(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unforeseen)
 
-    routers = [
-        one.routes(service) for one in (matching, identify, galleries, subjects, transfer, migrations, catalogue)
-    ]
+    makers = [matching.routes, matching.search_routes]
+    makers += [one.routes for one in (galleries, subjects, transfer, migrations, catalogue)]
+    routers = [make(service) for make in makers]
     for router in routers:
         app.include_router(router, dependencies=[Depends(known_query)])
     operations = health.routes(service)

@@ -26,7 +26,7 @@ class Forbidden(PkdError):
 
 
 class ForeignOrigin(PkdError):
-    """A web page of another site, or a foreign host name, led a browser to a server without keys."""
+    """A web page of another site or a foreign host name is used to reach a server without keys."""
 
 
 class RouteNotFound(PkdError):
@@ -54,7 +54,7 @@ class HeadersTooLarge(PkdError):
 
 
 class ProblemType(NamedTuple):
-    """One kind of refusal as clients know it."""
+    """Describe one kind of refusal as clients know it."""
 
     slug: str
     """``type`` of the body. Part of the API: types are added, never renamed."""
@@ -115,7 +115,7 @@ TYPES: dict[str, ProblemType] = {problem.slug: problem for problem in PROBLEMS.v
 
 
 class ProblemBody(BaseModel):
-    """RFC 9457 problem details. Some types carry further members, shown in their examples."""
+    """Hold problem details as RFC 9457 has them. Some types carry further members, shown in their examples."""
 
     type: str = Field(description="Stable name of the problem, for programs")
     title: str

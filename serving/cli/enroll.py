@@ -80,7 +80,7 @@ class Outcome:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``pkd-enroll``."""
+    """Run ``pkd-enroll``; returns the exit code."""
     parser = make_parser(
         "pkd-enroll",
         "Enrol photographs into a gallery of a running server: one folder per subject, named as the subject. What was "

@@ -29,7 +29,7 @@ EXTRAS = ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client", "mul
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run ``pkd-serve``; returns the exit code."""
     # Pillow reads the header that the limit is checked on, OpenCV decodes; where a hostile file makes them disagree,
     # OpenCV's own limit holds. It reads this once, when it is imported.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")

@@ -85,7 +85,7 @@ class Item:
 
 
 class Client:
-    """Talk to one server. Safe to share between threads. Every method raises Refused or Unreachable."""
+    """Ask one server. Safe to share between threads. Every method raises Refused or Unreachable."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ CHUNK_LINES, CHUNK_BYTES = 500, 4 * 2**20
 
 
 class Refused(PkdError):
-    """The server refused; ``problem`` is what it said (RFC 9457)."""
+    """The server has refused a request; ``problem`` is what it said (RFC 9457)."""
 
     def __init__(self, status: int, problem: Mapping[str, Any], retry_after: float | None = None) -> None:
         self.status, self.problem, self.retry_after = status, problem, retry_after
@@ -41,7 +41,7 @@ class Unreachable(PkdError):
 
 
 class Connection:
-    """Talk to one server, as patiently as asked."""
+    """Send requests to one server, as patiently as asked."""
 
     def __init__(
         self, url: str, key: str | None, timeout: float, retries: int, transport: httpx.BaseTransport | None

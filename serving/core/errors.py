@@ -1,4 +1,4 @@
-"""What a server refuses, apart from HTTP. ``serving/api/problems.py`` says how each error is answered.
+"""Define what a server refuses, apart from HTTP. ``serving/api/problems.py`` says how each error is answered.
 
 Errors of the toolkit are raised where the concept is the same: BadImage, ImageTooLarge, NoFace, BadVector,
 SpaceMismatch, NotCertified, UnsupportedFmr. The others are::

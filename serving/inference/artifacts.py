@@ -199,13 +199,13 @@ def needed(bundle: Bundle, target: Target) -> list[str]:
     if target.file is None:
         return []
     main = PurePosixPath(target.file)
-    beside = [
+    companions = [
         name
         for name in bundle.manifest.files
         if PurePosixPath(name).parent == main.parent and PurePosixPath(name).stem == main.stem and name != target.file
     ]
     # In the bundle's own folder nothing lies beside encoder.onnx that belongs to it.
-    return [target.file, *(beside if len(main.parts) > 1 else [])]
+    return [target.file, *(companions if len(main.parts) > 1 else [])]
 
 
 def _stamp(found: os.stat_result) -> tuple[int, int]:

@@ -7,17 +7,20 @@ batch gathers. On a CPU this gains nothing (docs/operations.md), so there it is 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from pkd.serving.core.errors import Overloaded
+from pkd.serving.inference.registry import Loaded
 from pkd.serving.inference.thread_pool import Job, current_job
-from pkd.toolkit.core.encoder_info import EncoderInfo
+from pkd.serving.observability.metrics import Metrics
+from pkd.toolkit.core.encoder_info import EncoderInfo, short
 from pkd.toolkit.encoders.base import Embeddings, Encoder
 from pkd.toolkit.images.codec import Rgb
 
@@ -122,3 +125,39 @@ class Batched:
 def _filled(crops: Rgb) -> Rgb:
     size = next(bucket for bucket in BUCKETS if bucket >= len(crops))
     return np.concatenate([crops, np.repeat(crops[-1:], size - len(crops), axis=0)])
+
+
+class Inference:
+    """Pass crops from the worker threads to the encoders. Close it when the threads are done."""
+
+    def __init__(self, loaded: Iterable[Loaded], metrics: Metrics) -> None:
+        self._fronts: dict[str, Encoder] = {}
+        for one in loaded:
+            timed = _Timed(one.encoder, metrics)
+            self._fronts[timed.info.id] = Batched(timed) if one.device == "cuda" else timed
+
+    def embed(self, encoder: Encoder, crops: Rgb) -> Embeddings:
+        """Return ``encoder.embed(crops)``, for one of the encoders that were given."""
+        return self._fronts[encoder.info.id].embed(crops)
+
+    def close(self) -> None:
+        """Finish what waits."""
+        for front in self._fronts.values():
+            if isinstance(front, Batched):
+                front.close()
+
+
+class _Timed:
+    def __init__(self, encoder: Encoder, metrics: Metrics) -> None:
+        self._encoder, self._metrics, self._id = encoder, metrics, short(encoder.info.id)
+
+    @property
+    def info(self) -> EncoderInfo:
+        return self._encoder.info
+
+    def embed(self, crops: Rgb) -> Embeddings:
+        begun = perf_counter()
+        rows = self._encoder.embed(crops)
+        if len(crops):
+            self._metrics.inference(self._id, len(crops), perf_counter() - begun)
+        return rows

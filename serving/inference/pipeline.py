@@ -11,8 +11,8 @@ import numpy as np
 
 from pkd.serving.core.errors import MultipleFaces, NoDetector, NotAligned, TooManyFaces
 from pkd.serving.core.schemas import Faces
+from pkd.serving.inference.batching import Inference
 from pkd.serving.inference.decoding import Undecoded, decode
-from pkd.serving.inference.embedding import Inference
 from pkd.serving.inference.registry import Loaded
 from pkd.toolkit.core.errors import NoFace
 from pkd.toolkit.encoders.base import Embeddings

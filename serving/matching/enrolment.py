@@ -14,10 +14,11 @@ import orjson
 from pkd.serving.core.embedding_codec import decode
 from pkd.serving.core.errors import GalleryConflict, IdempotencyConflict, InvalidRequest, LowQuality, ServingError
 from pkd.serving.core.gallery_schemas import ConsentBody, EnrolOptions
+from pkd.serving.core.options import Settings
 from pkd.serving.core.schemas import EmbeddingSide, ImageInput
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, NewTemplate
+from pkd.serving.inference.pipeline import Embedded
 from pkd.serving.matching.admission import check_encoder_allowed, encoder_to_enrol, searchable
-from pkd.serving.matching.quality import MinimumQuality, Quality, measure, require
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.errors import NotCertified, PkdError, SpaceMismatch
 
@@ -31,6 +32,57 @@ class Ready:
 
     enrolment: Enrolment
     qualities: Sequence[Quality | None]
+
+
+@dataclass(frozen=True)
+class MinimumQuality:
+    """Hold the smallest values of a face that may be enrolled; 0 takes anything."""
+
+    detection_score: float
+    """Score of the detector, 0 to 1."""
+    face_pixels: float
+    """Shorter side of the face's box in the photograph, pixels: a smaller face is a crop that was blown up."""
+    sharpness: float
+    """Variance of the Laplacian of the grey crop, squared grey levels (0–255): below it, blur or a blank picture."""
+
+    @classmethod
+    def of(cls, settings: Settings, asked: MinimumQuality) -> MinimumQuality:
+        """Take the larger of what the operator and a request ask for."""
+        return cls(
+            max(settings.enrol_detection_score, asked.detection_score),
+            max(settings.enrol_face_pixels, asked.face_pixels),
+            max(settings.enrol_sharpness, asked.sharpness),
+        )
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Hold what was measured of one face; None where nothing was detected because the image was a crop already."""
+
+    detection_score: float | None
+    face_pixels: float | None
+    sharpness: float
+
+
+def measure_quality(embedded: Embedded, face: int) -> Quality:
+    """Measure one face of an embedded image."""
+    sharpness = round(embedded.sharpness[face], 2)
+    if embedded.faces is None:
+        return Quality(None, None, sharpness)
+    found = embedded.faces[face]
+    x1, y1, x2, y2 = (float(edge) for edge in found.box)
+    return Quality(round(found.score, 4), round(min(x2 - x1, y2 - y1), 1), sharpness)
+
+
+def require_quality(quality: Quality, minimum: MinimumQuality) -> None:
+    """Raise LowQuality with what was measured and what is required, unless every value is enough."""
+    measured, required = asdict(quality), asdict(minimum)
+    low = [name for name, value in measured.items() if value is not None and value < required[name]]
+    if low:
+        said = ", ".join(f"{name} is {measured[name]:g}, at least {required[name]:g} is required" for name in low)
+        raise LowQuality(
+            f"{said}. Take a larger, sharper picture.", details={"low": low, "measured": measured, "required": required}
+        )
 
 
 def new_enrolment(subject: str, inputs: Sequence[EnrolInput], options: EnrolOptions, key: str | None) -> Enrolment:
@@ -152,9 +204,9 @@ async def _embedded(
         raise
     made: dict[int, tuple[NewTemplate, Quality | None]] = {}
     for index, embedded in zip(places, done, strict=True):
-        quality = measure(embedded, 0)
+        quality = measure_quality(embedded, 0)
         try:
-            require(quality, minimum)
+            require_quality(quality, minimum)
         except LowQuality as error:
             error.details["index"] = index
             raise

@@ -20,8 +20,8 @@ from pkd.serving.core.options import Settings
 from pkd.serving.core.schemas import EmbeddingSide, EmbedOptions, Faces, ImageSide, SubjectSide, VerifyBody
 from pkd.serving.galleries.store import GalleryStore, SearchResult
 from pkd.serving.inference.artifacts import Artifacts
+from pkd.serving.inference.batching import Inference
 from pkd.serving.inference.decoding import Undecoded
-from pkd.serving.inference.embedding import Inference
 from pkd.serving.inference.pipeline import Embedded, Pipeline, Timing
 from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.serving.inference.thread_pool import Pool

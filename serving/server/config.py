@@ -38,37 +38,22 @@ class Option:
 
     name: str
     """Name of the field of Configuration or Settings."""
-    flag: str
-    variable: str
     kind: str
     """``yes`` for a switch, ``list``, or a placeholder for the value in --help."""
-    says: str
+    help: str
     default: str
     """Default for people, as --help shows it."""
     parse: Callable[[str], Any] = str
 
+    @property
+    def flag(self) -> str:
+        """Return its flag: ``--master-key``."""
+        return f"--{self.name.replace('_', '-')}"
 
-@dataclass(frozen=True)
-class Configuration:
-    """Hold everything that a server process needs to know, as plain data: it is handed to worker processes."""
-
-    bundles: tuple[str, ...]
-    host: str = "127.0.0.1"
-    port: int = 8000
-    workers: int = 1
-    detector: str | None = None
-    api_keys: str | None = None
-    insecure_no_keys: bool = False
-    trust_key: tuple[str, ...] = ()
-    gallery: str | None = None
-    master_key: str | None = None
-    audit: str | None = None
-    milvus_token: str | None = None
-    milvus_shards: int = 1
-    log: LogFormat = "text"
-    log_requests: bool = False
-    traces: bool = False
-    settings: Settings = field(default_factory=Settings)
+    @property
+    def variable(self) -> str:
+        """Return its environment variable: ``PKD_MASTER_KEY_FILE``, for secrets are given as files."""
+        return f"PKD_{self.name.upper()}" + {"FILE": "_FILE", "list": "_FILES"}.get(self.kind, "")
 
 
 def _switch(text: str) -> bool:
@@ -100,161 +85,111 @@ def _gallery(text: str) -> str:
     return text
 
 
-def _setting(name: str, kind: type) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value: float = kind(text)
-        except ValueError:
-            raise InputError(f"give a {'whole ' if kind is int else ''}number.") from None
-        check(name, value)
-        return value
-
-    return parse
-
-
-def _default(setting: Field[float]) -> str:
-    if setting.default is MISSING:
-        return f"one per core; {GPU_THREADS} with --device cuda"
-    return str(setting.default) if setting.default >= 1e4 else f"{setting.default:g}"
-
-
 def _list(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(os.pathsep) if part)
 
 
-OPTIONS: tuple[Option, ...] = (
-    Option("host", "--host", "PKD_HOST", "ADDRESS", "address to listen on", "127.0.0.1, only this machine"),
-    Option("port", "--port", "PKD_PORT", "N", "port; 0 picks a free one", "8000", _whole(0, 65535)),
-    Option(
-        "workers",
-        "--workers",
-        "PKD_WORKERS",
-        "N",
-        "processes that share port and galleries",
-        "1",
-        _whole(1, 256),
-    ),
-    Option(
-        "device",
-        "--device",
-        "PKD_DEVICE",
-        "cpu|cuda",
-        "where encoders run; on a GPU the crops of many requests go through together",
-        "cpu",
-        _one_of(*get_args(Device)),
-    ),
-    Option(
-        "detector",
-        "--detector",
-        "PKD_DETECTOR",
+def _option(value: Any, kind: str, help: str, default: str, parse: Callable[[str], Any] = str) -> Any:
+    """Make a field of Configuration that is an option; ``value``: its default."""
+    return field(default=value, metadata={"kind": kind, "help": help, "default": default, "parse": parse})
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Hold everything that a server process needs to know, as plain data: it is handed to worker processes."""
+
+    bundles: tuple[str, ...]
+    host: str = _option("127.0.0.1", "ADDRESS", "address to listen on", "127.0.0.1, only this machine")
+    port: int = _option(8000, "N", "port; 0 picks a free one", "8000", _whole(0, 65535))
+    workers: int = _option(1, "N", "processes that share port and galleries", "1", _whole(1, 256))
+    detector: str | None = _option(
+        None,
         "SPEC",
         "YuNet .onnx file, insightface:PACK or insightface:FOLDER",
         "none: only aligned crops are taken",
-    ),
-    Option(
-        "gallery",
-        "--gallery",
-        "PKD_GALLERY",
+    )
+    gallery: str | None = _option(
+        None,
         "DIR|milvus[+tls]://HOST:PORT",
         "where galleries are kept: a folder of this machine, or a Milvus server",
         "none: no galleries",
         _gallery,
-    ),
-    Option(
-        "master_key",
-        "--master-key",
-        "PKD_MASTER_KEY_FILE",
+    )
+    master_key: str | None = _option(
+        None,
         "FILE",
         "the key that every gallery's key is wrapped by; kept away from the galleries and their backups",
         "none; needed with --gallery",
-    ),
-    Option(
-        "audit",
-        "--audit",
-        "PKD_AUDIT_FILE",
+    )
+    audit: str | None = _option(
+        None,
         "FILE",
         "audit log of this machine, beside Milvus, which cannot keep one",
         "none; needed with milvus://",
-    ),
-    Option(
-        "milvus_token",
-        "--milvus-token",
-        "PKD_MILVUS_TOKEN_FILE",
-        "FILE",
-        "file that holds USER:PASSWORD of Milvus",
-        "none: Milvus asks for none",
-    ),
-    Option(
-        "milvus_shards",
-        "--milvus-shards",
-        "PKD_MILVUS_SHARDS",
-        "N",
-        "parts that a new gallery has in Milvus, for its nodes to share",
-        "1",
-        _whole(1, 64),
-    ),
-    Option(
-        "api_keys",
-        "--api-keys",
-        "PKD_API_KEYS_FILE",
+    )
+    milvus_token: str | None = _option(
+        None, "FILE", "file that holds USER:PASSWORD of Milvus", "none: Milvus asks for none"
+    )
+    milvus_shards: int = _option(
+        1, "N", "parts that a new gallery has in Milvus, for its nodes to share", "1", _whole(1, 64)
+    )
+    api_keys: str | None = _option(
+        None,
         "FILE",
         "lines SHA256 NAME SCOPES [rate=N/s]; read again when it changes; see --new-api-key",
         "none; needed beyond loopback",
-    ),
-    Option(
-        "insecure_no_keys",
-        "--insecure-no-keys",
-        "PKD_INSECURE_NO_KEYS",
-        "yes",
-        "listen beyond loopback without keys, for anyone to use",
-        "off",
-        _switch,
-    ),
-    Option(
-        "trust_key",
-        "--trust-key",
-        "PKD_TRUST_KEY_FILES",
+    )
+    insecure_no_keys: bool = _option(
+        False, "yes", "listen beyond loopback without keys, for anyone to use", "off", _switch
+    )
+    trust_key: tuple[str, ...] = _option(
+        (),
         "list",
         "ed25519 public key; refuse bundles and certificates that no such key has signed; repeatable",
         "none: they may come from anyone",
         _list,
-    ),
-    Option(
-        "log", "--log", "PKD_LOG", "text|json", "form of the lines on stderr", "text", _one_of(*get_args(LogFormat))
-    ),
-    Option(
-        "log_requests", "--log-requests", "PKD_LOG_REQUESTS", "yes", "log a line for every request, too", "off", _switch
-    ),
-    Option(
-        "traces",
-        "--traces",
-        "PKD_TRACES",
-        "yes",
-        "send OpenTelemetry spans to where OTEL_EXPORTER_OTLP_ENDPOINT says",
-        "off",
-        _switch,
-    ),
-    *(
-        Option(
-            each.name,
-            f"--{each.name.replace('_', '-')}",
-            f"PKD_{each.name.upper()}",
-            "N",
-            each.metadata["says"],
-            _default(each),
-            _setting(each.name, int if each.type == "int" else float),
-        )
-        for each in fields(Settings)
-        if each.metadata
-    ),
+    )
+    log: LogFormat = _option("text", "text|json", "form of the lines on stderr", "text", _one_of(*get_args(LogFormat)))  # noqa: RUF009
+    log_requests: bool = _option(False, "yes", "log a line for every request, too", "off", _switch)
+    traces: bool = _option(
+        False, "yes", "send OpenTelemetry spans to where OTEL_EXPORTER_OTLP_ENDPOINT says", "off", _switch
+    )
+    settings: Settings = field(default_factory=Settings)
+
+
+def _setting(each: Field[Any]) -> Option:
+    """Make the option of a field of Settings, whose range is checked with its name."""
+
+    def parse(text: str) -> float:
+        try:
+            value: float = int(text) if each.type == "int" else float(text)
+        except ValueError:
+            raise InputError(f"give a {'whole ' if each.type == 'int' else ''}number.") from None
+        check(each.name, value)
+        return value
+
+    default = f"one per core; {GPU_THREADS} with --device cuda"
+    if each.default is not MISSING:
+        default = str(each.default) if each.default >= 1e4 else f"{each.default:g}"
+    return Option(each.name, "N", each.metadata["says"], default, parse)
+
+
+DEVICE = Option(
+    "device",
+    "cpu|cuda",
+    "where encoders run; on a GPU the crops of many requests go through together",
+    "cpu",
+    _one_of(*get_args(Device)),
 )
+_OWN = [Option(each.name, **each.metadata) for each in fields(Configuration) if each.metadata]
+OPTIONS = (*_OWN[:3], DEVICE, *_OWN[3:], *(_setting(each) for each in fields(Settings) if each.metadata))
 """In the order of --help."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` a flag for every option. Their values stay text until ``configure``."""
     for option in OPTIONS:
-        says = f"{option.says} (default: {option.default}; ${option.variable})".replace("%", "%%")
+        says = f"{option.help} (default: {option.default}; ${option.variable})".replace("%", "%%")
         if option.kind == "yes":
             parser.add_argument(option.flag, action="store_const", const="1", help=says)
         elif option.kind == "list":
@@ -349,7 +284,7 @@ def _hint(source: str, text: str) -> str:
 def table() -> str:
     """Write every option as a row of Markdown: docs/operations.md holds this text."""
     rows = [
-        f"| `{option.flag}` | `{option.variable}` | {option.says} | {option.default} |".replace(
+        f"| `{option.flag}` | `{option.variable}` | {option.help} | {option.default} |".replace(
             "cpu|cuda", r"cpu\|cuda"
         )
         for option in OPTIONS

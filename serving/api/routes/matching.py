@@ -1,4 +1,4 @@
-"""Serve /v1/embed and /v1/verify, also without the prefix."""
+"""Serve /v1/embed and /v1/verify, also without the prefix, and /v1/galleries/{gallery}/identify."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from starlette.responses import Response
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
-from pkd.serving.api.request_body import read_embed, require_json
+from pkd.serving.api.request_body import JSON, media_type, read_embed, read_files, require_json, with_query
 from pkd.serving.api.responses import json_response
-from pkd.serving.core.schemas import EmbedAnswer, EmbedBody, EmbedOptions, VerifyAnswer, VerifyBody
+from pkd.serving.api.routes.parameters import GalleryName
+from pkd.serving.core.errors import InvalidRequest
+from pkd.serving.core.gallery_schemas import IdentifyAnswer, IdentifyBody, IdentifyImage, IdentifyOptions
+from pkd.serving.core.schemas import EmbedAnswer, EmbedBody, EmbeddingSide, EmbedOptions, VerifyAnswer, VerifyBody
 from pkd.serving.core.validation import parse
-from pkd.serving.matching.service import Service
+from pkd.serving.matching.service import Photograph, Service
 
 
 def routes(service: Service) -> APIRouter:
@@ -46,4 +49,38 @@ def routes(service: Service) -> APIRouter:
             responses=openapi.responses(VerifyAnswer, openapi.IMAGE, openapi.PAIR, openapi.SUBJECT, openapi.TAKEN),
             openapi_extra=openapi.json_body(VerifyBody, openapi.VERIFY_EXAMPLE),
         )
+    return router
+
+
+def search_routes(service: Service) -> APIRouter:
+    """Make the route that searches a gallery."""
+    router = APIRouter(tags=["matching"])
+
+    @router.post(
+        "/v1/galleries/{gallery}/identify",
+        responses=openapi.responses(IdentifyAnswer, openapi.IMAGE, openapi.SEARCH, openapi.NAMED, openapi.TAKEN),
+        openapi_extra=openapi.images_body(IdentifyBody, IdentifyImage, openapi.IDENTIFY_EXAMPLE),
+    )
+    async def identify(request: Request, gallery: GalleryName) -> Response:
+        """Search a gallery for the face of an image or for an embedding.
+
+        Templates of every encoder are searched under the certificate of the query's encoder against theirs, and ranked
+        by the false match rate at their score. Where `target_fpir` asks for rates that no certificate resolves, the
+        threshold is extrapolated and the answer says `calibrated: false`.
+        """
+        require(request, "verify")
+        query: EmbeddingSide | Photograph
+        kind = media_type(request)
+        if kind == JSON:
+            body = parse(IdentifyBody, await request.body())
+            query = body.query if isinstance(body.query, EmbeddingSide) else Photograph.of(body.query)
+            fields = body.model_dump(exclude={"query"}, exclude_unset=True)
+            return json_response(await service.identify(gallery, query, with_query(request, IdentifyOptions, fields)))
+        images, fields = await read_files(request, kind)
+        if len(images) != 1:
+            raise InvalidRequest(f"{len(images)} images; one is searched for at a time.")
+        options = with_query(request, IdentifyImage, fields)
+        query = Photograph(images[0], options.encoder, options.aligned, options.faces)
+        return json_response(await service.identify(gallery, query, options))
+
     return router

@@ -13,8 +13,7 @@ import onnxruntime
 import pytest
 
 from pkd.serving.core.errors import Overloaded
-from pkd.serving.inference.batching import BUCKETS, Batched
-from pkd.serving.inference.embedding import Inference
+from pkd.serving.inference.batching import BUCKETS, Batched, Inference
 from pkd.serving.inference.registry import Loaded
 from pkd.serving.inference.thread_pool import Pool
 from pkd.serving.observability.metrics import Metrics
