@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,7 @@ class ArcFaceTorch:
         The layout is that of insightface, recognition/arcface_torch/backbones/iresnet.py. Its dropout has no weights.
         Raises InputError for anything else.
         """
-        content = load_weights(path)
-        nested = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
-        tensors = {key.removeprefix("module."): value for key, value in nested.items() if torch.is_tensor(value)}
+        tensors = tensors_of(load_weights(path))
         blocks = {int(found[1]) for key in tensors if (found := re.match(r"layer3\.(\d+)\.", key))}
         backbone, fc = _BLOCKS_OF_LAYER3.get(len(blocks)), tensors.get("fc.weight")
         if backbone is None or fc is None or fc.ndim != 2:
@@ -57,3 +56,9 @@ class ArcFaceTorch:
             network.load_state_dict(self.tensors)
         except RuntimeError as error:
             raise InputError(f"{self.path}: not {self.backbone}: {' '.join(str(error).split())[:300]}") from None
+
+
+def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, whatever it wraps them in, with or without ``module.`` before their names."""
+    nested = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    return {key.removeprefix("module."): value for key, value in nested.items() if torch.is_tensor(value)}

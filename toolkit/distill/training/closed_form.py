@@ -9,7 +9,7 @@ gathered in one pass: memory does not grow with their number.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def fit_map(
     cache: Path,
     measure: Measure,
     refit: bool,
+    rank: int | None = None,
     seed: int = 0,
     jobs: int | None = None,
     advance: Callable[[int], None] = lambda done: None,
@@ -108,11 +109,14 @@ def fit_map(
 
     Layer, kind and ridge weight are those that do best on people who are held out (or on held-out images, where fewer
     than ``FEWEST_PEOPLE`` are known). ``refit``: then fit once more on everybody. The report says how the map did on
-    the held-out ones without having seen them, and how it would have done with fewer images. Raises InputError for
-    fewer than 20 images.
+    the held-out ones without having seen them, and how it would have done with fewer images. ``rank``: of the map, for
+    a smaller student. Raises InputError for fewer than 20 images.
     """
     if len(faces) < 20:
         raise InputError(f"--method map: {len(faces)} images are too few to fit a map on. Give 100 or more.")
+    most = min(student.width, targets.shape[1]) - 1
+    if rank is not None and rank > most:
+        raise InputError(f"--map-rank {rank}: saves nothing from {most + 1} on. Leave it out, or give less.")
     features = embed_stored(student.features, faces, cache=cache, jobs=jobs, advance=advance)
     random = np.random.default_rng(seed)
     held, by_people = hold_out(faces.labels, random)
@@ -139,11 +143,14 @@ def fit_map(
         start = stop
         found = [each for candidate in candidates for each in _fits(candidate, last=stop == len(order))]
         best = max(found, key=lambda each: each.score)
+        if rank is not None:
+            best = _of_rank(best, rank)
         mapped = _mapped(best, x)
         curve.append({"images": stop, **_described(best), "cosine": _cosine(mapped, y)})
     measured = measure(mapped, y, faces.labels[held])
     if refit:
         best = _refitted(best)
+        best = best if rank is None else _of_rank(best, rank)
     weight, bias = best.candidate.layer(best.weight)
     report = {
         **_described(best),
@@ -214,6 +221,14 @@ def _refitted(found: _Found) -> _Found:
     else:
         weight, _ = fit_ridge(m, found.penalty, affine=False)
     return _Found(found.candidate, found.kind, found.penalty, weight, found.score)
+
+
+def _of_rank(found: _Found, rank: int) -> _Found:
+    """Reduce a map to the rank-``rank`` one whose results differ least (reduced-rank regression, Izenman 1975)."""
+    assert found.candidate.seen is not None
+    _, axes = np.linalg.eigh(found.weight.T @ found.candidate.seen.xx @ found.weight)
+    kept = axes[:, -rank:]
+    return replace(found, weight=found.weight @ kept @ kept.T)
 
 
 def _mapped(found: _Found, features: Embeddings) -> Embeddings:

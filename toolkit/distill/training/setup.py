@@ -160,8 +160,8 @@ def _start(
     cache = Path(config.cache) if config.cache else default_cache()
     with progress(console, "student features", len(faces)) as advance:
         fitted = fit_map(
-            student, targets, faces, cache=cache, measure=measure, refit=True, seed=config.seed, jobs=config.threads,
-            advance=advance,
+            student, targets, faces, cache=cache, measure=measure, refit=True, rank=config.map_rank,
+            seed=config.seed, jobs=config.threads, advance=advance,
         )  # fmt: skip
     network = student.network(teacher.info.space.dim)
     network.set_map(fitted.weight, fitted.bias, config.map_rank)

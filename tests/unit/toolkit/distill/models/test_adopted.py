@@ -245,6 +245,16 @@ def test_a_backbone_of_the_zoo_is_adopted_from_its_run(tmp_path: Path) -> None:
     ), "its own batch normalisation is kept"
 
 
+@pytest.mark.parametrize("spec", ["mobilefacenet:0.125", "mobilefacenet-relu:0.35", "repvit:0.5"])
+def test_a_state_dict_of_the_zoo_is_recognised(spec: str, tmp_path: Path) -> None:
+    module = build(spec, 12, SIZE).eval()
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in module.state_dict().items()}}, tmp_path / "w.pt"
+    )
+    student = adopt(str(tmp_path / "w.pt"), STATED, CROPS)
+    np.testing.assert_allclose(in_torch(student, student.network(12).eval()), in_torch(student, module), atol=2e-5)
+
+
 def test_refused_by_name(tmp_path: Path) -> None:
     g = Graph()
     g.add("Flatten")

@@ -131,6 +131,17 @@ def test_a_low_rank_map_is_the_best_of_its_rank(student: Adopted) -> None:
     np.testing.assert_allclose(made, (u[:, :3] * s[:3]) @ vt[:3], atol=1e-5)
 
 
+def test_a_fitted_low_rank_map_has_that_rank_and_is_nearly_as_good(
+    student: Adopted, faces: FaceSet, tmp_path: Path
+) -> None:
+    targets = targets_of(student, faces, 0.05, wide=True)
+    whole, low = (fit(student, faces, targets, tmp_path, rank=rank) for rank in (None, 4))
+    assert np.linalg.matrix_rank(low.weight, tol=1e-6) == 4
+    assert 0.5 < low.report["held_out"]["cosine"] < whole.report["held_out"]["cosine"]
+    with pytest.raises(InputError, match="--map-rank 6: saves nothing from 6 on"):
+        fit(student, faces, targets, tmp_path, rank=6)
+
+
 def test_people_are_held_out_whole() -> None:
     labels = np.repeat(np.arange(2 * FEWEST_PEOPLE), 3)
     held, by_people = hold_out(labels, np.random.default_rng(0))
