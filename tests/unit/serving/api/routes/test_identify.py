@@ -85,11 +85,11 @@ def test_an_empty_gallery_finds_nobody(client, fleet):
 
 @pytest.fixture(scope="module")
 def exact(client, fleet):
-    """Templates at known cosines from the first axis: teacher 0.55 and 0.65, first student 0.70; ten in all."""
+    """Templates at known cosines from the first axis: teacher 0.55 and 0.71, first student 0.72; ten in all."""
     name = made.gallery(client, "exact")
     made.enrol(client, name, "low", made.sent(fleet.teacher, at(0.55, 1)), attributes={"hall": "1"})
-    made.enrol(client, name, "mid", made.sent(fleet.teacher, at(0.65, 2)), attributes={"hall": "1"})
-    made.enrol(client, name, "other", made.sent(fleet.first, at(0.70, 3)))
+    made.enrol(client, name, "mid", made.sent(fleet.teacher, at(0.71, 2)), attributes={"hall": "1"})
+    made.enrol(client, name, "other", made.sent(fleet.first, at(0.72, 3)))
     crowd = [made.sent(fleet.teacher, np.eye(made.made.DIM)[4 + i]) for i in range(7)]
     made.enrol(client, name, "crowd", *crowd)
     return name
@@ -100,20 +100,21 @@ def query(fleet):
 
 
 def test_the_threshold_by_hand(client, fleet, exact):
-    """N = 10: FMR = 1 − 0.99^(1/10) = 1.0045e-3, a hair looser than the point at 0.6 (0.7 for the first student)."""
+    """N = 10: FMR = 1 − 0.99^(1/10) = 1.0045e-3, a hair looser than the point at 0.6 (0.7 for the first student).
+
+    Between measured scores the next one counts, for nobody knows where between them the rate falls.
+    """
     body = found(ask(client, exact, query(fleet), target_fpir=0.01))
     assert body.target_fmr == pytest.approx(1 - 0.99**0.1, rel=1e-9) == pytest.approx(1.00453e-3, rel=1e-4)
     thresholds = {one.encoder: one.threshold for one in body.searched}
-    step = 0.1 * np.log10(1e-2 / body.target_fmr)
-    assert thresholds[fleet.teacher.info.id] == pytest.approx(0.5 + step) == pytest.approx(0.5998, abs=1e-4)
-    assert thresholds[fleet.first.info.id] == pytest.approx(0.6 + step)
+    assert thresholds == {fleet.teacher.info.id: 0.6, fleet.first.info.id: 0.7}
     assert body.calibrated
     assert [(one.subject, one.match) for one in body.candidates] == [
         ("mid", True), ("other", True), ("low", False), ("crowd", False),
     ]  # fmt: skip
     assert body.decision == "ambiguous"
     mid, other = body.candidates[:2]
-    assert mid.fmr_at_score == pytest.approx(10**-3.5, rel=2e-2) and mid.score < other.score, "rates rank, not scores"
+    assert (mid.fmr_at_score, other.fmr_at_score) == (1e-4, 1e-3) and mid.score < other.score, "rates rank, not scores"
 
 
 def test_beyond_what_the_certificate_resolves(client, fleet, exact):
@@ -127,12 +128,12 @@ def test_beyond_what_the_certificate_resolves(client, fleet, exact):
 
 
 def test_a_filter_changes_how_many_are_searched_and_so_the_threshold(client, fleet, exact):
-    body = found(ask(client, exact, query(fleet), target_fpir=0.01, where={"hall": "1"}))
-    assert body.templates == 2 and body.target_fmr == pytest.approx(1 - 0.99**0.5)
+    body = found(ask(client, exact, query(fleet), target_fpir=0.02, where={"hall": "1"}))
+    assert body.templates == 2 and body.target_fmr == pytest.approx(1 - 0.98**0.5)
     assert {one.subject for one in body.candidates} == {"low", "mid"}
     searched = {one.encoder: (one.templates, one.threshold) for one in body.searched}
     assert searched[fleet.first.info.id] == (0, None)
-    assert body.decision == "ambiguous", "0.55 is above the threshold of FMR 5e-3, 0.53"
+    assert body.decision == "ambiguous", "0.55 is above the threshold of FMR 1e-2, 0.5"
     nobody = found(ask(client, exact, query(fleet), where={"hall": "9"}))
     assert (nobody.decision, nobody.templates) == ("no_match", 0)
 
@@ -148,7 +149,7 @@ def test_a_stated_threshold(client, fleet, exact):
 def test_one_candidate_asked_for_does_not_hide_a_second(client, fleet, exact):
     """Not even where both were enrolled by the same encoder, whose search is asked for the best alone."""
     for where in (None, {"hall": "1"}):
-        body = found(ask(client, exact, query(fleet), top_k=1, target_fpir=0.01, where=where))
+        body = found(ask(client, exact, query(fleet), top_k=1, target_fpir=0.02, where=where))
         assert (len(body.candidates), body.decision) == (1, "ambiguous")
 
 
