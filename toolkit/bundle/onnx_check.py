@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pkd.toolkit.core.errors import BundleError
+from pkd.toolkit.core.errors import BundleError, InputError
 
 MAX_PARTS = 2_000_000
 """Fields of all messages together; a real encoder has some ten thousand."""
@@ -27,6 +27,7 @@ INSIDE: dict[str, dict[int, str]] = {
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
 }
+SPARSE = {1: "tensor", 2: "tensor"}
 ATTRIBUTE_TENSOR = 5
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_EXTERNAL, TENSOR_LOCATION = 1, 2, 8, 13, 14
 TENSOR_NUMBERS = {4, 5, 6, 7, 9, 10, 11}
@@ -44,13 +45,35 @@ def check_onnx(data: bytes, where: str | Path) -> None:
         raise BundleError(f"{where}: {reason}. Do not trust it.") from None
 
 
+def require_one_file(data: bytes, where: str | Path) -> None:
+    """Raise InputError where a network keeps weights in another file.
+
+    Its identity is the SHA-256 of its own file, so two networks would be taken for one; and a runtime that is given
+    bytes looks for the other file in the current folder. What else is wrong with the file is left to the runtime.
+    """
+    try:
+        _Walk(data, external_only=True).message("model", 0, len(data), 0)
+    except _External as found:
+        raise InputError(
+            f"{where}: keeps the weights of {found} in another file, and an encoder must be one file. Put them inside: "
+            f"python -c \"import onnx; onnx.save(onnx.load('{where}'), 'one-file.onnx')\""
+        ) from None
+    except _Refused:
+        return
+
+
 class _Refused(Exception):
     """Say why the file must not be loaded."""
 
 
+class _External(_Refused):
+    """Name the tensor that lies in another file."""
+
+
 class _Walk:
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, *, external_only: bool = False) -> None:
         self._data = data
+        self._external_only = external_only
         self._parts = 0
 
     def message(self, kind: str, start: int, end: int, depth: int) -> None:
@@ -58,13 +81,13 @@ class _Walk:
             raise _Refused(f"nests graphs more than {MAX_DEPTH} messages deep")
         if kind == "tensor":
             return self._tensor(start, end)
-        if kind == "sparse":
+        if kind == "sparse" and not self._external_only:
             raise _Refused("holds a sparse tensor, which swells when it is loaded")
-        inside, tensors = INSIDE[kind], 0
+        inside, tensors = SPARSE if kind == "sparse" else INSIDE[kind], 0
         for field, wire, first, last in self._fields(start, end):
             if field in inside and wire == BYTES:
                 tensors += kind == "attribute" and field == ATTRIBUTE_TENSOR
-                if tensors > 1:
+                if tensors > 1 and not self._external_only:
                     raise _Refused("gives one attribute two tensors, which a parser would merge into a larger one")
                 self.message(inside[field], first, last, depth + 1)
         return None
@@ -80,10 +103,12 @@ class _Walk:
             elif field == TENSOR_NAME and wire == BYTES:
                 name = self._data[first:last].decode("utf-8", "replace")[:100]
             elif field == TENSOR_EXTERNAL or (field == TENSOR_LOCATION and any(self._varints(first, last))):
+                if self._external_only:
+                    raise _External(repr(name) if name else "a tensor")
                 raise _Refused(f"keeps the tensor {name!r} in another file; weights must lie inside")
             elif field in TENSOR_NUMBERS:
                 held += last - first
-        if count > packed * held:
+        if count > packed * held and not self._external_only:
             raise _Refused(f"the tensor {name!r} declares more elements than its {held:,} bytes can hold")
 
     def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

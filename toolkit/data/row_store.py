@@ -31,9 +31,13 @@ class KeyedRows:
         self._width = width
         self._dtype = np.dtype(dtype)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._keys.touch()
-            self._rows.touch()
+            # Rows may be embeddings of faces, which are personal data: nobody but the owner reads them.
+            for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+                missing.mkdir(mode=0o700, exist_ok=True)
+            for path in (self._keys, self._rows):
+                path.touch(mode=0o600)
+                if path.stat().st_mode & 0o077 and path.stat().st_uid == os.geteuid():
+                    path.chmod(0o600)  # made by an older pkd
         except OSError as error:
             raise InputError(f"cache {folder}: {error.strerror}. Pass --cache DIR or set PKD_CACHE.") from None
 

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pkd.toolkit.bundle.bundle import Bundle
+from pkd.toolkit.bundle.onnx_check import require_one_file
 from pkd.toolkit.core.encoder_info import EncoderInfo, describe, name_of
 from pkd.toolkit.core.errors import BadVector, BundleError, InputError, TargetUnavailable
 from pkd.toolkit.core.gpu import Device
@@ -111,6 +112,7 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. Give the path of an ONNX file.") from None
+    require_one_file(data, path)
     try:
         session = make_session(data, threads)
     except Exception as error:  # onnxruntime's own errors share no public base class

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pkd.toolkit.bundle.onnx_check import require_one_file
 from pkd.toolkit.core.errors import InputError, NoFace
 from pkd.toolkit.encoders.base import make_session
 from pkd.toolkit.images.codec import Rgb
@@ -162,6 +163,7 @@ def _yunet_bytes(path: Path) -> bytes:
         raise InputError(
             f"detector {path}: {error.strerror}. Give the path of a YuNet .onnx file, or insightface:PACK."
         ) from None
+    require_one_file(data, path)
     try:
         outputs = {output.name for output in make_session(data, 1).get_outputs()}
     except Exception as error:  # onnxruntime's own errors share no public base class

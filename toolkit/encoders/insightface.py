@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pkd.toolkit.bundle.onnx_check import require_one_file
 from pkd.toolkit.core.errors import InputError, MissingExtra
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.encoders.detector import MIN_SIDE, Face
@@ -88,6 +89,8 @@ def _only(spec: str, task: str) -> Any:
             found.append(model)
         else:
             other.append(f"{file.name} is {kind}")
+    for model in found:
+        require_one_file(Path(model.model_file).read_bytes(), model.model_file)
     if len(found) != 1:
         names = ", ".join(Path(model.model_file).name for model in found) or "; ".join(other)
         raise InputError(

@@ -84,3 +84,14 @@ def test_a_view_of_what_is_gone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.f32").write_bytes(b"")
     with pytest.raises(InputError, match=r"x\.f32: 3 of 3 rows that were just written are gone"):
         store.view(keys)
+
+
+def test_nobody_but_the_owner_reads_what_is_cached(tmp_path: Path) -> None:
+    """Rows may be embeddings of faces."""
+    folder = tmp_path / "cache/pkd"
+    KeyedRows(folder, "x", "f32", 4, np.float32)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder.parent, folder, *folder.iterdir())}
+    assert modes == {"cache": 0o700, "pkd": 0o700, "x.keys": 0o600, "x.f32": 0o600}
+    (folder / "x.f32").chmod(0o644)  # as an older pkd made it
+    KeyedRows(folder, "x", "f32", 4, np.float32)
+    assert (folder / "x.f32").stat().st_mode & 0o777 == 0o600

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from pkd.toolkit.bundle.bundle import write_bundle
 from pkd.toolkit.core.errors import BadVector, BundleError, InputError
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.encoders.base import OnnxEncoder, batches, make_session, open_bundle, open_onnx, unit_rows
+from pkd.toolkit.encoders.detector import open_detector
 from tests.support.bundle_factory import DIM, bundle, content, encoder, network, teacher_file
 
 
@@ -111,13 +114,6 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
             open_onnx(path, Preprocess())
 
 
-def test_weights_in_a_second_file_are_refused_because_the_digest_would_miss_them(tmp_path: Path) -> None:
-    path = tmp_path / "split.onnx"
-    onnx.save(network(), str(path), save_as_external_data=True, location="split.data", size_threshold=0)
-    with pytest.raises(InputError, match="cannot load"):
-        open_onnx(path, Preprocess())
-
-
 @pytest.mark.parametrize("rows", [[[np.nan, 1]], [[np.inf, 1]], [[0, 0]], [[1e-20, 0]], [[1, 0], [0, 0]]])
 def test_rows_without_a_direction_are_refused(rows: list[list[float]]) -> None:
     with pytest.raises(BadVector, match=f"of {len(rows)} embeddings"):
@@ -186,3 +182,18 @@ def test_a_graph_that_fails_while_running_says_where_and_prints_nothing(
         open_onnx(tmp_path / "bad.onnx", Preprocess())
     assert "onnxruntime_src" not in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+def test_weights_in_another_file_are_refused_and_the_remedy_works(tmp_path: Path) -> None:
+    """The id is the file's SHA-256: two networks with one file and other weights would share certificates and cache."""
+    path = tmp_path / "t.onnx"
+    onnx.save(network(), path, save_as_external_data=True, location="t.data", size_threshold=0)
+    with pytest.raises(InputError, match=r"t\.onnx: keeps the weights of '\w+' in another file") as refused:
+        open_onnx(path, Preprocess())
+    with pytest.raises(InputError, match="in another file"):
+        open_detector(str(path))
+    command = str(refused.value).partition("Put them inside: ")[2]
+    subprocess.run(command.replace("python ", f"{sys.executable} ", 1), shell=True, check=True, cwd=tmp_path)
+    crops = np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8)
+    one_file = open_onnx(tmp_path / "one-file.onnx", Preprocess())
+    assert np.allclose(one_file.embed(crops), encoder(tmp_path).embed(crops), atol=1e-6)
