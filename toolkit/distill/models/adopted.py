@@ -32,6 +32,7 @@ from pkd.toolkit.distill.models.onnx_graph import OnnxModule, constants_of, shap
 from pkd.toolkit.distill.models.onnx_operators import OPERATORS
 from pkd.toolkit.distill.models.open_encoder import open_encoder
 from pkd.toolkit.encoders.base import Embeddings, Encoder, OnnxEncoder, make_session, ort_reason, unit_rows
+from pkd.toolkit.encoders.onnx_ports import Ports
 from pkd.toolkit.images.codec import Rgb
 
 TOLERANCE = 1e-5
@@ -280,7 +281,7 @@ def _network_of(spec: str, encoder: Encoder) -> onnx.ModelProto:
     if not isinstance(encoder, OnnxEncoder):
         raise InputError(f"--student {spec}: a {type(encoder).__name__} cannot be trained. Give the float model.")
     if encoder.path is not None:
-        return onnx.load(str(encoder.path))
+        return _with_usual_ports(onnx.load(str(encoder.path)), encoder.ports, spec)
     from pkd.toolkit.bundle.bundle import Bundle
 
     graph = onnx.load_model_from_string(Bundle.open(Path(spec)).read("encoder.onnx"))
@@ -288,6 +289,29 @@ def _network_of(spec: str, encoder: Encoder) -> onnx.ModelProto:
     if ends[0] is None or ends[1] is None:
         raise InputError(f"--student {spec}: was not made by pkd-export. Give the model that it was made from.")
     return _cut(graph, ends[0].output[0], ends[1].input[0])
+
+
+def _with_usual_ports(model: onnx.ModelProto, ports: Ports | None, spec: str) -> onnx.ModelProto:
+    """Give a graph float32 N×3×S×S pixels and its embedding as the only output."""
+    if ports is None:
+        return model
+    if ports.input.dtype is not np.float32:
+        kind = np.dtype(ports.input.dtype).name
+        raise InputError(f"--student {spec}: takes {kind} pixels. Give the float32 file that it was made from.")
+    graph = model.graph
+    chosen = onnx.ValueInfoProto.FromString(
+        next(value for value in graph.output if value.name == ports.output).SerializeToString()
+    )
+    del graph.output[:]
+    graph.output.append(chosen)
+    if ports.input.nhwc:
+        taken = next(value for value in graph.input if value.name == ports.input.name)
+        front = helper.make_node("Transpose", [f"{taken.name}/nchw"], [taken.name], perm=[0, 2, 3, 1])
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
+        del graph.node[:]
+        graph.node.extend([front, *nodes])
+        taken.name = f"{taken.name}/nchw"
+    return model
 
 
 def _traced(module: nn.Module, size: int) -> onnx.ModelProto:

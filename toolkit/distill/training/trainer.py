@@ -89,7 +89,8 @@ class Trainer:
             mix=config.mix, teaching=prepared.teaching, memory=memory, share=context.batch_share(config.batch),
         )  # fmt: skip
         self.preprocess = prepared.start.preprocess if prepared.start else Preprocess(size=size)
-        self.mean, self.std = torch.tensor(self.preprocess.mean), torch.tensor(self.preprocess.std)
+        scaling = (torch.tensor(values).reshape(-1, 1, 1) for values in (self.preprocess.mean, self.preprocess.std))
+        self.mean, self.std = scaling  # one number, or one per channel
         self.bf16 = config.precision == "bf16"
 
     def step(self, batch: CropBatch, lr: float) -> tuple[float, float]:

@@ -255,6 +255,17 @@ def test_a_state_dict_of_the_zoo_is_recognised(spec: str, tmp_path: Path) -> Non
     np.testing.assert_allclose(in_torch(student, student.network(12).eval()), in_torch(student, module), atol=2e-5)
 
 
+def test_pixels_in_the_other_layout(tmp_path: Path) -> None:
+    mxnet(tmp_path / "m.onnx")
+    model = onnx.load(str(tmp_path / "m.onnx"))
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("nhwc", TensorProto.FLOAT, [1, SIZE, SIZE, 3]))
+    model.graph.node.insert(0, helper.make_node("Transpose", ["nhwc"], ["data"], perm=[0, 3, 1, 2]))
+    onnx.save(model, str(tmp_path / "n.onnx"))
+    student = adopt(str(tmp_path / "n.onnx"), f"mean=127.5,127.5,120,std=128,size={SIZE},template=none", CROPS)
+    expected = open_onnx(tmp_path / "n.onnx", student.info.preprocess).embed(CROPS)
+    np.testing.assert_allclose(in_torch(student, student.network(12).eval()), expected, atol=1e-5)
+
+
 def test_refused_by_name(tmp_path: Path) -> None:
     g = Graph()
     g.add("Flatten")
