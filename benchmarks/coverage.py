@@ -3,14 +3,15 @@
 Run as: python benchmarks/coverage.py                      (hours of a core for 1,000 trials; resumes where it stopped)
         python benchmarks/coverage.py --scenarios wolves --people 120 --trials 200
 
-People are centres on a sphere with images about them; how far differs from person to person (log-normal). ``SCENARIOS``
-says how they differ otherwise. The truth is measured on ``TRUTH`` sets of 2,000 people, the threshold of a rate too.
-Every trial draws fresh people and computes the intervals of pkd-evaluate and, from the same resamples, those of other
-methods: ``before``, percentiles moved outwards and log-normal with the variance of the resamples; ``exact``, the exact
-binomial interval of as many trials as there are effective people; ``bayesian``, percentiles of a Bayesian bootstrap
-(Rubin 1981), for balanced TAR at the own threshold; ``jackknife``, Student's t on the logit of balanced TAR. A
-prediction is right where as many fresh people measure an FMR inside it, at the threshold of the trial's own people.
-Paired p-values are of two encoders that are equally good. Trials are kept in benchmarks/results/coverage.json as sums.
+People are centres on a sphere with images about them; how far differs from person to person (log-normal).
+``SCENARIOS`` says how they differ otherwise. The truth is measured on ``TRUTH`` sets of 1,200 people, the threshold
+of a rate too. Every trial draws fresh people and computes the intervals of pkd-evaluate and, from the same resamples,
+those of other methods: ``before``, percentiles moved outwards for true accept rates, and t of all people for false
+match rates; ``exact``, the exact binomial interval of as many trials as there are effective people; ``bayesian``,
+percentiles of a Bayesian bootstrap (Rubin 1981), for balanced TAR at the own threshold; ``jackknife``, Student's t on
+the logit of balanced TAR. A prediction is right where as many fresh people measure an FMR inside it, at the threshold
+of the trial's own people. Paired p-values are of two encoders that are equally good. Trials are kept in
+benchmarks/results/coverage.json as sums.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from typing import Any
 import numpy as np
 
 from pkd.toolkit.certificates.certificate import Interval
-from pkd.toolkit.evaluation.metrics.bootstrap import Bootstrap, bootstrap, interval
-from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, rates, smallest_fmr
+from pkd.toolkit.evaluation.metrics.bootstrap import Bootstrap, bootstrap, fmr_variance, interval
+from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, matching, rates, smallest_fmr
 from pkd.toolkit.evaluation.metrics.intervals import TRIALS_PER_PERSON, proportion_intervals, student_quantile
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Pairing
@@ -39,6 +40,8 @@ DIM, TRUTH, TRUTH_PEOPLE = 16, 6, 1200
 KEPT = 0.2
 """Highest share of the impostors that is kept: the rates of interest lie above, and resamples take less time."""
 AVERAGE = 4
+FMR_TRIALS = 5
+"""Trials of FMR and prediction for one of true accept rates: they need no resamples."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +89,28 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     found = json.loads(args.results.read_text()) if args.results.exists() else {"cells": {}, "truth": {}}
+    found["resamples"] = args.resamples
     for name in args.scenarios:
-        if name not in found["truth"]:
-            found["truth"][name] = {key: value.tolist() for key, value in truth(SCENARIOS[name]).items()}
-        known = {key: np.array(value) for key, value in found["truth"][name].items()}
         for people in args.people:
+            place = f"{name}/{people}" if SCENARIOS[name].families else name
+            if place not in found["truth"]:
+                found["truth"][place] = {key: v.tolist() for key, v in truth(SCENARIOS[name], people).items()}
+            known = {key: np.array(value) for key, value in found["truth"][place].items()}
             cell = found["cells"].setdefault(f"{name}/{people}", {"trials": 0, "sums": {}})
-            while cell["trials"] < args.trials:
-                made = trial(SCENARIOS[name], people, cell["trials"], known, args.resamples)
-                for key, (held, width) in made.items():
-                    sums = cell["sums"].setdefault(key, [0, 0.0, 0])
-                    cell["sums"][key] = [sums[0] + held, sums[1] + width, sums[2] + 1]
-                cell["trials"] += 1
-                if cell["trials"] % 20 == 0 or cell["trials"] == args.trials:
-                    args.results.write_text(json.dumps({**found, "resamples": args.resamples}, indent=1) + "\n")
+            for kind, wanted in (("fmr_trials", FMR_TRIALS * args.trials), ("trials", args.trials)):
+                while cell.setdefault(kind, 0) < wanted:
+                    seed = cell[kind]
+                    made = (
+                        fmr_trial(SCENARIOS[name], people, seed, known)
+                        if kind == "fmr_trials"
+                        else trial(SCENARIOS[name], people, seed, known, args.resamples)
+                    )
+                    for key, (held, width) in made.items():
+                        sums = cell["sums"].setdefault(key, [0, 0.0, 0])
+                        cell["sums"][key] = [sums[0] + held, sums[1] + width, sums[2] + 1]
+                    cell[kind] += 1
+                    if cell[kind] % 20 == 0 or cell[kind] == wanted:
+                        args.results.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
     return 0
 
@@ -159,9 +170,14 @@ def scored(vectors: Floats, labels: Ints) -> PairScores:
     )
 
 
-def truth(scenario: Scenario) -> dict[str, Doubles]:
-    """Measure thresholds and rates of everyone like these."""
-    sets = [simulate(scenario, TRUTH_PEOPLE, 10**7 + i) for i in range(TRUTH)]
+def truth(scenario: Scenario, people: int) -> dict[str, Doubles]:
+    """Measure thresholds and rates of everyone like these.
+
+    Where a fifth have a relative in the sample, relatives are the fewer of all pairs the larger it is: there the truth
+    is that of samples of ``people``.
+    """
+    size = people if scenario.families else TRUTH_PEOPLE
+    sets = [simulate(scenario, size, 10**7 + i) for i in range(TRUTH * TRUTH_PEOPLE // size)]
     threshold = np.mean([rates(scores, FMRS).threshold for scores in sets], axis=0)
     found = [rates(scores, FMRS) for scores in sets]
     return {
@@ -172,43 +188,63 @@ def truth(scenario: Scenario) -> dict[str, Doubles]:
     }
 
 
+def fmr_trial(scenario: Scenario, people: int, seed: int, known: dict[str, Doubles]) -> dict[str, tuple[int, float]]:
+    """Tell for FMR and prediction whether the interval holds the truth, and how wide it is. Needs no resamples."""
+    scores = simulate(scenario, people, seed)
+    own = rates(scores, FMRS).threshold
+    fresh = fmr_at(simulate(scenario, people, 10**6 + seed), own)
+    everyone = float(np.count_nonzero(scores.pairing.identity_pairs_per_identity))
+    made: dict[str, tuple[int, float]] = {}
+    for statistic, thresholds, real, times in (
+        ("FMR", known["threshold"], known["FMR"], 1),
+        ("prediction", own, fresh, 2),
+    ):
+        observed = fmr_at(scores, thresholds)
+        variance = fmr_variance(scores, matching(scores.impostor, thresholds))
+        for k, fmr in enumerate(FMRS):
+            if fmr < smallest_fmr(scores.pairing) or observed[k] == 0:
+                continue
+            deviation = math.sqrt(times * variance.total[k]) / observed[k]
+            for method, effective_people in (("before", everyone), ("now", float(variance.people[k]))):
+                factor = math.exp(student_quantile(effective_people) * deviation)
+                low, high = observed[k] / factor, min(1.0, observed[k] * factor)
+                made[f"{statistic}/{fmr:g}/{method}"] = (int(low <= real[k] <= high), high - low)
+            if statistic == "prediction":
+                made[f"rate at the threshold/{fmr:g}/now"] = (0, float(fresh[k] / fmr))
+    return made
+
+
 def trial(
     scenario: Scenario, people: int, seed: int, known: dict[str, Doubles], resamples: int
 ) -> dict[str, tuple[int, float]]:
-    """Tell for every statistic, rate and method whether its interval holds the truth, and how wide it is."""
-    vectors, labels = embeddings(scenario, people, seed)
-    scores = scored(vectors, labels)
-    resolved = [k for k, fmr in enumerate(FMRS) if fmr >= smallest_fmr(scores.pairing)]
+    """Tell for true accept rates by every method whether the interval holds the truth, and how wide it is."""
+    scores = simulate(scenario, people, seed)
     own = rates(scores, FMRS)
-    drawn = bootstrap(scores, FMRS, np.append(known["threshold"], own.threshold), resamples=resamples, seed=seed)
-    fresh = fmr_at(simulate(scenario, people, 10**6 + seed), own.threshold)
+    drawn = bootstrap(scores, FMRS, np.empty(0), resamples=resamples, seed=seed)
     noisy = scored(*embeddings(scenario, people, seed, encoder=1))
     other = rates(noisy, FMRS)
     drawn_other = bootstrap(noisy, FMRS, np.empty(0), resamples=resamples, seed=seed)
     made: dict[str, tuple[int, float]] = {}
-    for k in resolved:
+    for k, fmr in enumerate(FMRS):
+        if fmr < smallest_fmr(scores.pairing):
+            continue
         for statistic, methods in _intervals(scores, drawn, k).items():
-            real = fresh[k] if statistic == "prediction" else known[statistic][k]
             for method, (low, high) in methods.items():
-                made[f"{statistic}/{FMRS[k]:g}/{method}"] = (int(low <= real <= high), high - low)
+                held = low <= known[statistic][k] <= high
+                made[f"{statistic}/{fmr:g}/{method}"] = (int(held), high - low)
         paired = paired_difference(
             drawn.tar_balanced[:, k],
             drawn_other.tar_balanced[:, k],
             observed=float(own.tar_balanced[k] - other.tar_balanced[k]),
         )
-        made[f"p < 0.05/{FMRS[k]:g}/now"] = (int(paired.p < 0.05), paired.p)
-        made[f"true rate at the threshold/{FMRS[k]:g}/now"] = (0, float(fresh[k] / FMRS[k]))
+        made[f"p < 0.05/{fmr:g}/now"] = (int(paired.p < 0.05), paired.p)
     return made
 
 
 def _intervals(scores: PairScores, drawn: Bootstrap, k: int) -> dict[str, dict[str, Interval]]:
-    own = len(FMRS) + k
-    compared = float(np.count_nonzero(scores.pairing.identity_pairs_per_identity))
     raw_people, people = drawn.people
     fractions = _per_person(scores, float(rates(scores, FMRS[k : k + 1]).threshold[0]))
     return {
-        "FMR": {"now": drawn.fmr_interval(k), "before": _log_normal(drawn, k, 1, compared)},
-        "prediction": {"now": drawn.prediction(own), "before": _log_normal(drawn, own, 2, compared)},
         "TAR": {
             "before": interval(drawn.tar_balanced[:, k], people),
             **_binomial(float(drawn.observed_tar_balanced[k]), float(drawn.tar_balanced[:, k].var()), people),
@@ -229,17 +265,6 @@ def _binomial(rate: float, variance: float, people: float) -> dict[str, Interval
     low, high = proportion_intervals(np.full(4, rate), variances, people, trials_per_person=np.array(trials))
     names = ("now", "exact", "4 trials a person", "any trials a person")
     return dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
-
-
-def _log_normal(drawn: Bootstrap, k: int, times: int, people: float) -> Interval:
-    """Compute the interval of an FMR as before: the variance of the resamples, t of all people."""
-    rate = float(drawn.observed_fmr[k])
-    if rate == 0:
-        return drawn.fmr_interval(k)
-    noise = float(drawn.variance.resampled[k] - drawn.variance.total[k]) / 2
-    deviation = math.sqrt(times * max(float(drawn.fmr[:, k].var()) - 2 * noise, noise)) / rate
-    factor = math.exp(student_quantile(people) * deviation)
-    return rate / factor, min(1.0, rate * factor)
 
 
 def _per_person(scores: PairScores, threshold: float) -> Doubles:
@@ -274,12 +299,13 @@ def table(found: dict[str, Any]) -> str:
 def coverage_table(found: dict[str, Any]) -> str:
     """Markdown: percent of the trials in which an interval held the truth, before and now."""
     trials = sorted({cell["trials"] for cell in found["cells"].values()})
+    fmr_trials = sorted({cell["fmr_trials"] for cell in found["cells"].values()})
     error = 100 * math.sqrt(0.95 * 0.05 / trials[0])
     lines = [
         f"Percent of {' or '.join(map(str, trials))} trials in which a 95 % interval ({found['resamples']} resamples) "
         f"held the truth, before → now, at FMR {FMRS[0]:g}; {FMRS[1]:g}. By chance ± {error:.1f} (one standard error, "
-        f"{trials[0]} trials). p: percent of paired comparisons of two equally good encoders with p < 0.05. Simulated "
-        "people: this tests the intervals, not a network.",
+        f"{trials[0]} trials). FMR and prediction: of {' or '.join(map(str, fmr_trials))} trials. p: percent of paired "
+        "comparisons of two equally good encoders with p < 0.05. Simulated people: a test of intervals, not networks.",
         "",
         "| people | scenario | trials | " + " | ".join(STATISTICS) + " | p |",
         "| ---: | --- | ---: |" + " ---: |" * (len(STATISTICS) + 1),

@@ -15,7 +15,7 @@ from tests.support.evaluation_faces import PREPROCESS, teacher_info, write_peopl
 PROTOCOL = '''
 """Measure how alike student and teacher see the same image."""
 
-from pkd.toolkit.evaluation.protocols.common import ProtocolResult, agree, common, describe_data, embed
+from pkd.toolkit.evaluation.protocols.common import ProtocolResult, measure_agreement, common, describe_data, embed
 from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, resampled_from
 from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.evaluation.results.schema import Evaluation
@@ -27,7 +27,7 @@ def same_image(faces, name, encoder_set, options, progress):
         **common(encoder_set, options),
         protocol="the same image twice",
         data=describe_data(name, "0" * 64, faces.labels),
-        agreement=agree(vectors["T"], vectors["S"]),
+        agreement=measure_agreement(vectors["T"], vectors["S"]),
     )
     return ProtocolResult(evaluation, ResampleValues(resampled_from(evaluation), {}))
 '''

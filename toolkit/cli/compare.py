@@ -1,4 +1,4 @@
-"""pkd-compare: rank evaluations over the same pairs, with paired intervals and p-values."""
+"""Run pkd-compare: rank evaluations over the same pairs, with paired intervals and p-values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pkd-evaluate: how far queries of one encoder may be trusted against a gallery of another, with intervals."""
+"""Run pkd-evaluate: measure how far queries of one encoder may be trusted against another's gallery, with intervals."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def _percents(interval: Interval) -> str:
 
 
 def identification_table(evaluation: Evaluation) -> Table:
-    """A row an ordered pair: mates found first, and missed at each resolved false positive identification rate.
+    """Tabulate one row an encoder pair: mates found first, and missed at each false positive identification rate.
 
     Every identity weighs the same; the report has the raw rates, the other ranks and the thresholds.
     """

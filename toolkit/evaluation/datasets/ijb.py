@@ -291,9 +291,9 @@ class LooseCrops:
 
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Return a key per crop, over the file's own key and its points."""
-        keys, settled = self._files.stamps(rows)
+        keys, known = self._files.stamps(rows)
         mixed = [
             hashlib.sha256(key.tobytes() + self._points[row].tobytes()).digest()[:8]
             for key, row in zip(keys, rows.tolist(), strict=True)
         ]
-        return np.array([int.from_bytes(part, "little") for part in mixed], np.uint64), settled
+        return np.array([int.from_bytes(part, "little") for part in mixed], np.uint64), known

@@ -1,4 +1,4 @@
-"""Reading data out of a pickle without running what is in it.
+"""Read data out of a pickle without running what is in it.
 
 A pickle is a program for a small machine, and may call any function it can name (Python's documentation warns of it).
 Here it can name only the stand-ins below, which hold data and do nothing: no function of numpy or Python itself is
@@ -24,7 +24,7 @@ class NotPlain(ValueError):
 
 
 class PlainArray:
-    """What a pickled numpy array or scalar holds, unread until asked for."""
+    """Hold what a pickled numpy array or scalar holds, unread until asked for."""
 
     def __init__(self) -> None:
         self._shape: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class PlainArray:
         self._shape = shape
 
     def tolist(self) -> list[Any]:
-        """Items of an array of one dimension, or of objects. Raises NotPlain."""
+        """Return the items of an array of one dimension, or of objects. Raises NotPlain."""
         if isinstance(self._data, list):
             return self._data
         if len(self._shape) != 1:
@@ -73,7 +73,7 @@ class PlainArray:
 
 
 class PlainType:
-    """A pickled numpy dtype: its short name, for instance ``u1``, and its byte order."""
+    """Hold a pickled numpy dtype: its short name, for instance ``u1``, and its byte order."""
 
     def __init__(self, *args: Any) -> None:
         self._name = _text(args[0]) if args else ""
@@ -95,7 +95,9 @@ class PlainType:
 
 
 def load_plain(path: Path) -> Any:
-    """Tuples, lists, bytes, str, numbers and truth values of a pickle; arrays as PlainArray. Python 2's str is bytes.
+    """Load tuples, lists, bytes, str, numbers and truth values of a pickle; arrays as PlainArray.
+
+    Python 2's str is bytes.
 
     Raises NotPlain naming whatever else is in it, and OSError.
     """

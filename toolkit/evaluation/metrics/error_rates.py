@@ -142,12 +142,12 @@ def lowest_impostor(scores: PairScores) -> float:
 
 
 def impostor_cumulative(scores: PairScores, multiplicity: Doubles) -> Doubles:
-    """Cumulate the balanced FMR at each kept impostor score, descending, with each identity's ``multiplicity``."""
+    """Sum up the balanced FMR at each kept impostor score, descending, with each identity's ``multiplicity``."""
     return _cumulative(scores, multiplicity, scores.share, scores.pairing.identity_pair_weight(multiplicity))
 
 
 def raw_impostor_cumulative(scores: PairScores, multiplicity: Doubles) -> Doubles:
-    """Cumulate the raw FMR at each kept impostor score, descending, with each identity's ``multiplicity``."""
+    """Sum up the raw FMR at each kept impostor score, descending, with each identity's ``multiplicity``."""
     return _cumulative(scores, multiplicity, scores.weight, scores.pairing.impostor_weight(multiplicity))
 
 

@@ -49,11 +49,11 @@ class Labels:
         full = {identity.rpartition("/")[2]: identity for identity in identities}
         names = {identity: identity for identity in identities}
         names = {part: full[part] for part, many in parts.items() if many == 1} | names
-        strangers = sorted(set(self.values) - set(names))
-        if strangers:
+        unknown = sorted(set(self.values) - set(names))
+        if unknown:
             raise InputError(
-                f"{self.name}: {len(strangers):,} of its {len(self.values):,} identities are not in the set, or "
-                f"several are called so (first: {strangers[0]!r}). Use names like {min(identities)!r}; drop others."
+                f"{self.name}: {len(unknown):,} of its {len(self.values):,} identities are not in the set, or "
+                f"several are called so (first: {unknown[0]!r}). Use names like {min(identities)!r}; drop others."
             )
         values = {names[name]: row for name, row in self.values.items()}
         if len(values) < len(self.values):

@@ -60,6 +60,7 @@ def measure(
         identity_pairs=pairing.identity_pairs,
         min_fmr=smallest_fmr(pairing),
         points=tuple(_point(grid, full, drawn, k) for k in places),
+        effective_people=tuple(float(drawn.variance.people[k + 1]) for k in places),
         refused=tuple(refused),
         eer=equal_error_rate(scores),
         det=_det(grid, full, drawn),

@@ -26,10 +26,10 @@ from pkd.toolkit.evaluation.protocols.common import (
     EncoderSet,
     EvaluationOptions,
     ProtocolResult,
-    agree,
     common,
     describe_data,
     embed,
+    measure_agreement,
     notes_on,
 )
 from pkd.toolkit.evaluation.results.schema import Comparison, Data, Evaluation, Identification
@@ -120,7 +120,7 @@ def cross_matrix(
         comparisons=tuple(comparisons),
         identifications=identifications,
         gains=gains(comparisons, values),
-        agreement=agree(vectors["T", False], vectors["S", False]) if ("S", "T") in encoder_pairs else None,
+        agreement=measure_agreement(vectors["T", False], vectors["S", False]) if ("S", "T") in encoder_pairs else None,
         notes=(*notes_on(encoder_set, options, comparisons), *said),
         **common(encoder_set, options),
     )

@@ -61,7 +61,7 @@ def with_maps(
         ((p, _agreement(x[held], y[held], *fit_ridge(seen, p))) for p in PENALTIES), key=lambda found: found[1]
     )
     maps: dict[str, Encoder] = {}
-    told = []
+    described = []
     for letter, kind, word, rate in (
         ("P", "orthogonal Procrustes", "procrustes", None),
         ("R", "affine ridge", "ridge", penalty),
@@ -69,7 +69,7 @@ def with_maps(
         weight, bias = _fit(seen + unseen, rate)
         info = describe_mapped(control.info, word, weight, bias, teacher.info.space)
         maps[letter] = LinearMapEncoder(control, weight, bias, info)
-        told.append(
+        described.append(
             LinearMap(
                 letter=letter,
                 kind=kind,
@@ -83,7 +83,7 @@ def with_maps(
         encoder=control.info,
         fit=describe_data(name, fit.digest(), fit.labels),
         held_out_identities=len(np.unique(fit.labels[held])),
-        maps=tuple(told),
+        maps=tuple(described),
     )
     return replace(encoder_set, maps=maps, baseline=baseline)
 
@@ -110,7 +110,7 @@ def gains(comparisons: Sequence[Comparison], values: Mapping[str, Doubles]) -> t
 def require_others(fit: FaceSet, evaluated: FaceSet, name: str, options: EvaluationOptions) -> None:
     """Raise InputError where a person or an image of ``evaluated`` is in ``fit``, too, naming the first.
 
-    People are told by the name of their identity, unless both sets are numbered classes of containers, whose numbers
+    People are known by the name of their identity, unless both sets are numbered classes of containers, whose numbers
     mean nothing outside them; images by their bytes.
     """
     same = sorted(set(fit.identities) & set(evaluated.identities))

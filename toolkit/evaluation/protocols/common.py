@@ -22,6 +22,7 @@ from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.embed import embed_faces
 from pkd.toolkit.encoders.linear_maps import LinearMapEncoder
+from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED
 from pkd.toolkit.evaluation.metrics.operating_points import histogram
 from pkd.toolkit.evaluation.metrics.pairing import Ints
 from pkd.toolkit.evaluation.metrics.resamples import ResampleValues
@@ -55,8 +56,8 @@ class EncoderSet:
     @property
     def training(self) -> dict[str, Training]:
         """Return letter → what a run or a bundle says of how that encoder was trained."""
-        told = {letter: dict(getattr(encoder, "training", {})) for letter, encoder in self.encoders.items()}
-        return {letter: training for letter, training in told.items() if training}
+        known = {letter: dict(getattr(encoder, "training", {})) for letter, encoder in self.encoders.items()}
+        return {letter: training for letter, training in known.items() if training}
 
     def certifies(self, query: str, gallery: str) -> bool:
         """Tell whether this ordered pair may get a certificate: teacher and student do where they share a space."""
@@ -118,7 +119,7 @@ def embed(encoder: Encoder, faces: FaceSet, options: EvaluationOptions, progress
     return unit_rows(sums, encoder.info.name)
 
 
-def agree(teacher: Embeddings, student: Embeddings) -> Agreement:
+def measure_agreement(teacher: Embeddings, student: Embeddings) -> Agreement:
     """Summarise the cosine of both encoders on the same images. Both: float32 N×D unit rows."""
     cosine = np.einsum("nd,nd->n", teacher, student)
     low, median = np.percentile(cosine, (5, 50))
@@ -207,6 +208,13 @@ def notes_on(encoder_set: EncoderSet, options: EvaluationOptions, comparisons: S
         notes.append("Embeddings are sums over image and mirror image, which no server computes: no certificate.")
     if uncertified := [c.name for c in comparisons if not c.points]:
         notes.append(f"No certificate for {', '.join(uncertified)}: the set resolves none of the false match rates.")
+    for c in comparisons:
+        for point, people in zip(c.points, c.effective_people, strict=False):
+            if people < EXPECTED:
+                notes.append(
+                    f"{c.name} at FMR {point.fmr:g}: most false matches are of few people, as good as {people:.0f} in "
+                    "all. Its threshold and intervals are worth little: look at the worst pairs, or evaluate on more."
+                )
     return tuple(notes)
 
 

@@ -14,10 +14,10 @@ from pkd.toolkit.evaluation.protocols.common import (
     EncoderSet,
     EvaluationOptions,
     ProtocolResult,
-    agree,
     common,
     describe_data,
     embed,
+    measure_agreement,
     notes_on,
 )
 from pkd.toolkit.evaluation.results.schema import Evaluation, PairAccuracy
@@ -82,7 +82,7 @@ def pair_list_accuracy(
         protocol=f"pair list of {pairs.folds} folds" if pairs.folds > 1 else "pair list",
         data=describe_data(name, pairs.faces.digest(), pairs.faces.labels),
         pair_accuracies=tuple(found),
-        agreement=agree(vectors["T"], vectors["S"]) if ("S", "T") in encoder_pairs else None,
+        agreement=measure_agreement(vectors["T"], vectors["S"]) if ("S", "T") in encoder_pairs else None,
         notes=(*pairs.notes, *notes_on(encoder_set, options, [])),
         **common(encoder_set, options),
     )

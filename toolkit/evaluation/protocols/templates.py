@@ -22,10 +22,10 @@ from pkd.toolkit.evaluation.protocols.common import (
     EncoderSet,
     EvaluationOptions,
     ProtocolResult,
-    agree,
     common,
     describe_data,
     embed,
+    measure_agreement,
     notes_on,
 )
 from pkd.toolkit.evaluation.results.schema import Comparison, Evaluation, Identification, TemplateData
@@ -77,7 +77,7 @@ def template_matching(
         ),
         comparisons=tuple(comparisons),
         identifications=tuple(identifications),
-        agreement=agree(vectors["T"], vectors["S"]) if ("S", "T") in encoder_pairs else None,
+        agreement=measure_agreement(vectors["T"], vectors["S"]) if ("S", "T") in encoder_pairs else None,
         notes=(
             *(
                 [

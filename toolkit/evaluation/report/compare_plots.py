@@ -66,10 +66,10 @@ def pairwise(r: Ranking) -> Picture:
                 colour = ("#dbeafe" if wins else "#ffe4e6") if sure else "#f8fafc"
                 x, y = place[b], place[a]
                 axes.add_patch(_square(x, y, colour))
-                told = points(sign * v.difference.difference)
+                text = points(sign * v.difference.difference)
                 if not small:
-                    told += f"\n$p$ {probability(v.p_adjusted)}"
-                axes.text(x, y, told, ha="center", va="center", size=6.5 if small else 9, color=INK)
+                    text += f"\n$p$ {probability(v.p_adjusted)}"
+                axes.text(x, y, text, ha="center", va="center", size=6.5 if small else 9, color=INK)
         for i in range(len(names)):
             axes.add_patch(_square(i, i, FAINT))
         axes.set(

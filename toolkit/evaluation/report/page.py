@@ -70,8 +70,8 @@ def percent(rate: float, digits: int | None = None) -> str:
 
 def points(difference: float) -> str:
     """Write a difference of fractions in percentage points, with its sign."""
-    told = f"{100 * difference:+.1f}".replace("-", "−")
-    return told[1:] if float(told[1:]) == 0 else told
+    text = f"{100 * difference:+.1f}".replace("-", "−")
+    return text[1:] if float(text[1:]) == 0 else text
 
 
 def span(interval: Interval, digits: int = 1) -> str:

@@ -132,8 +132,8 @@ def distance_distributions(rows: Sequence[tuple[str, Comparison]], *, name: str 
     return Picture(name, words, (6.0, 0.55 + 1.12 * len(rows)), draw)
 
 
-def scores_of(comparison: Comparison, beside: tuple[Comparison, ...]) -> Picture:
-    """Draw genuine and impostor scores of one ordered pair with its thresholds, on the scale of those ``beside`` it."""
+def scores_of(comparison: Comparison, others: tuple[Comparison, ...]) -> Picture:
+    """Draw genuine and impostor scores of one ordered pair with its thresholds, on one scale with ``others``."""
 
     def draw(axes: Any) -> None:
         for part, colour, name in (
@@ -142,7 +142,7 @@ def scores_of(comparison: Comparison, beside: tuple[Comparison, ...]) -> Picture
         ):
             axes.stairs(part.fractions, _edges(part), fill=True, color=colour, alpha=0.28)
             axes.stairs(part.fractions, _edges(part), color=colour, lw=1.3, label=f"{name} pairs")
-        left, right = _range(*(h for c in beside for h in (c.genuine, c.impostor)))
+        left, right = _range(*(h for c in others for h in (c.genuine, c.impostor)))
         top = max(*comparison.genuine.fractions, *comparison.impostor.fractions)
         for place, point in enumerate(reversed(comparison.points)):  # a line ends below the labels to its left
             height = (1.03 + 0.07 * place) * top

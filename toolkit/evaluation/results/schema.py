@@ -10,7 +10,7 @@ from pkd.toolkit.core.models import Record
 
 
 class PairedDifference(Record):
-    """A − B of one statistic."""
+    """Hold A − B of one statistic."""
 
     difference: float
     """As observed over all people."""
@@ -41,7 +41,7 @@ class Refusal(Record):
 
 
 class Det(Record):
-    """Detection error trade-off: FNMR against FMR, every identity weighing the same, down to the smallest FMR."""
+    """Trace the detection error trade-off: balanced FNMR against FMR, down to the smallest FMR."""
 
     fmr: tuple[float, ...]
     fnmr: tuple[float, ...]
@@ -51,13 +51,13 @@ class Det(Record):
 
 
 class Histogram(Record):
-    """Fractions of pairs (or images) in equal bins over cosine −1 to 1."""
+    """Hold fractions of pairs (or images) in equal bins over cosine −1 to 1."""
 
     fractions: tuple[float, ...]
 
 
 class Distances(Record):
-    """Euclidean distance √(2 − 2·score) of unit embeddings: within people (genuine pairs) and between (impostors)."""
+    """Summarise the Euclidean distance √(2 − 2·score) of unit embeddings, of genuine and of impostor pairs."""
 
     genuine_mean: float
     genuine_std: float
@@ -76,7 +76,7 @@ class PairOfFiles(Record):
 
 
 class Worst(Record):
-    """The pairs that the encoders get most wrong, worst first."""
+    """List the pairs that the encoders get most wrong, worst first."""
 
     false_matches: tuple[PairOfFiles, ...]
     """Impostor pairs with the highest scores."""
@@ -85,7 +85,7 @@ class Worst(Record):
 
 
 class Comparison(Record):
-    """One cell of the cross matrix: queries of one encoder against a gallery of another, over all pairs."""
+    """Describe one encoder pair: queries of one encoder against a gallery of another, over all pairs of images."""
 
     name: str
     """Query side first: ``S–T`` is a student's query against a teacher's gallery."""
@@ -102,6 +102,8 @@ class Comparison(Record):
     min_fmr: float
     """Smallest false match rate that these resolve."""
     points: tuple[OperatingPoint, ...]
+    effective_people: tuple[float, ...] = ()
+    """Effective people behind the false matches at each point: few where few people cause most of them."""
     refused: tuple[Refusal, ...]
     eer: float
     """Equal error rate, every pair weighing the same."""
@@ -118,7 +120,7 @@ class Comparison(Record):
 
 
 class PairAccuracy(Record):
-    """Accuracy of one ordered pair of encoders on an official pair list."""
+    """Hold the accuracy of one ordered pair of encoders on an official pair list."""
 
     name: str
     query: str
@@ -177,7 +179,7 @@ class OpenSetCurve(Record):
 
 
 class Identification(Record):
-    """One-to-many searches of one ordered pair of encoders. Intervals are over probe identities, the gallery held."""
+    """Describe one-to-many searches of one encoder pair. Intervals are over probe identities, the gallery held."""
 
     name: str
     query: str
@@ -205,7 +207,7 @@ class Identification(Record):
 
 
 class TemplateData(Record):
-    """How faces were pooled to templates."""
+    """Tell how faces were pooled to templates."""
 
     templates: int
     media: int
@@ -218,7 +220,7 @@ class TemplateData(Record):
 
 
 class Agreement(Record):
-    """Cosine between teacher and student embedding of one and the same image."""
+    """Summarise the cosine between teacher and student embedding of one and the same image."""
 
     mean: float
     std: float
@@ -229,7 +231,7 @@ class Agreement(Record):
 
 
 class LinearMap(Record):
-    """A linear map from the control's embeddings into the teacher's space, fitted on other people."""
+    """Describe a linear map from the control's embeddings into the teacher's space, fitted on other people."""
 
     letter: str
     """Its place in the names of cells: ``P`` or ``R``."""
@@ -246,7 +248,7 @@ class LinearMap(Record):
 
 
 class Gain(Record):
-    """What the student accepts more than a baseline does against the same gallery: S–T minus the baseline's cell."""
+    """Hold what the student accepts beyond a baseline against the same gallery: S–T minus the baseline's pair."""
 
     baseline: str
     """``R–T``, ``P–T`` or ``C–T``."""
@@ -270,7 +272,7 @@ Training = dict[str, str | int | float | bool | None]
 
 
 class LabelFile(Record):
-    """Where the groups of ``demographics`` come from."""
+    """Say where the groups of ``demographics`` come from."""
 
     name: str
     sha256: str
@@ -279,7 +281,7 @@ class LabelFile(Record):
 
 
 class Evaluation(Record):
-    """A whole run of pkd-evaluate."""
+    """Hold a whole run of pkd-evaluate."""
 
     schema_version: int = 1
     tool: str

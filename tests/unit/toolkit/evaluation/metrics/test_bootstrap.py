@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+from scipy.stats import beta
 
 from pkd.toolkit.core.errors import UnsupportedFmr
-from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, interval, resampled_accuracies
+from pkd.toolkit.evaluation.metrics.bootstrap import (
+    accuracy_interval,
+    accuracy_variance,
+    bootstrap,
+    interval,
+    resampled_accuracies,
+)
 from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, rates, require_resolved, smallest_fmr
+from pkd.toolkit.evaluation.metrics.intervals import proportion_interval
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
 from pkd.toolkit.evaluation.protocols.pair_list import best_threshold, out_of_fold
@@ -134,7 +144,42 @@ def test_accuracy_interval_holds_the_accuracy_and_knows_certainty() -> None:
     first = random.integers(0, 100, 300)
     second = np.where(same, first, (first + 1 + random.integers(0, 98, 300)) % 100)
     right = random.random(300) < 0.9
-    low, high = interval(resampled_accuracies(right, same, first, second, resamples=300, seed=0))
+    low, high = accuracy_interval(right, same, first, second)
     assert low < right.mean() < high and 0.03 < high - low < 0.2
     everything = np.ones(300, bool)
     assert (resampled_accuracies(everything, same, first, second, resamples=100, seed=0) == 1).all()
+    low, high = accuracy_interval(everything, same, first, second)
+    assert low == pytest.approx(0.025 ** (1 / 100), abs=0.02) and high == 1
+
+
+def test_the_noise_of_a_listed_pair_is_counted_once_and_people_together() -> None:
+    """Of independent decisions the variance is binomial; of people who always or never match it is that of people."""
+    random = np.random.default_rng(1)
+    same = np.repeat([True, False], 1500)
+    first = random.integers(0, 300, 3000)
+    second = np.where(same, first, (first + 1 + random.integers(0, 298, 3000)) % 300)
+    right = random.random(3000) < 0.8
+    deviation = np.sqrt(accuracy_variance(right, same, first, second))
+    assert deviation == pytest.approx(np.sqrt(0.8 * 0.2 / 3000), rel=0.15)
+    drawn = resampled_accuracies(right, same, first, second, resamples=400, seed=0)
+    assert drawn.std() == pytest.approx(deviation) and drawn.mean() == pytest.approx(right.mean(), abs=1e-3)
+    always = (random.random(300) < 0.8)[first] | ~same
+    assert np.sqrt(accuracy_variance(always, same, first, second)) > 1.8 * np.sqrt(always.var() / 3000)
+
+
+def test_where_nobody_fails_an_interval_is_that_of_as_many_people() -> None:
+    assert proportion_interval(1.0, 0.0, 100) == (pytest.approx(0.025 ** (1 / 100)), 1.0)
+    assert proportion_interval(0.0, 0.0, 100) == (0.0, pytest.approx(1 - 0.025 ** (1 / 100)))
+    scores = people(60, 3, 0)
+    every = dataclasses.replace(scores, genuine=np.ones_like(scores.genuine))
+    low, high = bootstrap(every, FMR, FMR, resamples=50, seed=0).tar_balanced_interval(0)
+    assert low == pytest.approx(0.025 ** (1 / 60)) and high == 1.0
+
+
+def test_the_binomial_interval_is_that_of_scipy() -> None:
+    hits, trials = 37.0, 80.0
+    rate, people_count = hits / trials, 1e6
+    low, high = proportion_interval(rate, rate * (1 - rate) / trials, people_count)
+    assert (low, high) == pytest.approx(
+        (beta.ppf(0.025, hits, trials - hits + 1), beta.ppf(0.975, hits + 1, trials - hits)), abs=1e-5
+    )
