@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ def coverage(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The benchmark as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     sys.modules.pop("coverage", None)
-    import coverage
+    coverage = importlib.import_module("coverage")
 
     yield coverage
     sys.modules.pop("coverage", None)
