@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,6 +26,7 @@ from pkd.serving.core.validation import invalid
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.errors import PkdError
 
+DOCS = Path(__file__).with_name("docs.html")
 METHODS = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")
 
 
@@ -54,6 +56,7 @@ def create_api(service: Service) -> FastAPI:
         title="pkd",
         version=__version__,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
@@ -71,6 +74,7 @@ def create_api(service: Service) -> FastAPI:
         app.include_router(router, dependencies=[Depends(known_query)])
     operations = health.routes(service)
     app.include_router(operations)  # what asks there may add parameters of its own
+    app.add_route("/docs", _docs, include_in_schema=False)
     app.state.known_routes = [route for router in (*routers, operations) for route in router.routes]
     return app
 
@@ -123,6 +127,11 @@ async def _head(api: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
         pass
     finally:
         scope["route"] = asked.get("route")
+
+
+async def _docs(request: Request) -> Response:
+    """Show the API to people, without anything from elsewhere: servers and browsers may be offline."""
+    return FileResponse(DOCS, media_type="text/html")
 
 
 async def _refused(request: Request, error: Exception) -> Response:

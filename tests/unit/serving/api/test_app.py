@@ -211,3 +211,9 @@ def test_where_the_hot_routes_go_past_the_router_nothing_is_looked_up(client, mo
     assert client.post("/v1/embed", content=FILE, headers=PNG, params=ALIGNED).status_code == 200
     side = {**made.image(0), "aligned": True}
     assert client.post("/v1/verify", json={"a": side, "b": side}).status_code == 200
+
+
+def test_the_page_of_the_api_needs_nothing_from_elsewhere(client):
+    page = client.get("/docs")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert "openapi.json" in page.text and "//" not in page.text.replace("<!--", "")
