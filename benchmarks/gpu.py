@@ -188,10 +188,10 @@ def write_teacher(path: Path, faces: FaceSet) -> None:
         helper.make_node("Flatten", ["pooled"], ["flat"]),
         helper.make_node("Gemm", ["flat", "weights", "shift"], ["y"]),
     ]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-            for name, shape in (("x", ["n", 3, 112, 112]), ("y", ["n", 128]))]  # fmt: skip
+    pixels = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 112, 112])
+    embeddings = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 128])
     tensors = [onnx.numpy_helper.from_array(values, name) for name, values in (("weights", weights), ("shift", shift))]
-    graph = helper.make_graph(nodes, "teacher", ends[:1], ends[1:], tensors)
+    graph = helper.make_graph(nodes, "teacher", [pixels], [embeddings], tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     path.with_suffix(".preprocess.json").write_text(Preprocess().model_dump_json(), encoding="utf-8")
 

@@ -42,8 +42,8 @@ def test_the_run_goes_on_as_it_was_for_other_steps(tmp_path: Path, choices: dict
         ({"faces": ("gone",)}, "gone. Pass --qat-faces DIR or LIST."),
         ({"unlabelled": ("gone",)}, "gone. Pass --qat-faces DIR or LIST."),
         ({"teacher": "gone.onnx"}, "gone.onnx, the teacher of"),
-        ({"method": "none"}, "--method none, which no teacher's space ties"),
-        ({"teacher": None, "method": "none"}, "--method none, which no teacher's space ties"),
+        ({"method": "none"}, "--method none, which leaves it outside its teacher's space"),
+        ({"teacher": None, "method": "none"}, "--method none, which leaves it outside its teacher's space"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path: Path, choices: dict[str, Any], changes: dict[str, Any], said: str) -> None:
