@@ -114,6 +114,8 @@ def prepare(
         raise InputError(f"--method {config.method}: map stands alone, for --student FILE.onnx, a model that exists.")
     if config.adopts and teacher is None:
         raise InputError(f"--student {config.student}: a model is adopted for a teacher's space. Give --teacher.")
+    early = method.stages and not config.adopts  # what cannot be served is refused before any work
+    stages = _plan(config, teacher, method.stages, None) if teacher and early else None
     choice = HeadChoice.parse(config.head, config.teacher) if method.head in {"frozen", "ema"} else None
     faces = _read_faces(config, method, choice, console)
     if len(faces) < config.batch:
@@ -125,7 +127,8 @@ def prepare(
     start = (
         _start(config, teacher, faces, targets[0], console, measure) if config.adopts and teacher and targets else None
     )
-    stages = _plan(config, teacher, method.stages, start) if teacher and method.stages else None
+    if start and teacher and method.stages:
+        stages = _plan(config, teacher, method.stages, start)
     classes = Classes(None, faces.labels, faces.identities, None)
     if teacher and targets:
         key = f"{teacher.info.id} {faces.digest()}{'' if config.mirror else ' not mirrored'}"
