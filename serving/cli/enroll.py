@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from pkd.toolkit.core.cli_support import Result, make_parser, progress, run
+from pkd.toolkit.core.cli_support import Result, make_parser, run
 from pkd.toolkit.core.errors import InputError, PkdError
+from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.data.tree import LeftOut, person_of, walk_images
 from pkd.toolkit.images.codec import SUFFIXES
 
@@ -132,7 +133,7 @@ def enroll(args: argparse.Namespace, console: Console) -> Result:
             client.create_gallery(args.gallery, args.space, None if days is None else days * 86_400)
         target = Target(args.gallery, _space(client, args), options)
         try:
-            with progress(console, "enrolling", len(photos)) as advance:
+            with ConsoleProgress(console)("enrolling", len(photos)) as advance:
                 for some in _all(client, args.dir, target, photos, args.jobs):
                     outcomes += some
                     advance(len(some))

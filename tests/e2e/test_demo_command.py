@@ -40,7 +40,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     }
     assert read_rgb(out / "demo.png").shape == (1215, 1800, 3)
     html = (out / "report.html").read_text(encoding="utf-8")
-    assert "Synthetic faces" in html and "At the door" in html and "data:image/png;base64," in html
+    assert "Synthetic faces" in html and "Over HTTP" in html and "data:image/png;base64," in html
     for cell in ("S–T", "C–T", "P–T", "R–T"):
         assert f"<b>{cell}</b>" in html
     assert not re.search(r'(src|href)="(?!data:|#)', html), "the report must be one file"

@@ -161,7 +161,7 @@ class Attribute(Record):
 
 
 class Certificate(Record):
-    """Permit matching queries from ``query`` against a gallery of ``gallery``, with these error rates.
+    """Allow queries from ``query`` to be matched against a gallery of ``gallery``, with these error rates.
 
     Format and rules: docs/certificate.md. Raises ValidationError where its parts contradict one another.
     """

@@ -41,17 +41,17 @@ def _demo(config: DemoConfig, console: Console) -> Result:
         if importlib.util.find_spec(package) is None:
             raise MissingExtra(package, extra)
     outcome = run_demo(config, console)
-    told = summary(outcome)
-    _show(outcome, told, config.out, console)
-    return told
+    figures = summary(outcome)
+    _show(outcome, figures, config.out, console)
+    return figures
 
 
-def _show(outcome: Outcome, told: Result, out: Path, console: Console) -> None:
+def _show(outcome: Outcome, figures: Result, out: Path, console: Console) -> None:
     table = Table(title="Queries of the student against the teacher's gallery, over HTTP", title_justify="left")
-    for heading in ("at the door", "queries", "matched", "rate", "certificate says"):
-        table.add_column(heading, justify="left" if heading == "at the door" else "right", no_wrap=True)
+    for heading in ("query and gallery show", "queries", "matched", "rate", "certificate says"):
+        table.add_column(heading, justify="left" if heading == "query and gallery show" else "right", no_wrap=True)
     for row, label in (("genuine", "the same person"), ("impostor", "another person")):
-        counted = told[row]
+        counted = figures[row]
         low, high = counted["expected_ci95"]
         table.add_row(
             label,
@@ -64,8 +64,8 @@ def _show(outcome: Outcome, told: Result, out: Path, console: Console) -> None:
     if outcome.synthetic:
         console.print("[bold]Synthetic faces: these rates say nothing about people.[/bold]")
     console.print(table)
-    sizes = told["bytes"]
-    counts = told["parameters"]
+    sizes = figures["bytes"]
+    counts = figures["parameters"]
     if "teacher" in counts:
         times = counts["teacher"] / counts["student"]
         console.print(
@@ -73,9 +73,9 @@ def _show(outcome: Outcome, told: Result, out: Path, console: Console) -> None:
         )
     else:
         console.print(f"student {sizes['student'] / 1e6:.1f} MB, teacher {sizes['teacher'] / 1e6:.1f} MB")
-    console.print(f"threshold {told['threshold']:.3f} for a false match rate of {told['target_fmr']:g}")
+    console.print(f"threshold {figures['threshold']:.3f} for a false match rate of {figures['target_fmr']:g}")
     console.print(
-        f"{told['seconds']['total']:.0f} s in all; report: {out / 'report.html'}, picture: {out / 'demo.png'}"
+        f"{figures['seconds']['total']:.0f} s in all; report: {out / 'report.html'}, picture: {out / 'demo.png'}"
     )
 
 

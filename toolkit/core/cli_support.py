@@ -11,7 +11,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -19,7 +18,6 @@ from rich.console import Console
 
 from pkd import __version__
 from pkd.toolkit.core.errors import PkdError, TargetUnavailable
-from pkd.toolkit.core.progress import Advance, ConsoleProgress
 
 Result = Mapping[str, Any]
 Run = Callable[[argparse.Namespace, Console], Result]
@@ -103,11 +101,6 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.requested:
             self.requested, self._since = True, time.monotonic()
-
-
-def progress(console: Console, label: str, total: int) -> AbstractContextManager[Advance]:
-    """Open a step on a console, as ``ConsoleProgress(console)(label, total)`` does; goes when nobody uses it."""
-    return ConsoleProgress(console)(label, total)
 
 
 def tool_version() -> str:

@@ -93,7 +93,7 @@ def combine(digests: Iterable[str]) -> str:
 
 
 def short(identifier: str) -> str:
-    """Shorten ``name@sha256:0123456789ab…`` to ``name@0123456789``, for tables."""
+    """Return ``name@0123456789`` for ``name@sha256:0123456789ab…``, for tables."""
     name, _, digest = identifier.partition("@sha256:")
     return f"{name}@{digest[:10]}" if digest else identifier
 

@@ -64,7 +64,7 @@ class RankLost(PkdError):
 
 
 class InputError(PkdError):
-    """Bad usage or input."""
+    """Refuse bad usage or input."""
 
     exit_code = 2
 
@@ -82,7 +82,7 @@ class NoFace(InputError):
 
 
 class BadVector(InputError):
-    """An embedding with a wrong size, dtype or norm, or with NaN or infinity in it."""
+    """Refuse an embedding with a wrong size, dtype or norm, or with NaN or infinity in it."""
 
 
 class BadHead(InputError):
@@ -102,7 +102,7 @@ class NotCertified(InputError):
 
 
 class UnsupportedFmr(InputError):
-    """A false match rate below what the impostor pairs resolve."""
+    """Refuse a false match rate below what the impostor pairs resolve."""
 
 
 class MissingExtra(InputError):

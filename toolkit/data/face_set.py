@@ -197,16 +197,16 @@ def digests_of(images: ImageCollection, rows: Ints, cache: Path | None) -> Rows:
     if cache is None:
         return _hash(images, rows)
     store = KeyedRows(cache / "digests", "sha256", "u8", BYTES, np.uint8)
-    keys, settled = images.stamps(rows)
-    missing = np.flatnonzero((store.find(keys) < 0) & settled)
+    keys, untouched = images.stamps(rows)
+    missing = np.flatnonzero((store.find(keys) < 0) & untouched)
     missing = missing[np.argsort(rows[missing], kind="stable")]  # containers are read from front to back
     for part, found in _hashed(images, rows[missing]):
         store.append(keys[missing[part]], found)
-    young = np.flatnonzero(~settled)
+    young = np.flatnonzero(~untouched)
     if not len(young):
         return store.view(keys)
     found = np.empty((len(rows), BYTES), np.uint8)
-    found[settled] = store.view(keys[settled])[:]
+    found[untouched] = store.view(keys[untouched])[:]
     found[young] = _hash(images, rows[young])
     return found
 

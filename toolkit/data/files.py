@@ -47,7 +47,7 @@ class ImageFiles:
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Make a key per file over path, size and times; see ``image_source.stamp``."""
         found = [stamp(self._path(row)) for row in rows.tolist()]
-        return np.array([key for key, _ in found], np.uint64), np.array([settled for _, settled in found], np.bool_)
+        return np.array([key for key, _ in found], np.uint64), np.array([untouched for _, untouched in found], np.bool_)
 
     def _path(self, row: int) -> str:
         return posixpath.join(self.root, self._names[row])

@@ -58,8 +58,8 @@ class RecordImages:
 
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Make keys from the ``.rec``'s path, size and times when it was opened, and the record's place."""
-        key, settled = self._stamp
-        return within(key, self._offsets[rows]), np.full(len(rows), settled)
+        key, untouched = self._stamp
+        return within(key, self._offsets[rows]), np.full(len(rows), untouched)
 
 
 def read_recordio(path: Path, labelled: bool) -> Found:

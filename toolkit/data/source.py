@@ -21,7 +21,7 @@ from pkd.toolkit.core.errors import BadImage
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
 UNLABELLED = -1
-SETTLED_NS = 2_000_000_000
+UNTOUCHED_NS = 2_000_000_000
 
 
 class ImageSource(Protocol):
@@ -69,7 +69,7 @@ def stamp(path: str | Path) -> tuple[int, bool]:
         raise BadImage(f"{path}: {error.strerror or error}.") from None
     facts = f"{os.path.abspath(path)}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"  # noqa: PTH100
     key = int.from_bytes(hashlib.sha256(os.fsencode(facts)).digest()[:8], "little")
-    return key, time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS
+    return key, time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > UNTOUCHED_NS
 
 
 def within(container: int, offsets: Ints) -> Keys:
@@ -108,13 +108,13 @@ class ImageCollection:
 
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Make keys as ``ImageSource.stamps`` does."""
-        keys, settled = np.empty(len(rows), np.uint64), np.empty(len(rows), np.bool_)
+        keys, untouched = np.empty(len(rows), np.uint64), np.empty(len(rows), np.bool_)
         order = np.argsort(rows, kind="stable")
         cuts = np.searchsorted(rows[order], [0, *self._ends])
         for source, end, start, stop in zip(self.sources, self._ends, cuts[:-1], cuts[1:], strict=True):
             mine = order[start:stop]
-            keys[mine], settled[mine] = source.stamps(rows[mine] - end + len(source))
-        return keys, settled
+            keys[mine], untouched[mine] = source.stamps(rows[mine] - end + len(source))
+        return keys, untouched
 
 
 class PackedNames:

@@ -62,8 +62,8 @@ class TarImages:
 
     def stamps(self, rows: Ints) -> tuple[Keys, NDArray[np.bool_]]:
         """Make keys from the tar's path, size and times when it was opened, and the image's place."""
-        key, settled = self._stamp
-        return within(key, self._offsets[rows]), np.full(len(rows), settled)
+        key, untouched = self._stamp
+        return within(key, self._offsets[rows]), np.full(len(rows), untouched)
 
 
 @dataclass(frozen=True)

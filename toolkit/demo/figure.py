@@ -41,25 +41,25 @@ def draw_picture(outcome: Outcome, path: Path) -> None:
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def page(report: str, told: Mapping[str, Any], picture: Path) -> str:
+def page(report: str, figures: Mapping[str, Any], picture: Path) -> str:
     """Put together the evaluation's page with the demo's own section after its header; one file, the picture inside."""
     head, mark, rest = report.partition("</header>")
     if not mark:
         raise PkdError("the evaluation's report.html has no header to follow. Reinstall pkd: its parts do not match.")
     data = base64.b64encode(picture.read_bytes()).decode()
-    rows = "".join(_counted(told[kind], label) for kind, label in (("genuine", "same"), ("impostor", "another")))
-    who = "Synthetic visitors" if told["synthetic"] else "Visitors"
+    rows = "".join(_counted(figures[kind], label) for kind, label in (("genuine", "same"), ("impostor", "another")))
+    who = "Synthetic visitors" if figures["synthetic"] else "Visitors"
     sizes = ", ".join(
-        f"{role} {told['bytes'][role] / 1e6:.2f} MB"
-        + (f" ({told['parameters'][role]:,} parameters)" if role in told["parameters"] else "")
+        f"{role} {figures['bytes'][role] / 1e6:.2f} MB"
+        + (f" ({figures['parameters'][role]:,} parameters)" if role in figures["parameters"] else "")
         for role in ("teacher", "student")
     )
     return (
-        f"{head}{mark}\n<section><h2>At the door</h2><p>{who} who took part in neither training nor evaluation were "
+        f"{head}{mark}\n<section><h2>Over HTTP</h2><p>{who} who took part in neither training nor evaluation were "
         "enrolled with the teacher over HTTP. Their other images were embedded with the student&#8217;s bundle alone, "
         "as on a phone, and only the embedding was sent to <code>/verify</code>. "
-        f"The certificate of this ordered pair gave the threshold {told['threshold']:.3f} for a false match rate of "
-        f"{100 * told['target_fmr']:g} %. {escape(sizes)}.</p>"
+        f"The certificate of this ordered pair gave the threshold {figures['threshold']:.3f} for a false match rate of "
+        f"{100 * figures['target_fmr']:g} %. {escape(sizes)}.</p>"
         '<div class="scroll"><table><thead><tr><th scope="col">Query and gallery show</th><th scope="col">Queries</th>'
         '<th scope="col">Matched</th><th scope="col">Rate</th><th scope="col">The certificate says</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"

@@ -130,8 +130,8 @@ def run_demo(config: DemoConfig, console: Console) -> Outcome:
             "pkd-serve", bundles["teacher"].path, bundles["student"].path, "--port", str(config.port)
         ) as server:
             console.print(f"  {server.url}", style="dim")
-            with ConsoleProgress(console)("at the door", 1) as advance:
-                attempts = at_the_door(server, bundles["student"], bundles["teacher"], groups.visitors, point.fmr)
+            with ConsoleProgress(console)("matching", 1) as advance:
+                attempts = match_visitors(server, bundles["student"], bundles["teacher"], groups.visitors, point.fmr)
                 advance(1)
         steps.seconds["total"] = time.monotonic() - start
         outcome = Outcome(
@@ -234,7 +234,7 @@ def _certificate(student: Bundle, teacher: Bundle) -> Certificate:
     raise StepFailed("export: the bundles hold no certificate for student queries against the teacher's gallery.", 1)
 
 
-def at_the_door(server: Client, student: Bundle, teacher: Bundle, visitors: Path, fmr: float) -> list[Attempt]:
+def match_visitors(server: Client, student: Bundle, teacher: Bundle, visitors: Path, fmr: float) -> list[Attempt]:
     """Enrol each visitor's first image with the teacher on the server, and match the others as queries.
 
     A query is embedded here, on the "phone", with nothing but onnxruntime and the student's bundle: its image never
@@ -291,10 +291,10 @@ def _write(out: Path, outcome: Outcome) -> None:
     from pkd.toolkit.demo.figure import draw_picture, page  # matplotlib takes a second
 
     draw_picture(outcome, out / "demo.png")
-    told = summary(outcome)
+    figures = summary(outcome)
     report = (out / "evaluation/report.html").read_text(encoding="utf-8")
-    (out / "report.html").write_text(page(report, told, out / "demo.png"), encoding="utf-8")
-    (out / "demo.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    (out / "report.html").write_text(page(report, figures, out / "demo.png"), encoding="utf-8")
+    (out / "demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(config: DemoConfig) -> None:

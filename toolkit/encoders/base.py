@@ -219,7 +219,7 @@ def batches(count: int, size: int) -> Iterator[range]:
 
 
 def ort_reason(error: Exception) -> str:
-    """Shorten what onnxruntime says to one short sentence: no codes, no paths of its source files."""
+    """Return what onnxruntime says as one short sentence: no codes, no paths of its source files."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
     first = first.split(" Status Message:")[0]
     return first.rsplit(" : ", 1)[-1][:300].rstrip(".") + "."

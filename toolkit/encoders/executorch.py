@@ -75,7 +75,7 @@ def open_executorch(bundle: Bundle, target: Target, file: str, threads: int) -> 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence ExecuTorch's warnings, its log, and what its C++ side writes to stderr about the processor."""
+    """Hide ExecuTorch's warnings, its log, and what its C++ side writes to stderr about the processor."""
     before = logging.root.manager.disable
     sys.stderr.flush()
     stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)

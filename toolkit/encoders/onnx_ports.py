@@ -37,7 +37,7 @@ class InputPort:
     """Batch size that the file is fixed to; None where it takes any."""
 
     def feed(self, crops: Rgb, preprocess: Preprocess) -> NDArray[np.generic]:
-        """Preprocess uint8 N×S×S×3 RGB crops and give them the network's layout and type."""
+        """Scale uint8 N×S×S×3 RGB crops and give them the network's layout and type."""
         pixels = preprocess(crops)
         if self.nhwc:
             pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))

@@ -172,5 +172,5 @@ def error_logger(trt: Any, messages: list[str]) -> Any:
 
 
 def one_line(message: str) -> str:
-    """Shorten TensorRT's message to one line."""
+    """Return the start of TensorRT's message on one line."""
     return " ".join(message.split())[:300]

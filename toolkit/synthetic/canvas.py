@@ -36,13 +36,13 @@ class Canvas:
         self.alpha: Plane = np.zeros((GRID, GRID), np.float32)
 
     def fill(self, shapes: Points | Sequence[Points], colour: Colour, weight: float = 1.0, soft: float = 0.0) -> None:
-        """Blend polygons into the canvas; ``soft`` is the edge's blur in crop units."""
+        """Paint polygons into the canvas; ``soft`` is the edge's blur in crop units."""
         self._blend(_several(shapes), 0.0, colour, weight, soft)
 
     def stroke(
         self, lines: Points | Sequence[Points], width: float, colour: Colour, weight: float = 1.0, soft: float = 0.0
     ) -> None:
-        """Blend open lines of ``width`` crop units into the canvas."""
+        """Paint open lines of ``width`` crop units into the canvas."""
         self._blend(_several(lines), width, colour, weight, soft)
 
     def cover(self, shape: Points, colour: Colour, texture: Plane | None = None) -> None:
@@ -55,7 +55,7 @@ class Canvas:
         np.maximum(self.alpha[rows, columns], covered, out=self.alpha[rows, columns])
 
     def mix(self, paint: Plane, weight: Plane) -> None:
-        """Blend 3×GRID×GRID ``paint`` in with a weight per pixel."""
+        """Mix 3×GRID×GRID ``paint`` in with a weight per pixel."""
         paint = paint - self.rgb
         paint *= weight
         self.rgb += paint

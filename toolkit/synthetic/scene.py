@@ -12,16 +12,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from pkd.toolkit.images.alignment import TEMPLATE
 from pkd.toolkit.synthetic.canvas import LOW, MIDDLE, UNIT, Plane, Points
 
 if TYPE_CHECKING:
     from pkd.toolkit.synthetic.faces import Conditions
     from pkd.toolkit.synthetic.head import Head
 
-TEMPLATE = np.array(
-    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
-)
-"""Eyes, nose and mouth corners of an aligned 112×112 crop (the ArcFace template), pixels."""
 AXLE_Y = 60.0
 """Height about which the head nods, crop units."""
 

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
-from pkd.toolkit.core.cli_support import progress
 from pkd.toolkit.core.errors import BadHead, InputError
+from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.data.row_store import Rows
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.heads.audit import Audit, audit
@@ -168,7 +168,7 @@ def _fit(
     path = config.run / FILE
     if path.is_file() and (stored := _stored(path, digest, means)):
         return stored
-    with progress(console, "fitting the head", steps_of(int((labels >= 0).sum()))) as advance:
+    with ConsoleProgress(console)("fitting the head", steps_of(int((labels >= 0).sum()))) as advance:
         head = fit_head(means, *targets, labels, config.seed, advance)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_head(head, path, digest)

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from pkd.toolkit.core.cli_support import progress
 from pkd.toolkit.core.errors import BadHead, InputError
 from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.data.face_set import FaceSet, join
 from pkd.toolkit.data.row_store import Rows
 from pkd.toolkit.distill.config import DistillConfig
@@ -161,7 +161,7 @@ def _start(
             f"{teacher.info.preprocess.name}. Adopt a model of the same alignment and crop size."
         )
     cache = Path(config.cache) if config.cache else default_cache()
-    with progress(console, "student features", len(faces)) as advance:
+    with ConsoleProgress(console)("student features", len(faces)) as advance:
         fitted = fit_map(
             student, targets, faces, cache=cache, measure=measure, refit=True, rank=config.map_rank,
             seed=config.seed, jobs=config.threads, advance=advance,
@@ -219,7 +219,7 @@ def _views(config: DistillConfig, teacher: Encoder, faces: FaceSet, console: Con
     size = teacher.info.preprocess.size
     maker = ViewMaker(faces, size, augment=config.augment, mirror=config.mirror, mix=config.mix)
     views = StoredViews(maker, config.views, config.seed, Path(config.cache) if config.cache else default_cache())
-    with progress(console, "teacher embeddings of views", config.views * len(faces)) as advance:
+    with ConsoleProgress(console)("teacher embeddings of views", config.views * len(faces)) as advance:
         views.embed(teacher, config.threads, advance)
     return views
 
@@ -227,7 +227,7 @@ def _views(config: DistillConfig, teacher: Encoder, faces: FaceSet, console: Con
 def _targets(config: DistillConfig, teacher: Encoder, faces: FaceSet, console: Console) -> tuple[Rows, Rows]:
     cache = Path(config.cache) if config.cache else default_cache()
     mirrors = config.mirror and config.method != "map"
-    with progress(console, "teacher embeddings", (1 + mirrors) * len(faces)) as advance:
+    with ConsoleProgress(console)("teacher embeddings", (1 + mirrors) * len(faces)) as advance:
         plain = embed_stored(teacher, faces, cache=cache, jobs=config.threads, advance=advance)
         if not mirrors:
             return plain, plain

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pkd.toolkit.core.cli_support import make_parser, progress, run, tool_version
+from pkd.toolkit.core.cli_support import make_parser, run, tool_version
 from pkd.toolkit.core.errors import BadImage, GateFailed, PkdError, TrainingDiverged
 
 
@@ -97,12 +97,6 @@ def test_bad_usage_exits_with_2() -> None:
     with pytest.raises(SystemExit) as ended:
         outcome(None, "--nope")
     assert ended.value.code == 2
-
-
-def test_progress_is_silent_for_json(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress(Console(stderr=True, quiet=True), "aligning", 3) as advance:
-        advance(1)
-    assert capsys.readouterr() == ("", "")
 
 
 def test_the_version_is_the_packages() -> None:

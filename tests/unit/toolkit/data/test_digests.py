@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file counts as left alone for long enough."""
-    monkeypatch.setattr(source, "SETTLED_NS", -(10**18))
+    monkeypatch.setattr(source, "UNTOUCHED_NS", -(10**18))
 
 
 class Counted:
@@ -86,7 +86,7 @@ def test_a_file_written_a_moment_ago_is_not_remembered(folder: Path, tmp_path: P
 
 
 def test_old_and_young_files_together(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "SETTLED_NS", 500_000_000)
+    monkeypatch.setattr(source, "UNTOUCHED_NS", 500_000_000)
     time.sleep(0.6)
     for path in sorted(folder.rglob("*.png"))[::2]:
         path.write_bytes(b"anew " + path.name.encode())

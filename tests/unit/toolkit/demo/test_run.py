@@ -21,7 +21,7 @@ from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.demo.faces import draw_groups, images_drawn, split_groups
 from pkd.toolkit.demo.figure import draw_picture, page
 from pkd.toolkit.demo.processes import Client, StepFailed, Steps, command
-from pkd.toolkit.demo.run import Attempt, Outcome, at_the_door, demo_folder, summary
+from pkd.toolkit.demo.run import Attempt, Outcome, demo_folder, match_visitors, summary
 from pkd.toolkit.images.codec import read_rgb
 from pkd.toolkit.synthetic.faces import write_faces
 from tests.support import serving_bundles as made
@@ -48,7 +48,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory, visitors: Path) -> Outcome
     teacher, student = map(Bundle.open, made.family(folder).folders[:2])
     (certificate,) = (c for c in student.certificates() if c.gallery == teacher.manifest.encoder.id)
     with Steps(folder, QUIET).serve("pkd-serve", teacher.path, student.path, "--port", "0") as server:
-        attempts = at_the_door(server, student, teacher, visitors, certificate.points[0].fmr)
+        attempts = match_visitors(server, student, teacher, visitors, certificate.points[0].fmr)
     parameters = {"teacher": 400, "student": 90}
     point = certificate.points[0]
     return Outcome(True, teacher, student, certificate, point, attempts, {"total": 3.0}, parameters)
@@ -82,7 +82,7 @@ def test_picture_and_page_tell_the_counts_and_say_synthetic(outcome: Outcome, tm
     html = page("<html><header>one</header><p>two</p></html>", told, tmp_path / "demo.png")
     assert "Synthetic visitors" in html
     assert "data:image/png;base64," in html
-    assert html.index("one") < html.index("At the door") < html.index("two")
+    assert html.index("one") < html.index("Over HTTP") < html.index("two")
     assert 'src="http' not in html
 
 
