@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from pkd.toolkit.distill.models.layers import Backbone
 from pkd.toolkit.distill.training.views import StoredViews, Teaching, ViewMaker
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.embed import default_cache, embed_stored
+
+if TYPE_CHECKING:
+    from pkd.toolkit.distill.models.adopted import Adopted
 
 Measure = Callable[[Embeddings, Embeddings, NDArray[np.int64]], Mapping[str, Any]]
 """Student's rows, teacher's rows and labels of held-out images → what is reported of them."""
@@ -123,10 +126,9 @@ def prepare(
     held_out = None
     if method.aligns and method.names != ("map",) and (choice is None or choice.kind in {"means", "fit", "images"}):
         faces, held_out = _set_aside(faces, config.held_out)
+    student = _adopt(config, teacher, faces) if config.adopts and teacher else None
     targets = _targets(config, teacher, faces, console) if teacher else None
-    start = (
-        _start(config, teacher, faces, targets[0], console, measure) if config.adopts and teacher and targets else None
-    )
+    start = _start(config, student, faces, targets[0], console, measure) if student and targets else None
     if start and teacher and method.stages:
         stages = _plan(config, teacher, method.stages, start)
     classes = Classes(None, faces.labels, faces.identities, None)
@@ -144,35 +146,45 @@ def prepare(
     )  # fmt: skip
 
 
-def _start(
-    config: DistillConfig, teacher: Encoder, faces: FaceSet, targets: Rows, console: Console, measure: Measure
-) -> Start:
-    """Adopt the student, fit its map, and put back its batch normalisation where it will be trained."""
+def _adopt(config: DistillConfig, teacher: Encoder, faces: FaceSet) -> Adopted:
+    """Open the student and check it on some of the faces. Raises InputError for one of another alignment."""
     from pkd.toolkit.distill.models.adopted import adopt
-    from pkd.toolkit.distill.training.closed_form import fit_map
 
     size = teacher.info.preprocess.size
-    random = np.random.default_rng(config.seed)
-    some = np.sort(random.choice(len(faces), min(len(faces), CHECKED), replace=False))
-    student = adopt(config.student, config.student_preprocess, faces.load(some[:: max(1, len(some) // 32)], size))
+    crops = faces.load(_some(config, faces)[::16], size)
+    student = adopt(config.student, config.student_preprocess, crops)
     if student.info.preprocess.size != size or student.info.preprocess.template != teacher.info.preprocess.template:
         raise InputError(
             f"--student {config.student}: takes {student.info.preprocess.name} crops, the teacher "
             f"{teacher.info.preprocess.name}. Adopt a model of the same alignment and crop size."
         )
+    return student
+
+
+def _some(config: DistillConfig, faces: FaceSet) -> NDArray[np.int64]:
+    """Draw the images that the adoption is measured on."""
+    random = np.random.default_rng(config.seed)
+    return np.sort(random.choice(len(faces), min(len(faces), CHECKED), replace=False))
+
+
+def _start(
+    config: DistillConfig, student: Adopted, faces: FaceSet, targets: Rows, console: Console, measure: Measure
+) -> Start:
+    """Fit the student's map, and put back its batch normalisation where it will be trained."""
+    from pkd.toolkit.distill.training.closed_form import fit_map
+
     cache = Path(config.cache) if config.cache else default_cache()
     with ConsoleProgress(console)("student features", len(faces)) as advance:
         fitted = fit_map(
             student, targets, faces, cache=cache, measure=measure, refit=True, rank=config.map_rank,
             seed=config.seed, jobs=config.threads, advance=advance,
         )  # fmt: skip
-    network = student.network(teacher.info.space.dim)
+    network = student.network(targets.shape[1])
     network.set_map(fitted.weight, fitted.bias, config.map_rank)
     if config.method != "map":
+        some, preprocess = _some(config, faces), student.info.preprocess
         chunks = (some[i : i + 64] for i in range(0, len(some), 64))
-        network.restore_batch_norm(
-            torch.from_numpy(student.info.preprocess(faces.load(chunk, size))) for chunk in chunks
-        )
+        network.restore_batch_norm(torch.from_numpy(preprocess(faces.load(chunk, preprocess.size))) for chunk in chunks)
 
     def mapped(others: FaceSet) -> Embeddings:
         rows = embed_stored(student.features, others, cache=cache, jobs=config.threads)[:]
