@@ -127,10 +127,10 @@ def prepare(
     if method.aligns and method.names != ("map",) and (choice is None or choice.kind in {"means", "fit", "images"}):
         faces, held_out = _set_aside(faces, config.held_out)
     student = _adopt(config, teacher, faces) if config.adopts and teacher else None
+    if student and teacher and method.stages:
+        stages = _plan(config, teacher, method.stages, student)
     targets = _targets(config, teacher, faces, console) if teacher else None
     start = _start(config, student, faces, targets[0], console, measure) if student and targets else None
-    if start and teacher and method.stages:
-        stages = _plan(config, teacher, method.stages, start)
     classes = Classes(None, faces.labels, faces.identities, None)
     if teacher and targets:
         key = f"{teacher.info.id} {faces.digest()}{'' if config.mirror else ' not mirrored'}"
@@ -204,9 +204,10 @@ def _set_aside(faces: FaceSet, share: float) -> tuple[FaceSet, FaceSet | None]:
     return faces.select(np.flatnonzero(~held)), faces.select(np.flatnonzero(held))
 
 
-def _plan(config: DistillConfig, teacher: Encoder, least: int, start: Start | None) -> StagePlan:
+def _plan(config: DistillConfig, teacher: Encoder, least: int, adopted: Adopted | None) -> StagePlan:
     size = teacher.info.preprocess.size
-    student = start.network if start else build(config.student, teacher.info.space.dim, size)
+    dim = teacher.info.space.dim
+    student = adopted.network(dim) if adopted else build(config.student, dim, size)
     return plan_stages(teacher, config.teacher_stages, student, size, least, config.threads or os.cpu_count() or 1)
 
 
