@@ -20,6 +20,7 @@ OUTSIDE = {
     "LICENSE": "LICENSE",
 }
 """File beside docs/ → its address on the site."""
+CODE = re.compile(r"\[([^\]]+)\]\(\.\./(?:toolkit|export|serving|examples|tests|deploy|benchmarks)/[^)]*\)")
 LINK = re.compile(r"(?<=\]\()(?!https?:)[^)#\s]+")
 
 
@@ -42,7 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links that work in the repository at the addresses of the site."""
+    """Point links that work in the repository at the addresses of the site; those to code become plain names."""
+    markdown = CODE.sub(r"\1", markdown)
     outside = page.file.src_uri in OUTSIDE.values()
 
     def address(link: re.Match[str]) -> str:

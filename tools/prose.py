@@ -35,8 +35,8 @@ VERBS, FINITE = (
     set(" ".join(line for line in part.splitlines() if not line.startswith("#")).split())
     for part in (ROOT / "tools/verbs.txt").read_text().split("\n\n")
 )
-RETIRED = {"bury", "clerk", "clerks", "door", "lineup", "settle", "settled", "strangers", "told", "twins", "visit"}
-RETIRED_NAMES = {"Sealed", "ties", "beside", "agree", "in_turn"}
+RETIRED = {"bury", "clerk", "clerks", "door", "lineup", "settle", "strangers", "told", "twins", "visit"}
+RETIRED_NAMES = {"Sealed", "ties", "in_turn"}
 UNITS = re.compile(
     r"""\b(seconds?|milliseconds?|ms|s|minutes?|hours?|days?|years?|bytes?|KiB|MiB|GiB|kB|MB|GB|pixels?|degrees?|radians?
     |percent|cosine|rates?|factor|share|fraction|probability|weight|scale|ratio|temperature|margin|threshold|port|seed|level
@@ -58,7 +58,7 @@ class Finding(NamedTuple):
 
 def first_sentence(docstring: str) -> str:
     """Return the text up to the first full stop that ends a sentence, or to the end of the first paragraph."""
-    paragraph = re.split(r"\n\s*\n", docstring.strip())[0]
+    paragraph = re.split(r"\n\s*\n", re.sub(r"^pkd-\w+: ", "", docstring.strip()))[0]
     text = " ".join(paragraph.split())
     return re.split(r"(?<=[.!?:;])\s+(?=[A-Z`])", text)[0]
 

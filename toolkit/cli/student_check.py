@@ -89,10 +89,10 @@ def student_report(
         check |= check_student(student, expected, held_out.labels, teacher.info)
         check["cosine"] = float(np.einsum("nd,nd->n", student, expected).mean())
         content["check"] = check
-        lines.append(f"student, {_told(check)}")
+        lines.append(f"student, {_describe(check)}")
         if start:
             content["map_check"] = check_student(start.mapped(held_out), expected, held_out.labels, teacher.info)
-            lines.append(f"the map that it began with, {_told({**check, 'cosine': None, **content['map_check']})}")
+            lines.append(f"the map that it began with, {_describe({**check, 'cosine': None, **content['map_check']})}")
         content["advice"] = advice(check, content.get("map_check"), _gain(run / "log.csv"))
         lines += [content["advice"]] if content["advice"] else []
     if content:
@@ -103,7 +103,7 @@ def student_report(
 def map_lines(report: Mapping[str, Any]) -> list[str]:
     """Say how the map did on held-out people or images, and whether more images would help."""
     held, curve = report["held_out"], report["curve"]
-    lines = [f"map from the {report['layer']} ({report['kind']}), {report['images']:,} images: {_told(held)}"]
+    lines = [f"map from the {report['layer']} ({report['kind']}), {report['images']:,} images: {_describe(held)}"]
     if len(curve) > 1:
         (before, last) = curve[-2:]
         gain = last["cosine"] - before["cosine"]
@@ -133,7 +133,7 @@ def advice(check: Mapping[str, Any], mapped: Mapping[str, Any] | None, gain: flo
     return None
 
 
-def _told(check: Mapping[str, Any]) -> str:
+def _describe(check: Mapping[str, Any]) -> str:
     who = f"{check['people']:,} held-out people" if check.get("people") else f"{check['images']:,} held-out images"
     cosine = f", mean cosine {check['cosine']:.3f}" if check.get("cosine") is not None else ""
     if "tar" not in check:

@@ -94,7 +94,7 @@ class DistillConfig(Record):
     ema: float | None = None
     """Decay per step, such as 0.999, of a moving average of the weights, which is kept instead of the last ones."""
     augment: float = 0.2
-    """Strength of the augmentation, 0 (mirroring only) to 1 (strong light, blur, low resolution, occlusion)."""
+    """Strength of the augmentation, a fraction: 0 (mirroring only) to 1 (strong light, blur, occlusion)."""
     views: int = 0
     """Number of fixed augmented views per image, each taught by the teacher's embedding of that very view, which is
     cached as half floats; 0 draws new views in every step and teaches the embedding of the clean image."""

@@ -21,7 +21,9 @@ _WRAPPERS = ("state_dict_backbone", "state_dict")
 
 @dataclass(frozen=True)
 class ArcFaceTorch:
-    """``backbone``: name in BACKBONES. ``dim``: of the embedding. ``side``: of its last features, 7 for 112 pixels."""
+    """Hold a network of arcface_torch. ``backbone``: name in BACKBONES. ``dim``: of the embedding. ``side``: of its
+    last features, 7 for 112 pixels.
+    """
 
     path: Path
     backbone: str

@@ -25,7 +25,7 @@ BACKBONES: dict[str, Callable[[int, float, int], Backbone]] = {
 
 
 def build(spec: str, dim: int, size: int = 112) -> Backbone:
-    """``mobilefacenet:0.5`` → the network for ``size``×``size`` crops with ``dim`` outputs.
+    """Build ``mobilefacenet:0.5``, for example: the network for ``size``×``size`` crops with ``dim`` outputs.
 
     The part after the colon is the width multiplier. Raises InputError for unknown names and widths.
     """

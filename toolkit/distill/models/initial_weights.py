@@ -1,4 +1,4 @@
-"""Where a student's weights start from: ``--init``, a run or an arcface_torch backbone."""
+"""Choose what a student's weights start from: ``--init``, a run or an arcface_torch backbone."""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ from pkd.toolkit.distill.models.layers import Backbone, initialise, reduced
 
 
 class IResNet(Backbone):
-    """Residual network with batch normalisation before the first convolution of a block (Deng et al. 2019, §3.1)."""
+    """Build a residual network with batch normalisation before the first convolution of a block (Deng et al. 2019,
+    §3.1).
+    """
 
     stages = ("layer1", "layer2", "layer3", "layer4")
 
@@ -29,7 +31,7 @@ class IResNet(Backbone):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """N×3×S×S → N×dim."""
+        """Embed crops, N×3×S×S → N×dim."""
         x = self.prelu(self.bn1(self.conv1(x)))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)

@@ -1,4 +1,4 @@
-"""What the backbones are built from: the base class, convolutions with batch normalisation, the embedding top."""
+"""Build blocks of the backbones: the base class, convolutions with batch normalisation, the embedding top."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ Activation = Callable[[int], nn.Module]
 
 
 class Backbone(nn.Module):
-    """A network with named stages. ``stages``: submodules whose outputs are N×C×H×W features, each half the last's."""
+    """Describe a network with named stages. ``stages``: submodules whose outputs are N×C×H×W features, each half the
+    last's.
+    """
 
     stages: tuple[str, ...]
 
@@ -40,7 +42,7 @@ class Fusible(nn.Module, ABC):
 
 
 def fused(network: nn.Module) -> nn.Module:
-    """``network`` as it should run: a copy with every Fusible part fused, or itself where there is none."""
+    """Return ``network`` as it should run: a copy with every Fusible part fused, or itself where there is none."""
     if not any(isinstance(part, Fusible) for part in network.modules()):
         return network
     made = copy.deepcopy(network)
@@ -60,14 +62,16 @@ def conv(
     groups: int = 1,
     activation: Activation | None = None,
 ) -> list[nn.Module]:
-    """Convolution without bias, batch normalisation and, where given, an activation; padded to keep the size."""
+    """Build a convolution without bias, batch normalisation and, where given, an activation; padded to keep the
+    size.
+    """
     pad = kernel // 2 if padding is None else padding
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), *([activation(outputs)] if activation else [])]
 
 
 def embedding_top(channels: int, last: int, dim: int, size: int, activation: Activation) -> nn.Sequential:
-    """Features of a ``size``×``size`` crop at stride 16 → N×dim, by a global depthwise convolution.
+    """Map the features of a ``size``×``size`` crop at stride 16 → N×dim, by a global depthwise convolution.
 
     Unlike a mean it weighs every position of an aligned crop by itself (Chen et al. 2018, arXiv 1804.07573, §3.1).
     """
@@ -81,22 +85,22 @@ def embedding_top(channels: int, last: int, dim: int, size: int, activation: Act
 
 
 def reduced(size: int) -> int:
-    """Side of the feature map after four halvings, each rounded up."""
+    """Compute the side of the feature map after four halvings, each rounded up."""
     return math.ceil(size / 16)
 
 
 def scaled(channels: int, width: float) -> int:
-    """``channels`` times ``width``, to the nearest multiple of 8."""
+    """Multiply ``channels`` by ``width``, to the nearest multiple of 8."""
     return max(8, int(channels * width / 8 + 0.5) * 8)
 
 
 def relu(channels: int) -> nn.Module:
-    """ReLU in place, whatever the number of channels."""
+    """Make a ReLU in place, whatever the number of channels."""
     return nn.ReLU(inplace=True)
 
 
 def initialise(network: nn.Module) -> None:
-    """He et al. 2015, fan-out, for every convolution and linear layer; biases zero."""
+    """Initialise as He et al. 2015, fan-out, for every convolution and linear layer; biases zero."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

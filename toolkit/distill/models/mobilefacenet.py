@@ -1,4 +1,4 @@
-"""MobileFaceNet: inverted bottlenecks and a global depthwise convolution, with PReLU (the paper's) or ReLU."""
+"""Build MobileFaceNet: inverted bottlenecks and a global depthwise convolution, with PReLU (the paper's) or ReLU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STAGES = ((64, 2, 5, 2), (128, 4, 1, 2), (128, 2, 6, 1), (128, 4, 1, 2), (128, 
 
 
 class MobileFaceNet(Backbone):
-    """MobileFaceNet (Chen et al. 2018, arXiv 1804.07573, table 1); the width multiplies every layer but the last.
+    """Build MobileFaceNet (Chen et al. 2018, arXiv 1804.07573, table 1); the width multiplies every layer but the last.
 
     PReLU's backward pass is a third of a training step on a CPU, and runtimes fuse ReLU into the convolution before it.
     """
@@ -38,7 +38,7 @@ class MobileFaceNet(Backbone):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """N×3×S×S → N×dim."""
+        """Embed crops, N×3×S×S → N×dim."""
         out: Tensor = self.top(self.blocks(self.stem(x)))
         return out
 

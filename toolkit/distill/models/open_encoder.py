@@ -1,4 +1,4 @@
-"""One spelling of encoders for every command: a path or ``insightface:PACK`` → Encoder."""
+"""Open encoders by one spelling for every command: a path or ``insightface:PACK`` → Encoder."""
 
 from __future__ import annotations
 

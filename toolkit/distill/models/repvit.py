@@ -1,4 +1,6 @@
-"""RepViT for crops of 112 pixels: a MobileNet block with its token and channel mixers apart, its branches fusible."""
+"""Build RepViT for crops of 112 pixels: a MobileNet block with its token and channel mixers apart, its branches
+fusible.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _STAGES = ((48, 2), (96, 8), (192, 2))
 
 
 class RepViT(Backbone):
-    """RepViT (Wang et al. 2023, arXiv 2307.09283, §3) without its first stage, with ReLU; the width multiplies all."""
+    """Build RepViT (Wang et al. 2023, arXiv 2307.09283, §3) without its first stage, with ReLU; the width multiplies
+    all.
+    """
 
     def __init__(self, dim: int, width: float = 1.0, size: int = 112) -> None:
         super().__init__()
@@ -29,7 +33,7 @@ class RepViT(Backbone):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """N×3×S×S → N×dim."""
+        """Embed crops, N×3×S×S → N×dim."""
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
         out: Tensor = self.top(x)

@@ -1,4 +1,4 @@
-"""A torch network as an Encoder, and the student file that a run leaves behind."""
+"""Use a torch network as an Encoder, and the student file that a run leaves behind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TorchEncoder:
         self.training = training
 
     def embed(self, crops: Rgb) -> Embeddings:
-        """uint8 N×H×W×3 RGB → float32 N×D with unit rows."""
+        """Embed uint8 N×H×W×3 RGB → float32 N×D with unit rows."""
         if self.module.training:
             self.module.eval()
         pixels = torch.from_numpy(self.info.preprocess(crops))
@@ -82,7 +82,7 @@ def _build(content: Mapping[str, Any], info: EncoderInfo) -> nn.Module:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and bytes of all tensors, in name order."""
+    """Compute the SHA-256 (hex) over names, dtypes, shapes and bytes of all tensors, in name order."""
     sha = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -92,7 +92,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def load_weights(path: str | Path) -> dict[str, Any]:
-    """``torch.load`` of tensors and plain values only; nothing in the file is executed. Raises InputError."""
+    """Load tensors and plain values only; nothing in the file is executed. Raises InputError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def load_weights(path: str | Path) -> dict[str, Any]:
 
 
 def save_atomically(content: Mapping[str, Any], path: Path) -> Path:
-    """``torch.save`` beside ``path``, then rename: a killed run leaves the old file or the new one."""
+    """Save by ``torch.save`` beside ``path``, then rename: a killed run leaves the old file or the new one."""
     part = path.with_name(path.name + ".part")
     torch.save(dict(content), part)
     return part.replace(path)
