@@ -17,7 +17,7 @@ from pkd.serving.core.embedding_codec import decode, encode
 from pkd.serving.core.errors import NoGalleries, UnknownSubject
 from pkd.serving.core.gallery_schemas import IdentifyOptions
 from pkd.serving.core.options import Settings
-from pkd.serving.core.schemas import EmbeddingSide, EmbedOptions, Faces, ImageSide, SubjectSide, VerifyBody
+from pkd.serving.core.schemas import EmbeddingSide, EmbedOptions, Faces, ImageSide, Side, SubjectSide, VerifyBody
 from pkd.serving.galleries.store import GalleryStore, SearchResult
 from pkd.serving.inference.artifacts import Artifacts
 from pkd.serving.inference.batching import Inference
@@ -29,11 +29,11 @@ from pkd.serving.matching import identification
 from pkd.serving.matching.admission import encoder_to_search
 from pkd.serving.matching.verification import (
     ProbeVector,
+    ResolvedSide,
     decide,
     encoder_of,
     is_quick,
     left_out,
-    received,
     resolve_rules,
 )
 from pkd.serving.observability.metrics import Metrics
@@ -149,30 +149,14 @@ class Service:
 
     async def verify(self, body: VerifyBody) -> dict[str, Any]:
         """Answer /v1/verify. Cheap refusals come first: pair, policy and vectors before any image is decoded."""
-        sides = {"a": body.a, "b": body.b}
-        enrolled = {
-            name: await self.stored(self._enrolled, side)
-            for name, side in sides.items()
-            if isinstance(side, SubjectSide)
-        }
-        queries, galleries = (
-            [one.encoder for one in enrolled[name]]
-            if isinstance(side, SubjectSide)
-            else [encoder_of(self.encoders, side)]
-            for name, side in sides.items()
+        sides = [await self._resolve(name, side) for name, side in (("a", body.a), ("b", body.b))]
+        rules, refused = resolve_rules(
+            self.encoders, sides[0].encoders, sides[1].encoders, body.policy, self.settings.target_fmr
         )
-        rules, refused = resolve_rules(self.encoders, queries, galleries, body.policy, self.settings.target_fmr)
-        shown = {
-            **enrolled,
-            **{
-                name: [ProbeVector(encoder_of(self.encoders, side), received(self.encoders, side, name))]
-                for name, side in sides.items()
-                if isinstance(side, EmbeddingSide)
-            },
-        }
-        waiting = {name: side for name, side in sides.items() if isinstance(side, ImageSide)}
-        made = await asyncio.gather(*(self._embed_side(side, name) for name, side in waiting.items()))
-        a, b = ({**shown, **dict(zip(waiting, made, strict=True))}[name] for name in "ab")
+        for side in sides:
+            side.decode(self.encoders)
+        await asyncio.gather(*(self._embed_side(side) for side in sides if side.loaded))
+        a, b = (side.vectors for side in sides)
         deciding = partial(decide, self.encoders, rules, a, b)
         decision = deciding() if is_quick(a, b) else await asyncio.to_thread(deciding)
         decision["not_compared"] = [
@@ -224,13 +208,23 @@ class Service:
             shown.append(ProbeVector(one.encoder, vector / np.linalg.norm(vector), of))
         return shown
 
-    async def _embed_side(self, side: ImageSide, name: str) -> list[ProbeVector]:
+    async def _resolve(self, name: str, given: Side) -> ResolvedSide:
+        if isinstance(given, SubjectSide):
+            templates = await self.stored(self._enrolled, given)
+            return ResolvedSide(name, given, [one.encoder for one in templates], templates)
+        if isinstance(given, ImageSide):
+            loaded = self.encoders.get(given.encoder)
+            return ResolvedSide(name, given, [loaded.encoder.info.id], loaded=loaded)
+        return ResolvedSide(name, given, [encoder_of(self.encoders, given)])
+
+    async def _embed_side(self, side: ResolvedSide) -> None:
+        assert isinstance(side.given, ImageSide) and side.loaded
         try:
-            loaded = self.encoders.get(side.encoder)
-            return [ProbeVector(loaded.encoder.info.id, await self.embed_one(Photograph.of(side), loaded))]
+            vector = await self.embed_one(Photograph.of(side.given), side.loaded)
         except PkdError as error:
-            error.details["side"] = name
+            error.details["side"] = side.name
             raise
+        side.vectors = [ProbeVector(side.encoders[0], vector)]
 
     async def embed_one(self, photograph: Photograph, loaded: Loaded) -> NDArray[np.float64]:
         """Embed the face of one photograph as a unit vector, float64 D."""

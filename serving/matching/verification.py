@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.serving.core.embedding_codec import decode
-from pkd.serving.core.schemas import EmbeddingSide, ImageSide, Policy
-from pkd.serving.inference.registry import Encoders
+from pkd.serving.core.schemas import EmbeddingSide, Policy, Side
+from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.toolkit.certificates.certificate import CertificateFile
 from pkd.toolkit.core.errors import BadVector, NotCertified, PkdError, SpaceMismatch, UnsupportedFmr
 
@@ -80,25 +80,35 @@ def resolve_rules(
     return rules, refused
 
 
-def encoder_of(encoders: Encoders, side: ImageSide | EmbeddingSide) -> str:
-    """Return the full id of the encoder behind one side; an image's must be loaded.
-
-    Raises UnknownEncoder or SpaceMismatch.
-    """
-    if isinstance(side, ImageSide):
-        return encoders.get(side.encoder).encoder.info.id
+def encoder_of(encoders: Encoders, side: EmbeddingSide) -> str:
+    """Return the full id of the encoder of an embedding. Raises UnknownEncoder or SpaceMismatch."""
     id = encoders.resolve(side.encoder)
     encoders.require_space(id, side.space)
     return id
 
 
-def received(encoders: Encoders, side: EmbeddingSide, name: str) -> NDArray[np.float64]:
-    """Decode the embedding a client sent as a unit vector. Raises BadVector naming the side."""
-    space = encoders.space_of(encoders.resolve(side.encoder))
-    try:
-        return decode(side.embedding, side.encoding, encoders.dim_of(space))
-    except BadVector as error:
-        raise BadVector(f"{name}: {error}") from None
+@dataclass
+class ResolvedSide:
+    """Hold one side of a comparison whose encoder's name was resolved, once, before anything is decoded."""
+
+    name: str
+    """Where it stands in the request: a or b."""
+    given: Side
+    encoders: Sequence[str]
+    """Full ids: one for an image or embedding, one a template for a subject."""
+    vectors: Sequence[ProbeVector] = ()
+    loaded: Loaded | None = None
+    """Of an image: what embeds it."""
+
+    def decode(self, encoders: Encoders) -> None:
+        """Take the vector of an embedding that a client sent. Raises BadVector naming the side."""
+        if isinstance(self.given, EmbeddingSide):
+            (encoder,) = self.encoders
+            try:
+                vector = decode(self.given.embedding, self.given.encoding, encoders.dim_of(encoders.space_of(encoder)))
+            except BadVector as error:
+                raise BadVector(f"{self.name}: {error}") from None
+            self.vectors = [ProbeVector(encoder, vector)]
 
 
 def is_quick(a: Sequence[ProbeVector], b: Sequence[ProbeVector]) -> bool:
