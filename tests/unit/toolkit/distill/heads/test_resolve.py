@@ -32,11 +32,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("heads")
     write_patterns(folder / "crops")
     write_patterns(folder / "loose", identities=2, images=4, seed=9)
-    write_patterns(folder / "twins" / "a", identities=4, images=8, seed=1)
+    twins = folder / "twins"
+    write_patterns(twins, identities=4, images=8, seed=1)
+    for person in sorted(twins.iterdir()):
+        person.rename(twins / f"a-{person.name}")
     for name in ("id-00", "id-01"):  # three of their images under another name
-        (folder / "twins" / "b" / name).mkdir(parents=True)
+        (twins / f"b-{name}").mkdir()
         for k in (5, 6, 7):
-            (folder / "twins" / "a" / name / f"{k}.png").rename(folder / "twins" / "b" / name / f"{k}.png")
+            (twins / f"a-{name}" / f"{k}.png").rename(twins / f"b-{name}" / f"{k}.png")
     return folder
 
 
@@ -173,12 +176,12 @@ def test_people_under_two_labels_are_reported_then_merged(place: Path, tmp_path:
     for head in ("means", "fit", "images"):
         found = made(place, tmp_path, faces=twins, merge_duplicates=0.9, head=head)
         assert found.audit is not None and len(found.identities) == 4
-        assert {(m.identity, *m.others) for m in found.audit.merged} == {("a/id-00", "b/id-00"), ("a/id-01", "b/id-01")}
+        assert {(m.identity, *m.others) for m in found.audit.merged} == {("a-id-00", "b-id-00"), ("a-id-01", "b-id-01")}
         assert all(m.images == 8 and m.least_cosine > 0.9 for m in found.audit.merged)
         assert found.audit.classes == 4 and found.audit.top1 is not None and found.audit.top1 > 0.9
         if head != "images":
             named = [found.identities[i] for i in found.labels]
-            real = [found.faces.identities[i].replace("b/", "a/") for i in found.faces.labels]
+            real = [found.faces.identities[i].replace("b-", "a-") for i in found.faces.labels]
             assert named == real
 
 
@@ -192,5 +195,5 @@ def test_rows_of_an_inherited_head_are_merged_as_well(place: Path, tmp_path: Pat
     assert found.head is not None and len(found.head.centres) == 4 and found.audit is not None
     assert sum(len(m.others) for m in found.audit.merged) == 2
     assert [found.head.identities[i] for i in found.labels] == [
-        found.faces.identities[i].replace("b/", "a/") for i in found.faces.labels
+        found.faces.identities[i].replace("b-", "a-") for i in found.faces.labels
     ]
