@@ -5,9 +5,8 @@ Run as: python benchmarks/gpu.py                     (under nine minutes on a GP
         python benchmarks/gpu.py --pack FOLDER --faces LIST --teacher T.onnx --student S.onnx   (at most 60 MB)
 
 Without --input the faces are procedural and the teacher is a network with random weights: figures are then of speed and
-agreement only, not of accuracy. A stage that cannot run here (no GPU, a package is missing) is recorded with the reason
-and the others go on; a stage that fails is recorded with its error, and the exit code is 1. Writes the JSON of --out,
-by default benchmarks/results/gpu.json on a GPU and nothing without one.
+agreement only, not of accuracy. A stage that cannot run here (no GPU, no package) is recorded with the reason, one that
+fails with its error and exit code 1; the others go on. Writes the JSON of --out, on a GPU benchmarks/results/gpu.json.
 """
 
 from __future__ import annotations
