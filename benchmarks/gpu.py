@@ -68,7 +68,7 @@ class CannotRun(Exception):
 
 @dataclass
 class Bench:
-    """What the stages share. ``scale``: 1 for a GPU's full size."""
+    """Hold what the stages share. ``scale``: 1 for a GPU's full size."""
 
     scale: float
     minutes: float

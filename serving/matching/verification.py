@@ -92,13 +92,13 @@ class ResolvedSide:
     """Hold one side of a comparison whose encoder's name was resolved, once, before anything is decoded."""
 
     name: str
-    """Where it stands in the request: a or b."""
+    """The request's name for it: a or b."""
     given: Side
     encoders: Sequence[str]
     """Full ids: one for an image or embedding, one a template for a subject."""
     vectors: Sequence[ProbeVector] = ()
     loaded: Loaded | None = None
-    """Of an image: what embeds it."""
+    """The encoder that embeds an image; None for embeddings and subjects."""
 
     def decode(self, encoders: Encoders) -> None:
         """Take the vector of an embedding that a client sent. Raises BadVector naming the side."""

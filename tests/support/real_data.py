@@ -1,4 +1,4 @@
-"""Where the real faces and teachers lie, if anywhere."""
+"""Find the real faces and teachers, if there are any."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Case(Record):
     rgb: str
     """Decoded and upright: height × width × 3 bytes RGB, gzip."""
     rgb_sha256: str
-    """Of the decoded bytes."""
+    """SHA-256 of the decoded bytes."""
     landmarks: tuple[tuple[float, float], ...]
     """Five points x, y in pixels, a pixel's centre at whole numbers: image-left eye, other eye, nose, mouth corners."""
     detected: tuple[tuple[float, float], ...] | None = None
@@ -130,7 +130,7 @@ class DeviceReport(Record):
     """Hold the one JSON file that a device writes."""
 
     device: str
-    """What it is, for people."""
+    """Make, model or program, for people to read."""
     encoder: str
     """Id of the encoder that ran."""
     cases: dict[str, DeviceCase]

@@ -28,7 +28,7 @@ class Photograph:
     data: bytes
     landmarks: NDArray[np.float64]
     shows: str
-    """What goes wrong on devices that this picture catches."""
+    """The fault of devices that this picture catches."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Scene:
     turn: float
     """Degrees, clockwise as seen."""
     centre: tuple[float, float]
-    """Where the middle of the crop lies, as a share of width and height."""
+    """Middle of the crop, as a share of width and height."""
     orientation: int = 1
     """EXIF orientation, 1–8: the file holds the picture turned, with the tag that turns it back."""
     mode: str = "RGB"
