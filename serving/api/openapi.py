@@ -252,7 +252,7 @@ def images_body(model: type[BaseModel], options: type[BaseModel], example: Conte
         "requestBody": {
             "required": True,
             "content": {
-                **{kind: {"schema": _BINARY} for kind in ("image/jpeg", "image/png", "image/webp")},
+                **{kind: {"schema": _BINARY} for kind in IMAGES},
                 "multipart/form-data": {"schema": form},
                 "application/json": _json(model, example),
             },
@@ -301,5 +301,6 @@ def _merged(examples: tuple[Examples, ...]) -> Examples:
     return {type: members for one in examples for type, members in one.items()}
 
 
+IMAGES = ("image/jpeg", "image/png", "image/webp", "image/avif", "image/heic")
 _BINARY = {"type": "string", "format": "binary"}
 _LINES = {**_BINARY, "description": "One JSON object a line, each as `itemSchema` (OpenAPI 3.2) says"}

@@ -68,7 +68,7 @@ class EmbedOptions(Sent):
 class ImageInput(Sent):
     """Hold an image inside JSON."""
 
-    image_b64: str = Field(description="JPEG, PNG, WebP or BMP file as base64")
+    image_b64: str = Field(description="JPEG, PNG, WebP, BMP, AVIF or HEIC file as base64")
 
 
 class EmbedBody(EmbedOptions):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.serving.core.errors import UnsupportedMedia
-from pkd.toolkit.core.errors import BadImage, ImageTooLarge
+from pkd.toolkit.core.errors import BadImage, ImageTooLarge, MissingDecoder
 from pkd.toolkit.images.codec import READERS, Rgb, decode_rgb
 
 Undecoded = bytes | str
@@ -34,14 +34,15 @@ def decode(image: Undecoded) -> Rgb:
             image = base64.b64decode(image, validate=True)
         except (binascii.Error, ValueError):
             raise BadImage("image_b64 is not base64.") from None
-    foreign = "HEIC or AVIF" if image[4:8] == b"ftyp" else NOT_READ.get(image[:4])
-    if foreign:
-        raise UnsupportedMedia(f"this is a {foreign} file. JPEG, PNG, WebP and BMP images are taken.")
+    if foreign := NOT_READ.get(image[:4]):
+        raise UnsupportedMedia(f"this is a {foreign} file. JPEG, PNG, WebP, BMP, AVIF and HEIC images are taken.")
     check_work(image)
     try:
         return decode_rgb(image)
     except ImageTooLarge:
         raise
+    except MissingDecoder as error:
+        raise UnsupportedMedia(str(error)) from None
     except BadImage as error:
         raise _damaged(image) or error from None
 

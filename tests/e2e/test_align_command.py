@@ -77,7 +77,7 @@ def test_everything_left_out_is_listed_with_its_reason(photos: Path, tmp_path: P
         struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in (ihdr, idat)
     )
     (photos / "bob/huge.png").write_bytes(header)
-    (photos / "bob/phone.heic").write_bytes(b"heic")
+    (photos / "bob/scan.tif").write_bytes(b"II*")
     (photos / "bob/gone.jpg").symlink_to("nowhere.jpg")
     (photos / ".DS_Store").write_bytes(b"x")
     done = align(photos, tmp_path / "faces", "--detector", detector)
@@ -93,7 +93,7 @@ def test_everything_left_out_is_listed_with_its_reason(photos: Path, tmp_path: P
         "ann/text.jpg": "not a JPEG",
         "bob/torn.jpg": "truncated or corrupt",
         "bob/huge.png": "over the limit",
-        "bob/phone.heic": "convert it first",
+        "bob/scan.tif": "convert it first",
         "bob/gone.jpg": "a broken link",
     }
     assert len(crops(tmp_path / "faces")) == 4

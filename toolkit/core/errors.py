@@ -8,7 +8,8 @@ class's ``exit_code``::
     ├── RankLost                  1  another process of a training over several has ended
     ├── InputError                2  bad usage or input: a path, a file, an image, a vector, an option
     │   ├── BadImage                 an image that cannot be decoded
-    │   │   └── ImageTooLarge        an image of more pixels than allowed
+    │   │   ├── ImageTooLarge        an image of more pixels than allowed
+    │   │   └── MissingDecoder       an image in a format that needs a package which is not installed
     │   ├── NoFace                   a photograph in which the detector found no face
     │   ├── BadVector                an embedding with a wrong size, dtype, norm, or NaN
     │   ├── BadHead                  class centres that are not the teacher's: zero rows, random, permuted
@@ -75,6 +76,10 @@ class BadImage(InputError):
 
 class ImageTooLarge(BadImage):
     """An image of more pixels than allowed, refused before it is decoded."""
+
+
+class MissingDecoder(BadImage):
+    """An image in a format that needs a package which is not installed; the message names it."""
 
 
 class NoFace(InputError):

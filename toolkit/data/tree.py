@@ -21,7 +21,7 @@ from pkd.toolkit.images.codec import SUFFIXES
 LOG = logging.getLogger("pkd")
 """Where no handler is set, as in commands and notebooks, Python prints warnings as plain lines on stderr."""
 OTHER_IMAGES = frozenset(
-    {".arw", ".avif", ".cr2", ".cr3", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".nef"}
+    {".arw", ".cr2", ".cr3", ".dng", ".gif", ".jfif", ".jp2", ".jpe", ".jxl", ".nef"}
     | {".pbm", ".pgm", ".ppm", ".raw", ".svg", ".tif", ".tiff"}
 )
 """Suffixes of images that pkd does not read."""

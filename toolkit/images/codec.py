@@ -17,8 +17,9 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pkd.toolkit.core.errors import BadImage, ImageTooLarge
+from pkd.toolkit.images.heif import decode_heif, is_heif
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+SUFFIXES = frozenset({".avif", ".bmp", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".webp"})
 READERS: dict[bytes, type[ImageFile]] = {
     b"\xff\xd8\xff": JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImageFile,
@@ -33,9 +34,14 @@ Rgb = NDArray[np.uint8]
 
 
 def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
-    """Decode a JPEG, PNG, WebP or BMP with its EXIF orientation applied → uint8 H×W×3 RGB. Raises BadImage."""
+    """Decode a JPEG, PNG, WebP, BMP, AVIF or HEIC, upright → uint8 H×W×3 RGB.
+
+    Raises BadImage, of which MissingDecoder names the package that a HEIC needs.
+    """
     if not data:
         raise BadImage("empty image: 0 bytes.")
+    if is_heif(data):
+        return decode_heif(data, max_pixels=max_pixels)
     # Not through Image.open: it warns about large images, by filters that belong to all threads of the process.
     reader = next((one for magic, one in READERS.items() if data.startswith(magic)), None)
     try:
@@ -44,7 +50,7 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
         with reader(io.BytesIO(data)) as header:
             width, height = header.size
     except Exception:  # Pillow raises many kinds for hostile headers
-        raise BadImage(f"not a JPEG, PNG, WebP or BMP image ({len(data):,} bytes).") from None
+        raise BadImage(f"not a JPEG, PNG, WebP, BMP, AVIF or HEIC image ({len(data):,} bytes).") from None
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"image of {width}×{height} pixels is over the limit of {max_pixels:,}. Downscale it first."

@@ -177,14 +177,21 @@ def test_the_bytes_count_and_not_the_label(client):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"not an image", made.png(CROPS[0])[:300], b"\xff\xd8\xff\xe0" + bytes(500), b"RIFF\0\0\0\0WEBPVP8 "],
-    ids=["empty", "text", "truncated", "jpeg-of-zeros", "webp-header"],
+    [
+        b"",
+        b"not an image",
+        made.png(CROPS[0])[:300],
+        b"\xff\xd8\xff\xe0" + bytes(500),
+        b"RIFF\0\0\0\0WEBPVP8 ",
+        b"\0\0\0\x18ftypheic" + bytes(50),
+    ],
+    ids=["empty", "text", "truncated", "jpeg-of-zeros", "webp-header", "heic-header"],
 )
 def test_undecodable_images(client, data):
     assert problem(send(client, data), 400, "bad-image")["index"] == 0
 
 
-@pytest.mark.parametrize("data", [b"GIF89a" + bytes(50), b"\0\0\0\x18ftypheic" + bytes(50), b"II*\0" + bytes(50)])
+@pytest.mark.parametrize("data", [b"GIF89a" + bytes(50), b"II*\0" + bytes(50)])
 def test_formats_that_are_not_taken(client, data):
     problem(send(client, data), 415, "unsupported-media")
 

@@ -61,13 +61,13 @@ def test_links_are_followed_once_and_broken_ones_are_said(tmp_path: Path) -> Non
 
 
 def test_other_images_and_containers_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    touch(tmp_path, "ann/1.png", "ann/2.tif", "ann/3.HEIC", "bob/x.rec", "ann/4.json")
+    touch(tmp_path, "ann/1.png", "ann/2.tif", "ann/3.JXL", "bob/x.rec", "ann/4.json")
     assert len(FaceSet.read(tmp_path)) == 1
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "3 not read: 2 not one of" in record.getMessage() and "(first: ann/2.tif)" in record.getMessage()
     assert "1 a container within a tree" in record.getMessage()
-    assert set(read(tmp_path, every_file=True)[1]) == {"ann/2.tif", "ann/3.HEIC", "ann/4.json", "bob/x.rec"}
+    assert set(read(tmp_path, every_file=True)[1]) == {"ann/2.tif", "ann/3.JXL", "ann/4.json", "bob/x.rec"}
 
 
 def test_folders_beside_containers_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
