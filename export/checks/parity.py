@@ -107,6 +107,8 @@ def measure(
         if made.shape != reference.shape or not np.isfinite(made).all() or not np.isfinite(alone).all():
             raise BadVector(f"{graph}: batch {batch} gives {made.shape} or not a number, expected {reference.shape}.")
         norms = np.linalg.norm(made.astype(np.float64), axis=1)
+        if not norms.all():
+            raise BadVector(f"{graph}: batch {batch} gives embeddings of length 0. Do not use this network.")
         unit = (made / norms[:, None]).astype(np.float32)
         cosines = np.sum(made * reference, axis=1) / (norms * np.linalg.norm(reference, axis=1))
         rows.append(

@@ -26,6 +26,7 @@ from starlette.requests import HTTPConnection
 
 from pkd.serving.api.problems import Forbidden, RateLimited, Unauthenticated
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.text import read_text
 
 if sys.platform != "win32":
     import fcntl
@@ -199,7 +200,7 @@ def is_loopback(host: str) -> bool:
 
 def _read(path: Path) -> tuple[ApiKey, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise InputError(f"{path}: {reason}. Give a file of keys, one a line: pkd-serve --new-api-key NAME.") from None

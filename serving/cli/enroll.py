@@ -26,6 +26,7 @@ from rich.console import Console
 from pkd.toolkit.core.cli_support import Result, make_parser, run
 from pkd.toolkit.core.errors import InputError, PkdError
 from pkd.toolkit.core.progress import ConsoleProgress
+from pkd.toolkit.core.text import read_text
 from pkd.toolkit.data.tree import LeftOut, person_of, walk_images
 from pkd.toolkit.images.codec import SUFFIXES
 
@@ -229,7 +230,7 @@ def _key(file: Path | None) -> str | None:
     if file is None:
         return os.environ.get("PKD_API_KEY") or None
     try:
-        return file.read_text(encoding="utf-8").strip()
+        return read_text(file).strip()
     except (OSError, UnicodeDecodeError):
         raise InputError(f"--api-key-file {file}: cannot be read. Give a file that holds the key alone.") from None
 

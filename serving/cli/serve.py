@@ -103,6 +103,8 @@ def _run(args: argparse.Namespace, console: Console) -> Result:
 
         with opened(configuration) as it:
             introduce(console, it, configuration)
+            for loaded in it.service.encoders.loaded.values():
+                loaded.self_test()  # the runtime that will be used is asked, not the file alone
             if it.store:
                 it.store.check()
             console.print("the configuration is good")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pkd.serving.core.base64_text import decode_base64
 from pkd.toolkit.core.errors import BadVector
 
 Encoding = Literal["float", "b64_f32", "b64_f16", "b64_i8"]
@@ -65,9 +65,9 @@ def _parse(sent: str | Sequence[float], encoding: Encoding) -> NDArray[np.float6
         raise BadVector(f"the embedding is a list but its encoding is {encoding}. Send base64, or encoding float.")
     dtype = DTYPES[encoding]
     try:
-        raw = base64.b64decode(sent, validate=True)
-    except (binascii.Error, ValueError):
-        raise BadVector("the embedding is not base64.") from None
+        raw = decode_base64(sent)
+    except ValueError as error:
+        raise BadVector(f"the embedding {error}.") from None
     if len(raw) % dtype.itemsize:
         raise BadVector(
             f"the embedding has {len(raw):,} bytes, not a multiple of {dtype.itemsize} as {encoding} needs."

@@ -22,6 +22,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from pkd.toolkit.core.errors import InputError, NotTrusted
+from pkd.toolkit.core.text import decode_text
 
 KEY = 32
 """Length of every key in bytes."""
@@ -144,7 +145,7 @@ class MasterKey:
             with path.open("rb") as file:
                 seen = os.fstat(file.fileno())
                 mode = stat.S_IMODE(seen.st_mode)
-                text = file.read(1024).decode("ascii", "replace")
+                data = file.read(1024)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}. {_MAKE}.") from None
         # A secret that Kubernetes mounts belongs to root and is read through the group of the pod.
@@ -154,7 +155,7 @@ class MasterKey:
                 f"{path}: others than its owner may read or change this master key (mode {mode:o}). "
                 f"Run chmod 600 {path}, and pkd-gallery rekey if someone may have seen it."
             )
-        return cls.parse(text, str(path))
+        return cls.parse(_text(data), str(path))
 
     @classmethod
     def create(cls, path: Path) -> MasterKey:
@@ -183,6 +184,14 @@ class MasterKey:
     def wrap(self, key: GalleryKey) -> bytes:
         """Wrap a gallery's key under this master key: all that a change of master key has to write anew."""
         return _encrypt(self._cipher, key.key, _associated_data("gallery", key.gallery))
+
+
+def _text(data: bytes) -> str:
+    """Decode a key file; what is no text is no key, either."""
+    try:
+        return decode_text(data)
+    except UnicodeDecodeError:
+        return ""
 
 
 def _encrypt(cipher: AESGCM, data: bytes, associated: bytes) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.text import read_text
 
 if TYPE_CHECKING:
     from pkd.serving.galleries.crypto import MasterKey
@@ -64,6 +65,6 @@ class StoreUrl:
 
 def _secret(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        return read_text(path).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or 'not a text file'}.") from None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import struct
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pkd.serving.core.base64_text import decode_base64
 from pkd.serving.core.errors import UnsupportedMedia
 from pkd.toolkit.core.errors import BadImage, ImageTooLarge, MissingDecoder
 from pkd.toolkit.images.codec import READERS, Rgb, decode_rgb
@@ -31,9 +30,9 @@ def decode(image: Undecoded) -> Rgb:
     """Decode an image of a request: uint8 H×W×3 RGB, upright. Raises BadImage, ImageTooLarge or UnsupportedMedia."""
     if isinstance(image, str):
         try:
-            image = base64.b64decode(image, validate=True)
-        except (binascii.Error, ValueError):
-            raise BadImage("image_b64 is not base64.") from None
+            image = decode_base64(image)
+        except ValueError as error:
+            raise BadImage(f"image_b64 {error}.") from None
     if foreign := NOT_READ.get(image[:4]):
         raise UnsupportedMedia(f"this is a {foreign} file. JPEG, PNG, WebP, BMP, AVIF and HEIC images are taken.")
     check_work(image)

@@ -17,7 +17,7 @@ from pkd.serving.inference.registry import Loaded
 from pkd.toolkit.core.errors import NoFace
 from pkd.toolkit.encoders.base import Embeddings
 from pkd.toolkit.encoders.detector import Detector, Face, choose
-from pkd.toolkit.images.alignment import warp
+from pkd.toolkit.images.alignment import ALIGNED_TO, warp
 from pkd.toolkit.images.codec import Rgb
 
 MAX_FACES = 256
@@ -68,9 +68,18 @@ class Pipeline:
     max_faces: int = MAX_FACES
     """Most faces of one photograph that are embedded."""
 
-    def check(self, aligned: bool) -> None:
-        """Raise NoDetector for a photograph where only aligned crops can be taken."""
-        if not aligned and self.detector is None:
+    def check(self, aligned: bool, loaded: Loaded) -> None:
+        """Raise NoDetector or NotAligned for a photograph where only aligned crops can be taken."""
+        if aligned:
+            return
+        template = loaded.encoder.info.preprocess.template
+        if template != ALIGNED_TO:
+            raise NotAligned(
+                f"this encoder takes crops of the template {template!r}, and photographs are aligned to {ALIGNED_TO} "
+                "alone. Cut the crops as it was trained, and send them with aligned=true.",
+                details={"expected": template, "got": ALIGNED_TO},
+            )
+        if self.detector is None:
             raise NoDetector(
                 "this server was started without a face detector. Send aligned crops (pkd-align) with aligned=true, "
                 "or start pkd-serve with --detector."
@@ -85,6 +94,7 @@ class Pipeline:
         rgb = decode(image)
         decoded = perf_counter()
         size = loaded.encoder.info.preprocess.size
+        self.check(aligned, loaded)
         found = None if aligned else self._detect(rgb, faces)
         timing = Timing(queue=1e3 * (start - submitted), decode=1e3 * (decoded - start))
         vectors: list[Embeddings] = []
@@ -101,7 +111,6 @@ class Pipeline:
         return Embedded(vectors[0] if len(vectors) == 1 else np.concatenate(vectors), quality, found, timing)
 
     def _detect(self, rgb: Rgb, faces: Faces) -> list[Face]:
-        self.check(aligned=False)
         assert self.detector is not None
         found = self.detector.detect(rgb)
         if faces == "all":

@@ -244,7 +244,7 @@ class Service:
 
         Every image is a job of its own. The first that fails is named by its index; jobs not begun are dropped.
         """
-        self.pipeline.check(aligned)
+        self.pipeline.check(aligned, loaded)
         jobs = [
             self._workers.submit(partial(self.pipeline.run, image, loaded, faces, aligned, perf_counter()))
             for image in images

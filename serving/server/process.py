@@ -26,6 +26,7 @@ from pkd.toolkit.certificates.signing import TrustedKeys
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import UnsupportedFmr
 from pkd.toolkit.encoders.detector import open_detector
+from pkd.toolkit.images.alignment import ALIGNED_TO
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def introduce(console: Console, it: Opened, configuration: Configuration) -> Non
         state = f"{info.space.dim}-d, {info.preprocess.name}{', default' if loaded is encoders.default else ''}"
         gated = f", {NOT_GATED}" if loaded.bundle.manifest.gate == NOT_GATED else ""
         say(f"{info.role} {short(info.id)}: {state}{gated}")
+        if info.preprocess.template != ALIGNED_TO:
+            say(f"{short(info.id)} takes crops of {info.preprocess.template}: no alignment here, aligned=true only")
     for file in encoders.files.values():
         certificate = file.certificate
         try:

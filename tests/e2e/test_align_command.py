@@ -144,11 +144,18 @@ def test_a_second_run_only_does_what_is_left(photos: Path, tmp_path: Path, detec
     assert json.loads(align(photos, faces, "--detector", detector, "--json").stdout)["written"] == 1
 
 
+def test_larger_crops_for_encoders_that_take_them(photos: Path, tmp_path: Path, detector: str) -> None:
+    assert align(photos, tmp_path / "out", "--detector", detector, "--size", "160").returncode == 0
+    assert all(read_rgb(path).shape == (160, 160, 3) for path in (tmp_path / "out").rglob("*.webp"))
+    mixed = align(photos, tmp_path / "out", "--detector", detector)
+    assert mixed.returncode == 2 and "--size" in mixed.stderr
+
+
 def test_crops_of_two_settings_are_not_mixed(photos: Path, tmp_path: Path, detector: str) -> None:
     align(photos, tmp_path / "faces", "--detector", detector)
     done = align(photos, tmp_path / "faces", "--detector", detector, "--min-score", "0.7")
     assert done.returncode == 2
-    assert "made with another detector or --min-score" in done.stderr
+    assert "made with another detector, --min-score or --size" in done.stderr
 
 
 def test_one_thread_and_many_give_the_same_bytes(photos: Path, tmp_path: Path, detector: str) -> None:

@@ -1,4 +1,4 @@
-"""Align (pkd-align) folders of photographs → the same folders of aligned 112×112 crops."""
+"""Align (pkd-align) folders of photographs → the same folders of aligned crops, 112×112 unless stated."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from pkd.toolkit.images.codec import SUFFIXES, read_rgb, write_rgb
 EXAMPLES = """
   pkd-align photos faces --detector yunet.onnx
   pkd-align photos faces --detector insightface:buffalo_l --min-score 0.6
+  pkd-align photos faces160 --detector yunet.onnx --size 160         (for an encoder of larger crops)
 """
 
 
@@ -63,6 +64,8 @@ class AlignOptions(Options):
     """A YuNet .onnx file, or insightface:PACK, or insightface:FOLDER."""
     min_score: float = 0.5
     """Detector confidence, 0 to 1, below which a face is ignored."""
+    size: int = Field(SIZE, ge=32, le=1024)
+    """Height and width of the crops, pixels: what the encoder takes, for most 112."""
     jobs: int = Field(os.cpu_count() or 1, ge=1)
     """Threads; one per core by default."""
 
@@ -71,9 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``pkd-align``; returns the exit code."""
     return run_command(
         "pkd-align",
-        "Find the face in every photograph below SRC and write it to DST as an aligned 112×112 WebP crop, in the same "
-        "folder per identity. Where a photograph shows several faces the large, central one is taken. What could not "
-        "be used is listed with the reason in DST/skipped.csv. Run again to continue: finished crops stay.",
+        "Find the face in every photograph below SRC and write it to DST as an aligned WebP crop, of 112×112 pixels or "
+        "--size, in the same folder per identity. Where a photograph shows several faces the large, central one is "
+        "taken. What could not be used is listed with the reason in DST/skipped.csv. Run again to continue: finished "
+        "crops stay.",
         EXAMPLES,
         AlignOptions,
         align,
@@ -87,14 +91,14 @@ def align(options: AlignOptions, console: Console) -> Result:
     _check_folders(src, dst)
     detector = open_detector(options.detector, options.min_score)
     photos, skipped = _list(src)
-    _claim(dst, Settings(detector=detector.digest, min_score=options.min_score))
+    _claim(dst, Settings(detector=detector.digest, min_score=options.min_score, size=options.size))
     record = CropRecord(src, dst)
     gone = record.remove_gone(photos)
     todo = [photo for photo in photos if not record.is_finished(photo)]
     record.rewrite()
 
     def one(photo: Photo) -> tuple[Photo, str | None]:
-        reason = _align_one(src / photo.source, dst / photo.target, detector)
+        reason = _align_one(src / photo.source, dst / photo.target, detector, options.size)
         if reason is None:
             record.note(photo)
         return photo, reason
@@ -118,11 +122,11 @@ def align(options: AlignOptions, console: Console) -> Result:
     return _report(console, dst, done, before, gone, skipped)
 
 
-def _align_one(source: Path, target: Path, detector: Detector) -> str | None:
+def _align_one(source: Path, target: Path, detector: Detector, size: int) -> str | None:
     """Write the crop → None, or the reason why there is none; an older crop does not stay then."""
     try:
         image = read_rgb(source)
-        crop = warp(image, choose(detector.detect(image), image).landmarks)
+        crop = warp(image, choose(detector.detect(image), image).landmarks, size)
     except PkdError as error:
         with contextlib.suppress(OSError):
             target.unlink(missing_ok=True)
@@ -168,7 +172,8 @@ def _claim(dst: Path, settings: Settings) -> None:
     if stamp.is_file():
         if stamp.read_text(encoding="utf-8").strip() != settings.model_dump_json():
             raise InputError(
-                f"{dst}: its crops were made with another detector or --min-score. Choose another DST, or delete it."
+                f"{dst}: its crops were made with another detector, --min-score or --size. Choose another DST, or "
+                "delete it."
             )
     elif dst.is_dir() and any(dst.iterdir()):
         raise InputError(f"{dst}: is not empty and was not made by pkd-align. Choose another DST.")

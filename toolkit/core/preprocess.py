@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.models import Record, fault_of
+from pkd.toolkit.core.text import read_text
 
 PerChannel = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 
@@ -23,7 +23,8 @@ class Preprocess(Record):
     size: int = Field(default=112, ge=8)
     """Height and width of the square crop, pixels."""
     template: str = "arcface5pt"
-    """Alignment template the crop was warped to; ``none`` for images that are not faces."""
+    """Alignment template the crop was warped to; ``none`` for images that are not faces. Only ``arcface5pt`` can be
+    aligned by pkd: crops of any other are taken as they come."""
     channels: Literal["rgb", "bgr"] = "rgb"
     """Channel order the network was trained on. Crops are RGB everywhere in pkd."""
     mean: float | PerChannel = 127.5
@@ -54,10 +55,11 @@ class Preprocess(Record):
         example = "for example channels=rgb,mean=127.5,std=127.5"
         try:
             if "=" not in spec:
-                return cls.model_validate(json.loads(Path(spec).read_text()))
+                return cls.model_validate(json.loads(read_text(spec))).require_plausible(spec)
             fields = dict(item.split("=", 1) for item in re.split(r",(?=[^,]*=)", spec))
             values = {key.strip(): [part.strip() for part in value.split(",")] for key, value in fields.items()}
-            return cls.model_validate({key: part if len(part) > 1 else part[0] for key, part in values.items()})
+            stated = cls.model_validate({key: part if len(part) > 1 else part[0] for key, part in values.items()})
+            return stated.require_plausible(spec)
         except FileNotFoundError:
             raise InputError(f"preprocessing {spec!r}: no such file. Give a JSON file or fields, {example}.") from None
         except ValidationError as error:
@@ -67,6 +69,28 @@ class Preprocess(Record):
             raise InputError(f"preprocessing {spec!r}: {said}. Give fields, {example}.") from None
         except (ValueError, OSError) as error:
             raise InputError(f"preprocessing {spec!r}: {error}. Give a JSON file or fields, {example}.") from None
+
+    def require_plausible(self, spec: str) -> Preprocess:
+        """Return itself; raise InputError where mean and std cannot be meant for pixels of 0 to 255.
+
+        Torchvision, and who copies from it, states them for pixels of 0 to 1; OpenCV's ``scale`` is a factor, not a
+        divisor. Either is a valid record and ruins an encoder without a word. ``spec``: what errors name.
+        """
+        mean, std = (np.broadcast_to(np.asarray(value, np.float64), 3) for value in (self.mean, self.std))
+        low, high = np.min((0 - mean) / std), np.max((255 - mean) / std)
+        said = f"preprocessing {spec!r}: pixels are 0 to 255, so the network would see {low:.4g} to {high:.4g}"
+        if (std <= 0).any():
+            raise InputError(f"{said}. The std divides: it must be above 0.")
+        if std.min() < 0.05:
+            raise InputError(f"{said}. The std divides; a factor like OpenCV's scale is std={_listed(1 / std)}.")
+        if 0 <= mean.min() <= mean.max() <= 1 and std.max() <= 1 and not self.scales_nothing:
+            more = f"mean={_listed(255 * mean)},std={_listed(255 * std)}"
+            raise InputError(f"{said}. These are stated for pixels of 0 to 1: multiply both by 255, {more}.")
+        if ((mean > 0) & (mean < 1)).any() or std.min() < 1:
+            raise InputError(f"{said}. One of them is stated for pixels of 0 to 1: multiply that by 255.")
+        if mean.min() < 0 or mean.max() > 255 or std.max() > 1024:
+            raise InputError(f"{said}. State both in units of pixels, for example mean=127.5,std=127.5.")
+        return self
 
     def __call__(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scale uint8 N×H×W×3 RGB → float32 N×3×H×W. The one numpy implementation; graphs do the same.
@@ -84,5 +108,11 @@ class Preprocess(Record):
         if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[1:] != expected:
             raise InputError(
                 f"crops are {crops.dtype} {crops.shape}; this encoder takes uint8 N×{self.size}×{self.size}×3 RGB. "
-                "Align photographs with pkd-align first."
+                f"Align photographs with pkd-align --size {self.size}."
             )
+
+
+def _listed(values: NDArray[np.float64]) -> str:
+    """Write one number, or three, as an option takes them."""
+    numbers = [f"{value:.6g}" for value in values]
+    return numbers[0] if len(set(numbers)) == 1 else ",".join(numbers)

@@ -73,7 +73,7 @@ class FaceSet:
             if image.shape != (size, size, 3):
                 raise InputError(
                     f"{self.images.where(row)}: {image.shape[1]}×{image.shape[0]} pixels, expected an aligned "
-                    f"{size}×{size} crop. Run pkd-align on the photographs first."
+                    f"{size}×{size} crop. Run pkd-align --size {size} on the photographs first."
                 )
             crops[place] = image
         return crops

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.toolkit.core.errors import BadImage, InputError
+from pkd.toolkit.core.text import text_encoding
 from pkd.toolkit.data.source import UNLABELLED, Found, Ints, Keys, PackedNames, stamp
 from pkd.toolkit.data.tree import LeftOut, person_of, printable, report_left_out, walk_images
 from pkd.toolkit.images.codec import SUFFIXES
@@ -75,7 +76,7 @@ def read_list(listing: Path, labelled: bool) -> Found:
     tidy: dict[str, str] = {}  # a list names few folders and many files
 
     def lines() -> Iterator[str]:
-        with listing.open(encoding="utf-8-sig") as file:  # Windows puts a byte order mark in front
+        with listing.open(encoding=text_encoding(listing)) as file:
             for line in map(str.strip, file):
                 if windows:
                     line = line.replace("\\", "/")
@@ -89,7 +90,7 @@ def read_list(listing: Path, labelled: bool) -> Found:
     windows = _written_on_windows(listing, roots)
     try:
         names = PackedNames(lines())
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise InputError(
             f"{listing}: not a text file. Give a folder, a list with one image path a line, a .rec or a .tar."
         ) from None
@@ -110,7 +111,7 @@ def read_list(listing: Path, labelled: bool) -> Found:
 
 def _written_on_windows(listing: Path, roots: tuple[Path, ...]) -> bool:
     """Tell whether the first path of a list is there only with its backslashes turned."""
-    with listing.open(encoding="utf-8-sig", errors="replace") as file:
+    with listing.open(encoding=text_encoding(listing), errors="replace") as file:
         first = next((line for line in map(str.strip, file) if line and not line.startswith("#")), "")
     return "\\" in first and not any((root / first).is_file() for root in roots)
 

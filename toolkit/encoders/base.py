@@ -28,6 +28,8 @@ NO_TRAINING: Training = MappingProxyType({})
 PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FASTEST = "onnxruntime-fp32"
 """The target that computes a bundle's own encoder as onnxruntime likes it best."""
+DEPENDS = 0.1
+"""Part of its length by which an embedding may move with what else is in its batch."""
 MAX_MEMORY = 4 << 30
 """Bytes for the weights and results of all bundles that one process has opened."""
 
@@ -127,10 +129,57 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
     outputs = {name: np.asarray(values) for name, values in zip(names, given, strict=True)}
     output = choose_output(outputs, len(probe), path)
     ports = Ports(taken, output, dim=outputs[output].shape[1], flat=outputs[output].ndim == 2)
+    _require_function(session, ports, preprocess, path)
     name = name or name_of(path)
     info = describe(name, "teacher", hashlib.sha256(data).hexdigest(), preprocess, ports.dim)
     kind = OnnxEncoder if taken.batch is None else _FixedBatch
     return kind(info, session, lambda crops: taken.feed(crops, preprocess), output=output, path=path, ports=ports)
+
+
+def _require_function(session: ort.InferenceSession, ports: Ports, preprocess: Preprocess, path: Path) -> None:
+    """Raise InputError unless each crop's embedding depends on that crop, and on it alone.
+
+    A graph that was exported in training mode normalises by its batch, or drops features by chance: every figure
+    measured with it would be one of the batches that happened to be made. Quantised ranges of a batch move embeddings
+    by a hundredth.
+    """
+    taken = ports.input
+    noise = np.random.default_rng(0).integers(0, 256, (4, preprocess.size, preprocess.size, 3), np.uint8)
+    noise[1] = np.sort(noise[1].ravel()).reshape(noise[1].shape)
+    noise[2] //= 3
+
+    def rows(crops: Rgb) -> NDArray[np.float32]:
+        return flat_rows(session.run([ports.output], {taken.name: taken.feed(crops, preprocess)})[0])
+
+    size = taken.batch or len(noise)
+    try:
+        several = np.concatenate([noise] * (-(-size // len(noise))))[:size]
+        both = rows(several)
+        again = rows(np.concatenate([several[:1], np.zeros_like(several[1:])]) if taken.batch else several[:1])
+        others = both if size > 1 else np.concatenate([both, rows(noise[1:2])])
+    except Exception as error:
+        raise InputError(
+            f"{path}: runs on one crop, but not on {size}: {ort_reason(error)} Export it again with a dynamic batch "
+            "dimension."
+        ) from None
+    if (len(both), len(again)) != (size, taken.batch or 1):
+        raise InputError(
+            f"{path}: gives {len(both)} rows for {size} crops. Export it again with a dynamic batch dimension."
+        )
+    if not np.isfinite(both).all():
+        return  # each embedding is looked at when it is used
+    length = float(np.linalg.norm(both[0]))
+    gap = float(np.linalg.norm(both[0] - again[0])) / max(length, float(np.linalg.norm(again[0])), 1e-12)
+    if not gap < DEPENDS:
+        raise InputError(
+            f"{path}: a crop's embedding depends on the others in its batch, or on chance (it moves by {gap:.0%}): the "
+            "network was exported in training mode. Call model.eval() before torch.onnx.export, and export it again."
+        )
+    if not float(np.abs(others - others[0]).max()) > 1e-6 * max(length, 1e-12):
+        raise InputError(
+            f"{path}: gives the same {ports.dim} numbers for every crop. Check that the output that you keep is the "
+            "embedding and depends on the pixels."
+        )
 
 
 def open_bundle(bundle: Bundle, *, threads: int = 1, device: Device = "cpu") -> OnnxEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ MIN_SIDE = 16
 NMS_OVERLAP = 0.3
 FINE = 100
 """Faces smaller than this in the searched copy, pixels, are searched again in a finer one."""
+PROBES = ((320, 320), (96, 160))
+"""Heights and widths of black images that a detector must run on before it counts as one."""
+AS_PUBLISHED = "Give YuNet's float32 .onnx file as OpenCV's model zoo publishes it, unconverted."
 YUNET_OUTPUTS = frozenset(f"{part}_{stride}" for part in ("cls", "obj", "bbox", "kps") for stride in (8, 16, 32))
 
 
@@ -88,6 +92,11 @@ class YuNet:
         self._min_score = min_score
         self._local = threading.local()
         self.digest = hashlib.sha256(self._model).hexdigest()
+        try:
+            for height, width in PROBES:
+                self._search(np.zeros((height, width, 3), np.uint8), 1)
+        except cv2.error as error:
+            raise InputError(f"detector {path}: {_opencv_reason(error)} {AS_PUBLISHED}") from None
 
     def detect(self, image: Rgb) -> list[Face]:
         """Search uint8 H×W×3 RGB → faces."""
@@ -146,7 +155,7 @@ def _open_network(model: bytes, min_score: float) -> cv2.FaceDetectorYN:
     """Open YuNet without OpenCV 5's warning on stderr that it ignores the default target."""
     with _quiet:
         level = cv2.utils.logging.getLogLevel()
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
         try:
             buffer = np.frombuffer(model, np.uint8)
             empty = np.empty(0, np.uint8)
@@ -174,6 +183,13 @@ def _yunet_bytes(path: Path) -> bytes:
             ".onnx file whose outputs are cls, obj, bbox and kps at strides 8, 16 and 32."
         )
     return data
+
+
+def _opencv_reason(error: cv2.error) -> str:
+    """Say what OpenCV's network module stumbled over, without its C++."""
+    operator = re.search(r"op_type ?= ?'?(\w+)|parsing \w+ \[(\w+)\]|\[(\w+)\]:\(", str(error))
+    what = f"its operator {next(filter(None, operator.groups()))}" if operator else "a node of it"
+    return f"onnxruntime loads it, but OpenCV, which runs it, does not take {what}."
 
 
 def _side(face: Face) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pkd.toolkit.bundle.onnx_check import require_one_file
-from pkd.toolkit.core.errors import InputError, MissingExtra
+from pkd.toolkit.core.errors import InputError, MissingExtra, plain_reason
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.encoders.detector import MIN_SIDE, Face
 from pkd.toolkit.images.codec import Rgb
@@ -44,7 +44,14 @@ def detector(spec: str, min_score: float) -> Scrfd:
     if not model.use_kps:
         raise InputError(f"{model.model_file}: this detector gives no landmarks. Give one that does (…_kps or _bnkps).")
     model.prepare(ctx_id=-1, input_size=INPUT_SIZE, det_thresh=min_score)
-    return Scrfd(model)
+    found = Scrfd(model)
+    try:
+        found.detect(np.zeros((320, 320, 3), np.uint8))
+    except Exception as error:  # whatever a foreign graph makes insightface or onnxruntime raise
+        raise InputError(
+            f"{model.model_file}: insightface cannot run this detector: {plain_reason(error)} Give a pack as published."
+        ) from None
+    return found
 
 
 class Scrfd:
@@ -105,15 +112,26 @@ def _folder(name: str) -> Path:
         raise InputError("insightface: names no pack. Write insightface:buffalo_l or insightface:FOLDER.")
     path = Path(name).expanduser()
     if path.exists():
-        return path
+        return _unnested(path)
     home = Path(os.environ.get("INSIGHTFACE_HOME") or "~/.insightface").expanduser()
     pack = home / "models" / name
     if not pack.exists():
         if not name.replace("_", "").replace("-", "").isalnum():
             raise InputError(f"{path}: no such folder. Give an insightface pack's name or the folder of its files.")
         _fetch(name, home)
-    nested = pack / name  # some packs are zipped with their folder
-    return nested if nested.is_dir() and not any(pack.glob("*.onnx")) else pack
+    return _unnested(pack)
+
+
+def _unnested(folder: Path) -> Path:
+    """Follow the folders that a zip made within its own folder, to the one that holds the files."""
+    for _ in range(3):
+        if folder.is_file() or any(folder.glob("*.onnx")):
+            break
+        inside = [each for each in folder.iterdir() if each.is_dir() and not each.name.startswith((".", "__"))]
+        if len(inside) != 1:
+            break
+        folder = inside[0]
+    return folder
 
 
 def _fetch(name: str, home: Path) -> None:

@@ -10,6 +10,8 @@ from pkd.toolkit.core.errors import NoFace
 from pkd.toolkit.images.codec import Rgb
 
 SIZE = 112
+ALIGNED_TO = "arcface5pt"
+"""Name of the template below, the only one that faces are aligned to here."""
 TEMPLATE: NDArray[np.float64] = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )

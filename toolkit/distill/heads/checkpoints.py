@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pkd.toolkit.core.errors import BadHead
 from pkd.toolkit.distill.heads.rows import CHUNK, Float
+from pkd.toolkit.distill.models.student import unreadable
 
 PATTERNS = ("head.npz", "checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt", "rank[_:]*_softmax_weight.pt")
 """File names that a folder is searched for: the head of a run of pkd-distill, then shards, newest layout first."""
@@ -160,7 +161,4 @@ def _load(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise BadHead(
-                f"{path}: not a checkpoint of plain tensors: {str(error).splitlines()[0][:160]} Save its classifier "
-                "alone with torch.save(content['state_dict_softmax_fc'], FILE)."
-            ) from None
+            raise BadHead(f"{path}: {unreadable(error)}") from None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pkd.toolkit.core.errors import BadHead
+from pkd.toolkit.core.text import read_text
 
 NUMBERS = ("08d", "d")
 """Formats of class numbers: as the readers of packed images name them, and plain."""
@@ -20,7 +21,7 @@ def read_label_map(path: str | Path) -> tuple[str, ...]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError as error:
         raise BadHead(f"{path}: {error.strerror}. --head-labels takes a text file with one identity a line.") from None
     except UnicodeDecodeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,22 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
     except Exception as error:  # torch raises many kinds for files that are no checkpoint
-        raise InputError(f"{path}: not a checkpoint of plain tensors: {str(error).splitlines()[0][:200]}") from None
+        raise InputError(f"{path}: {unreadable(error)}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors.")
     return content
+
+
+def unreadable(error: Exception) -> str:
+    """Say why torch does not load a file as plain tensors, and what to do, in words of our own: torch's are a page."""
+    found = re.search(r"GLOBAL (?P<name>[\w.]+)|[Cc]an only build .*?`?(?P<other>[\w.]+)`?", str(error))
+    if found and (name := found["name"] or found["other"]):
+        return (
+            f"holds an object besides tensors ({name}), which only its own code could read. If you trust the file, "
+            "save its state_dict alone: torch.save(torch.load(FILE, weights_only=False)[KEY], 'weights.pth'), of "
+            "a whole model its .state_dict()."
+        )
+    return "is no checkpoint that torch reads. Give the file that torch.save wrote, whole, or export the model to ONNX."
 
 
 def save_atomically(content: Mapping[str, Any], path: Path) -> Path:

@@ -30,7 +30,7 @@ def open_checkpoint(path: str | Path, preprocess: Preprocess, *, name: str | Non
     size.
     """
     path = Path(path)
-    known = _of_zoo(tensors_of(load_weights(path)), preprocess.size)
+    known = _of_zoo(tensors_of(load_weights(path), path), preprocess.size)
     backbone, module = known or _iresnet(path, preprocess)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     dim = next(m.out_features for m in reversed(list(module.modules())) if isinstance(m, nn.Linear))

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.text import read_text
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.files import ImageFiles
 from pkd.toolkit.data.source import ImageCollection, PackedNames
@@ -101,7 +102,7 @@ def _pairs(listing: Path, first: dict[int, str], second: dict[int, str]) -> list
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Read numbered lines that are not blank. Raises InputError for none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise InputError(f"{path}: {reason}. Give CFP's Protocol folder as published.") from None

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.toolkit.core.errors import BadImage, InputError, NoFace
+from pkd.toolkit.core.text import text_encoding
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.files import ImageFiles
 from pkd.toolkit.data.source import ImageCollection, ImageSource, Keys, PackedNames
@@ -184,7 +185,7 @@ def _subjects(path: Path, ids: Ints) -> dict[int, str]:
     """Read one of NIST's CSV files: template row → SUBJECT_ID."""
     found: dict[int, str] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding=text_encoding(path), newline="") as file:
             lines = csv.reader(file)
             head = [name.strip().upper() for name in next(lines, [])]
             if "TEMPLATE_ID" not in head or "SUBJECT_ID" not in head:
@@ -254,7 +255,7 @@ def _people(
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding=text_encoding(path)) as file:
             for number, line in enumerate(file, 1):
                 if fields := line.split():
                     yield number, fields

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.text import read_text
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.files import ImageFiles
 from pkd.toolkit.data.source import ImageCollection, PackedNames
@@ -55,7 +56,7 @@ Image = tuple[str, int]
 
 def _parse(listing: Path) -> tuple[list[tuple[Image, Image]], list[bool], list[int]]:
     try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        lines = read_text(listing).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise InputError(f"{listing}: {reason}. Give LFW's pairs.txt or a list in its format.") from None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.text import decode_text
 
 KEY = "identity"
 MAX_GROUPS = 200
@@ -81,7 +82,7 @@ def read_labels(path: Path) -> Labels:
     """Read a CSV file of labels. Raises InputError naming the line."""
     try:
         data = path.read_bytes()
-        text = data.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
+        text = decode_text(data)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. {_FORM}") from None
     except UnicodeDecodeError:

@@ -69,3 +69,29 @@ def test_digest_tells_settings_apart() -> None:
     kinds = [Preprocess(), Preprocess(channels="bgr"), Preprocess(mean=0), Preprocess(std=128), Preprocess(size=96)]
     assert len({one.digest() for one in kinds}) == len(kinds)
     assert Preprocess(mean=127.5).digest() == Preprocess().digest()
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ("mean=0.5,std=0.5", r"-1 to 509.*mean=127\.5,std=127\.5"),
+        ("mean=0.485,0.456,0.406,std=0.229,0.224,0.225", r"mean=123\.675,116\.28,103\.53,std=58\.395"),
+        ("mean=0.5,std=1", r"mean=127\.5,std=255"),
+        ("mean=0.5,std=255", "for pixels of 0 to 1"),
+        ("mean=127.5,std=0.5", "for pixels of 0 to 1"),
+        ("mean=127.5,std=0.0078125", "std=128"),
+        ("mean=0,std=0.00392157", "std=255"),
+        ("mean=127.5,std=-127.5", "above 0"),
+        ("mean=-127.5,std=1", "units of pixels"),
+        ("mean=0,std=65535", "units of pixels"),
+    ],
+)
+def test_scaling_that_cannot_be_meant_is_refused_with_what_is_seen(stated: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        Preprocess.parse(stated)
+    assert "the network would see" in str(caught.value)
+
+
+@pytest.mark.parametrize("stated", ["mean=0,std=1", "mean=0,std=255", "mean=127.5,std=128", "mean=131,104,91,std=1"])
+def test_scalings_in_use_are_taken(stated: str) -> None:
+    Preprocess.parse(stated)

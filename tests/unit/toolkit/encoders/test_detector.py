@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 
 from pkd.toolkit.core.errors import InputError, NoFace
@@ -122,6 +123,20 @@ def test_min_score_must_be_a_confidence(spots: str, score: float) -> None:
 
 
 @pytest.mark.shared
+def test_a_graph_that_opencv_does_not_run_is_refused_when_it_is_opened(
+    spots: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(spots)  # onnxruntime takes nodes out of order, OpenCV does not
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes[::-1])
+    onnx.save(model, str(tmp_path / "turned.onnx"))
+    with pytest.raises(InputError, match=r"turned\.onnx: onnxruntime loads it, but OpenCV, which runs it") as caught:
+        open_detector(str(tmp_path / "turned.onnx"))
+    assert "cpp" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("file", ["yunet_n_dynamic.onnx", "yunet_n_640_640.onnx"])
 def test_real_faces_of_many_sizes(shared: Path, file: str) -> None:
     """The same photograph from 60 to 3,000 pixels wide: always found, landmarks within a tenth of the face.

@@ -121,3 +121,12 @@ def test_a_graph_with_its_scaling_inside_as_mxnet_named_it(shared: Path, pack: P
     onnx.save(model, pack / "w600k_r50.onnx")
     _, preprocess = recogniser(f"insightface:{pack}")
     assert (preprocess.mean, preprocess.std) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("inside", ["pack", "another-name", "a/b"])
+def test_a_folder_in_the_folder_is_followed(pack: Path, tmp_path: Path, inside: str) -> None:
+    nested = tmp_path / "unzipped" / inside
+    nested.parent.mkdir(parents=True)
+    shutil.copytree(pack, nested)
+    (tmp_path / "unzipped" / "__MACOSX").mkdir()
+    assert detector(f"insightface:{tmp_path / 'unzipped'}", 0.5).detect(picture(640, 640, (160, 96)))

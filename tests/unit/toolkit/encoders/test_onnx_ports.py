@@ -196,3 +196,35 @@ def test_what_is_no_scaling_is_refused_in_words(spec: str) -> None:
 
 def test_one_number_keeps_its_digest() -> None:
     assert Preprocess().digest() == "7504c76373cb80b61bf6a05673fe09612c6ab99e37174fa27dfafadfec66c7b5"
+
+
+def in_training_mode(operator: str) -> onnx.ModelProto:
+    """Add what a graph has that was exported without eval(): batch statistics, or features dropped by chance."""
+    if operator == "Dropout":
+        model = with_output(operator, TensorProto.FLOAT, ["n", DIM])
+        model.graph.node[-1].input.extend(["half", "on"])
+        more = [("half", np.array(0.5, np.float32)), ("on", np.array(True))]
+    else:
+        model = with_output(operator, TensorProto.FLOAT, ["n", DIM], training_mode=1)
+        model.graph.node[-1].input.extend(["one", "zero", "zero", "one"])
+        model.graph.node[-1].output.extend(["mean", "variance"])
+        more = [("one", np.ones(DIM, np.float32)), ("zero", np.zeros(DIM, np.float32))]
+    model.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in more)
+    return model
+
+
+@pytest.mark.parametrize("operator", ["BatchNormalization", "Dropout"])
+def test_a_network_in_training_mode_is_refused(tmp_path: Path, operator: str) -> None:
+    with pytest.raises(InputError, match=r"depends on the others in its batch.*model\.eval\(\)"):
+        open_onnx(save(in_training_mode(operator), tmp_path), PLAIN)
+
+
+def test_a_network_that_ignores_its_pixels_is_refused(tmp_path: Path) -> None:
+    model = with_output("Mul", TensorProto.FLOAT, ["n", DIM])
+    model.graph.node[-1].input.append("nothing")
+    model.graph.node.append(helper.make_node("Add", ["scaled", "constant"], ["outer"]))
+    model.graph.node[-2].output[0] = "scaled"
+    for name, values in (("nothing", np.zeros(DIM, np.float32)), ("constant", np.ones(DIM, np.float32))):
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    with pytest.raises(InputError, match=f"gives the same {DIM} numbers for every crop"):
+        open_onnx(save(model, tmp_path), PLAIN)

@@ -161,7 +161,9 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.Monke
     torch.save({"weight": LIKE, "x": Dangerous()}, "a.pt")
     Path("b.pt").write_bytes(pickle.dumps(Dangerous()))
     for name in ("a.pt", "b.pt"):
-        with pytest.raises(BadHead, match=rf"{name}: not a checkpoint of plain tensors.*torch\.save"):
+        with pytest.raises(
+            BadHead, match=rf"{name}: (holds an object besides tensors|is no checkpoint that torch reads)"
+        ):
             read([name])
     assert not Path("ran").exists()
 
@@ -173,8 +175,8 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         ("nowhere.pt", "No such file"),
         ("nothing*.pt", "matches no file"),
         (".", "holds none of"),
-        ("noise.pt", "not a checkpoint"),
-        ("cut.pt", "not a checkpoint"),
+        ("noise.pt", "no checkpoint"),
+        ("cut.pt", "no checkpoint"),
     ):
         with pytest.raises(BadHead, match=message):
             read([str(tmp_path / given)])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,7 +182,7 @@ def test_what_does_not_fit_is_named(
 
 def test_a_pickled_network_is_refused(tmp_path: Path) -> None:
     torch.save(build("mobilefacenet:0.125", 8, 32), tmp_path / "model.pt")
-    with pytest.raises(InputError, match="not a checkpoint of plain tensors"):
+    with pytest.raises(InputError, match=r"holds an object besides tensors \(pkd.*MobileFaceNet\)"):
         ArcFaceTorch.read(tmp_path / "model.pt")
 
 
@@ -224,3 +226,32 @@ def test_a_training_starts_from_it(tmp_path: Path, state: State) -> None:
     trained = load_student(tmp_path / "run").module.state_dict()
     torch.testing.assert_close(trained["layer2.1.conv2.weight"], state["layer2.1.conv2.weight"], rtol=0, atol=1e-6)
     assert int(trained["bn1.num_batches_tracked"]) == int(state["bn1.num_batches_tracked"]) + 1
+
+
+WRAPPED: dict[str, Any] = {
+    "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "compiled and parallel": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+    "a Lightning module": lambda s: {"state_dict": {f"backbone.{k}": v for k, v in s.items()}, "epoch": 3},
+    "model": lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}},
+    "net in model": lambda s: {"model": {"net": s}},
+    "a classifier beside it": lambda s: {**{f"encoder.{k}": v for k, v in s.items()}, "head.weight": torch.zeros(9, 3)},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_wrappers_of_other_trainers_are_looked_through(tmp_path: Path, state: State, kind: str) -> None:
+    torch.save(WRAPPED[kind](state), tmp_path / "w.pth")
+    assert ArcFaceTorch.read(tmp_path / "w.pth").backbone == "iresnet18"
+
+
+def test_of_two_networks_none_is_guessed(tmp_path: Path, state: State) -> None:
+    torch.save({"student": dict(state), "ema": dict(state)}, tmp_path / "two.pth")
+    with pytest.raises(InputError, match=r"holds 2 networks \('ema' and 'student'\).*does not guess"):
+        ArcFaceTorch.read(tmp_path / "two.pth")
+
+
+def test_what_is_no_tensor_is_named(tmp_path: Path, state: State) -> None:
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=1)}, tmp_path / "args.pth")
+    with pytest.raises(InputError, match=r"argparse\.Namespace.*state_dict") as caught:
+        ArcFaceTorch.read(tmp_path / "args.pth")
+    assert "\x1b" not in str(caught.value)

@@ -63,7 +63,7 @@ def test_files_that_are_no_student(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no student\.pt"):
         load_student(tmp_path)
     (tmp_path / "student.pt").write_bytes(b"not a zip")
-    with pytest.raises(InputError, match="not a checkpoint"):
+    with pytest.raises(InputError, match="no checkpoint"):
         load_student(tmp_path)
     torch.save({"epoch": 3}, tmp_path / "student.pt")
     with pytest.raises(InputError, match="not a student"):
