@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Two workers with two threads each spend most of their time waiting for each other. Read when numpy and torch load.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
 from collections.abc import Iterator
 from pathlib import Path
 

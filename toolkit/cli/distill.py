@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,12 +42,10 @@ EXAMPLES = """
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        import torch  # noqa: F401
-        from tensorboard import version  # noqa: F401
-    except ImportError as error:
-        print(f"pkd-distill: {MissingExtra(error.name or 'torch', 'train')}", file=sys.stderr)
-        return MissingExtra.exit_code
+    for package in ("torch", "tensorboard"):  # looked for, not imported: --help and refusals need neither
+        if importlib.util.find_spec(package) is None:
+            print(f"pkd-distill: {MissingExtra(package, 'train')}", file=sys.stderr)
+            return MissingExtra.exit_code
     return cli_support.run(_parser(), _run, argv)
 
 
