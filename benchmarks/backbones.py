@@ -80,7 +80,7 @@ def earlier(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def head_commit() -> str:
-    """The commit that is checked out, or nothing outside a repository."""
+    """Return the commit that is checked out, or nothing outside a repository."""
     done = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -88,7 +88,7 @@ def head_commit() -> str:
 
 
 def trained(args: argparse.Namespace, student: str) -> Path:
-    """The run folder of ``student`` at the common budget."""
+    """Return the run folder of ``student`` at the common budget."""
     run: Path = args.out / student.replace(":", "-")
     splits = SHARED / "faces" / "splits"
     if not (run / "student.pt").is_file():
@@ -166,7 +166,7 @@ def multiply_adds(student: str) -> int:
 
 
 def table(results: Report) -> str:
-    """The rows as Markdown, the best S–T rate at FMR 1e-2 first."""
+    """Write the rows as Markdown, the best S–T rate at FMR 1e-2 first."""
     settings, rows = results["settings"], results["students"]
     images = settings["steps"] * settings["batch"]
     pairs = rows[settings["baseline"]]["accuracy"]
@@ -205,7 +205,7 @@ def cells(student: str, row: Report) -> tuple[str, ...]:
 
 
 def point(row: Report, fmr: float) -> Report:
-    """The operating point at ``fmr``."""
+    """Return the operating point at ``fmr``."""
     found: Report = next(p for p in row["accuracy"]["points"] if abs(p["fmr"] / fmr - 1) < 1e-6)
     return found
 

@@ -116,8 +116,9 @@ def by_hand(head: Tensor) -> Step:
 
 
 def trained(head: Tensor) -> Step:
-    """A step of a trained head the way arcface_torch does it: unit rows anew, arccos and cos of every logit without
-    autograd, gradient of C×D, SGD with momentum and weight decay. Leaves ``head`` changed.
+    """Take a step of a trained head the way arcface_torch does it. Leaves ``head`` changed.
+
+    Unit rows anew, arccos and cos of every logit without autograd, gradient of C×D, SGD with momentum and weight decay.
     """
     x, labels = batch(len(head))
     weight = torch.nn.Parameter(head)
@@ -147,7 +148,7 @@ def torchs_own(head: Tensor) -> Step:
 
 
 def products(head: Tensor) -> Step:
-    """The floor: the two bare products, logits and weighted centres, in chunks that suit the cache."""
+    """Compute the floor: the two bare products, logits and weighted centres, in chunks that suit the cache."""
     queries = torch.randn(BATCH, DIM).to(head.dtype)
     logits = torch.empty(BATCH, 1024, dtype=head.dtype)
     total = torch.empty(BATCH, DIM, dtype=head.dtype)
@@ -238,7 +239,7 @@ def forked(name: str, head: Tensor) -> Turn:
 
 
 def one_turn(name: str, head: Tensor) -> Turn:
-    """A step, after one before it where that is what makes the gradient and the momentum of a trained head."""
+    """Take a step, after one before it where that is what makes the gradient and the momentum of a trained head."""
     make, _ = CONTENDERS[name]
     make(head[:2048].clone())()  # a forked process reads the libraries' pages anew
     step = make(head)
@@ -253,7 +254,7 @@ def one_turn(name: str, head: Tensor) -> Turn:
 
 
 def status(field: str) -> int:
-    """A figure of this process in kB."""
+    """Read a figure of this process in kB."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
@@ -265,7 +266,7 @@ def ratio(part: dict[str, Any], name: str, baseline: str) -> float:
 
 
 def best_naive(part: dict[str, Any]) -> str:
-    """The faster of the two materialising versions that autograd differentiates."""
+    """Time the faster of the two materialising versions that autograd differentiates."""
     return min(NAIVE, key=lambda name: float(part[name]["median_seconds"]))
 
 

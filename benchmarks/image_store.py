@@ -84,7 +84,7 @@ def write_store(folder: Path, images: int) -> None:
 
 
 def nothing(folder: Path, images: int) -> Report:
-    """The interpreter and the imports alone."""
+    """Load the interpreter and the imports alone."""
     return {"peak_mb": _peak(), "kept_mb": _now()}
 
 
@@ -107,7 +107,7 @@ def paths(folder: Path, images: int) -> Report:
 
 
 def find_few(folder: Path, images: int) -> Report:
-    """A thousand keys, half of them stored."""
+    """Look up a thousand keys, half of them stored."""
     return _find(folder, _keys(folder, images)[:: images // 500][:500], fast=True)
 
 
@@ -137,7 +137,7 @@ PARTS: dict[str, Callable[[Path, int], Report]] = {
 
 
 def table(results: Report) -> str:
-    """The results as a Markdown table."""
+    """Write the results as a Markdown table."""
     base, anonymous, images = results["nothing"]["peak_mb"], results["nothing"]["kept_mb"], results["images"]
     old = (results["paths"]["peak_mb"] - base) * images / results["paths"]["images"]
     sets, few, slow, every = (results[name] for name in ("face_set", "find_few", "find_few_by_sorting", "find_all"))

@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def table(results: dict[str, Report]) -> str:
-    """The section of docs/performance.md."""
+    """Write the section of docs/performance.md."""
     one = next(iter(results.values()))
     rows = [("teacher", "T–T", "", *points(one["comparisons"]["T–T"]))]
     for name, result in results.items():

@@ -87,7 +87,7 @@ def distil_and_evaluate(run: Path, teacher: tuple[str, str | None], options: lis
 
 
 def table(results: dict[str, Report]) -> str:
-    """The section of docs/performance.md."""
+    """Write the section of docs/performance.md."""
     one = next(iter(results.values()))
     pairs = one["comparisons"]["S–T"]
     text = prose(

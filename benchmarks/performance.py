@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def page(results: Path) -> str:
-    """The page as Markdown, from the JSON files in ``results``."""
+    """Write the page as Markdown, from the JSON files in ``results``."""
     sections = [f"## {heading}\n\n{section(results, name)}" for name, heading in PARTS.items()]
     return "\n\n".join([OPENING, *sections]) + "\n"
 

@@ -129,7 +129,7 @@ CONTROLS: dict[str, tuple[str, ...]] = {
 
 
 def baselines(out: Path, name: str, kind: str, control: str) -> Report:
-    """The best student beside a control from an independent space, mapped by maps that are fitted on val.txt."""
+    """Compare the best student with a control from an independent space, mapped by maps that are fitted on val.txt."""
     splits = SHARED / "faces/splits"
     spec = [str(out / "methods" / control)] if kind == "runs" else [str(SHARED / "models" / kind)]
     preprocess = [] if kind == "runs" else ["--control-preprocess", control]
@@ -233,7 +233,7 @@ def page(results: Report) -> str:
 
 
 def bought(found: Report) -> list[str]:
-    """What distillation bought, beside linear maps between independent spaces."""
+    """Tell what distillation bought, beside linear maps between independent spaces."""
     names = {"R–T": "affine ridge map", "P–T": "orthogonal Procrustes map", "C–C": "the control alone, C–C"}
     rows = [row(CONTINUED, "S–T", next(iter(found.values()))["comparisons"]["S–T"], "tar_balanced")]
     rows += [
@@ -263,12 +263,12 @@ def bought(found: Report) -> list[str]:
 
 
 def prose(text: str) -> str:
-    """A paragraph in lines of at most 120 characters."""
+    """Write a paragraph in lines of at most 120 characters."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
+    """Write a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows))
 
 

@@ -114,7 +114,7 @@ def figures(results: Path) -> Figures:
 
 
 def page(measured: Figures) -> str:
-    """The page as Markdown."""
+    """Write the page as Markdown."""
     return "\n\n".join([OPENING, _inputs(measured), _galleries(measured), _requests(measured), CLOSING]) + "\n"
 
 

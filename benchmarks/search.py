@@ -128,7 +128,7 @@ PARTS: dict[str, Callable[[int], Report]] = {"searches": searches, "memory": mem
 
 
 def table(results: Report) -> str:
-    """The results as Markdown."""
+    """Write the results as Markdown."""
     lines = [
         "Milliseconds; CPU is per query, p50 and p99 are what one who asks waits, on a machine that does other things, "
         "too. The ratio is of CPU.",

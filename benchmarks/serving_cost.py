@@ -153,7 +153,7 @@ def jpeg(image: Any) -> bytes:
 
 
 def embedder(bundle: Path) -> Callable[[bytes], bytes]:
-    """The raw work on a crop: decode, encode, write as ``b64_f16``."""
+    """Do the raw work on a crop: decode, encode, write as ``b64_f16``."""
     from pkd.toolkit.bundle.bundle import Bundle
     from pkd.toolkit.encoders.base import open_bundle
     from pkd.toolkit.images.codec import decode_rgb
@@ -168,7 +168,7 @@ def embedder(bundle: Path) -> Callable[[bytes], bytes]:
 
 
 def whole(bundle: Path) -> Callable[[bytes], bytes]:
-    """The raw work on a photograph: decode, detect, align, encode, write."""
+    """Do the raw work on a photograph: decode, detect, align, encode, write."""
     from pkd.toolkit.bundle.bundle import Bundle
     from pkd.toolkit.encoders.base import open_bundle
     from pkd.toolkit.encoders.detector import choose, open_detector
@@ -221,7 +221,7 @@ class Server:
         return self.path + ("&aligned=true" if what == "crops" and "?" in self.path else "")
 
     def connect(self) -> http.client.HTTPConnection:
-        """A connection that is kept."""
+        """Open a connection that is kept."""
         return http.client.HTTPConnection(self.host, self.port, timeout=120)
 
     def cpu_seconds(self) -> float:
@@ -231,7 +231,7 @@ class Server:
 
 @contextmanager
 def pkd_serve(bundle: Path) -> Iterator[Server]:
-    """The real command."""
+    """Start the real command."""
     command = [tool("pkd-serve"), str(bundle), "--detector", str(DETECTOR), "--port", "0", "--threads", str(WORKERS)]
     with started([*command]) as process:
         assert process.stderr is not None
@@ -242,7 +242,7 @@ def pkd_serve(bundle: Path) -> Iterator[Server]:
 
 @contextmanager
 def bare(bundle: Path) -> Iterator[Server]:
-    """uvicorn and a thread pool."""
+    """Start uvicorn and a thread pool."""
     port = free_port()
     with started(peer("bare_server.py", port, bundle, DETECTOR, WORKERS)) as process:
         yield answering(Server(process, f"http://127.0.0.1:{port}", "/embed?encoding=b64_f16", as_body), "/")
@@ -258,14 +258,14 @@ def litserve_process(bundle: Path) -> Iterator[Server]:
 
 @contextmanager
 def deepface_process(bundle: Path, home: Path) -> Iterator[Server]:
-    """deepface's API in processes of its own."""
+    """Start deepface's API in processes of its own."""
     port = free_port()
     with started(peer("deepface_server.py", port, bundle, DETECTOR, WORKERS, home)) as process:
         yield answering(Server(process, f"http://127.0.0.1:{port}", "/represent", as_multipart), "/")
 
 
 def peer(script: str, *options: object) -> list[str]:
-    """The command that starts a peer."""
+    """Return the command that starts a peer."""
     return [sys.executable, str(Path(__file__).with_name("peers") / script), *map(str, options)]
 
 
@@ -286,17 +286,17 @@ def answering(server: Server, path: str) -> Server:
 
 
 def as_body(image: bytes) -> tuple[str, bytes]:
-    """The file itself."""
+    """Send the file itself."""
     return "image/jpeg", image
 
 
 def as_json(image: bytes) -> tuple[str, bytes]:
-    """A JPEG inside JSON."""
+    """Send a JPEG inside JSON."""
     return "application/json", json.dumps({"image": base64.b64encode(image).decode()}).encode()
 
 
 def as_multipart(image: bytes) -> tuple[str, bytes]:
-    """A form as deepface takes it."""
+    """Send a form as deepface takes it."""
     fields = {"model_name": "ArcFace", "detector_backend": "yunet"}
     parts = [f'--part\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in fields.items()]
     head = '--part\r\nContent-Disposition: form-data; name="img"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
@@ -332,7 +332,7 @@ def ask(connection: http.client.HTTPConnection, server: Server, what: str, image
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on now."""
+    """Find a port of this machine that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -340,7 +340,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, ended with all that it started."""
+    """Run a process in a group of its own, ended with all that it started."""
     process = subprocess.Popen(
         command, env=one_thread(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     )
@@ -359,7 +359,7 @@ def started(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def load(server: Server, what: str, images: Sequence[bytes], requests: int, concurrency: int) -> Figures:
-    """``requests`` over ``concurrency`` kept connections, all answered with 200."""
+    """Send ``requests`` over ``concurrency`` kept connections, all answered with 200."""
     took: list[float] = []
     begun: list[tuple[float, float]] = []
     numbers = iter(range(requests))
@@ -437,7 +437,7 @@ def shown(count: int) -> Iterator[int]:
 
 
 def one_thread() -> dict[str, str]:
-    """The environment with every thread pool at one thread."""
+    """Return the environment with every thread pool at one thread."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -447,7 +447,7 @@ def run(name: str, *options: str) -> None:
 
 
 def tool(name: str) -> str:
-    """A command of this environment."""
+    """Return a command of this environment."""
     return str(Path(sys.executable).with_name(name))
 
 

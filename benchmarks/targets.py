@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def export(run: Path, folder: Path, drop: str) -> Bundle:
-    """The bundle with every target of a CPU format, gated and measured, unless it is there."""
+    """Make the bundle with every target of a CPU format, gated and measured, unless it is there."""
     splits, teacher = SHARED / "faces/splits", SHARED / "models" / EDGEFACE[0]
     if not folder.is_dir():
         command(
@@ -68,7 +68,7 @@ def export(run: Path, folder: Path, drop: str) -> Bundle:
 
 
 def evaluate(bundle: Bundle, number: int, out: Path) -> Report:
-    """A target against the teacher's gallery on test.txt.
+    """Measure a target against the teacher's gallery on test.txt.
 
     Rewrites of fp32 share an encoder id, so that one would be answered from the other's cache: the second has another.
     """
@@ -103,14 +103,14 @@ def compare(out: Path, names: list[str]) -> Report:
 
 
 def at(report: Report) -> Report:
-    """The balanced TAR of S–T at ``FMR``."""
+    """Return the balanced TAR of S–T at ``FMR``."""
     (cell,) = (c for c in report["comparisons"] if c["name"] == "S–T")
     (point,) = (p for p in cell["points"] if abs(p["fmr"] / FMR - 1) < 1e-6)
     return {"tar": point["tar_balanced"], "ci95": point["tar_balanced_ci95"], "impostor_pairs": cell["impostor_pairs"]}
 
 
 def table(found: Report) -> str:
-    """The section of docs/performance.md."""
+    """Write the section of docs/performance.md."""
     bench, training, data = found["bench"], found["training"], found["data"]
     rows = {row["name"]: row for row in bench["rows"]}
     return "\n\n".join(

@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def write(path: Path, classes: int) -> None:
-    """Unit rows: one random block, its columns rotated by one from block to block."""
+    """Make unit rows: one random block, its columns rotated by one from block to block."""
     torch.manual_seed(0)
     head = map_rows(path, classes, DIM)
     block = normalize(torch.randn(min(BLOCK, classes), DIM)).bfloat16()
@@ -116,7 +116,7 @@ class Peak:
 
 
 def kilobytes(field: str) -> int:
-    """A figure of this process in kB."""
+    """Read a figure of this process in kB."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 

@@ -151,7 +151,7 @@ def loader_cost(faces: FaceSet) -> Report:
 
 
 def prepared(folder: Path, faces: FaceSet) -> Prepared:
-    """What a training starts from, with random unit vectors in the place of a teacher's, on disk as its are."""
+    """Make what a training starts from, with random unit vectors in the place of a teacher's, on disk as its are."""
     random = np.random.default_rng(0)
     store = KeyedRows(folder / "targets", "random", "f32", DIM, np.float32)
     count = min(len(faces), 4096)
@@ -165,7 +165,7 @@ def prepared(folder: Path, faces: FaceSet) -> Prepared:
 
 
 def table(results: Report) -> str:
-    """The results as a Markdown table."""
+    """Write the results as a Markdown table."""
     lines = [
         "| student | batch | arithmetic | bare network, CPU ms an image | training | of bare speed | memory kept |",
         "| --- | --- | --- | --- | --- | --- | --- |",

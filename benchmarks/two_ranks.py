@@ -105,7 +105,7 @@ def make_rows(first: int, stop: int) -> Tensor:
 
 
 def kilobytes(field: str) -> int:
-    """A figure of this process in kB."""
+    """Read a figure of this process in kB."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 

@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def soak(request: pytest.FixtureRequest) -> bool:
-    """True where a test marked ``soak`` is to run in its long form."""
+    """Say whether a test marked ``soak`` is to run in its long form."""
     return bool(request.config.getoption("--soak"))
 
 
@@ -50,7 +50,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
-    """A running Milvus, empty at first. Skips with a reason where none can be started."""
+    """Start a Milvus, empty at first. Skips with a reason where none can be started."""
     reason = missing()
     if reason:
         pytest.skip(f"no Milvus server: {reason}")

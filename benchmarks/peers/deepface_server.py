@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def for_deepface(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same encoder with deepface's input: back to bytes, BGR to RGB."""
+    """Run the same encoder with deepface's input: back to bytes, BGR to RGB."""
     graph = model.graph
     taken = graph.input[0].name
     front = [

@@ -35,7 +35,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(digits: Path) -> Path:
-    """A network of 32 outputs, trained with its own classifier."""
+    """Train a network of 32 outputs with its own classifier."""
     run = digits / "teacher"
     options = ["--method", "none", "--student", "mobilefacenet-relu:0.25", "--dim", "32", "--template", "none"]
     assert main([*COMMON, *options, "--faces", str(digits / "train"), "--epochs", "8", "--out", str(run)]) == 0
@@ -43,7 +43,7 @@ def teacher(digits: Path) -> Path:
 
 
 def student(digits: Path, teacher: Path, method: str) -> Path:
-    """A smaller network, distilled from it; ``none`` is the control that never looks at the teacher."""
+    """Distil a smaller network from it; ``none`` is the control that never looks at the teacher."""
     run = digits / method.replace(":", "-")
     options = ["--teacher", str(teacher), "--method", method, "--student", "mobilefacenet-relu:0.125"]
     data = ["--faces", str(digits / "train"), "--cache", str(digits / "cache")]

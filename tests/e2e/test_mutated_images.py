@@ -152,7 +152,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG whose header promises a size and whose data hold a few pixels."""
+    """Make a PNG whose header promises a size and whose data hold a few pixels."""
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
@@ -161,7 +161,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def png_bomb(side: int) -> bytes:
-    """A complete PNG of side² grey pixels in a few megabytes."""
+    """Make a complete PNG of side² grey pixels in a few megabytes."""
     compressor = zlib.compressobj(1)
     packed = b"".join(compressor.compress(bytes(side + 1)) for _ in range(side)) + compressor.flush()
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))

@@ -20,7 +20,7 @@ STATED = ["--teacher-preprocess", f"mean=127.5,std=127.5,size={SIZE},template=no
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with crops/ and teacher.onnx, a real small network."""
+    """Make a folder with crops/ and teacher.onnx, a real small network."""
     folder = tmp_path_factory.mktemp("work")
     write_patterns(folder / "crops")
     write_teacher(folder / "teacher.onnx")

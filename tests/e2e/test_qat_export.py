@@ -53,7 +53,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_uneven(even: Path, run: Path, factor: float) -> None:
-    """The same function, with a channel of every block so large in one layer that INT8 sees little of the others."""
+    """Keep the function, with a channel of every block so large in one layer that INT8 sees little of the others."""
     trained = load_student(even)
     with torch.no_grad():
         for block in trained.module.blocks:  # type: ignore[union-attr]

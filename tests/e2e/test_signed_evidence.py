@@ -1,5 +1,6 @@
 """From a key to a server: signed certificates as an operator makes, checks, ships and serves them, and as others forge
-them. Every command is the real one; most run in this process, for a start costs a second of CPU."""
+them. Every command is the real one; most run in this process, for a start costs a second of CPU.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def measuring(world: Path, out: str, *more: object) -> list[str]:
 
 @pytest.fixture
 def evaluation(world: Path, tmp_path: Path) -> Path:
-    """A copy to tamper with."""
+    """Copy the evaluation, to tamper with."""
     return Path(shutil.copytree(world / "evaluation", tmp_path / "evaluation"))
 
 

@@ -31,7 +31,7 @@ def options(folder: Path, out: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with crops/ and teacher.onnx, a real small network."""
+    """Make a folder with crops/ and teacher.onnx, a real small network."""
     folder = tmp_path_factory.mktemp("ranks")
     write_patterns(folder / "crops", identities=4, images=4)
     write_teacher(folder / "teacher.onnx")

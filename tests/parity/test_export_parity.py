@@ -35,7 +35,7 @@ TEACHERS = {
 
 
 def student_run(folder: Path, preprocess: Preprocess, backbone: str = "mobilefacenet:0.25") -> Path:
-    """A run folder as pkd-distill leaves it, its batch statistics moved away from their start."""
+    """Write a run folder as pkd-distill leaves it, its batch statistics moved away from their start."""
     from pkd.toolkit.distill.models.backbones import build
     from pkd.toolkit.distill.models.student import save_student, weights_digest
 
@@ -54,7 +54,7 @@ def student_run(folder: Path, preprocess: Preprocess, backbone: str = "mobilefac
 
 
 def insightface_rows(path: Path, crops: Rgb) -> Embeddings:
-    """What insightface makes of ``path``: its own loader, its own guess of the scale, BGR images."""
+    """Return what insightface makes of ``path``: its own loader, its own guess of the scale, BGR images."""
     pytest.importorskip("insightface")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # insightface's imports warn about other packages

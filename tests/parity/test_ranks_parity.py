@@ -53,7 +53,7 @@ CASES = [
 
 
 def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Inputs, centres, labels and excluded ranges; a person's images lie on both sides of the split."""
+    """Draw inputs, centres, labels and excluded ranges; a person's images lie on both sides of the split."""
     random = torch.Generator().manual_seed(3)
     centres = normalize(torch.randn(CLASSES, DIM, generator=random))
     labels = torch.tensor(case.labels)
@@ -68,7 +68,7 @@ def student() -> nn.Module:
 
 
 def loss_of(embeddings: Tensor, head: FrozenHead, labels: Tensor, exclude: Tensor | None) -> Tensor:
-    """A classification loss over the labelled images, and what kd asks: a sum over all classes."""
+    """Compute a classification loss over the labelled images, and what kd asks: a sum over all classes."""
     known = labels >= 0
     picked = None if exclude is None else exclude[known]
     loss = frozen_cross_entropy(embeddings[known], head, labels[known], MARGIN, 64, exclude=picked)

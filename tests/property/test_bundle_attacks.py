@@ -56,7 +56,6 @@ def test_a_rehashed_manifest_is_refused(signed: Path, name: str) -> None:
 
 def test_a_swapped_encoder_whose_golden_embeddings_were_made_again_is_refused(signed: Path) -> None:
     """The attack that signed certificates alone do not stop, for an encoder's id is the digest of its source."""
-
     _, manifest = content()
     replace_file(signed, "encoder.onnx", serialise(uint8_graph(network(seed=7), manifest.encoder.preprocess, 16)))
     crops = Bundle.peek(signed).golden().crops

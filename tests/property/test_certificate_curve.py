@@ -37,7 +37,7 @@ EVALUATION = Evaluation(
 
 
 def measured(seed: int, coarse: bool) -> Certificate:
-    """A certificate as pkd-evaluate makes it, from 60 drawn people; ``coarse``: with many equal scores."""
+    """Make a certificate as pkd-evaluate does, from 60 drawn people; ``coarse``: with many equal scores."""
     random = np.random.default_rng(seed)
     labels = np.repeat(np.arange(60), random.integers(1, 4, 60))
     vectors = random.normal(size=(60, 6))[labels] + 0.7 * random.normal(size=(len(labels), 6))

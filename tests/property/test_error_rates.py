@@ -29,7 +29,7 @@ SETTINGS = settings(max_examples=60, deadline=None)
 
 @st.composite
 def pairings(draw: st.DrawFn) -> tuple[Pairing, np.ndarray, np.ndarray]:
-    """A small set (or gallery and probe set) with repeated scores, singletons and byte-identical files."""
+    """Draw a small set (or gallery and probe set) with repeated scores, singletons and byte-identical files."""
     people = draw(st.integers(2, 5))
     kind = draw(st.sampled_from(["unordered", "ordered", "two sets"]))
     seed = draw(st.integers(0, 2**32 - 1))

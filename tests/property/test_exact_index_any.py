@@ -101,6 +101,6 @@ def test_float32_alone_would_get_close_scores_wrong() -> None:
 
 
 def unit(vectors: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Unit rows as they come out of float16."""
+    """Make unit rows as they come out of float16."""
     rows = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return rows.astype(np.float16).astype(np.float32)

@@ -25,7 +25,7 @@ from tests.support.bundle_factory import bundle, content, replace_file
 
 
 def graph(*nodes: onnx.NodeProto, tensors: tuple[TensorProto, ...] = ()) -> onnx.ModelProto:
-    """A graph that looks like a bundle's from outside; ``nodes`` make a scalar ``extra`` that is added."""
+    """Make a graph that looks like a bundle's from outside; ``nodes`` make a scalar ``extra`` that is added."""
     return helper.make_model(
         helper.make_graph(
             [
@@ -192,7 +192,6 @@ def test_a_tag_of_which_parsers_drop_the_upper_bits_hides_nothing() -> None:
 
 def test_onnxruntime_would_read_a_file_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Why references to other files are refused here: the case above is a real one."""
-
     monkeypatch.chdir(tmp_path)
     Path("secret").write_bytes(b"0123456789")
     session = make_session(graph(*summed(), tensors=(outside("secret"),)).SerializeToString(), 1)

@@ -20,7 +20,7 @@ Case = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """A small gallery, with several entries for some people, and probes of these and of others; scores repeat."""
+    """Draw a small gallery, with several entries for some people, and probes of these and of others; scores repeat."""
     people = draw(st.integers(2, 6))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     sides = []

@@ -1,3 +1,5 @@
+"""Any similarity transform is recovered from five points, and its inverse undoes it."""
+
 from __future__ import annotations
 
 import numpy as np

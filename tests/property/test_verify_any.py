@@ -50,7 +50,7 @@ def one_by_one(rules, a, b):
 
 @st.composite
 def subjects(draw):
-    """Unit vectors from few directions, some twice, some a rounding error away from one another."""
+    """Draw unit vectors from few directions, some twice, some a rounding error away from one another."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     directions = rng.normal(size=(draw(st.integers(1, 12)), DIM))
     noise = draw(st.sampled_from([0.0, 1e-16, 1e-12, 1e-9, 1e-3]))

@@ -31,7 +31,7 @@ def signed(tmp_path: Path) -> Path:
 
 
 def zipped(path: Path, change: Callable[[zipfile.ZipFile, dict[str, bytes]], object]) -> Path:
-    """The bundle at ``path`` as an attacker would pack it: ``change`` writes what it likes."""
+    """Pack the bundle at ``path`` as an attacker would: ``change`` writes what it likes."""
     made = path.parent / "made.zip"
     files = {name: (path / name).read_bytes() for name in folder.list_files(path)}
     with warnings.catch_warnings(), zipfile.ZipFile(made, "w") as archive:

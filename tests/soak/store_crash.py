@@ -86,7 +86,7 @@ def crash(folder: Path, rounds: int, processes: int, seed: int) -> dict[str, obj
 
 
 def lost(folder: Path, enrolled: set[int], deleted: set[int], unsure: set[int]) -> list[str]:
-    """What is not as it was acknowledged. ``unsure``: a deletion was begun."""
+    """List what is not as it was acknowledged. ``unsure``: a deletion was begun."""
     there = set()
     with closing(SqliteStore(folder, MASTER)) as store:
         wrong = store.verify().wrong
@@ -129,7 +129,7 @@ def say(what: str, number: int) -> None:
 
 
 def vectors(number: int) -> NDArray[np.float32]:
-    """The subject's templates, exact in float16."""
+    """Return the subject's templates, exact in float16."""
     rows = np.random.default_rng(number).standard_normal((TEMPLATES, DIM))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows.astype(np.float16).astype(np.float32)

@@ -26,7 +26,7 @@ def signed_bundle(folder: Path) -> Path:
 
 
 def refused(path: Path, said: str, kind: type[PkdError] = BundleError, keys: TrustedKeys | None = None) -> None:
-    """Opening says so, and so does pkd-verify, as a failed check instead of a traceback."""
+    """Check that opening says so, and that pkd-verify does, as a failed check instead of a traceback."""
     with pytest.raises(kind, match=said):
         Bundle.open(path, keys)
     assert failed(path, keys)

@@ -91,13 +91,13 @@ def content(preprocess: Preprocess | None = None) -> tuple[dict[str, bytes], Man
 
 
 def bundle(folder: Path, name: str = "bundle", preprocess: Preprocess | None = None) -> Bundle:
-    """A valid bundle at ``folder/name``."""
+    """Write a valid bundle at ``folder/name``."""
     files, manifest = content(preprocess)
     return write_bundle(folder / name, files, manifest)
 
 
 def certificate(query: str, gallery: str, space: str, *, data_name: str = "test") -> Certificate:
-    """A well-formed certificate of the ordered pair."""
+    """Make a well-formed certificate of the ordered pair."""
     rate = {
         "fmr_ci95": (0.0, 0.02),
         "prediction95": (0.0, 0.03),

@@ -18,7 +18,7 @@ from pkd.serving.galleries.sqlite.database import NAME
 
 
 def mounted(folder: Path, *command: str) -> Iterator[Path]:
-    """A file system of its own; skips where this is not allowed."""
+    """Mount a file system of its own; skips where this is not allowed."""
     folder.mkdir()
     if not shutil.which("mount"):
         pytest.skip("no mount command here")
@@ -37,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def fragile_disk(tmp_path: Path) -> Iterator[Path]:
-    """A small ext4 that can be made to fail."""
+    """Mount a small ext4 that can be made to fail."""
     image = tmp_path / "image"
     with image.open("wb") as file:
         file.truncate(16 << 20)

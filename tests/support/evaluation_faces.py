@@ -35,19 +35,19 @@ def write_people(folder: Path, images: list[int], *, seed: int = 0, noise: float
 
 
 def write_teacher(folder: Path, **options: int) -> Path:
-    """A small network as ``teacher.onnx``."""
+    """Write a small network as ``teacher.onnx``."""
     return factory.teacher_file(folder / "teacher.onnx", **options)
 
 
 def teacher_info(path: Path) -> EncoderInfo:
-    """What pkd-evaluate will call this teacher."""
+    """Return what pkd-evaluate will call this teacher."""
     return open_onnx(path, Preprocess.parse(PREPROCESS)).info
 
 
 def write_student(
     folder: Path, space: EmbeddingSpace | None, *, noise: float = 0.5, name: str = "student", turned: bool = False
 ) -> Path:
-    """A bundle of the teacher's network with its last layer disturbed; its own space where ``space`` is None.
+    """Write a bundle of the teacher's network with its last layer disturbed; its own space where ``space`` is None.
 
     ``turned``: its embeddings are rotated, too, so that they know nothing of the teacher's until they are turned back.
     """

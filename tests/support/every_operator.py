@@ -31,7 +31,7 @@ class EveryOperator(nn.Module):
 
 
 def every_operator() -> onnx.ModelProto:
-    """The network in ONNX, its weights drawn, its slopes and statistics away from their start."""
+    """Make the network in ONNX, its weights drawn, its slopes and statistics away from their start."""
     torch.manual_seed(0)
     module = EveryOperator()
     module.slopes.weight.data = torch.rand(8) / 2

@@ -30,12 +30,12 @@ def unit(seed: int, count: int = 1, dim: int = DIM) -> Floats:
 
 
 def one(subject: str, vector: Floats, *, encoder: str = ENCODER, space: Space = OLD, **more: object) -> Enrolment:
-    """An enrolment of one template."""
+    """Make an enrolment of one template."""
     return Enrolment(subject, [NewTemplate(encoder, space.id, vector)], **more)  # type: ignore[arg-type]
 
 
 def plain_search(templates: Sequence[tuple[str, Floats]], query: Floats, top_k: int) -> list[tuple[str, float]]:
-    """The reference: a loop in float64 over (subject, vector)."""
+    """Search by the reference: a loop in float64 over (subject, vector)."""
     best: dict[str, float] = {}
     for subject, vector in templates:
         exact = vector.astype(np.float64)
@@ -46,7 +46,7 @@ def plain_search(templates: Sequence[tuple[str, Floats]], query: Floats, top_k: 
 
 @contextlib.contextmanager
 def refused(error: type[PkdError]) -> Iterator[pytest.ExceptionInfo[PkdError]]:
-    """An error of this class, whose text says something."""
+    """Make an error of this class, whose text says something."""
     with pytest.raises(error) as caught:
         yield caught
     assert len(str(caught.value)) > 10

@@ -35,7 +35,8 @@ NDJSON = {"content-type": "application/x-ndjson"}
 class Fleet:
     """``first`` may query the teacher and itself, ``second`` the teacher and both students; of ``second`` against
     ``first`` every threshold is 0.1 higher. ``following`` has a space of its own, ``rogue`` lies in the teacher's space
-    and is in no certificate."""
+    and is in no certificate.
+    """
 
     teacher: made.Made
     first: made.Made
@@ -72,7 +73,7 @@ def fleet(folder: Path) -> Fleet:
 
 
 def shifted(certificate: Certificate, by: float) -> Certificate:
-    """The same rates at scores that are ``by`` higher."""
+    """Return the same rates at scores that are ``by`` higher."""
     scores = tuple(score if score < 0 else round(score + by, 6) for score in certificate.calibration.score)
     points = tuple(
         point.model_copy(update={"threshold": round(point.threshold + by, 6)}) for point in certificate.points
@@ -83,7 +84,7 @@ def shifted(certificate: Certificate, by: float) -> Certificate:
 
 
 def at(cosine: float, axis: int) -> np.ndarray:
-    """A unit vector at this cosine from the first axis, leaning towards another one."""
+    """Make a unit vector at this cosine from the first axis, leaning towards another one."""
     vector = np.zeros(made.DIM)
     vector[0], vector[axis] = cosine, np.sqrt(1 - cosine**2)
     return vector
@@ -93,7 +94,7 @@ def at(cosine: float, axis: int) -> np.ndarray:
 def serving(
     fleet: Fleet, folder: Path, keys: ApiKeys | None = None, detector: Any = None, **settings: Any
 ) -> Iterator[httpx.Client]:
-    """The real server on a real store, as a client."""
+    """Run the real server on a real store, as a client."""
     store = SqliteStore(folder, MASTER)
     service = Service(Encoders.open(fleet.folders), Settings(threads=2, **{**ANYTHING, **settings}), detector, store)
     try:
@@ -104,12 +105,12 @@ def serving(
 
 
 def image(index: int) -> dict[str, str]:
-    """A crop inside JSON."""
+    """Put a crop inside JSON."""
     return {"image_b64": base64.b64encode(made.png(CROPS[index])).decode()}
 
 
 def embedded(encoder: made.Made, index: int, **more: Any) -> dict[str, Any]:
-    """A crop as a device sends it."""
+    """Make a crop as a device sends it."""
     vector = encoder.embed(CROPS[index : index + 1])[0]
     return {"embedding": encode(vector, "b64_f16"), "encoding": "b64_f16", "encoder": encoder.info.id, **more}
 
@@ -136,7 +137,7 @@ def enrol(client: httpx.Client, name: str, subject: str, *inputs: dict[str, Any]
 
 
 def problem(answer: httpx.Response, status: int, type: str) -> dict[str, Any]:
-    """The body of a refusal. Every 409 says what was expected, what it got and what works."""
+    """Check a refusal and return its body. Every 409 says what was expected, what it got and what works."""
     body: dict[str, Any] = answer.json()
     assert (answer.status_code, body["type"], body["status"]) == (status, type, status), body
     assert answer.headers["content-type"] == "application/problem+json"

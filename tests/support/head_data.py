@@ -19,7 +19,7 @@ def unit(rows: NDArray[np.floating]) -> Float:
 def clusters(
     classes: int = 40, each: int = 5, dim: int = 32, noise: float = 0.5, seed: int = 0
 ) -> tuple[Float, Float, Int]:
-    """Unit rows plain and mirrored, N×D each, and their labels, N."""
+    """Draw unit rows plain and mirrored, N×D each, and their labels, N."""
     random = np.random.default_rng(seed)
     centres = random.normal(size=(classes, dim))
     labels = np.repeat(np.arange(classes), each)
@@ -28,7 +28,7 @@ def clusters(
 
 
 def write_shards(folder: Path, weight: Float, world: int, layout: str = "softmax_fc") -> list[Path]:
-    """The head as arcface_torch leaves it on ``world`` ranks: layouts rank (2021), softmax_fc (2022), checkpoint."""
+    """Write the head as arcface_torch does on ``world`` ranks: layouts rank (2021), softmax_fc (2022), checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for rank in range(world):

@@ -33,7 +33,7 @@ def searches(
 
 
 def weights(found: list[Candidates], drawn: np.ndarray, *, balanced: bool) -> list[float]:
-    """What each search weighs among those of its kind."""
+    """Compute what each search weighs among those of its kind."""
     made = []
     for one in found:
         alike = sum(o.identity == one.identity and (o.mate is None) == (one.mate is None) for o in found)

@@ -28,7 +28,7 @@ def make_inputs(
     margin: str = "arcface:0.5",
     seed: int = 1,
 ) -> LossInputs:
-    """The same batch for the same seed and number of labels; ``rows`` keeps some of its images."""
+    """Draw the same batch for the same seed and number of labels; ``rows`` keeps some of its images."""
     random = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:

@@ -117,20 +117,20 @@ def backdoor(milvus_server: MilvusServer) -> Iterator[Backdoor]:
 
 @pytest.fixture
 def connect(milvus_server: MilvusServer) -> Callable[[], HookedConnection]:
-    """Makes connections with hooks."""
+    """Make connections with hooks."""
     return lambda: HookedConnection(milvus_server.uri, stale_seconds=STALE_SECONDS)
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[AuditFile]:
-    """The audit log that all stores of ``milvus_opened`` write."""
+    """Make the audit log that all stores of ``milvus_opened`` write."""
     with closing(AuditFile(tmp_path / "audit.db")) as log:
         yield log
 
 
 @pytest.fixture
 def milvus_opened(backdoor: Backdoor, connect: Callable[[], HookedConnection], log: AuditFile) -> Iterator[Open]:
-    """Opens stores on one set of galleries, empty at first."""
+    """Open stores on one set of galleries, empty at first."""
     stores: list[MilvusStore] = []
 
     def open(options: MilvusOptions = MilvusOptions(), connection: MilvusConnection | None = None) -> MilvusStore:  # noqa: B008

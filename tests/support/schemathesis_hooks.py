@@ -10,7 +10,7 @@ import schemathesis
 
 @schemathesis.serializer("application/x-ndjson")
 def ndjson(ctx: schemathesis.SerializationContext, value: Any) -> bytes:
-    """A generated body as lines; what is no list is one line."""
+    """Write a generated body as lines; what is no list is one line."""
     if isinstance(value, bytes):
         return value
     items = value if isinstance(value, list) else [value]

@@ -27,7 +27,7 @@ class Server:
     """The process, what it says, what it uses (from /proc), and how to ask it something."""
 
     def __init__(self, *arguments: object, **environment: object) -> None:
-        """Raises AssertionError, with what it said, where it does not come up."""
+        """Start the server. Raises AssertionError, with what it said, where it does not come up."""
         self.said: list[str] = []
         self.headers: dict[str, str] = {}
         self.process = subprocess.Popen(
@@ -50,11 +50,11 @@ class Server:
             self.said.append(line.rstrip())
 
     def find(self, pattern: str) -> str | None:
-        """The first group of ``pattern`` in the first line that has it."""
+        """Find the first group of ``pattern`` in the first line that has it."""
         return next((found[1] for line in self.said if (found := re.search(pattern, line))), None)
 
     def requests(self) -> list[dict[str, Any]]:
-        """The lines of ``--log-requests`` with ``--log json``."""
+        """Read the lines of ``--log-requests`` with ``--log json``."""
         entries = [json.loads(line) for line in self.said if line.startswith("{")]
         return [entry for entry in entries if entry["logger"] == "pkd.serving.requests"]
 
@@ -98,7 +98,7 @@ class Server:
 
 @contextmanager
 def serving(*arguments: object, **environment: object) -> Iterator[Server]:
-    """The real command with these arguments and variables; killed with the block at the latest."""
+    """Run the real command with these arguments and variables; killed with the block at the latest."""
     server = Server(*arguments, **environment)
     try:
         yield server
@@ -120,7 +120,7 @@ def with_gallery(folder: Path) -> tuple[object, ...]:
 
 
 def until(true: Callable[[], Found], seconds: float = 20) -> Found:
-    """What ``true`` gives once that is true."""
+    """Wait for what ``true`` gives once that is true."""
     deadline = time.monotonic() + seconds
     while not (found := true()):
         assert time.monotonic() < deadline

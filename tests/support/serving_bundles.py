@@ -174,11 +174,11 @@ class Made:
         return write_bundle(path, files, manifest, key=sealed)
 
     def embed(self, images: Rgb) -> np.ndarray:
-        """What the graph gives, in a session of its own: the oracle for what the server answers."""
+        """Compute what the graph gives, in a session of its own: the oracle for what the server answers."""
         return np.asarray(make_session(self.model, 1).run(None, {"crops": images})[0])
 
     def rounded(self, precision: str, matrix: np.ndarray) -> Made:
-        """The same encoder with ``matrix`` for its weights, as another precision has them: of another id."""
+        """Make the same encoder with ``matrix`` for its weights, as another precision has them: of another id."""
         return Made(graph(matrix), in_mode(self.info, precision))
 
 
@@ -197,7 +197,7 @@ def _target(precision: str, made: Made) -> Target:
 
 
 def encoder(name: str, matrix: np.ndarray, space: EmbeddingSpace | None = None) -> Made:
-    """A teacher, or with ``space`` a student in it."""
+    """Make a teacher, or with ``space`` a student in it."""
     model = graph(matrix)
     digest = hashlib.sha256(model).hexdigest()
     role = "student" if space else "teacher"
@@ -228,7 +228,7 @@ def family(folder: Path) -> Family:
 
 @contextmanager
 def running(service: Service, keys: ApiKeys | None = None, *, until: int = 200) -> Iterator[httpx.Client]:
-    """The real server in a thread of this process, as a client; waits until /readyz answers ``until``."""
+    """Run the real server in a thread of this process, as a client; waits until /readyz answers ``until``."""
     listener = listen("127.0.0.1", 0)
     app = create_app(service, keys)
     server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, log_level="critical", ws="none"))

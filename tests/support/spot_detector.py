@@ -79,7 +79,7 @@ def write_spot_detector(path: Path, layout: Literal["yunet", "scrfd"]) -> Path:
 
 
 def picture(width: int, height: int, *spots: tuple[int, int]) -> np.ndarray:
-    """A dark uint8 H×W×3 image with a white spot whose top-left corner is at each (x, y)."""
+    """Draw a dark uint8 H×W×3 image with a white spot whose top-left corner is at each (x, y)."""
     image = np.full((height, width, 3), 20, np.uint8)
     for x, y in spots:
         image[y : y + 8, x : x + 8] = 255

@@ -19,7 +19,7 @@ SIZE = 32
 
 
 def write_patterns(folder: Path, identities: int = 6, images: int = 5, seed: int = 0, size: int = SIZE) -> Path:
-    """A folder per identity; every image is its identity's smooth pattern plus noise."""
+    """Write a folder per identity; every image is its identity's smooth pattern plus noise."""
     random = np.random.default_rng(seed)
     for i in range(identities):
         coarse = random.uniform(0, 255, (4, 4, 3))
@@ -33,7 +33,7 @@ def write_patterns(folder: Path, identities: int = 6, images: int = 5, seed: int
 
 
 def make_teacher(dim: int = 16, seed: int = 0) -> TorchEncoder:
-    """A fixed random projection of the 4×4 downscaled picture: separates the patterns well."""
+    """Make a fixed random projection of the 4×4 downscaled picture: separates the patterns well."""
     torch.manual_seed(seed)
     network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, dim, bias=False))
     preprocess = Preprocess(size=SIZE, template="none")
@@ -60,7 +60,7 @@ class Pyramid(nn.Module):
 
 
 def make_pyramid(dim: int = 16, seed: int = 0) -> TorchEncoder:
-    """A random convolutional teacher with stages, without biases, so that it separates the patterns."""
+    """Make a random convolutional teacher with stages, without biases, so that it separates the patterns."""
     torch.manual_seed(seed)
     network = Pyramid(dim)
     preprocess = Preprocess(size=SIZE, template="none")
@@ -69,7 +69,7 @@ def make_pyramid(dim: int = 16, seed: int = 0) -> TorchEncoder:
 
 
 def write_teacher(path: Path, dim: int = 16) -> None:
-    """The same kind of teacher as an ONNX file: float n×3×32×32 → n×dim."""
+    """Write the same kind of teacher as an ONNX file: float n×3×32×32 → n×dim."""
     weights = np.random.default_rng(0).normal(size=(48, dim)).astype(np.float32)
     graph = helper.make_graph(
         [

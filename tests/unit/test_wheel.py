@@ -41,7 +41,7 @@ def build(source: Path, out: Path, *kinds: str) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The wheel built from the checkout, and the one built from the sdist."""
+    """Build the wheel from the checkout, and the one from the sdist."""
     folder = tmp_path_factory.mktemp("built")
     source = checkout(folder / "checkout")
     for out, kinds in (("direct", ["--wheel"]), ("by-sdist", [])):  # without a kind: an sdist, and a wheel from it

@@ -18,7 +18,7 @@ FOUND = json.loads((ROOT / "benchmarks/results/coverage.json").read_text(encodin
 
 @pytest.fixture
 def coverage(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The benchmark as a module."""
+    """Load the benchmark as a module."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     sys.modules.pop("coverage", None)
     coverage = importlib.import_module("coverage")

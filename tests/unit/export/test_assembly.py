@@ -1,3 +1,5 @@
+"""A bundle is assembled from its parts and from another bundle."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -76,7 +78,7 @@ def test_what_holds_no_certificates_is_refused(tmp_path: Path, make: object) -> 
 
 
 def sign(path: Path, key: str = "0") -> bytes:
-    """A signature file in form; export has no keys to check it with."""
+    """Make a signature file in form; export has no keys to check it with."""
     data = Signature(f"sha256:{key * 64}", bytes(64)).text()
     path.with_name(path.name + ".sig").write_bytes(data)
     return data

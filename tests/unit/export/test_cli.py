@@ -1,3 +1,5 @@
+"""What pkd-export is asked for, and what it refuses."""
+
 from __future__ import annotations
 
 import json

@@ -24,8 +24,11 @@ BAD = "net/Bad"
 
 
 def write_uneven(path: Path, factor: float) -> None:
-    """float N×3×112×112 → N×32: a channel is made ``factor`` times smaller, and as much larger by the next layer, whose
-    other weights are then too small for the steps of its INT8."""
+    """Write a network, float N×3×112×112 → N×32, that INT8 ruins.
+
+    A channel is made ``factor`` times smaller, and as much larger by the next layer, whose other weights are then too
+    small for the steps of its INT8.
+    """
     random = np.random.default_rng(0)
 
     def weight(*shape: int) -> np.ndarray:

@@ -24,6 +24,6 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> gallery_fixtures.Fleet:
 
 @pytest.fixture(scope="module")
 def client(fleet: gallery_fixtures.Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server of the fleet on an empty store; the tests of one module share it."""
+    """Run a server of the fleet on an empty store; the tests of one module share it."""
     with gallery_fixtures.serving(fleet, tmp_path_factory.mktemp("store")) as client:
         yield client

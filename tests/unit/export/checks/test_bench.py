@@ -29,7 +29,7 @@ BALLAST_MB = 400
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle made with --bench by a process that holds much memory itself."""
+    """Make a bundle with --bench by a process that holds much memory itself."""
     pytest.importorskip("openvino")
     folder = tmp_path_factory.mktemp("bench")
     teacher = teacher_file(folder / "t.onnx")

@@ -1,3 +1,5 @@
+"""Checks of a graph against its source: what they pass, and each fault that they find."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -26,7 +28,7 @@ EXPECTED = TRUE(CROPS)
 
 
 def other(preprocess: Preprocess) -> NDArray[np.float32]:
-    """The same network fed with another preprocessing, as unit rows."""
+    """Feed the same network with another preprocessing, as unit rows."""
     return onnx_runner(serialise(uint8_graph(network(), preprocess, DIM)), lambda crops: crops, "other")(CROPS)
 
 

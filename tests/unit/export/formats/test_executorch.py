@@ -1,3 +1,5 @@
+"""ExecuTorch programs give the graph's embeddings, all of it by XNNPACK."""
+
 from __future__ import annotations
 
 import os
@@ -50,7 +52,7 @@ def said_on_stderr(path: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A network with every operator and channels in the other order: int8 on export, fp32 added to the bundle."""
+    """Make a network with every operator and channels in the other order: int8 on export, fp32 added to the bundle."""
     folder = tmp_path_factory.mktemp("executorch")
     onnx.save(every_operator(), str(folder / "t.onnx"))
     (folder / "faces").mkdir()

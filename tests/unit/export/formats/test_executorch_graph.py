@@ -1,3 +1,5 @@
+"""Graphs become PyTorch modules that compute the same, or are refused by name."""
+
 from __future__ import annotations
 
 import numpy as np

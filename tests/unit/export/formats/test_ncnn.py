@@ -1,3 +1,5 @@
+"""Models for ncnn give the graph's embeddings."""
+
 from __future__ import annotations
 
 import gc

@@ -45,7 +45,7 @@ STATED = ["--teacher", "t.onnx", "--teacher-preprocess", "mean=127.5,std=127.5",
 
 @pytest.fixture(autouse=True)
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The format as somebody's module on the path, and a teacher in the current folder."""
+    """Write the format as somebody's module on the path, and a teacher in the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     teacher_file(tmp_path / "t.onnx")

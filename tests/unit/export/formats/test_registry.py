@@ -1,3 +1,5 @@
+"""Formats are found, built, compared and refused by name."""
+
 from __future__ import annotations
 
 import json
@@ -29,7 +31,7 @@ INT8 = ["--precision", "int8", "--calib", "faces"]
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A teacher with PReLU and 40 drawn crops, in the current folder."""
+    """Make a teacher with PReLU and 40 drawn crops, in the current folder."""
     monkeypatch.chdir(tmp_path)
     teacher_file(tmp_path / "t.onnx")
     (tmp_path / "faces").mkdir()

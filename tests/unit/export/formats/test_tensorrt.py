@@ -1,3 +1,5 @@
+"""Engines are built where TensorRT is there, and described where it is not."""
+
 from __future__ import annotations
 
 import importlib

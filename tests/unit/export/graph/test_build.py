@@ -1,3 +1,5 @@
+"""One graph holds scaling, network and normalisation."""
+
 from __future__ import annotations
 
 import sys
@@ -37,7 +39,7 @@ PREPROCESSES = [
 
 
 def checked(path: Path, preprocess: Preprocess | None = None) -> onnx.ModelProto:
-    """The bundle graph of an ONNX teacher, after every parity check passed."""
+    """Make the bundle graph of an ONNX teacher, after every parity check passed."""
     source = open_onnx(path, preprocess or Preprocess())
     graph = uint8_graph(onnx_network(path), source.info.preprocess, source.info.space.dim)
     onnx.checker.check_model(graph, full_check=True)

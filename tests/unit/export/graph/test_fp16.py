@@ -1,3 +1,5 @@
+"""A graph in half precision keeps what half precision cannot hold."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Each rewrite leaves a graph's numbers as they were."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -48,7 +50,7 @@ def counted(model: onnx.ModelProto) -> Counter[str]:
 
 
 def same(before: onnx.ModelProto, after: onnx.ModelProto, *, batch: int = 3) -> Counter[str]:
-    """The operators of ``after``, once both gave the same numbers."""
+    """List the operators of ``after``, once both gave the same numbers."""
     onnx.checker.check_model(after, full_check=True)
     shape = [batch, *(d.dim_value for d in before.graph.input[0].type.tensor_type.shape.dim[1:])]
     name, x = before.graph.input[0].name, RANDOM.normal(size=shape).astype(np.float32)

@@ -1,3 +1,5 @@
+"""INT8 graphs: what is quantised, what is left, and how far they are off."""
+
 from __future__ import annotations
 
 import logging

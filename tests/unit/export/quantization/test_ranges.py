@@ -1,3 +1,5 @@
+"""Ranges of activations are those of the crops that calibrate."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -17,7 +19,7 @@ NAMES = ["net/convolved", "net/active", "net/embedding"]
 
 
 def by_hand() -> np.ndarray:
-    """The convolution's outputs, computed without ONNX."""
+    """Compute the convolution's outputs without ONNX."""
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in network().graph.initializer}
     pixels = Preprocess()(CROPS)
     blocks = pixels.reshape(6, 3, 7, 16, 7, 16).transpose(0, 2, 4, 1, 3, 5).reshape(6 * 49, -1)

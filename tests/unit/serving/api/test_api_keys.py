@@ -119,6 +119,8 @@ def test_a_key_may_do_what_its_line_says_and_nothing_else(tmp_path):
 
 
 class Clock:
+    """Tell the time that a test sets."""
+
     now = 100.0
 
     def __call__(self):

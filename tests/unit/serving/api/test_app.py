@@ -24,6 +24,8 @@ def client(client: httpx.Client) -> httpx.Client:
 
 
 class TestHead:
+    """HEAD answers as GET does, without a body."""
+
     @pytest.mark.parametrize(
         "path",
         [

@@ -38,7 +38,7 @@ class Client:
 
 
 def run(client, limits, work, expected=True):
-    """What ``work(receive)`` returns, and how many tasks it left."""
+    """Return what ``work(receive)`` gives, and how many tasks it left."""
 
     async def main():
         try:

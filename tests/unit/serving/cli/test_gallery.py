@@ -25,14 +25,14 @@ from tests.support.gallery_examples import ALICE, ENCODER, NEW, NEXT, OLD, STUDE
 
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
-    """A master key, made by the command."""
+    """Make a master key by the command."""
     assert main(["new-key", str(tmp_path / "master.key")]) == 0
     return tmp_path / "master.key"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, key: Path) -> Path:
-    """A store with a gallery that is being migrated."""
+    """Make a store with a gallery that is being migrated."""
     with closing(SqliteStore(tmp_path / "store", MasterKey.read(key))) as store:
         store.create("staff", OLD, None, ALICE)
         consent = Consent("contract", "drawer 3")
@@ -53,14 +53,14 @@ def folder(tmp_path: Path, key: Path) -> Path:
 
 
 def answered(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    """The JSON that a command prints."""
+    """Run a command and read the JSON that it prints."""
     assert main(["--json", *map(str, argv)]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
 
 def failed(capsys: pytest.CaptureFixture[str], code: int, *argv: object) -> str:
-    """The last line, with which a command fails; a server's handler of the log may have written before it."""
+    """Read the last line, with which a command fails; a server's handler of the log may have written before it."""
     capsys.readouterr()
     assert main(["--json", *map(str, argv)]) == code
     *_, line = capsys.readouterr().err.splitlines()

@@ -112,7 +112,7 @@ def test_migrations_and_the_catalogue(client, fleet, tmp_path):
 
 
 def acting(*answers, **options):
-    """A client whose server gives these answers, one a request; exceptions are raised."""
+    """Make a client whose server gives these answers, one a request; exceptions are raised."""
     left, seen = list(answers), []
 
     def handle(request):

@@ -23,7 +23,7 @@ __all__ = ["small_disk"]
 
 @pytest.fixture
 def db() -> Iterator[sqlite3.Connection]:
-    """A log of four records."""
+    """Make a log of four records."""
     db = sqlite3.connect(":memory:", isolation_level=None)
     db.execute(audit.SCHEMA)
     audit.append(db, "alice", "create", "staff")

@@ -28,7 +28,7 @@ def chunk(kind: bytes, data: bytes = b"") -> bytes:
 
 
 def with_scans(count: int, side: int) -> bytes:
-    """A grey progressive JPEG with that many further scans of AC coefficients, all of them empty: 17 bytes each."""
+    """Make a grey progressive JPEG with that many further scans of AC coefficients, all empty: 17 bytes each."""
     whole = saved("JPEG", np.full((side, side), 128, np.uint8), progressive=True)
     header = b"\xff\xc4\x00\x14\x10" + bytes([1]) + bytes(15) + b"\x00"  # a table with the one code 0: end of block
     scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" + b"\x00" * 2

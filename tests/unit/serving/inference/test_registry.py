@@ -160,7 +160,7 @@ def test_a_zip_is_served_like_its_folder(family, tmp_path):
 
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory):
-    """A student in two precisions, certified in fp16 alone; int8 is so coarse that its self-test fails."""
+    """Make a student in two precisions, certified in fp16 alone; int8 is so coarse that its self-test fails."""
     folder, matrix = tmp_path_factory.mktemp("targets"), made.weights(1, noise=0.2)
     teacher = made.encoder("teacher", made.weights(1))
     student = made.encoder("student", matrix, teacher.info.space)

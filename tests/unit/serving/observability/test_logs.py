@@ -36,7 +36,7 @@ class Leaky:
 
 @pytest.fixture
 def lines(monkeypatch):
-    """What the server says, as JSON lines, with requests; the loggers are put back afterwards."""
+    """Collect what the server says, as JSON lines, with requests; the loggers are put back afterwards."""
     logger = logging.getLogger("pkd.serving")
     before = list(logger.handlers), logger.propagate, logger.level, logs.requests.level
     stream = io.StringIO()

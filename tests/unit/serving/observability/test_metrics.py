@@ -18,7 +18,7 @@ ID = "teacher@sha256:" + "ab" * 32
 
 
 def value(page, name):
-    """The value of one series, 0 where it is not there."""
+    """Read the value of one series, 0 where it is not there."""
     found = re.search(rf"^{re.escape(name)} (\S+)$", page.decode(), re.MULTILINE)
     return float(found[1]) if found else 0.0
 

@@ -37,7 +37,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int
 
 
 def ask(address: tuple[str, int], *pieces: bytes) -> bytes:
-    """What the server answers until it closes, as far as it takes the request at all."""
+    """Read what the server answers until it closes, as far as it takes the request at all."""
     answer = b""
     with socket.create_connection(address, timeout=10) as client:
         try:

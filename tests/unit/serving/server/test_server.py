@@ -60,7 +60,7 @@ class Endless:
 
 @contextmanager
 def endless(folder, monkeypatch, **settings):
-    """The real server around such an application: its address, the application, and the thread that serves."""
+    """Run the real server around such an application: its address, the application, and the thread that serves."""
     service = Service(Encoders.open([folder]), Settings(threads=1, **settings))
     app = Endless(service)
     monkeypatch.setattr(

@@ -1,3 +1,5 @@
+"""Bundles are read as they were written, and refused where something was changed."""
+
 from __future__ import annotations
 
 import hashlib
@@ -154,7 +156,7 @@ def test_the_layout_of_the_manifest_is_pinned_and_schema_1_still_read() -> None:
 
 
 def with_target(good: Path, **changes: object) -> None:
-    """A target in the manifest, as an attacker would put it there."""
+    """Put a target into the manifest, as an attacker would."""
     manifest = json.loads((good / "manifest.json").read_text())
     target = {
         "runtime": "onnxruntime",

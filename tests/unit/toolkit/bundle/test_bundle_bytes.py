@@ -167,7 +167,7 @@ ZIP = "9ed344bc4780a68394ef924f9409c4a9603eb96741c50d70fa380f77003df05a"
 
 
 def array(dtype: str, shape: str, data: bytes) -> bytes:
-    """A ``.npy`` file of version 1.0, by hand."""
+    """Write a ``.npy`` file of version 1.0 by hand."""
     header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
 

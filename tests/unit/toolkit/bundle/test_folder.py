@@ -1,3 +1,5 @@
+"""A folder is replaced as a whole or not at all."""
+
 from __future__ import annotations
 
 import subprocess

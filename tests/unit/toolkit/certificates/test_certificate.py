@@ -1,3 +1,5 @@
+"""Certificates decide by their points, and refuse what they do not cover."""
+
 from __future__ import annotations
 
 import json

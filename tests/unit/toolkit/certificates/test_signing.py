@@ -1,3 +1,5 @@
+"""Signatures bind a file to a key; whatever else they are shown is refused."""
+
 from __future__ import annotations
 
 import base64

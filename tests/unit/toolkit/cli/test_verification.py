@@ -1,3 +1,5 @@
+"""pkd-verify tells each check of an evaluation or a bundle."""
+
 from __future__ import annotations
 
 import json

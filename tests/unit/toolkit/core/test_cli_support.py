@@ -1,3 +1,5 @@
+"""Every command ends with its exit code and at most one line."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,3 +1,5 @@
+"""Encoders are named by what they compute."""
+
 from __future__ import annotations
 
 import pytest

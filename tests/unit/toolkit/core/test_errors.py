@@ -1,3 +1,5 @@
+"""The tree of errors is the documented one."""
+
 from __future__ import annotations
 
 import inspect

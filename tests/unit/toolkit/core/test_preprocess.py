@@ -1,3 +1,5 @@
+"""Preprocessing is parsed, written and applied as stated."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""People are read from folders, lists, RecordIO and tar files alike."""
+
 from __future__ import annotations
 
 import io
@@ -149,7 +151,7 @@ def encoded(value: int) -> bytes:
 
 @pytest.fixture
 def everywhere(tmp_path: Path) -> dict[str, Path]:
-    """The same four images of two people, as a folder, a list, RecordIO and two tar shards."""
+    """Write the same four images of two people as a folder, a list, RecordIO and two tar shards."""
     people = {"00000003": (10, 20), "00000011": (30, 40)}
     records, samples = [], []
     for name, values in people.items():

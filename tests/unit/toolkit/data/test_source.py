@@ -1,3 +1,5 @@
+"""Names of images are packed and come back."""
+
 from __future__ import annotations
 
 import os

@@ -43,7 +43,7 @@ def visitors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory, visitors: Path) -> Outcome:
-    """What comes of the door with a real server on two small real encoders."""
+    """Try the door with a real server on two small real encoders."""
     folder = tmp_path_factory.mktemp("demo")
     teacher, student = map(Bundle.open, made.family(folder).folders[:2])
     (certificate,) = (c for c in student.certificates() if c.gallery == teacher.manifest.encoder.id)

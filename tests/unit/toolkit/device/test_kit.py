@@ -48,7 +48,7 @@ def kit(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def device(bundle: Bundle) -> Any:
-    """The reference client with a detector that finds the middle of every picture: only its steps are tried here."""
+    """Make the reference client with a detector that finds the middle of every picture: only its steps are tried."""
     module = example()
 
     class Steady(module.Device):  # type: ignore[name-defined, misc]

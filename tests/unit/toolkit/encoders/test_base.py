@@ -1,3 +1,5 @@
+"""Encoders embed crops as their graph does, whatever the batch."""
+
 from __future__ import annotations
 
 import subprocess

@@ -1,3 +1,5 @@
+"""Faces are found in photographs of any size."""
+
 from __future__ import annotations
 
 import threading

@@ -56,7 +56,7 @@ def test_a_pack_by_name_under_insightface_home(pack: Path, tmp_path: Path, monke
 def test_a_pack_that_cannot_be_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """insightface's own download, against a proxy that is not there."""
+    """Start insightface's own download, against a proxy that is not there."""
     monkeypatch.setenv("INSIGHTFACE_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -106,7 +106,7 @@ def test_without_insightface_the_extra_is_named(pack: Path, monkeypatch: pytest.
 @pytest.mark.shared
 @pytest.mark.parametrize("file", ["teacher_mobilefacenet_y1_128.onnx", "teacher_edgeface_xs_512.onnx"])
 def test_a_real_recogniser_and_the_scaling_insightface_gives_it(shared: Path, pack: Path, file: str) -> None:
-    """insightface goes by node names, and misses the scaling inside the first graph; --teacher-preprocess overrides."""
+    """See insightface go by node names and miss the scaling in the first graph; --teacher-preprocess overrides."""
     shutil.copy(shared / "models" / file, pack / "w600k_r50.onnx")
     path, preprocess = recogniser(f"insightface:{pack}")
     assert path == pack / "w600k_r50.onnx"

@@ -1,3 +1,5 @@
+"""A target of a bundle opens in its runtime."""
+
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,7 @@ CROPS = synthetic_crops(5, 112)
 
 
 def with_targets(folder: Path) -> Bundle:
-    """A bundle with OpenVINO in fp32 and bf16, a graph for onnxruntime of another scale, and an unbuilt engine."""
+    """Write a bundle with OpenVINO in fp32 and bf16, a graph for onnxruntime of another scale, an unbuilt engine."""
     files, manifest = content()
     xml, weights, version = to_ir(files["encoder.onnx"])
     made = {"checked_with": "x", "made_with": f"openvino {version}", "graph": "encoder.onnx"}

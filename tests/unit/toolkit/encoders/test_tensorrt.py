@@ -26,7 +26,7 @@ HERE = find_gpu()
 
 
 def with_engine(folder: Path, package: str, **changes: str) -> Bundle:
-    """A bundle with a real engine for batches of 2 to 5; ``changes``: of its settings."""
+    """Write a bundle with a real engine for batches of 2 to 5; ``changes``: of its settings."""
     pytest.importorskip(package, reason=f"{package} is not installed")
     files, manifest = content()
     engine = build_engine(

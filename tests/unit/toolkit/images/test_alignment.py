@@ -1,3 +1,5 @@
+"""A face is warped onto the template."""
+
 from __future__ import annotations
 
 import cv2

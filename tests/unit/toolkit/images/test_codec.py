@@ -1,3 +1,5 @@
+"""Images are decoded upright, or refused with a reason."""
+
 from __future__ import annotations
 
 import io

@@ -25,7 +25,7 @@ XML, BIN = b"<net/>" * 1000, bytes(range(256)) * 40
 
 
 def with_targets(folder, encoder):
-    """The bundle of ``encoder`` again, with an int8 form for OpenVINO, an engine not built yet and its own rewrite."""
+    """Write the bundle of ``encoder`` again, with an int8 form for OpenVINO, an unbuilt engine and its own rewrite."""
     bundle = encoder.write(folder / "plain", [made.certificate(encoder.info, encoder.info)])
     files = {name: bundle.read(name) for name in bundle.manifest.files}
     int8 = in_mode(encoder.info, "int8-qdq-0123456789abcdef")

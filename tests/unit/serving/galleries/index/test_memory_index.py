@@ -13,7 +13,7 @@ from tests.support.gallery_examples import plain_search, unit
 
 
 def rows(first: int, count: int, *, encoder: str = "e", subjects: int = 10**6, site: str = "a") -> Rows:
-    """Templates first … of subjects first % subjects …"""
+    """Make the templates ``first`` and so on, of subjects ``first % subjects`` and so on."""
     templates = np.arange(first, first + count)
     owners = templates % subjects + 1
     names = [f"s{number:04d}" for number in owners.tolist()]

@@ -55,13 +55,13 @@ class Thief:
 
 @pytest.fixture
 def connection(connect: Callable[[], HookedConnection]) -> HookedConnection:
-    """The connection of ``store``."""
+    """Return the connection of ``store``."""
     return connect()
 
 
 @pytest.fixture
 def store(milvus_opened: Open, connection: HookedConnection) -> MilvusStore:
-    """A gallery of 41 subjects that is being migrated."""
+    """Make a gallery of 41 subjects that is being migrated."""
     store = milvus_opened(QUICK, connection)
     store.create("staff", OLD, None, ALICE)
     many = [
@@ -74,7 +74,7 @@ def store(milvus_opened: Open, connection: HookedConnection) -> MilvusStore:
 
 
 def under(milvus_server: MilvusServer, log: AuditFile, master: MasterKey) -> MilvusStore:
-    """A store that has another master key."""
+    """Open a store that has another master key."""
     return MilvusStore(MilvusConnection(milvus_server.uri), AuditFile(log.path), master, QUICK)
 
 

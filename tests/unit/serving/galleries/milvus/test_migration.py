@@ -26,7 +26,7 @@ class Died(BaseException):
 
 
 def moving(store: MilvusStore) -> None:
-    """A gallery whose only subject has moved."""
+    """Make a gallery whose only subject has moved."""
     store.create("staff", OLD, None, ALICE)
     enrolled(store.enrol("staff", [one("ann", unit(1)[0])], ALICE))
     store.begin_migration("staff", NEW, ALICE)

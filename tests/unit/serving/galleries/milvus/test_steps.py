@@ -69,7 +69,7 @@ def thief(milvus_server: MilvusServer) -> Iterator[MilvusClient]:
 
 @pytest.fixture
 def mortal(connect: Connect, milvus_opened: Open) -> tuple[MilvusStore, Mortal]:
-    """A store, and what it dies of."""
+    """Make a store, and what it dies of."""
     connection, mortal = connect(), Mortal()
     connection.before = mortal
     return milvus_opened(connection=connection), mortal

@@ -42,7 +42,7 @@ FORGETFUL = replace(ALONE, changes_kept_seconds=-10)
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    """A store with a gallery of twenty subjects."""
+    """Make a store with a gallery of twenty subjects."""
     store = filled(tmp_path / "store")
     yield store
     store.close()

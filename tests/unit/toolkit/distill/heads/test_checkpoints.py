@@ -152,6 +152,8 @@ def test_momentum_is_no_head(tmp_path: Path) -> None:
 
 
 class Dangerous:
+    """Write a file when it is unpickled."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("ran"),)
 

@@ -24,7 +24,7 @@ Double = NDArray[np.float64]
 
 
 def batch(*, bank: int = 0, dtype: torch.dtype = torch.float64) -> LossInputs:
-    """A batch of 13 images of 5 people; every third row of the bank is an image of the batch, and its teacher's."""
+    """Draw 13 images of 5 people; every third row of the bank is an image of the batch, and its teacher's."""
     inputs = make_inputs(LABELS, dtype=dtype)
     assert inputs.teacher is not None
     images, people = torch.arange(len(LABELS)) + 100, torch.tensor(LABELS)

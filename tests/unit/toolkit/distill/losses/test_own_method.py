@@ -33,7 +33,7 @@ def fails(inputs): return inputs.embedings
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the module that the documentation shows, and one full of mistakes."""
+    """Make a working folder with the module that the documentation shows, and one full of mistakes."""
     shown = re.search(r"```python\n# (my_losses)\.py\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
     assert shown is not None
     name = f"{shown[1]}_{tmp_path.name.replace('-', '_')}"  # a module is imported once per process

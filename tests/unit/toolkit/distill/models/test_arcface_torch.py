@@ -72,7 +72,7 @@ def published_shapes(depths: tuple[int, ...], dim: int, side: int) -> dict[str, 
 
 
 def published_forward(state: State, depths: tuple[int, ...], x: Tensor) -> Tensor:
-    """What arcface_torch computes in eval mode, written out over a state dict."""
+    """Compute what arcface_torch does in eval mode, written out over a state dict."""
 
     def norm(name: str, x: Tensor) -> Tensor:
         kept = [state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]

@@ -37,7 +37,7 @@ RANGES = [(-1.0, 3.0), (0.0, 2.5), (-0.7, 0.1), (0.0, 0.0), (-2.0, 2.0)]
 
 
 def round_trip(values: NDArray[np.float32], scale: float, zero: int, dtype: type) -> NDArray[np.float32]:
-    """What onnxruntime makes of ``values``."""
+    """Compute what onnxruntime makes of ``values``."""
     constants = [
         numpy_helper.from_array(np.float32(scale), "scale"),
         numpy_helper.from_array(np.array(zero, dtype), "zero"),

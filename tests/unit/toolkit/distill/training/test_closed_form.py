@@ -54,7 +54,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> FaceSet:
 
 
 def targets_of(student: Adopted, faces: FaceSet, noise: float, *, wide: bool) -> Embeddings:
-    """What a teacher gives that sees the student's features (or its embedding alone), apart from noise."""
+    """Compute what a teacher gives that sees the student's features (or its embedding alone), apart from noise."""
     features = student.features.embed(faces.load(range(len(faces)), SIZE)).astype(np.float64)
     if not wide:
         features = features @ student.weight + student.bias

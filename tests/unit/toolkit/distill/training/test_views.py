@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stored(folder: Path, tmp_path: Path) -> Make:
-    """Stored views of the pictures, embedded by a teacher."""
+    """Store views of the pictures, embedded by a teacher."""
 
     def make(teacher: CountingTeacher, faces: FaceSet | None = None, *, augment: float = 0.8, mix: float = 0.0,
              count: int = 3, seed: int = 0) -> StoredViews:  # fmt: skip

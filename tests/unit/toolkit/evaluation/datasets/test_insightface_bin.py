@@ -24,7 +24,7 @@ def write(folder: Path, content: Any, protocol: int = 4) -> Path:
 
 
 def python2(images: list[bytes], same: list[bool]) -> bytes:
-    """What cPickle of Python 2 writes at protocol 2: ``str`` as SHORT_BINSTRING, which is no bytes to Python 3."""
+    """Pickle as Python 2 does at protocol 2: ``str`` as SHORT_BINSTRING, which is no bytes to Python 3."""
     strings = b"".join(b"U" + bytes([len(image)]) + image for image in images)
     flags = b"".join(b"\x88" if flag else b"\x89" for flag in same)
     return b"\x80\x02](" + strings + b"e](" + flags + b"e\x86."
@@ -86,6 +86,8 @@ class Evil:
 
 
 class Shell:
+    """Run a command when it is unpickled."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         import os
 

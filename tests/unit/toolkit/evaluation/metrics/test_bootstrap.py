@@ -75,7 +75,8 @@ def test_interval_of_the_fmr_covers_the_truth_about_as_often_as_it_says() -> Non
 
 def test_the_noise_of_pairs_is_counted_once() -> None:
     """Of people who are all alike only pairs vary: the spread over fresh sets is what the interval says, and the plain
-    percentiles of the resamples are about √3 as wide."""
+    percentiles of the resamples are about √3 as wide.
+    """
 
     def alike(seed: int) -> PairScores:
         random = np.random.default_rng(seed)

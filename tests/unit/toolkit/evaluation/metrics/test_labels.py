@@ -1,3 +1,5 @@
+"""Tables of demographic labels are read as spreadsheets save them."""
+
 from __future__ import annotations
 
 from pathlib import Path
