@@ -25,7 +25,7 @@ def saved(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def turned(image: Image.Image, form: str, orientation: int) -> bytes:
-    """A file that states an orientation, 1 to 8, as irot and imir."""
+    """Write a file that states an orientation, 1 to 8, as irot and imir."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = image.copy()
@@ -52,7 +52,7 @@ def full(kind: str, *parts: bytes, version: int = 0) -> bytes:
 def made(
     items: Sequence[tuple[str, bytes]], properties: Sequence[Property], tiles: Sequence[int] = (), brand: str = "avif"
 ) -> bytes:
-    """A file whose first item is the primary one; all have all properties. ``tiles``: what the first is made of."""
+    """Write a file whose first item is primary, all with all properties. ``tiles``: what the first is made of."""
     entries = [
         full("infe", struct.pack(">HH", n, 0), kind.encode(), b"\0", version=2) for n, (kind, _) in _numbered(items)
     ]
