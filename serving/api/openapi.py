@@ -132,9 +132,9 @@ ENROLMENT: Examples = {
     },
     "low-quality": {
         "index": 0,
-        "low": ["sharpness"],
-        "measured": {"detection_score": 0.93, "face_pixels": 81.5, "sharpness": 4.1},
-        "required": {"detection_score": 0.6, "face_pixels": 40, "sharpness": 10},
+        "low": ["sharpness", "yaw"],
+        "measured": {"detection_score": 0.93, "face_pixels": 81.5, "sharpness": 4.1, "yaw": -41.0},
+        "required": {"detection_score": 0.6, "face_pixels": 40, "sharpness": 10, "yaw": 30},
     },
     "bad-vector": {"index": 0},
 }  # fmt: skip

@@ -62,14 +62,29 @@ class ConsentBody(Sent):
     given: str = Field("", max_length=40, description="When, ISO 8601")
 
 
-class FloorBody(Sent):
-    """Require more of a face that is enrolled; it can only be stricter than the server's own."""
+class QualityLimits(Sent):
+    """Require more of a face; limits of server, gallery and request hold together, so each can only be stricter."""
 
-    detection_score: Number = Field(default=0, ge=0, le=1, description="Of the detector")
+    detection_score: Number = Field(default=0, ge=0, le=1, description="Smallest score of the detector")
     face_pixels: Number = Field(
-        default=0, ge=0, le=10_000, description="Shorter side of the face's box in the photograph"
+        default=0, ge=0, le=10_000, description="Shorter side of the face's box in the photograph, pixels, at least"
     )
-    sharpness: Number = Field(default=0, ge=0, le=1e6, description="As `quality.sharpness` of /v1/embed")
+    sharpness: Number = Field(default=0, ge=0, le=1e6, description="Smallest `quality.sharpness` of /v1/embed")
+    exposure: Number = Field(default=0, ge=0, le=1, description="Smallest share of well exposed pixels")
+    inter_eye: Number = Field(default=0, ge=0, le=10_000, description="Fewest pixels between the eyes")
+    yaw: Number = Field(default=180, ge=0, le=180, description="Most degrees to either side")
+    pitch: Number = Field(default=180, ge=0, le=180, description="Most degrees up or down")
+    roll: Number = Field(default=180, ge=0, le=180, description="Most degrees of tilt to either side")
+    occlusion: Number = Field(default=1, ge=0, le=1, description="Largest covered share, where a detector says so")
+
+
+class GalleryPolicy(Sent):
+    """Hold what the operator demands of one gallery, in the file of --policies."""
+
+    quality: QualityLimits = Field(default=QualityLimits(), description="Of photographs that are enrolled")
+    query_quality: QualityLimits = Field(
+        default=QualityLimits(), description="Of photographs that it is searched for, or compared with its subjects"
+    )
 
 
 class GalleryBody(Sent):
@@ -90,8 +105,8 @@ class EnrolOptions(Sent):
     attributes: Attributes = Field(default={}, description="Replaces the subject's attributes, unless empty")
     consent: Annotated[ConsentBody | None, BeforeValidator(_structured)] = None
     expires: Moment | None = Field(None, description="When these templates are deleted; else by retention")
-    quality: Annotated[FloorBody, BeforeValidator(_structured)] = Field(
-        default=FloorBody(), description="Smallest values"
+    quality: Annotated[QualityLimits, BeforeValidator(_structured)] = Field(
+        default=QualityLimits(), description="Limits beside those of server and gallery"
     )
 
 
@@ -160,6 +175,7 @@ class GalleryAnswer(BaseModel):
     retention_seconds: float | None
     subjects: int
     templates: dict[str, int] = Field(description="Encoder id → how many templates it made")
+    policy: GalleryPolicy = Field(GalleryPolicy(), description="What the operator demands of it")
 
 
 class GalleriesAnswer(BaseModel):
@@ -174,6 +190,12 @@ class MeasuredQuality(BaseModel):
     detection_score: float | None
     face_pixels: float | None
     sharpness: float
+    exposure: float
+    inter_eye: float | None
+    yaw: float | None
+    pitch: float | None
+    roll: float | None
+    occlusion: float | None
 
 
 class EnrolledTemplate(BaseModel):

@@ -169,6 +169,12 @@ class Quality(BaseModel):
     """Hold what was measured of a face."""
 
     sharpness: float = Field(description="Variance of the Laplacian of the grey crop, squared grey levels (0–255)")
+    exposure: float = Field(description="Share of the face's pixels that are neither under- nor overexposed")
+    inter_eye: float | None = Field(None, description="Pixels of the photograph between the eyes; null for crops")
+    yaw: float | None = Field(None, description="Degrees to the side, positive towards the image's right")
+    pitch: float | None = Field(None, description="Degrees up, negative: down")
+    roll: float | None = Field(None, description="Degrees that the face is tilted in the image, clockwise")
+    occlusion: float | None = Field(None, description="Share that is covered; null unless the detector says so")
 
 
 class FaceAnswer(BaseModel):

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-import cv2
 import numpy as np
 
 from pkd.serving.core.errors import MultipleFaces, NoDetector, NotAligned, TooManyFaces
@@ -19,6 +18,7 @@ from pkd.toolkit.encoders.base import Embeddings
 from pkd.toolkit.encoders.detector import Detector, Face, choose
 from pkd.toolkit.images.alignment import ALIGNED_TO, warp
 from pkd.toolkit.images.codec import Rgb
+from pkd.toolkit.images.quality import FaceQuality, measure_face
 
 MAX_FACES = 256
 """Most faces of one photograph that ``faces=all`` embeds; more are refused once they are counted."""
@@ -50,11 +50,11 @@ class Timing:
 class Embedded:
     """Hold the faces of one image.
 
-    ``vectors`` float32 N×D, ``sharpness`` N; ``faces`` N, or None for an aligned crop.
+    ``vectors`` float32 N×D; ``quality`` N; ``faces`` N, or None for an aligned crop.
     """
 
     vectors: Embeddings
-    sharpness: Sequence[float]
+    quality: Sequence[FaceQuality]
     faces: Sequence[Face] | None
     timing: Timing = field(default_factory=Timing)
 
@@ -98,10 +98,12 @@ class Pipeline:
         found = None if aligned else self._detect(rgb, faces)
         timing = Timing(queue=1e3 * (start - submitted), decode=1e3 * (decoded - start))
         vectors: list[Embeddings] = []
-        quality: list[float] = []
+        quality: list[FaceQuality] = []
         batches: Iterable[Rgb] = [_as_crop(rgb, size)] if found is None else _cropped(rgb, found, size)
         for crops in batches:
-            quality += [sharpness(crop) for crop in crops]  # before the encoder sweeps them out of the caches
+            for crop in crops:  # before the encoder sweeps them out of the caches
+                face = found[len(quality)] if found else None
+                quality.append(measure_face(crop, face.landmarks, face.occlusion) if face else measure_face(crop))
             detected = perf_counter()
             vectors.append(self.inference.embed(loaded.encoder, crops))
             embedded = perf_counter()
@@ -128,16 +130,6 @@ class Pipeline:
                 f"{len(found)} faces were found, exactly one was asked for.", details={"found": len(found)}
             )
         return [choose(found, rgb)]
-
-
-def sharpness(crop: Rgb) -> float:
-    """Measure the variance of the Laplacian of the grey crop (uint8 H×W×3 RGB), squared grey levels.
-
-    Higher is sharper.
-    """
-    laplacian = cv2.Laplacian(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.CV_16S)
-    mean = cv2.sumElems(laplacian)[0] / laplacian.size
-    return cv2.norm(laplacian) ** 2 / laplacian.size - mean**2  # sums of whole numbers: little cancels
 
 
 def _as_crop(rgb: Rgb, size: int) -> Rgb:

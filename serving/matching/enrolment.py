@@ -13,15 +13,16 @@ import orjson
 
 from pkd.serving.core.embedding_codec import decode
 from pkd.serving.core.errors import GalleryConflict, IdempotencyConflict, InvalidRequest, LowQuality, ServingError
-from pkd.serving.core.gallery_schemas import ConsentBody, EnrolOptions
-from pkd.serving.core.options import Settings
+from pkd.serving.core.gallery_schemas import ConsentBody, EnrolOptions, QualityLimits
 from pkd.serving.core.schemas import EmbeddingSide, ImageInput
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, NewTemplate
-from pkd.serving.inference.pipeline import Embedded
 from pkd.serving.matching.admission import check_encoder_allowed, encoder_to_enrol, searchable
+from pkd.serving.matching.quality import Quality, measure_quality, require_quality, server_limits, strictest
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.errors import NotCertified, PkdError, SpaceMismatch
 
+FIRST_LIMITS = frozenset({"detection_score", "face_pixels", "sharpness"})
+"""Limits of quality that the digests of requests have held from the beginning, stated or not."""
 EnrolInput = bytes | ImageInput | EmbeddingSide
 """One input of an enrolment: a file's bytes, the same as base64, or an embedding made elsewhere."""
 
@@ -32,57 +33,6 @@ class Ready:
 
     enrolment: Enrolment
     qualities: Sequence[Quality | None]
-
-
-@dataclass(frozen=True)
-class MinimumQuality:
-    """Hold the smallest values of a face that may be enrolled; 0 takes anything."""
-
-    detection_score: float
-    """Score of the detector, 0 to 1."""
-    face_pixels: float
-    """Shorter side of the face's box in the photograph, pixels: a smaller face is a crop that was blown up."""
-    sharpness: float
-    """Variance of the Laplacian of the grey crop, squared grey levels (0–255): below it, blur or a blank picture."""
-
-    @classmethod
-    def of(cls, settings: Settings, asked: MinimumQuality) -> MinimumQuality:
-        """Take the larger of what the operator and a request ask for."""
-        return cls(
-            max(settings.enrol_detection_score, asked.detection_score),
-            max(settings.enrol_face_pixels, asked.face_pixels),
-            max(settings.enrol_sharpness, asked.sharpness),
-        )
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Hold what was measured of one face; None where nothing was detected because the image was a crop already."""
-
-    detection_score: float | None
-    face_pixels: float | None
-    sharpness: float
-
-
-def measure_quality(embedded: Embedded, face: int) -> Quality:
-    """Measure one face of an embedded image."""
-    sharpness = round(embedded.sharpness[face], 2)
-    if embedded.faces is None:
-        return Quality(None, None, sharpness)
-    found = embedded.faces[face]
-    x1, y1, x2, y2 = (float(edge) for edge in found.box)
-    return Quality(round(found.score, 4), round(min(x2 - x1, y2 - y1), 1), sharpness)
-
-
-def require_quality(quality: Quality, minimum: MinimumQuality) -> None:
-    """Raise LowQuality with what was measured and what is required, unless every value is enough."""
-    measured, required = asdict(quality), asdict(minimum)
-    low = [name for name, value in measured.items() if value is not None and value < required[name]]
-    if low:
-        said = ", ".join(f"{name} is {measured[name]:g}, at least {required[name]:g} is required" for name in low)
-        raise LowQuality(
-            f"{said}. Take a larger, sharper picture.", details={"low": low, "measured": measured, "required": required}
-        )
 
 
 def new_enrolment(subject: str, inputs: Sequence[EnrolInput], options: EnrolOptions, key: str | None) -> Enrolment:
@@ -195,7 +145,7 @@ async def _embedded(
     loaded = encoder_to_enrol(service.encoders, gallery, options.encoder)
     encoder = loaded.encoder.info.id
     space = check_encoder_allowed(service.encoders, gallery, encoder)
-    minimum = MinimumQuality.of(service.settings, MinimumQuality(**options.quality.model_dump()))
+    limits = strictest([server_limits(service.settings), service.policies.of(gallery.name).quality, options.quality])
     places = list(images)
     try:
         done = await service.embed_all(list(images.values()), loaded, options.faces, options.aligned)
@@ -206,7 +156,7 @@ async def _embedded(
     for index, embedded in zip(places, done, strict=True):
         quality = measure_quality(embedded, 0)
         try:
-            require_quality(quality, minimum)
+            require_quality(quality, limits)
         except LowQuality as error:
             error.details["index"] = index
             raise
@@ -232,5 +182,9 @@ def _digest(subject: str, inputs: Sequence[EnrolInput], options: EnrolOptions) -
     parts = [
         hashlib.sha256(item).hexdigest() if isinstance(item, bytes) else item.model_dump(mode="json") for item in inputs
     ]
-    asked = [subject, parts, options.model_dump(mode="json", include=set(EnrolOptions.model_fields))]
+    stated = options.model_dump(mode="json", include=set(EnrolOptions.model_fields))
+    for name, field in QualityLimits.model_fields.items():
+        if name not in FIRST_LIMITS and stated["quality"][name] == field.default:
+            del stated["quality"][name]  # so that keys of before it existed are known again
+    asked = [subject, parts, stated]
     return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pkd.serving.core.embedding_codec import decode, encode
 from pkd.serving.core.errors import NoGalleries, UnknownSubject
-from pkd.serving.core.gallery_schemas import IdentifyOptions
+from pkd.serving.core.gallery_schemas import IdentifyOptions, QualityLimits
 from pkd.serving.core.options import Settings
 from pkd.serving.core.schemas import EmbeddingSide, EmbedOptions, Faces, ImageSide, Side, SubjectSide, VerifyBody
 from pkd.serving.galleries.store import GalleryStore, SearchResult
@@ -27,6 +27,8 @@ from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.serving.inference.thread_pool import Pool
 from pkd.serving.matching import identification
 from pkd.serving.matching.admission import encoder_to_search
+from pkd.serving.matching.policies import Policies
+from pkd.serving.matching.quality import measure_quality, require_quality, strictest
 from pkd.serving.matching.verification import (
     ProbeVector,
     ResolvedSide,
@@ -71,8 +73,10 @@ class Service:
         settings: Settings,
         detector: Detector | None = None,
         store: GalleryStore | None = None,
+        policies: Policies | None = None,
     ) -> None:
         self.encoders, self.settings, self._store = encoders, settings, store
+        self.policies = policies or Policies()
         self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
         self.inference = Inference(encoders.loaded.values(), self.state.metrics)
         self.pipeline = Pipeline(detector, self.inference)
@@ -137,7 +141,7 @@ class Service:
                     "index": index,
                     "face": face,
                     **_where(embedded, face),
-                    "quality": {"sharpness": round(embedded.sharpness[face], 2)},
+                    "quality": asdict(embedded.quality[face]),
                     "embedding": encode(vector, options.encoding),
                     "encoding": options.encoding,
                 }
@@ -155,7 +159,9 @@ class Service:
         )
         for side in sides:
             side.decode(self.encoders)
-        await asyncio.gather(*(self._embed_side(side) for side in sides if side.loaded))
+        subjects = [side.given.gallery for side in sides if isinstance(side.given, SubjectSide)]
+        limits = [self.policies.of(gallery).query_quality for gallery in subjects]
+        await asyncio.gather(*(self._embed_side(side, limits) for side in sides if side.loaded))
         a, b = (side.vectors for side in sides)
         deciding = partial(decide, self.encoders, rules, a, b)
         decision = deciding() if is_quick(a, b) else await asyncio.to_thread(deciding)
@@ -176,7 +182,7 @@ class Service:
             encoder = encoder_of(self.encoders, query)
         plan = identification.plan_search(self.encoders, gallery, encoder, options.partial)
         if isinstance(query, Photograph):
-            vector = await self.embed_one(query, loaded)
+            vector = await self.embed_one(query, loaded, [self.policies.of(name).query_quality])
         else:
             space = self.encoders.space_of(encoder)
             dim = next(one.dim for one in gallery.spaces if one.id == space)
@@ -217,19 +223,23 @@ class Service:
             return ResolvedSide(name, given, [loaded.encoder.info.id], loaded=loaded)
         return ResolvedSide(name, given, [encoder_of(self.encoders, given)])
 
-    async def _embed_side(self, side: ResolvedSide) -> None:
+    async def _embed_side(self, side: ResolvedSide, limits: Sequence[QualityLimits]) -> None:
         assert isinstance(side.given, ImageSide) and side.loaded
         try:
-            vector = await self.embed_one(Photograph.of(side.given), side.loaded)
+            vector = await self.embed_one(Photograph.of(side.given), side.loaded, limits)
         except PkdError as error:
             error.details["side"] = side.name
             raise
         side.vectors = [ProbeVector(side.encoders[0], vector)]
 
-    async def embed_one(self, photograph: Photograph, loaded: Loaded) -> NDArray[np.float64]:
-        """Embed the face of one photograph as a unit vector, float64 D."""
+    async def embed_one(
+        self, photograph: Photograph, loaded: Loaded, limits: Sequence[QualityLimits] = ()
+    ) -> NDArray[np.float64]:
+        """Embed the face of one photograph as a unit vector, float64 D. Raises LowQuality for one beyond ``limits``."""
         try:
             (done,) = await self.embed_all([photograph.image], loaded, photograph.faces, photograph.aligned)
+            if limits:
+                require_quality(measure_quality(done, 0), strictest(limits))
         except PkdError as error:
             error.details.pop("index", None)
             raise

@@ -139,6 +139,12 @@ class Configuration:
         "lines SHA256 NAME SCOPES [rate=N/s]; read again when it changes; see --new-api-key",
         "none; needed beyond loopback",
     )
+    policies: str | None = _option(
+        None,
+        "FILE",
+        "JSON of what each gallery demands, such as quality; read again when it changes",
+        "none: what the server demands",
+    )
     insecure_no_keys: bool = _option(
         False, "yes", "listen beyond loopback without keys, for anyone to use", "off", _switch
     )
@@ -257,6 +263,8 @@ def _check_combinations(made: Configuration) -> None:
     ):
         if value and not milvus:
             raise InputError(f"{option} {value}: it is for --gallery milvus://HOST:PORT alone. Leave it out.")
+    if made.policies and not made.gallery:
+        raise InputError(f"--policies {made.policies}: there is no gallery to apply it to. Pass --gallery, too.")
     if made.master_key and not made.gallery:
         raise InputError(f"--master-key {made.master_key}: there is no gallery to use it for. Pass --gallery, too.")
     if made.settings.device == "cuda" and made.workers > 1:

@@ -17,6 +17,7 @@ from pkd.serving.api.api_keys import ApiKeys
 from pkd.serving.galleries.open import StoreUrl
 from pkd.serving.galleries.store import GalleryStore
 from pkd.serving.inference.registry import Encoders
+from pkd.serving.matching.policies import Policies
 from pkd.serving.matching.service import Service
 from pkd.serving.observability import logs, telemetry
 from pkd.serving.server.config import Configuration
@@ -53,7 +54,8 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
         store = open_store(configuration)
         if store:
             stack.callback(store.close)
-        service = Service(encoders, settings, detector, store)
+        policies = Policies(Path(configuration.policies) if configuration.policies else None)
+        service = Service(encoders, settings, detector, store, policies)
         stack.callback(service.close)
         if configuration.traces:
             stack.callback(telemetry.set_up())

@@ -24,10 +24,12 @@ from pkd.toolkit.core.errors import InputError, PkdError
 from pkd.toolkit.core.models import Record
 from pkd.toolkit.core.parallel import in_order
 from pkd.toolkit.core.progress import ConsoleProgress
+from pkd.toolkit.data.quality_file import QUALITY_FILE, quality_row, read_quality, write_quality
 from pkd.toolkit.data.tree import LeftOut, printable, walk_images
 from pkd.toolkit.encoders.detector import Detector, choose, open_detector
 from pkd.toolkit.images.alignment import SIZE, warp
 from pkd.toolkit.images.codec import SUFFIXES, read_rgb, write_rgb
+from pkd.toolkit.images.quality import FaceQuality, measure_face
 
 EXAMPLES = """
   pkd-align photos faces --detector yunet.onnx
@@ -76,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "pkd-align",
         "Find the face in every photograph below SRC and write it to DST as an aligned WebP crop, of 112×112 pixels or "
         "--size, in the same folder per identity. Where a photograph shows several faces the large, central one is "
-        "taken. What could not be used is listed with the reason in DST/skipped.csv. Run again to continue: finished "
-        "crops stay.",
+        "taken. What could not be used is listed with the reason in DST/skipped.csv, and each face's measures in "
+        "DST/quality.csv. Run again to continue: finished crops stay.",
         EXAMPLES,
         AlignOptions,
         align,
@@ -98,10 +100,11 @@ def align(options: AlignOptions, console: Console) -> Result:
     record.rewrite()
 
     def one(photo: Photo) -> tuple[Photo, str | None]:
-        reason = _align_one(src / photo.source, dst / photo.target, detector, options.size)
-        if reason is None:
-            record.note(photo)
-        return photo, reason
+        made = _align_one(src / photo.source, dst / photo.target, detector, options.size)
+        if isinstance(made, str):
+            return photo, made
+        record.note(photo, made)
+        return photo, None
 
     cv2.setNumThreads(1)  # one thread per photograph is faster than many threads on one
     done = 0
@@ -122,11 +125,12 @@ def align(options: AlignOptions, console: Console) -> Result:
     return _report(console, dst, done, before, gone, skipped)
 
 
-def _align_one(source: Path, target: Path, detector: Detector, size: int) -> str | None:
-    """Write the crop → None, or the reason why there is none; an older crop does not stay then."""
+def _align_one(source: Path, target: Path, detector: Detector, size: int) -> FaceQuality | str:
+    """Write the crop → its measures, or the reason why there is none; an older crop does not stay then."""
     try:
         image = read_rgb(source)
-        crop = warp(image, choose(detector.detect(image), image).landmarks, size)
+        face = choose(detector.detect(image), image)
+        crop = warp(image, face.landmarks, size)
     except PkdError as error:
         with contextlib.suppress(OSError):
             target.unlink(missing_ok=True)
@@ -138,7 +142,7 @@ def _align_one(source: Path, target: Path, detector: Detector, size: int) -> str
         if error.errno != errno.ENAMETOOLONG:  # a full disk ends the run
             raise
         return f"its crop would be called {target.name[:20]}…, a name longer than this disk takes; shorten it"
-    return None
+    return measure_face(crop, face.landmarks, face.occlusion)
 
 
 def _check_folders(src: Path, dst: Path) -> None:
@@ -192,12 +196,13 @@ class CropRecord:
     """
 
     def __init__(self, src: Path, dst: Path) -> None:
-        self._src, self._dst, self._path = src, dst, dst / "crops.csv"
+        self._src, self._dst, self._path, self._quality = src, dst, dst / "crops.csv", dst / QUALITY_FILE
         self._lock = threading.Lock()
         self._made: dict[str, tuple[str, str]] = {}
         if self._path.is_file():
             with self._path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
                 self._made = {row[0]: (row[1], row[2]) for row in csv.reader(file) if len(row) == 3}
+        self._measured = read_quality(dst)
 
     def is_finished(self, photo: Photo) -> bool:
         """Tell whether the crop is there and was made of this very photograph."""
@@ -221,11 +226,15 @@ class CropRecord:
         with part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows([target, *facts] for target, facts in sorted(self._made.items()))
         part.replace(self._path)
+        write_quality(self._dst, {name: found for name, found in self._measured.items() if name in self._made})
 
-    def note(self, photo: Photo) -> None:
-        """Append a finished crop; several threads may."""
-        with self._lock, self._path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerow([photo.target, *self._facts(photo)])
+    def note(self, photo: Photo, quality: FaceQuality) -> None:
+        """Append a finished crop and its measures; several threads may."""
+        rows = {self._quality: quality_row(photo.target, quality), self._path: [photo.target, *self._facts(photo)]}
+        with self._lock:
+            for path, row in rows.items():
+                with path.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                    csv.writer(file).writerow(row)
 
     def _facts(self, photo: Photo) -> tuple[str, str]:
         try:

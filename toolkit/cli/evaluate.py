@@ -73,7 +73,7 @@ class EvaluateOptions(Options):
     templates: Annotated[Path | None, Argument("META")] = None
     """Meta folder of IJB-B or IJB-C; --faces is its loose_crop."""
     protocol: Annotated[str | None, Argument("NAME")] = None
-    """Protocol to run on --faces: all-pairs, or MODULE:NAME for a function of your own; all-pairs by default."""
+    """Protocol to run on --faces: all-pairs (default), reject (what limits of quality buy) or MODULE:NAME."""
     no_detector_score: bool = False
     """Weigh every face of a template the same within its medium."""
     threshold_pairs: Annotated[Path | None, Argument("FILE")] = None

@@ -6,7 +6,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -38,11 +38,14 @@ class Face:
 
     ``box``: float32 4, x1 y1 x2 y2; may reach beyond the image. ``landmarks``: float32 5×2, x y of the image-left
     eye, the other eye, nose tip, image-left mouth corner, the other. ``score``: detector confidence, 0–1.
+    ``occlusion``: share of the face that is covered, 0–1; None where the detector does not say, as YuNet and
+    insightface's do not.
     """
 
     box: NDArray[np.float32]
     landmarks: NDArray[np.float32]
     score: float
+    occlusion: float | None = None
 
 
 class Detector(Protocol):
@@ -125,7 +128,7 @@ class YuNet:
             return face
         finer = self._search(surroundings, min(1.0, 3 * FINE / max(surroundings.shape[:2])))
         corner = np.array([x1, y1], np.float32)
-        moved = [Face(f.box + np.tile(corner, 2), f.landmarks + corner, f.score) for f in finer]
+        moved = [replace(f, box=f.box + np.tile(corner, 2), landmarks=f.landmarks + corner) for f in finer]
         same = [f for f in moved if np.linalg.norm((f.box[:2] + f.box[2:]) / 2 - centre) < 0.5 * _side(face)]
         return max(same, key=lambda f: f.score, default=face)
 

@@ -57,19 +57,21 @@ def routes(service: Service) -> APIRouter:
                     "works": {"retention_seconds": [made.retention]},
                 },
             )
-        return json_response(describe_gallery(made), 200 if gallery in there else 201)
+        return json_response(describe_gallery(made, service), 200 if gallery in there else 201)
 
     @router.get("/v1/galleries", responses=openapi.responses(GalleriesAnswer, openapi.NO_STORE, openapi.READ))
     async def list_galleries(request: Request) -> Response:
         """List all galleries, by name."""
         require(request, "verify")
-        return json_response({"galleries": [describe_gallery(one) for one in await service.stored(service.store.list)]})
+        return json_response(
+            {"galleries": [describe_gallery(one, service) for one in await service.stored(service.store.list)]}
+        )
 
     @router.get("/v1/galleries/{gallery}", responses=openapi.responses(GalleryAnswer, openapi.NAMED, openapi.READ))
     async def get_gallery(request: Request, gallery: GalleryName) -> Response:
         """Describe one gallery: its space, and how many templates each encoder made."""
         require(request, "verify", "enrol")
-        return json_response(describe_gallery(await service.stored(service.store.get, gallery)))
+        return json_response(describe_gallery(await service.stored(service.store.get, gallery), service))
 
     @router.delete("/v1/galleries/{gallery}", responses=openapi.responses(ReceiptAnswer, openapi.NAMED, openapi.TAKEN))
     async def delete_gallery(request: Request, gallery: GalleryName) -> Response:
@@ -80,7 +82,7 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def describe_gallery(gallery: Gallery) -> dict[str, Any]:
+def describe_gallery(gallery: Gallery, service: Service) -> dict[str, Any]:
     """Describe a gallery, as the schema GalleryAnswer."""
     return {
         "name": gallery.name,
@@ -90,6 +92,7 @@ def describe_gallery(gallery: Gallery) -> dict[str, Any]:
         "retention_seconds": gallery.retention,
         "subjects": gallery.subjects,
         "templates": dict(gallery.templates),
+        "policy": service.policies.of(gallery.name).model_dump(mode="json"),
     }
 
 

@@ -10,10 +10,11 @@ from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.evaluation.protocols.all_pairs import cross_matrix
 from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, ProtocolResult
+from pkd.toolkit.evaluation.protocols.discard import discard_curves
 
 Protocol = Callable[[FaceSet, str, EncoderSet, EvaluationOptions, Progress], ProtocolResult]
 """Faces, their name for the report, the encoders to compare, options, progress → what the report shows."""
-PROTOCOLS: dict[str, Protocol] = {"all-pairs": cross_matrix}
+PROTOCOLS: dict[str, Protocol] = {"all-pairs": cross_matrix, "reject": discard_curves}
 
 
 def find_protocol(name: str) -> Protocol:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pkd.toolkit.evaluation.metrics.pairing import Doubles
+from pkd.toolkit.evaluation.report.discard_plot import discard_pictures
 from pkd.toolkit.evaluation.report.drawing import GENUINE, IMPOSTOR, INK, SOFT, Picture, on_axes
 from pkd.toolkit.evaluation.results.schema import (
     Agreement,
@@ -45,6 +46,7 @@ def pictures(e: Evaluation) -> dict[str, Picture]:
         drawn.append(open_set_curves(e.identifications))
     if e.agreement:
         drawn.append(agreement_histogram(e.agreement))
+    drawn += discard_pictures(e.discards)
     return {picture.name: picture for picture in drawn}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pkd.toolkit.certificates.certificate import Attribute, Calibration, Interval, OperatingPoint
@@ -280,6 +282,40 @@ class LabelFile(Record):
     """Attribute → the first ten identities without a value; ``demographics`` says how many there are."""
 
 
+class Discard(Record):
+    """Tell what one encoder pair's misses fall to where the photographs of least quality are discarded.
+
+    All tuples go along ``fractions``. Every identity weighs the same, and the threshold stays.
+    """
+
+    name: str
+    """The encoder pair, query first: ``S–T``."""
+    measure: str
+    unit: str
+    says: str
+    standard: str
+    """Term of ISO/IEC 29794-5."""
+    better: Literal["high", "low"]
+    """``low``: best at 0, on either side."""
+    fmr: float
+    threshold: float
+    images: int
+    """Images that have a value."""
+    pairs: int
+    """Genuine pairs both of whose images have one."""
+    identities: int
+    fractions: tuple[float, ...]
+    """Share of the genuine pairs that is discarded."""
+    limits: tuple[float, ...]
+    """Value of the worse image, in ``unit``, at which each fraction ends: what a gallery's limit would be."""
+    fnmr: tuple[float, ...]
+    ci95: tuple[Interval, ...]
+    change: tuple[float, ...]
+    """FNMR minus that without discarding."""
+    change_ci95: tuple[Interval, ...]
+    """Of the difference, over the same resampled identities."""
+
+
 class Evaluation(Record):
     """Hold a whole run of pkd-evaluate."""
 
@@ -305,5 +341,6 @@ class Evaluation(Record):
     comparisons: tuple[Comparison, ...] = ()
     pair_accuracies: tuple[PairAccuracy, ...] = ()
     identifications: tuple[Identification, ...] = ()
+    discards: tuple[Discard, ...] = ()
     agreement: Agreement | None = None
     notes: tuple[str, ...] = ()

@@ -15,11 +15,11 @@ from PIL import Image
 from pkd.serving.core.embedding_codec import decode
 from pkd.serving.core.options import Settings
 from pkd.serving.core.schemas import EmbedAnswer
-from pkd.serving.inference.pipeline import sharpness
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.service import Service
 from pkd.toolkit.encoders.detector import Face
 from pkd.toolkit.images.alignment import TEMPLATE
+from pkd.toolkit.images.quality import sharpness
 from tests.support import serving_bundles as made
 
 CROPS = made.crops(3, seed=3)

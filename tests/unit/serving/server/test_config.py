@@ -63,6 +63,7 @@ def test_every_option_takes_both_forms_and_gives_the_same():
     together = {
         "gallery": {"PKD_MASTER_KEY_FILE": "m"},
         "master_key": {"PKD_GALLERY": "g"},
+        "policies": {"PKD_GALLERY": "g", "PKD_MASTER_KEY_FILE": "m"},
         "audit": milvus,
         "milvus_token": milvus,
         "milvus_shards": milvus,
