@@ -21,7 +21,7 @@ FACE = made.made.png(picture(160, 128, (64, 64)))
 
 @pytest.fixture(scope="module")
 def strict(fleet: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server that demands more between the eyes in one gallery, of queries in another, and nothing in a third."""
+    """Run a server that demands more between the eyes in one gallery, of queries in another, nothing in a third."""
     folder = tmp_path_factory.mktemp("policies")
     rules = {"enrol": {"quality": {"inter_eye": 500}}, "query": {"query_quality": {"inter_eye": 500}}, "*": {}}
     (folder / "policies.json").write_text(json.dumps(rules))
