@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -49,7 +50,8 @@ def create_api(service: Service) -> FastAPI:
         self_test = service.start()
         yield
         service.state.draining = True
-        await self_test
+        with suppress(asyncio.CancelledError):  # a server that is told to stop does not wait for it
+            await self_test
         service.close()
 
     app = FastAPI(

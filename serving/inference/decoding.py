@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import zlib
+from contextlib import suppress
 from typing import Literal
 
 import numpy as np
@@ -15,10 +17,23 @@ from pkd.toolkit.images.codec import READERS, Rgb, decode_rgb
 
 Undecoded = bytes | str
 """A file's bytes, or the same as base64. Both are decoded by a worker thread, not by the event loop."""
-FRAMES, SCAN, END = frozenset({0xC0, 0xC1, 0xC2}), 0xDA, 0xD9
-"""Markers of a JPEG; within a scan, 0xFF is followed by 0 or by the number of a restart."""
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of a JPEG's frame: every kind of coding, arithmetic and lossless ones, too."""
+SCAN, END = 0xDA, 0xD9
+"""Further markers of a JPEG; within a scan, 0xFF is followed by 0 or by the number of a restart."""
+PNG = b"\x89PNG\r\n\x1a\n"
+ESSENTIAL = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND"})
+"""Chunks of a PNG that its pixels come from; any other is a place for compressed text, profiles and frames."""
+SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Colour type of a PNG → samples per pixel."""
+INFLATES = 1032
+"""Most bytes that a byte of a zlib stream becomes."""
+SPARE = 64 << 20
+"""Bytes that a PNG's stream may inflate to unlooked at: 0.2 s of work."""
 NOT_READ = {b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 """First four bytes → a format that is recognised and refused."""
+PIECE = 1 << 20
+"""Bytes that are inflated at a time."""
 MAX_PARTS = 20_000
 """Most segments or chunks of a file; an image of 40 megapixels has a few thousand at most."""
 MAX_SCANNED = 1_000_000_000
@@ -36,6 +51,8 @@ def decode(image: Undecoded) -> Rgb:
     if foreign := NOT_READ.get(image[:4]):
         raise UnsupportedMedia(f"this is a {foreign} file. JPEG, PNG, WebP, BMP, AVIF and HEIC images are taken.")
     check_work(image)
+    if image.startswith(PNG):
+        image = _pixels_only(image)
     try:
         return decode_rgb(image)
     except ImageTooLarge:
@@ -62,6 +79,53 @@ def check_work(image: bytes) -> None:
         raise BadImage(f"the PNG has more than {MAX_PARTS:,} chunks. Save it anew.")
     elif image.startswith(b"RIFF") and _chunks(image, 12, "little") > MAX_PARTS:
         raise BadImage(f"the WebP has more than {MAX_PARTS:,} chunks. Save it anew.")
+
+
+def _pixels_only(image: bytes) -> bytes:
+    """Drop what a PNG holds besides its pixels, and refuse a stream that goes on behind them. Raises BadImage.
+
+    libpng inflates texts and profiles of 8 MB each, and what follows the last row, for nobody: 6 MB of such chunks cost
+    26 s. What is wrong with the file otherwise is for its reader to say.
+    """
+    kept, streams, place, header = [PNG], [], len(PNG), b""
+    while place + 12 <= len(image):
+        length, kind = int.from_bytes(image[place : place + 4], "big"), image[place + 4 : place + 8]
+        if kind in ESSENTIAL:
+            kept.append(image[place : place + 12 + length])
+            if kind == b"IHDR":
+                header = image[place + 8 : place + 21]
+            elif kind == b"IDAT":
+                streams.append(image[place + 8 : place + 8 + length])
+        if kind == b"IEND":
+            break
+        place += 12 + length
+    if len(header) == 13 and INFLATES * sum(map(len, streams)) > SPARE:
+        _require_end(streams, _png_size(header))
+    return b"".join(kept)
+
+
+def _png_size(header: bytes) -> int:
+    """Count the bytes of a PNG's filtered rows, of each pass where it is interlaced, from its IHDR."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    bits = depth * SAMPLES.get(colour, 4)
+    passes = ((8, 8, 0, 0), (8, 8, 4, 0), (4, 8, 0, 4), (4, 4, 2, 0), (2, 4, 0, 2), (2, 2, 1, 0), (1, 2, 0, 1))
+    total = 0
+    for across, down, left, top in passes if interlaced else ((1, 1, 0, 0),):
+        columns, rows = max(0, -(-(width - left) // across)), max(0, -(-(height - top) // down))
+        total += rows * (1 + -(-columns * bits // 8)) if columns else 0
+    return total
+
+
+def _require_end(streams: list[bytes], size: int) -> None:
+    """Raise BadImage where a PNG's zlib stream gives more than ``size`` bytes and a MB; no more is inflated."""
+    inflate, left = zlib.decompressobj(), size + (1 << 20)
+    with suppress(zlib.error):  # for the reader to say
+        for stream in streams:
+            while stream and not inflate.eof:
+                left -= len(inflate.decompress(stream, PIECE))
+                stream = inflate.unconsumed_tail
+                if left < 0:
+                    raise BadImage(f"the PNG's data goes on after its {size:,} bytes of pixels. Save it anew.")
 
 
 def _jpeg_parts(image: bytes) -> tuple[int, int, int]:

@@ -19,6 +19,8 @@ from rich.console import Console
 from pkd import __version__
 from pkd.toolkit.core.errors import PkdError, TargetUnavailable
 
+STUCK_SECONDS = 3.0
+"""Time after a signal to stop in which the main thread must come back from native code, seconds."""
 Result = Mapping[str, Any]
 Run = Callable[[argparse.Namespace, Console], Result]
 
@@ -50,7 +52,7 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
     args = parser.parse_args(argv)
     console = Console(stderr=True, quiet=args.json, highlight=False)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it has to say, our errors say better
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    guard = _Guard()
     try:
         result = body(args, console)
         if args.json:
@@ -70,8 +72,52 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
         print(f"{parser.prog}: {error.filename or 'input/output'}: {error.strerror or error}.", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        guard.close()
     return 0
+
+
+class _Guard:
+    """Raise KeyboardInterrupt at a signal to stop, and end the process where native code keeps that from happening.
+
+    Python runs a signal's handler between two of its own instructions: a runtime that never returns from one call, for
+    a graph with an endless loop, would make Ctrl-C and SIGTERM do nothing. The signal's number reaches a pipe at once.
+    """
+
+    def __init__(self) -> None:
+        self._write, self._handled = -1, 0
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._interrupt)
+        if os.name == "posix":
+            read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(read,), daemon=True, name="pkd-signals").start()
+
+    def close(self) -> None:
+        """Leave signals to whom they belonged before."""
+        if self._write >= 0:
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._write)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._handled += 1
+        raise KeyboardInterrupt
+
+    def _watch(self, read: int) -> None:
+        while numbers := os.read(read, 64):
+            before = self._handled
+            if not any(signal.getsignal(number) == self._interrupt for number in numbers):
+                continue  # a training or a server holds signals back itself
+            time.sleep(STUCK_SECONDS)
+            if self._handled == before:
+                print("stopped while native code was running.", file=sys.stderr, flush=True)
+                os._exit(130)
+        os.close(read)
 
 
 class StopRequest:
@@ -106,7 +152,3 @@ class StopRequest:
 def tool_version() -> str:
     """Name pkd and its version, as in "pkd 0.2.0": stamped into bundles, certificates and reports."""
     return f"pkd {__version__}"
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pkd.serving.inference.decoding import MAX_PARTS, check_work, decode
+from pkd.serving.inference.decoding import MAX_PARTS, _png_size, check_work, decode
 from pkd.toolkit.core.errors import BadImage
 
 PICTURE = np.random.default_rng(1).integers(0, 256, (256, 320, 3), np.uint8)
@@ -83,3 +83,68 @@ def test_a_large_progressive_photograph_passes_with_a_film_behind_it() -> None:
 @pytest.mark.parametrize("data", [b"\xff\xd8", b"\xff\xd8\xff\xc2", b"\x89PNG\r\n\x1a\n\xff\xff", b"RIFF", b""])
 def test_what_is_cut_off_is_for_the_reader_to_refuse(data: bytes) -> None:
     check_work(data)
+
+
+def png_of(
+    raw: bytes, *, side: int = 16, depth: int = 8, colour: int = 2, interlaced: bool = False, **more: bytes
+) -> bytes:
+    """A PNG whose rows, filters included, are ``raw``; ``before`` and ``after``: chunks around its data."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, interlaced))
+    data = chunk(b"IDAT", more.get("data", zlib.compress(raw, 9)))
+    return b"\x89PNG\r\n\x1a\n" + header + more.get("before", b"") + data + more.get("after", b"") + chunk(b"IEND")
+
+
+def deflated(megabytes: int) -> bytes:
+    """A zlib stream of that many megabytes of zeros."""
+    deflate = zlib.compressobj(9)
+    return b"".join(deflate.compress(bytes(1 << 20)) for _ in range(megabytes)) + deflate.flush()
+
+
+ROWS = bytes(16 * (1 + 3 * 16))
+TEXT = zlib.compress(bytes(7_000_000), 9)
+SWELLING = {
+    "texts": png_of(ROWS, after=chunk(b"zTXt", b"a\0\0" + TEXT) * 900),
+    "texts first": png_of(ROWS, before=chunk(b"zTXt", b"a\0\0" + TEXT) * 900),
+    "texts of the world": png_of(ROWS, after=chunk(b"iTXt", b"a\0\1\0\0\0" + TEXT) * 900),
+    "a profile": png_of(ROWS, before=chunk(b"iCCP", b"a\0\0" + TEXT * 20)),
+    "frames": png_of(
+        ROWS, before=chunk(b"acTL", struct.pack(">II", 900, 0)), after=chunk(b"fdAT", b"\0\0\0\1" + TEXT) * 900
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWELLING)
+def test_what_a_png_holds_besides_its_pixels_costs_nothing(name: str) -> None:
+    begun = time.process_time()
+    assert decode(SWELLING[name]).shape == (16, 16, 3)
+    assert time.process_time() - begun < 0.5  # 26 s before, for 6 MB of texts
+
+
+def test_data_that_goes_on_behind_the_last_row_is_refused() -> None:
+    image = png_of(b"", data=deflated(70))
+    begun = time.process_time()
+    with pytest.raises(BadImage, match="goes on after its 784 bytes of pixels"):
+        decode(image)
+    assert time.process_time() - begun < 0.5
+
+
+DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(("colour", "depth"), [(colour, depth) for colour in DEPTHS for depth in DEPTHS[colour]])
+def test_the_size_of_a_pngs_rows(colour: int, depth: int, interlaced: bool) -> None:
+    side = 37
+    size = _png_size(struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, interlaced))
+    palette = chunk(b"PLTE", bytes(6)) if colour == 3 else b""
+    whole = {"side": side, "depth": depth, "colour": colour, "interlaced": interlaced, "before": palette}
+    assert decode(png_of(bytes(size), **whole)).shape == (side, side, 3)  # type: ignore[arg-type]
+    with pytest.raises(BadImage):  # libpng misses the last byte, so the size is exact
+        decode(png_of(bytes(size - 1), **whole))  # type: ignore[arg-type]
+
+
+def test_every_kind_of_frame_counts() -> None:
+    """Arithmetic coding has markers of its own."""
+    for marker in (b"\xff\xc9", b"\xff\xca"):
+        with pytest.raises(BadImage, match="too much work"):
+            check_work(with_scans(1000, 2000).replace(b"\xff\xc2", marker, 1))
