@@ -88,14 +88,14 @@ def test_what_is_cut_off_is_for_the_reader_to_refuse(data: bytes) -> None:
 def png_of(
     raw: bytes, *, side: int = 16, depth: int = 8, colour: int = 2, interlaced: bool = False, **more: bytes
 ) -> bytes:
-    """A PNG whose rows, filters included, are ``raw``; ``before`` and ``after``: chunks around its data."""
+    """Make a PNG whose rows, filters included, are ``raw``; ``before`` and ``after``: chunks around its data."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, interlaced))
     data = chunk(b"IDAT", more.get("data", zlib.compress(raw, 9)))
     return b"\x89PNG\r\n\x1a\n" + header + more.get("before", b"") + data + more.get("after", b"") + chunk(b"IEND")
 
 
 def deflated(megabytes: int) -> bytes:
-    """A zlib stream of that many megabytes of zeros."""
+    """Make a zlib stream of that many megabytes of zeros."""
     deflate = zlib.compressobj(9)
     return b"".join(deflate.compress(bytes(1 << 20)) for _ in range(megabytes)) + deflate.flush()
 
