@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := $(VENV)/.ready-demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo check test-fast test docs docs-serve soak bench dist clean
+.PHONY: help demo check test-fast test docs docs-serve soak bench vendor dist clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -62,6 +62,17 @@ soak: $(READY) ## the long forms of the tests that have one, an hour and a half
 
 bench: $(READY) ## every benchmark, hours: benchmarks/results/, docs/performance.md
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+vendor: $(READY) ## onnxruntime-web for browsers, anew from tools/vendor/package-lock.json: serving/web/vendor
+	cd tools/vendor && npm ci --ignore-scripts --no-audit --no-fund
+	cp tools/vendor/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs \
+	    tools/vendor/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.mjs serving/web/vendor
+	gzip -n -9 -c tools/vendor/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.wasm \
+	    > serving/web/vendor/ort-wasm-simd-threaded.wasm.gz
+	of=$$($(BIN)/python -c 'import onnxruntime; print(*onnxruntime.__path__)') && \
+	    cp "$$of/LICENSE" "$$of/ThirdPartyNotices.txt" serving/web/vendor
+	cd serving/web/vendor && sha256sum -- *.mjs *.wasm.gz LICENSE ThirdPartyNotices.txt > SHA256SUMS
+	rm -rf tools/vendor/node_modules
 
 dist: $(READY) ## a wheel and an sdist: dist/
 	$(BIN)/python -m build

@@ -16,7 +16,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pkd import __version__
-from pkd.serving.api import openapi
+from pkd.serving.api import openapi, pages
 from pkd.serving.api.api_keys import ApiKeys
 from pkd.serving.api.middleware import Middleware
 from pkd.serving.api.problems import TYPES, MethodNotAllowed, RouteNotFound, problem_response
@@ -31,18 +31,18 @@ DOCS = Path(__file__).with_name("docs.html")
 METHODS = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")
 
 
-def create_app(service: Service, keys: ApiKeys | None = None, *, local: bool = True) -> Middleware:
+def create_app(service: Service, keys: ApiKeys | None = None, *, local: bool = True, page: bool = True) -> Middleware:
     """Make the ASGI application around one Service. ``keys``: None leaves every route open.
 
-    ``local``: the server can be reached from this machine alone.
+    ``local``: the server can be reached from this machine alone. ``page``: browsers find the page at /.
     """
     service.state.metrics.expect_refusals(TYPES)
-    api = create_api(service)
+    api = create_api(service, page=page)
     direct = _DirectRoutes(api, matching.routes(service))
     return Middleware(direct, service.settings, service.state, keys, local=local, routes=api.state.known_routes)
 
 
-def create_api(service: Service) -> FastAPI:
+def create_api(service: Service, *, page: bool = True) -> FastAPI:
     """Make all routes and their OpenAPI document, without the middleware."""
 
     @asynccontextmanager
@@ -75,9 +75,11 @@ def create_api(service: Service) -> FastAPI:
     for router in routers:
         app.include_router(router, dependencies=[Depends(known_query)])
     operations = health.routes(service)
-    app.include_router(operations)  # what asks there may add parameters of its own
+    opened = [operations, *([pages.routes()] if page else [])]
+    for router in opened:
+        app.include_router(router)  # what asks there may add parameters of its own
     app.add_route("/docs", _docs, include_in_schema=False)
-    app.state.known_routes = [route for router in (*routers, operations) for route in router.routes]
+    app.state.known_routes = [route for router in (*routers, *opened) for route in router.routes]
     return app
 
 

@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pkd.serving.api.api_keys import ANONYMOUS, IN_SCOPE, ApiKey, ApiKeys, is_loopback
+from pkd.serving.api.pages import is_page
 from pkd.serving.api.problems import ForeignOrigin, problem_response
 from pkd.serving.api.request_limits import Limits, RequestGuard, too_large
 from pkd.serving.core.errors import Overloaded, UnsupportedMedia
@@ -31,7 +32,7 @@ from pkd.serving.observability.telemetry import span
 from pkd.toolkit.core.errors import PkdError
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
-"""Paths that are answered without a key: nothing in them depends on a person or an encoder."""
+"""Paths that are answered without a key, beside pages: nothing in them depends on a person or an encoder."""
 UNCOUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
 """Paths that machines ask for all the time: a drain does not wait for them."""
 SENDS_BODY = frozenset({"POST", "PUT", "PATCH"})
@@ -97,7 +98,7 @@ class Middleware:
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         works = scope["method"] not in ("GET", "HEAD")
-        if scope["path"] not in OPEN_PATHS:
+        if scope["path"] not in OPEN_PATHS and not is_page(scope["path"]):
             headers = Headers(scope=scope)
             if self.keys:
                 scope[IN_SCOPE] = key = self.keys.check(headers.get("authorization"))

@@ -148,6 +148,7 @@ class Configuration:
     insecure_no_keys: bool = _option(
         False, "yes", "listen beyond loopback without keys, for anyone to use", "off", _switch
     )
+    no_page: bool = _option(False, "yes", "serve no page for browsers at /", "off", _switch)
     trust_key: tuple[str, ...] = _option(
         (),
         "list",

@@ -71,7 +71,7 @@ def run_alone(
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server has a handler: what nobody takes ends a process
     with opened(configuration) as it:
         introduce(console, it, configuration)
-        serve(it.service, listener, it.keys, ready, swept_store=it.store)
+        serve(it.service, listener, it.keys, ready, swept_store=it.store, page=not configuration.no_page)
         return list(it.service.encoders.loaded)
 
 
@@ -85,7 +85,9 @@ def run_worker(
             it.keys.shared = folder
         if index == 0:
             introduce(Console(stderr=True, quiet=quiet, highlight=False), it, configuration)
-        serve(it.service, listener, it.keys, lambda: None, swept_store=it.store if index == 0 else None, link=link)
+        swept = it.store if index == 0 else None
+        page = not configuration.no_page
+        serve(it.service, listener, it.keys, lambda: None, swept_store=swept, link=link, page=page)
 
 
 def open_store(configuration: Configuration) -> GalleryStore | None:

@@ -69,15 +69,16 @@ def serve(
     *,
     swept_store: GalleryStore | None = None,
     link: Link | None = None,
+    page: bool = True,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what is in progress. ``ready`` is called after the self-test.
 
     ``swept_store``: the store that this process, and no other, looks through for what has expired. ``link``: of a
-    worker, which takes no connection before all workers may. Raises BundleError where a bundle does not
-    reproduce its golden embeddings.
+    worker, which takes no connection before all workers may. ``page``: browsers find the page at /.
+    Raises BundleError where a bundle does not reproduce its golden embeddings.
     """
     config = uvicorn.Config(
-        create_app(service, keys, local=is_loopback(listener.getsockname()[0])),
+        create_app(service, keys, local=is_loopback(listener.getsockname()[0]), page=page),
         http=LimitedHttpProtocol,
         lifespan="on",
         ws="none",

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from pkd.toolkit.bundle.onnx_check import require_one_file
 from pkd.toolkit.core.errors import InputError, NoFace
 from pkd.toolkit.encoders.base import make_session
+from pkd.toolkit.encoders.yunet_dims import free_dims
 from pkd.toolkit.images.codec import Rgb
 
 WORK_SIDES = (640, 1920)
@@ -100,6 +102,11 @@ class YuNet:
                 self._search(np.zeros((height, width, 3), np.uint8), 1)
         except cv2.error as error:
             raise InputError(f"detector {path}: {_opencv_reason(error)} {AS_PUBLISHED}") from None
+
+    @cached_property
+    def device_file(self) -> bytes:
+        """Return the network for runtimes that keep to declared sizes, with its sizes left open."""
+        return free_dims(self._model)
 
     def detect(self, image: Rgb) -> list[Face]:
         """Search uint8 H×W×3 RGB → faces."""

@@ -1,7 +1,8 @@
-"""Serve /v1/encoders, /v1/spaces and /v1/certificates: what may be compared, and the download of a device's encoder."""
+"""Serve /v1/encoders, /v1/detector, /v1/spaces and /v1/certificates: what may be compared, and what devices run."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from decimal import Decimal
 from typing import Annotated, Any, Literal
@@ -15,11 +16,12 @@ from starlette.types import Receive, Scope, Send
 from pkd.serving.api import openapi
 from pkd.serving.api.problems import RangeNotSatisfiable, problem_response
 from pkd.serving.api.responses import json_response
-from pkd.serving.core.errors import InvalidRequest
+from pkd.serving.core.errors import InvalidRequest, UnknownFile
 from pkd.serving.core.schemas import CertificatesAnswer, EncoderDetail, EncodersAnswer, SpacesAnswer
 from pkd.serving.inference.artifacts import BundledEncoder, needed
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.encoder_info import short
+from pkd.toolkit.encoders.detector import YuNet
 
 Spec = Annotated[str, Path(max_length=300, description="Id, short id, or a name that only one encoder has")]
 RANGE = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)")
@@ -84,6 +86,26 @@ def routes(service: Service) -> APIRouter:
         if _known(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
         return _Download(chosen.path, headers=headers, media_type=kind, filename=name, stat_result=chosen.checked)
+
+    @router.get(
+        "/v1/detector",
+        response_class=Response,
+        responses=openapi.small_file({"not-found": {}}, openapi.READ),
+    )
+    async def get_detector(request: Request) -> Response:
+        """Download the server's face detector for devices: a YuNet that takes pictures of any multiple of 32.
+
+        The `ETag` is the file's SHA-256; `If-None-Match` answers 304 to a device that is up to date.
+        """
+        detector = service.pipeline.detector
+        if not isinstance(detector, YuNet):
+            raise UnknownFile("this server has no YuNet detector to give out. Start it with --detector yunet.onnx.")
+        data = await run_in_threadpool(lambda: detector.device_file)
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Cache-Control": "private, no-cache"}
+        if _known(request, headers["ETag"]):
+            return Response(status_code=304, headers=headers)
+        headers["Content-Disposition"] = 'attachment; filename="detector.onnx"'
+        return Response(data, headers=headers, media_type="application/octet-stream")
 
     @router.get("/v1/spaces", responses=openapi.responses(SpacesAnswer, openapi.READ))
     async def list_spaces() -> Response:

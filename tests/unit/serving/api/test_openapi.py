@@ -22,7 +22,7 @@ from pkd.serving.matching.service import Service
 from tests.support import gallery_fixtures as galleries
 from tests.support import serving_bundles as made
 
-OTHERWISE = {"get /v1/encoders/{encoder}/artifact", "get /healthz", "get /readyz"}
+OTHERWISE = {"get /v1/encoders/{encoder}/artifact", "get /v1/detector", "get /healthz", "get /readyz"}
 """Answers that are a file, or too simple for a schema."""
 SNAPSHOT = Path(__file__).parents[4] / "docs" / "openapi.json"
 

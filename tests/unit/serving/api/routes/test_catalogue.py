@@ -18,8 +18,11 @@ from pkd.serving.matching.service import Service
 from pkd.toolkit.bundle.bundle import Bundle, write_bundle
 from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.encoder_info import in_mode, short
+from pkd.toolkit.encoders.detector import open_detector
+from pkd.toolkit.encoders.yunet_dims import free_dims
 from tests.support import serving_bundles as made
 from tests.support.gallery_fixtures import problem
+from tests.support.spot_detector import write_spot_detector
 
 XML, BIN = b"<net/>" * 1000, bytes(range(256)) * 40
 
@@ -313,3 +316,31 @@ def test_what_a_device_needs(bundle):
     device, _ = bundle
     openvino, engine, rewrite = device.manifest.targets
     assert [len(needed(device, one)) for one in (openvino, engine, rewrite)] == [2, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def detecting(family, tmp_path_factory):
+    """A server with a detector, and the file that it is to give out."""
+    file = write_spot_detector(tmp_path_factory.mktemp("spots") / "yunet.onnx", "yunet")
+    service = Service(Encoders.open(family.folders[:1]), Settings(threads=1), open_detector(str(file)))
+    with made.running(service) as client:
+        yield client, free_dims(file.read_bytes())
+
+
+class TestDetector:
+    def test_is_given_out_with_its_sizes_free(self, detecting):
+        client, wanted = detecting
+        answer = client.get("/v1/detector")
+        assert answer.content == wanted
+        assert answer.headers["etag"] == f'"{hashlib.sha256(wanted).hexdigest()}"'
+        assert answer.headers["cache-control"] == "private, no-cache"
+
+    def test_is_not_sent_again_to_who_has_it(self, detecting):
+        client, _ = detecting
+        etag = client.get("/v1/detector").headers["etag"]
+        again = client.get("/v1/detector", headers={"if-none-match": f'"other", W/{etag}'})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
+        assert client.get("/v1/detector", headers={"if-none-match": '"other"'}).status_code == 200
+
+    def test_of_a_server_without_one(self, client):
+        assert "--detector yunet.onnx" in problem(client.get("/v1/detector"), 404, "not-found")["detail"]

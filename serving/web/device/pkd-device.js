@@ -1,0 +1,182 @@
+// A browser as a pkd device: photograph → face → crop → embedding → question, of which the embedding alone is sent.
+//
+//     import * as ort from "onnxruntime-web/wasm";
+//     import { Device } from "./pkd-device.js";
+//
+//     const device = await Device.open({ ort, token });        // student, detector and self-test from the server
+//     const { embedding } = await device.embed(file);           // a Blob; nothing leaves the browser
+//     const answer = await device.identify(embedding, "staff"); // the embedding does
+//
+// docs/device.md specifies the steps; README.md beside this file has the rest.
+
+import { crop } from "./align.js";
+import { decode } from "./decode.js";
+import { choose, YuNet } from "./detect.js";
+import { request, side } from "./encode.js";
+import { readNpz } from "./npz.js";
+
+export { crop, cropBy, similarity } from "./align.js";
+export { decode, DecodeError, grab, inspect, turn } from "./decode.js";
+export { choose, YuNet } from "./detect.js";
+export { encode, request, side } from "./encode.js";
+
+/** Hold a refusal of the server: `type` for programs, `message` for people, `problem` with all of its members. */
+export class Refused extends Error {
+  name = "Refused";
+
+  constructor(problem, status) {
+    super(problem.detail ?? `the server answered ${status}.`);
+    Object.assign(this, { problem, status, type: problem.type ?? "internal" });
+  }
+}
+
+/** Say that a photograph shows nobody. */
+export class NoFace extends Error {
+  name = "NoFace";
+}
+
+/** Say that the student computes something else here than it was certified to. */
+export class SelfTestFailed extends Error {
+  name = "SelfTestFailed";
+}
+
+/** Turn photographs into embeddings of one encoder, and ask a server about them. One call at a time. */
+export class Device {
+  /**
+   * Download what a device needs, and test it. Files come from the browser's cache where the server says that they are
+   * the same (ETag).
+   *
+   * ort: onnxruntime-web · server: its address, by default that of the page · encoder: id or name, by default the
+   * first student · token: a short-lived one (docs/security.md) · threads: of WebAssembly ·
+   * progress({file, received, total}): called as bytes arrive. Throws Refused, SelfTestFailed, TypeError (no network).
+   */
+  static async open({ ort, server = "", encoder, token, threads, minScore, progress = () => {} }) {
+    const client = { server: server.replace(/\/$/, ""), token };
+    const spec = encoder ?? (await firstStudent(client));
+    const detail = await getJson(client, `/v1/encoders/${encodeURIComponent(spec)}`);
+    const artifact = `/v1/encoders/${encodeURIComponent(detail.id)}/artifact`;
+    const get = async (path, file) => (await download(client, path, file, progress)).arrayBuffer();
+    const [student, golden, manifest, detector] = await Promise.all([
+      get(artifact, "student"),
+      get(`${artifact}?file=golden.npz`, "self-test"),
+      getJson(client, `${artifact}?file=manifest.json`),
+      get("/v1/detector", "detector"),
+    ]);
+    await requireDigest(student, detail.artifact.sha256);
+    const device = await Device.load({ ort, manifest, student, golden, detector, threads, minScore });
+    return Object.assign(device, { client, detail });
+  }
+
+  /** Open files that an application brings along: manifest.json parsed, the others as ArrayBuffer. */
+  static async load({ ort, manifest, student, golden, detector, threads, minScore = 0.5 }) {
+    ort.env.wasm.numThreads = threads ?? (globalThis.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1);
+    const open = (file) => ort.InferenceSession.create(new Uint8Array(file), { executionProviders: ["wasm"] });
+    const device = new Device();
+    device.ort = ort;
+    device.encoder = manifest.encoder.id;
+    device.size = manifest.encoder.preprocess.size;
+    device.client = null;
+    device.detail = null;
+    device.student = await open(student);
+    device.detector = new YuNet(ort, await open(detector), minScore);
+    device.goldenError = await device.selfTest(await readNpz(golden), manifest.golden_tolerance);
+    return device;
+  }
+
+  /** Run the golden crops → largest 1 − cosine from the golden embeddings. Throws SelfTestFailed over `allowed`. */
+  async selfTest({ crops, embeddings }, allowed) {
+    const [count, dim] = embeddings.shape, length = this.size * this.size * 3;
+    let worst = 0;
+    for (let n = 0; n < count; n++) {
+      const made = await this.run(crops.data.subarray(n * length, (n + 1) * length));
+      let dot = 0;
+      for (let i = 0; i < dim; i++) dot += made[i] * embeddings.data[n * dim + i];
+      worst = Math.max(worst, Number.isNaN(dot) ? Infinity : 1 - dot);
+    }
+    if (worst <= allowed) return worst;
+    throw new SelfTestFailed(
+      `the student computes something else here: 1 − cosine ${worst.toExponential(1)} on its golden crops, ` +
+        `${allowed} is allowed. Nothing is sent. Use another browser, and report this one.`,
+    );
+  }
+
+  /** Embed an aligned crop of size × size × 3 bytes → unit vector, Float32Array. */
+  async run(pixels) {
+    const crops = new this.ort.Tensor("uint8", pixels, [1, this.size, this.size, 3]);
+    const output = await this.student.run({ [this.student.inputNames[0]]: crops });
+    return Float32Array.from(output[this.student.outputNames[0]].data);
+  }
+
+  /**
+   * Embed the face of a photograph: a Blob, or an image {width, height, data} of RGB bytes.
+   * → {image, faces, face, crop, embedding, ms: {decode, detect, align, embed}}. Throws DecodeError or NoFace.
+   */
+  async embed(photograph) {
+    const clock = [performance.now()];
+    const tick = (value) => (clock.push(performance.now()), value);
+    const image = tick(photograph instanceof Blob ? await decode(photograph) : photograph);
+    const faces = tick(await this.detector.detect(image)), face = choose(faces, image);
+    if (!face) throw Object.assign(new NoFace("no face was found. Choose an upright, larger, sharper photograph."), { image });
+    const cut = tick(crop(image, face.landmarks, this.size));
+    const embedding = tick(await this.run(cut.data));
+    const [start, decoded, found, aligned, done] = clock;
+    const ms = { decode: decoded - start, detect: found - decoded, align: aligned - found, embed: done - aligned };
+    return { image, faces, face, crop: cut, embedding, ms };
+  }
+
+  /** Make the body of POST /v1/verify for an enrolled subject. */
+  request(embedding, gallery, subject) {
+    return request(embedding, this.encoder, gallery, subject);
+  }
+
+  /** Ask whether an embedding is of `other`: {gallery, subject}, or an embedding as `side` writes it. Throws Refused. */
+  async verify(embedding, other, policy) {
+    return this.post("/v1/verify", { a: side(embedding, this.encoder), b: other, ...(policy && { policy }) });
+  }
+
+  /** Search a gallery for an embedding; options as POST …/identify takes them. Throws Refused. */
+  async identify(embedding, gallery, options = {}) {
+    const path = `/v1/galleries/${encodeURIComponent(gallery)}/identify`;
+    return this.post(path, { query: side(embedding, this.encoder), ...options });
+  }
+
+  async post(path, body) {
+    const headers = { "content-type": "application/json" };
+    return (await ask(this.client, path, { method: "POST", headers, body: JSON.stringify(body) })).json();
+  }
+}
+
+/** Ask the server: `client` is {server, token}. Throws Refused for its problems, TypeError without a network. */
+export async function ask(client, path, { headers = {}, ...options } = {}) {
+  const bearer = client.token ? { authorization: `Bearer ${client.token}` } : {};
+  const answer = await fetch(client.server + path, { ...options, headers: { ...headers, ...bearer } });
+  if (answer.ok) return answer;
+  throw new Refused(await answer.json().catch(() => ({})), answer.status);
+}
+
+/** Get JSON from the server. Throws as `ask`. */
+export const getJson = async (client, path) => (await ask(client, path)).json();
+
+async function firstStudent(client) {
+  const { encoders } = await getJson(client, "/v1/encoders");
+  const chosen = encoders.find((one) => one.role === "student") ?? encoders.find((one) => one.default);
+  return chosen.id;
+}
+
+async function download(client, path, file, progress) {
+  const answer = await ask(client, path), total = Number(answer.headers.get("content-length")), parts = [];
+  let received = 0;
+  for (const reader = answer.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) return new Blob(parts);
+    parts.push(value);
+    progress({ file, received: (received += value.length), total });
+  }
+}
+
+async function requireDigest(buffer, wanted) {
+  if (!globalThis.crypto?.subtle) return; // only where the page itself came over an untrusted way
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", buffer));
+  const hex = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  if (hex !== wanted) throw new SelfTestFailed("the student is not the file that the server names. Load the page again.");
+}
