@@ -29,7 +29,7 @@ SERVED = sorted(
 
 @pytest.fixture(scope="module")
 def client(family: made.Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server with keys, asked without one."""
+    """Run a server with keys, and ask it without one."""
     file = tmp_path_factory.mktemp("keys") / "keys.txt"
     file.write_text(new_key("kiosk", "verify")["line"])
     service = Service(Encoders.open(family.folders[:1]), Settings(threads=1))

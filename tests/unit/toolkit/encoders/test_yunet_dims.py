@@ -16,7 +16,7 @@ from tests.support.spot_detector import write_spot_detector
 
 
 def fixed(path: Path, side: int) -> bytes:
-    """The spot detector with the declarations that the public 640×640 file has."""
+    """Write the spot detector with the declarations that the public 640×640 file has."""
     model = onnx.load(write_spot_detector(path, "yunet"))
     dims = model.graph.input[0].type.tensor_type.shape.dim
     for dim, size in zip(dims, (1, 3, side, side), strict=True):

@@ -320,7 +320,7 @@ def test_what_a_device_needs(bundle):
 
 @pytest.fixture(scope="module")
 def detecting(family, tmp_path_factory):
-    """A server with a detector, and the file that it is to give out."""
+    """Run a server with a detector; yield a client and the file that it is to give out."""
     file = write_spot_detector(tmp_path_factory.mktemp("spots") / "yunet.onnx", "yunet")
     service = Service(Encoders.open(family.folders[:1]), Settings(threads=1), open_detector(str(file)))
     with made.running(service) as client:
@@ -328,6 +328,8 @@ def detecting(family, tmp_path_factory):
 
 
 class TestDetector:
+    """The download of the detector."""
+
     def test_is_given_out_with_its_sizes_free(self, detecting):
         client, wanted = detecting
         answer = client.get("/v1/detector")
