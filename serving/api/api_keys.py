@@ -1,6 +1,6 @@
 """Decide who may do what, and how often: hashed bearer keys from a file that is read again when it changes.
-
-One key a line: ``SHA256 NAME SCOPES [rate=N/s]``, for example ``9f86d0…  kiosk-1  embed,verify  rate=20/s``.
+One key a line: ``SHA256 NAME SCOPES [rate=N/s]``, for example ``9f86d0…  kiosk-1  embed,verify  rate=20/s``. A line
+``revoked ID`` ends a token that a key has made (tokens.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from starlette.requests import HTTPConnection
 
 from pkd.serving.api.problems import Forbidden, RateLimited, Unauthenticated
+from pkd.serving.api.tokens import PREFIX, Token, Tokens
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.text import read_text
 
@@ -38,6 +39,7 @@ SCOPES = {
     "enrol": "create galleries and add templates to them",
     "delete": "delete subjects",
     "admin": "read subjects; export, import, migrate and delete galleries",
+    "mint": "make short-lived tokens for pages and devices, of its own scopes embed and verify",
 }
 """Scopes that a key can have. No scope contains another."""
 BEFORE_SCOPES = frozenset({"embed", "verify"})
@@ -45,6 +47,7 @@ BEFORE_SCOPES = frozenset({"embed", "verify"})
 ANONYMOUS = "anonymous"
 """Name of the actor on a server without keys."""
 HASH = re.compile(r"[0-9a-f]{64}")
+TOKEN_ID = re.compile(r"[0-9a-f]{16}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RATE = re.compile(r"rate=(\d{1,6}(?:\.\d{1,3})?)/s")
 LOOK_SECONDS = 1.0
@@ -64,6 +67,14 @@ class ApiKey:
     scopes: frozenset[str]
     rate: float | None
     """Requests a second; None: as many as there are."""
+    token: Token | None = None
+    """Where a request came with a token of the key: that, and ``scopes`` and ``rate`` are the token's."""
+
+
+def token_of(request: HTTPConnection) -> Token | None:
+    """Return the token that a request came with; None where it came with a key, or the server has none."""
+    key: ApiKey | None = request.scope[IN_SCOPE]
+    return None if key is None else key.token
 
 
 def require(request: HTTPConnection, *scopes: str) -> str:
@@ -95,7 +106,12 @@ class ApiKeys:
     ) -> None:
         self.path, self._clock = path, clock
         self._keys = tuple(keys)
+        self._revoked: frozenset[str] = frozenset()
+        self.tokens: Tokens | None = None
+        """Reads and makes tokens; None: this server has no galleries, and so no tokens."""
         self._buckets: dict[bytes, Bucket] = {}
+        self._ends: dict[bytes, float] = {}
+        """Bucket of a token → when it runs out, seconds since 1970."""
         self._stamp = _stamp(path) if path else None
         self._looked = clock()
         self.shared: Path | None = None
@@ -104,24 +120,40 @@ class ApiKeys:
     @classmethod
     def read(cls, path: str | Path) -> ApiKeys:
         """Read a file of keys. Raises InputError that names the line, and never repeats it."""
-        return cls(_read(Path(path)), Path(path))
+        keys = cls((), Path(path))
+        keys._keys, keys._revoked = _read(Path(path))
+        return keys
 
     def check(self, authorization: str | None) -> ApiKey:
-        """Find the key in the ``Authorization`` header; every hash is compared.
+        """Find the key in the ``Authorization`` header, or the token; every hash is compared.
 
         Raises Unauthenticated.
         """
         if self._clock() - self._looked >= LOOK_SECONDS:
             self.reload(changed=True)
         scheme, _, sent = (authorization or "").partition(" ")
+        if scheme.lower() == "bearer" and sent.strip().startswith(PREFIX) and self.tokens:
+            return self._check_token(self.tokens.read(sent.strip(), self._revoked))
         given = hashlib.sha256(sent.strip().encode("latin-1", "replace")).digest()  # the bytes that were sent
         found = [key for key in self._keys if hmac.compare_digest(given, key.digest)]
         if scheme.lower() != "bearer" or not found:
             raise Unauthenticated("Send `Authorization: Bearer KEY` with a key that this server knows.")
         return found[0]
 
+    def _check_token(self, token: Token) -> ApiKey:
+        """Find the key that a token is of, and what both allow now. Raises Unauthenticated where it is gone."""
+        for key in self._keys:
+            if hmac.compare_digest(key.digest.hex()[:16], token.key) and "mint" in key.scopes:
+                return ApiKey(token.digest, key.name, key.scopes & frozenset(token.scopes), token.rate, token)
+        raise Unauthenticated("The key that made this token is no longer valid. Ask for a new one.")
+
     def take(self, key: ApiKey) -> None:
-        """Count one request of a key. Raises RateLimited with the seconds after which the next one is taken."""
+        """Count one request of a key; one with a token counts for both.
+
+        Raises RateLimited with the seconds after which the next one is taken.
+        """
+        if key.token:
+            self.take(next(one for one in self._keys if one.digest.hex()[:16] == key.token.key))
         if key.rate is not None and (wait := self._bucket(key).take(key.rate, self._clock())):
             raise RateLimited(
                 f"the key {key.name!r} may send {key.rate:g} requests a second. Send the next one in {wait:.2g} s.",
@@ -135,7 +167,7 @@ class ApiKeys:
             return
         self._stamp = _stamp(self.path)
         try:
-            self._keys = _read(self.path)
+            self._keys, self._revoked = _read(self.path)
         except InputError as error:
             logger.error("%s The keys read before stay valid.", error)
             return
@@ -143,8 +175,18 @@ class ApiKeys:
 
     def _bucket(self, key: ApiKey) -> Bucket:
         if key.digest not in self._buckets:
+            if key.token:
+                self._forget_ended()
+                self._ends[key.digest] = key.token.expires
             self._buckets[key.digest] = Bucket(self.shared / key.digest.hex()[:32] if self.shared else None)
         return self._buckets[key.digest]
+
+    def _forget_ended(self) -> None:
+        """Close the buckets of tokens that have run out: each holds a file where workers share it."""
+        now = self.tokens.now() if self.tokens else math.inf
+        for digest in [one for one, end in self._ends.items() if end < now]:
+            del self._ends[digest]
+            self._buckets.pop(digest).close()
 
 
 class Bucket:
@@ -176,6 +218,12 @@ class Bucket:
             if self._file >= 0:
                 fcntl.lockf(self._file, fcntl.LOCK_UN)
 
+    def close(self) -> None:
+        """Let go of the file; other processes that share it may close it later, or never."""
+        self._full.close()
+        if self._file >= 0:
+            os.close(self._file)
+
 
 def new_key(name: str, scopes: str, rate: str | None = None) -> Mapping[str, str]:
     """Make a new random ``key``, which is shown once and kept nowhere, and the ``line`` to append to the file."""
@@ -198,16 +246,25 @@ def is_loopback(host: str) -> bool:
         return False  # another name may resolve to anything
 
 
-def _read(path: Path) -> tuple[ApiKey, ...]:
+def _read(path: Path) -> tuple[tuple[ApiKey, ...], frozenset[str]]:
+    """Read the keys of a file, and the ids of the tokens that it revokes."""
     try:
         lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise InputError(f"{path}: {reason}. Give a file of keys, one a line: pkd-serve --new-api-key NAME.") from None
     keys: dict[bytes, ApiKey] = {}
+    revoked = set()
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or words[0].startswith("#"):
+            continue
+        if words[0] == "revoked":
+            if len(words) != 2 or not TOKEN_ID.fullmatch(words[1]):
+                raise InputError(
+                    f"{path}, line {number}: write revoked ID, as the answer that made the token names it."
+                )
+            revoked.add(words[1])
             continue
         key = _parse(words, f"{path}, line {number}")
         if key.digest in keys:
@@ -215,7 +272,7 @@ def _read(path: Path) -> tuple[ApiKey, ...]:
         keys[key.digest] = key
     if not keys:
         raise InputError(f"{path}: holds no key. Make one: pkd-serve --new-api-key NAME.")
-    return tuple(keys.values())
+    return tuple(keys.values()), frozenset(revoked)
 
 
 def _parse(words: list[str], where: str) -> ApiKey:

@@ -20,7 +20,7 @@ from pkd.serving.api import openapi, pages
 from pkd.serving.api.api_keys import ApiKeys
 from pkd.serving.api.middleware import Middleware
 from pkd.serving.api.problems import TYPES, MethodNotAllowed, RouteNotFound, problem_response
-from pkd.serving.api.routes import catalogue, galleries, health, matching, migrations, subjects, transfer
+from pkd.serving.api.routes import catalogue, galleries, health, matching, migrations, subjects, tokens, transfer
 from pkd.serving.api.routes.parameters import known_query, queries_of
 from pkd.serving.core.errors import InvalidRequest
 from pkd.serving.core.validation import invalid
@@ -37,12 +37,12 @@ def create_app(service: Service, keys: ApiKeys | None = None, *, local: bool = T
     ``local``: the server can be reached from this machine alone. ``page``: browsers find the page at /.
     """
     service.state.metrics.expect_refusals(TYPES)
-    api = create_api(service, page=page)
+    api = create_api(service, keys, page=page)
     direct = _DirectRoutes(api, matching.routes(service))
     return Middleware(direct, service.settings, service.state, keys, local=local, routes=api.state.known_routes)
 
 
-def create_api(service: Service, *, page: bool = True) -> FastAPI:
+def create_api(service: Service, keys: ApiKeys | None = None, *, page: bool = True) -> FastAPI:
     """Make all routes and their OpenAPI document, without the middleware."""
 
     @asynccontextmanager
@@ -71,7 +71,7 @@ def create_api(service: Service, *, page: bool = True) -> FastAPI:
 
     makers = [matching.routes, matching.search_routes]
     makers += [one.routes for one in (galleries, subjects, transfer, migrations, catalogue)]
-    routers = [make(service) for make in makers]
+    routers = [*(make(service) for make in makers), tokens.routes(service, keys)]
     for router in routers:
         app.include_router(router, dependencies=[Depends(known_query)])
     operations = health.routes(service)

@@ -22,6 +22,7 @@ from pkd.serving.api.api_keys import ANONYMOUS, IN_SCOPE, ApiKey, ApiKeys, is_lo
 from pkd.serving.api.pages import is_page
 from pkd.serving.api.problems import ForeignOrigin, problem_response
 from pkd.serving.api.request_limits import Limits, RequestGuard, too_large
+from pkd.serving.api.tokens import require_open
 from pkd.serving.core.errors import Overloaded, UnsupportedMedia
 from pkd.serving.core.options import Settings
 from pkd.serving.inference.thread_pool import owner
@@ -103,6 +104,8 @@ class Middleware:
             if self.keys:
                 scope[IN_SCOPE] = key = self.keys.check(headers.get("authorization"))
                 self.keys.take(key)
+                if key.token:
+                    require_open(key.token, scope["method"], scope["path"])
             else:
                 _require_own_origin(headers, self.local)
         limits = self._streamed if STREAMED.fullmatch(scope["path"]) else self._timed if works else self._untimed

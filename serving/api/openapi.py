@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from pkd.serving.api.problems import ProblemBody, documented
 from pkd.serving.api.responses import NDJSON
+from pkd.serving.api.tokens import TokenBody
 from pkd.serving.core.gallery_schemas import (
     BulkAnswer,
     BulkItem,
@@ -38,7 +39,7 @@ parameter that a route does not have is refused, and so is a body with a `Conten
 Embeddings are biometric data: faces can be reconstructed from them. There is no liveness detection. No image is kept.
 """
 BODIES: list[type[BaseModel]] = [
-    EmbedBody, VerifyBody, GalleryBody, EnrolBody, IdentifyBody, MigrationBody, BulkItem, ExportedSubject,
+    EmbedBody, VerifyBody, GalleryBody, EnrolBody, IdentifyBody, MigrationBody, BulkItem, ExportedSubject, TokenBody,
 ]  # fmt: skip
 LINES_OUT: list[type[BaseModel]] = [BulkAnswer, ExportHeader, ExportedSubject, ExportEnd]
 Examples = Mapping[str, Mapping[str, object]]
@@ -182,6 +183,7 @@ IDENTIFY_EXAMPLE: Content = {
     "target_fpir": 0.01,
     "where": {"site": "north"},
 }
+TOKEN_EXAMPLE: Content = {"scopes": ["verify"], "gallery": "staff", "seconds": 900, "rate": 5}
 MIGRATION_EXAMPLE: Content = {"space": "teacher2@sha256:…"}
 BULK_EXAMPLE: Content = {"subject": "ann", "key": "ann-1", "inputs": [{"image_b64": "/9j/4AAQ…"}]}
 BULK_ANSWER: Content = {

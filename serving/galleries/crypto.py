@@ -130,6 +130,10 @@ class MasterKey:
     def _cipher(self) -> AESGCM:
         return AESGCM(self.key)
 
+    def derive(self, purpose: str) -> bytes:
+        """Return a further secret of 32 bytes, which all machines that have this key derive alike."""
+        return hmac.digest(self.key, f"pkd {purpose}".encode(), "sha256")
+
     @classmethod
     def parse(cls, text: str, source: str = "master key") -> MasterKey:
         """Parse 64 hex digits; ``source`` is what the InputError names, which never shows the text."""

@@ -14,6 +14,8 @@ import cv2
 from rich.console import Console
 
 from pkd.serving.api.api_keys import ApiKeys
+from pkd.serving.api.tokens import Tokens
+from pkd.serving.galleries.crypto import MasterKey
 from pkd.serving.galleries.open import StoreUrl
 from pkd.serving.galleries.store import GalleryStore
 from pkd.serving.inference.registry import Encoders
@@ -52,6 +54,8 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
         spec = configuration.detector
         detector = open_detector(spec, settings.detector_score) if spec else None
         store = open_store(configuration)
+        if keys and configuration.master_key:
+            keys.tokens = Tokens(MasterKey.read(Path(configuration.master_key)).derive("tokens"))
         if store:
             stack.callback(store.close)
         policies = Policies(Path(configuration.policies) if configuration.policies else None)
@@ -94,7 +98,6 @@ def open_store(configuration: Configuration) -> GalleryStore | None:
     """Open the galleries, of which every process has a view of its own. Raises InputError or StoreUnavailable."""
     if configuration.gallery is None or configuration.master_key is None:
         return None
-    from pkd.serving.galleries.crypto import MasterKey
 
     url = StoreUrl(configuration.gallery, configuration.audit, configuration.milvus_token, configuration.milvus_shards)
     return url.open(MasterKey.read(Path(configuration.master_key)))

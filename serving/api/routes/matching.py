@@ -6,13 +6,22 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pkd.serving.api import openapi
-from pkd.serving.api.api_keys import require
+from pkd.serving.api.api_keys import require, token_of
 from pkd.serving.api.request_body import JSON, media_type, read_embed, read_files, require_json, with_query
 from pkd.serving.api.responses import json_response
 from pkd.serving.api.routes.parameters import GalleryName
+from pkd.serving.api.tokens import require_embedding, require_gallery
 from pkd.serving.core.errors import InvalidRequest
 from pkd.serving.core.gallery_schemas import IdentifyAnswer, IdentifyBody, IdentifyImage, IdentifyOptions
-from pkd.serving.core.schemas import EmbedAnswer, EmbedBody, EmbeddingSide, EmbedOptions, VerifyAnswer, VerifyBody
+from pkd.serving.core.schemas import (
+    EmbedAnswer,
+    EmbedBody,
+    EmbeddingSide,
+    EmbedOptions,
+    SubjectSide,
+    VerifyAnswer,
+    VerifyBody,
+)
 from pkd.serving.core.validation import parse
 from pkd.serving.matching.service import Photograph, Service
 
@@ -30,7 +39,14 @@ def routes(service: Service) -> APIRouter:
         """Decide whether `a` (query) and `b` (gallery) show the same person: images, embeddings or subjects."""
         require(request, "verify")
         require_json(request)
-        return json_response(await service.verify(parse(VerifyBody, await request.body())))
+        body = parse(VerifyBody, await request.body())
+        if token := token_of(request):
+            require_embedding(token, body.a)
+            if isinstance(body.b, SubjectSide):
+                require_gallery(token, body.b.gallery)
+            else:
+                require_embedding(token, body.b)
+        return json_response(await service.verify(body))
 
     for prefix, shown in (("/v1", True), ("", False)):
         router.add_api_route(
@@ -73,9 +89,11 @@ def search_routes(service: Service) -> APIRouter:
         kind = media_type(request)
         if kind == JSON:
             body = parse(IdentifyBody, await request.body())
+            require_embedding(token_of(request), body.query)
             query = body.query if isinstance(body.query, EmbeddingSide) else Photograph.of(body.query)
             fields = body.model_dump(exclude={"query"}, exclude_unset=True)
             return json_response(await service.identify(gallery, query, with_query(request, IdentifyOptions, fields)))
+        require_embedding(token_of(request), None)
         images, fields = await read_files(request, kind)
         if len(images) != 1:
             raise InvalidRequest(f"{len(images)} images; one is searched for at a time.")
