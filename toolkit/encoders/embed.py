@@ -51,12 +51,16 @@ def embed_stored(
     *,
     flip: bool = False,
     cache: Path,
+    half: bool = False,
     jobs: int | None = None,
     advance: Advance = lambda done: None,
 ) -> StoredRows:
-    """Embed as ``embed_faces``, but leave the vectors on disk: float32 rows by index, 8 bytes of memory an image."""
+    """Embed as ``embed_faces``, but leave the vectors on disk: rows by index, 8 bytes of memory an image.
+
+    The rows are float32, or float16 with ``half``.
+    """
     load = _reader(encoder, faces, flip)
-    return embed_keyed(encoder, _keys(faces, flip, cache), load, cache=cache, jobs=jobs, advance=advance)
+    return embed_keyed(encoder, _keys(faces, flip, cache), load, cache=cache, half=half, jobs=jobs, advance=advance)
 
 
 def embed_keyed(

@@ -62,6 +62,7 @@ class AdoptedNetwork(Adoptable):
         self.width, self.dim = width, dim
         self.normalised: tuple[str, ...] = ()
         self.rank: int | None = None
+        self.frozen: str | None = None
         self._graph = _without_weights(trunk)
         self.stages = tuple(f"trunk.{name}" for name in _stages(self.trunk))
         for name in self.trunk.step_names:  # what scales pixels is no layer to train
@@ -70,10 +71,23 @@ class AdoptedNetwork(Adoptable):
                 break
             module.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute N×dim embeddings, not normalised, of preprocessed N×3×S×S."""
-        out: Tensor = self.map(self.flatten(self.trunk(x)))
+    def forward(self, x: Tensor, features: bool = False) -> Tensor:
+        """Compute N×dim embeddings, not normalised, of preprocessed N×3×S×S.
+
+        ``features``: x is what the last frozen layer gives, N×C×H×W; only the layers behind it run.
+        """
+        out: Tensor = self.map(self.flatten(self.trunk(x, self.frozen if features else None)))
         return out
+
+    def freeze(self, step: str) -> None:
+        """Keep the trunk's layers up to and with ``step`` as they are."""
+        self.frozen = step
+        for name in self._up_to(step):
+            getattr(self.trunk, name).requires_grad_(False)
+
+    def _up_to(self, step: str | None) -> tuple[str, ...]:
+        names = self.trunk.step_names
+        return () if step is None else names[: names.index(step) + 1]
 
     def set_map(self, weight: NDArray[np.float64], bias: NDArray[np.float64], rank: int | None = None) -> None:
         """Replace the last layer: ``weight`` width×dim, ``bias`` dim; as two layers with ``rank`` values in between."""
@@ -98,9 +112,10 @@ class AdoptedNetwork(Adoptable):
         """Put batch normalisation back behind the convolutions without, so that the function stays the same.
 
         ``batches``: some hundred real images, preprocessed. Mean and variance of each convolution's output become the
-        running statistics, γ = √(σ² + ε) and β the mean.
+        running statistics, γ = √(σ² + ε) and β the mean. Frozen layers stay without.
         """
-        bare = [name for name in self.trunk.step_names if self._is_bare(name)]
+        kept = self._up_to(self.frozen)
+        bare = [name for name in self.trunk.step_names if name not in kept and self._is_bare(name)]
         sums: dict[str, list[Any]] = {name: [0, 0.0, 0.0] for name in bare}
 
         def gather(name: str) -> Any:
@@ -193,6 +208,10 @@ class Adopted:
     weight: NDArray[np.float64]
     bias: NDArray[np.float64]
     features: Features
+
+    def up_to(self, tensor: str) -> onnx.ModelProto:
+        """Return the graph that computes a tensor of the trunk, for any number of images."""
+        return _free_batch(_cut(self.trunk, self.trunk.graph.input[0].name, tensor))
 
     def network(self, dim: int) -> AdoptedNetwork:
         """Make a trainable network with ``dim`` outputs; its map is that of the model's own embedding where it fits."""

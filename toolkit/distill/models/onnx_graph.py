@@ -141,10 +141,25 @@ class OnnxModule(nn.Module):
         outputs = next(outputs for step, _, outputs, _ in self._steps if step == name)
         return [step for step, inputs, *_ in self._steps if set(inputs) & set(outputs)]
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Pass ``pixels`` through the graph's nodes in their order."""
-        values: dict[str, Any] = {self._taken: pixels}
-        for name, inputs, outputs, dead in self._steps:
+    def cuts(self) -> dict[str, str]:
+        """Find the steps after which the rest of the network needs only what they give: step → its tensor's name."""
+        found: dict[str, str] = {}
+        needed = {self._given}
+        for name, inputs, outputs, _ in reversed(self._steps):
+            if needed == set(outputs[:1]):
+                found[name] = outputs[0]
+            needed = (needed - set(outputs)) | set(inputs)
+        return dict(reversed(found.items()))
+
+    def forward(self, pixels: Tensor, after: str | None = None) -> Tensor:
+        """Pass ``pixels`` through the graph's nodes in their order.
+
+        ``after``: the name of a step at which the network can be cut; ``pixels`` is then what that step gives, and
+        only the steps behind it run.
+        """
+        first = 0 if after is None else self.step_names.index(after) + 1
+        values: dict[str, Any] = {self._taken if after is None else self._steps[first - 1][2][0]: pixels}
+        for name, inputs, outputs, dead in self._steps[first:]:
             made = getattr(self, name)(*(values[i] for i in inputs))
             if len(outputs) == 1:
                 values[outputs[0]] = made

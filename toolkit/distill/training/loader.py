@@ -13,7 +13,8 @@ from torch import Tensor
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.parallel import in_order
 from pkd.toolkit.data.face_set import FaceSet
-from pkd.toolkit.distill.training.views import Int, StoredViews, Teaching, ViewMaker
+from pkd.toolkit.distill.training.frozen import FrozenFeatures
+from pkd.toolkit.distill.training.views import Int, StoredViews, Teaching, ViewMaker, Views, mirrored
 
 BATCHES_AHEAD = 6
 """Batches prepared before they are asked for."""
@@ -27,6 +28,7 @@ class CropBatch:
 
     ``mixed``: bool B, blended with another image, so that the crop shows nobody. ``teacher``: B×D, the teacher's unit
     embeddings for these crops; None without a teacher. Crops and embeddings may lie on the device already.
+    ``features``: ``crops`` are float16 B×C×H×W, what the frozen layers give for the crops.
     """
 
     crops: Tensor
@@ -34,6 +36,7 @@ class CropBatch:
     mirrored: NDArray[np.bool_]
     mixed: NDArray[np.bool_]
     teacher: Tensor | None = None
+    features: bool = False
 
 
 class Loader:
@@ -41,8 +44,8 @@ class Loader:
 
     ``augment``, ``mirror``, ``mix``: as ``ViewMaker``. ``teaching``: gives each batch its teacher embeddings; with
     stored views every image shows them in turn, one an epoch. ``memory``: device that keeps stored views decoded;
-    without it they are made again whenever they are shown. ``share``: the part of every batch to yield; the parts of
-    all processes together are the batch of a single one.
+    without it they are made again whenever they are shown. ``frozen``: features that are read instead of crops.
+    ``share``: the part of every batch to yield; the parts of all processes together are the batch of a single one.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Loader:
         mix: float = 0.0,
         teaching: Teaching | None = None,
         memory: torch.device | None = None,
+        frozen: FrozenFeatures | None = None,
         share: slice = WHOLE_BATCH,
         workers: int = 2,
     ) -> None:
@@ -66,6 +70,8 @@ class Loader:
         self._maker = ViewMaker(faces, size, augment=augment, mirror=mirror, mix=mix)
         self._teaching = teaching or Teaching()
         self._memory = memory
+        self._mirror = mirror
+        self._frozen = frozen
         self._seed = seed
         self._share = share
         self._workers = workers
@@ -87,6 +93,12 @@ class Loader:
         else:
             first = self._share.start or 0
             seeds = [(self._seed, step, first + row) for row in range(len(indices))]
+        if self._frozen is not None:
+            turned = mirrored(seeds) & self._mirror
+            nobody, as_is = np.empty((len(indices), 0), np.uint8), np.zeros(len(indices), np.bool_)
+            taught = self._teaching.embed(Views(nobody, turned, as_is), indices, numbers)
+            teacher = None if taught is None else torch.from_numpy(taught)
+            return CropBatch(self._frozen.batch(indices, turned), indices, turned, as_is, teacher, features=True)
         shown = self._maker.make(indices, seeds)
         taught = self._teaching.embed(shown, indices, numbers)
         teacher = None if taught is None else torch.from_numpy(taught)

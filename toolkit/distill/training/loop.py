@@ -149,6 +149,7 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
         "precision": config.precision,
         "optimizer": config.optimizer,
         "ema": config.ema,
+        "freeze": config.freeze,
         "views": config.views,
         "teacher_live": config.teacher_live,
         "mix": config.mix,

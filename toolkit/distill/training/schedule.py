@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.training.distributed import SINGLE_PROCESS, DistributedContext
-from pkd.toolkit.distill.training.setup import Prepared
+from pkd.toolkit.distill.training.setup import FROZEN, Prepared
 from pkd.toolkit.distill.training.trainer import Trainer
 
 
@@ -31,7 +31,10 @@ def resolve(
     console: Console,
     context: DistributedContext = SINGLE_PROCESS,
 ) -> DistillConfig:
-    """Replace ``auto`` precision and a time or epoch budget by numbers, so that a resumed run repeats them."""
+    """Replace ``auto`` precision, share to freeze and time or epoch budget by numbers that a resumed run repeats."""
+    if config.freeze is None:
+        frozen = {"freeze": FROZEN, "augment": 0.0} if prepared.frozen else {"freeze": 0.0}
+        config = config.model_copy(update=frozen)
     if config.precision == "auto":
         faster = context.broadcast(_faster_precision(config, prepared, dim, size, context))
         config = config.model_copy(update={"precision": faster})

@@ -28,17 +28,20 @@ from pkd.toolkit.distill.losses.feature_hooks import StagePlan, plan_stages
 from pkd.toolkit.distill.losses.registry import WeightedSum
 from pkd.toolkit.distill.models.backbones import build
 from pkd.toolkit.distill.models.layers import Backbone
+from pkd.toolkit.distill.training.frozen import FrozenFeatures, choose_cut, store_features
 from pkd.toolkit.distill.training.views import StoredViews, Teaching, ViewMaker
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.embed import default_cache, embed_stored
 
 if TYPE_CHECKING:
-    from pkd.toolkit.distill.models.adopted import Adopted
+    from pkd.toolkit.distill.models.adopted import Adopted, AdoptedNetwork
 
 Measure = Callable[[Embeddings, Embeddings, NDArray[np.int64]], Mapping[str, Any]]
 """Student's rows, teacher's rows and labels of held-out images → what is reported of them."""
 CHECKED = 512
 """Real crops that measure the statistics of batch normalisation; some of them check the adoption."""
+FROZEN, MOST_FROZEN = 0.9, 100_000
+"""Share of an adopted student that is frozen by default, and for how many images at most."""
 FEWEST_PEOPLE, MOST_PEOPLE = 100, 500
 """People with two images from which on some are held out, and how many of them at most."""
 
@@ -56,6 +59,7 @@ class Start:
     network: Backbone
     mapped: Callable[[FaceSet], Embeddings]
     report: dict[str, Any]
+    frozen: FrozenFeatures | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Prepared:
     is its own row alone.
     ``start``: the adopted student; None where a backbone of the zoo is built.
     ``held_out``: people that the training does not see; None where there are too few.
+    ``frozen``: what the student's frozen layers give for every image; None where all layers are trained.
     """
 
     faces: FaceSet
@@ -85,6 +90,7 @@ class Prepared:
     live: Encoder | None = None
     start: Start | None = None
     held_out: FaceSet | None = None
+    frozen: FrozenFeatures | None = None
 
     @property
     def teaching(self) -> Teaching:
@@ -113,6 +119,8 @@ def prepare(
         raise InputError(
             f"--mix {config.mix}: --method {config.method} needs labels, and a mixed face has none. Add l2kd."
         )
+    if config.freeze and method.stages:
+        raise InputError(f"--freeze {config.freeze}: --method {config.method} trains early layers. Use --freeze 0.")
     if "map" in method.names and (len(method.names) > 1 or not config.adopts):
         raise InputError(f"--method {config.method}: map stands alone, for --student FILE.onnx, a model that exists.")
     if config.adopts and teacher is None:
@@ -142,7 +150,7 @@ def prepare(
     live = teacher if config.teacher_live else None
     return Prepared(
         faces, classes.labels, faces.digest(), targets, classes.head, classes.audit, classes.identities, exclude,
-        stages, views, live, start, held_out,
+        stages, views, live, start, held_out, start.frozen if start else None,
     )  # fmt: skip
 
 
@@ -181,6 +189,7 @@ def _start(
         )  # fmt: skip
     network = student.network(targets.shape[1])
     network.set_map(fitted.weight, fitted.bias, config.map_rank)
+    frozen = _freeze(config, student, network, faces, console, cache)
     if config.method != "map":
         some, preprocess = _some(config, faces), student.info.preprocess
         chunks = (some[i : i + 64] for i in range(0, len(some), 64))
@@ -190,7 +199,38 @@ def _start(
         rows = embed_stored(student.features, others, cache=cache, jobs=config.threads)[:]
         return unit_rows((rows @ fitted.weight + fitted.bias).astype(np.float32), "the map")
 
-    return Start(student.info.name, student.info.id, student.info.preprocess, network, mapped, fitted.report)
+    return Start(student.info.name, student.info.id, student.info.preprocess, network, mapped, fitted.report, frozen)
+
+
+def _frozen_share(config: DistillConfig, faces: FaceSet) -> float:
+    """Choose how much of the student is frozen."""
+    if config.freeze is not None:
+        return config.freeze
+    asked = WeightedSum.parse(config.method).stages or config.method == "map"
+    return 0.0 if asked or torch.cuda.is_available() or len(faces) > MOST_FROZEN else FROZEN
+
+
+def _freeze(
+    config: DistillConfig, student: Adopted, network: AdoptedNetwork, faces: FaceSet, console: Console, cache: Path
+) -> FrozenFeatures | None:
+    """Freeze the first layers, and compute once what they give for every image."""
+    share = _frozen_share(config, faces)
+    cut = choose_cut(network, share) if share else None
+    if cut is None and config.freeze:
+        raise InputError(f"--freeze {share:g}: the student has no layer up to which so little is done. Use --freeze 0.")
+    if cut is None:
+        return None
+    network.freeze(cut.step)
+    views = 1 + config.mirror
+    size = 2 * int(np.prod(cut.shape)) * views * len(faces) / 2**20
+    console.print(
+        f"frozen: {cut.share:.0%} of the student's arithmetic, kept as {'×'.join(map(str, cut.shape))} numbers an "
+        f"image{' and its mirror image' if config.mirror else ''}: {size:,.0f} MB in {cache}"
+    )
+    with ConsoleProgress(console)("frozen layers", views * len(faces)) as advance:
+        return store_features(
+            student, cut, faces, mirror=config.mirror, cache=cache, jobs=config.threads, advance=advance
+        )
 
 
 def _set_aside(faces: FaceSet, share: float) -> tuple[FaceSet, FaceSet | None]:

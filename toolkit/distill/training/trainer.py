@@ -86,7 +86,8 @@ class Trainer:
         memory = self.device if config.views_in_memory else None
         self.loader = Loader(
             prepared.faces, config.batch, size, augment=config.augment, seed=config.seed, mirror=config.mirror,
-            mix=config.mix, teaching=prepared.teaching, memory=memory, share=context.batch_share(config.batch),
+            mix=config.mix, teaching=prepared.teaching, memory=memory, frozen=prepared.frozen,
+            share=context.batch_share(config.batch),
         )  # fmt: skip
         self.preprocess = prepared.start.preprocess if prepared.start else Preprocess(size=size)
         scaling = (torch.tensor(values).reshape(-1, 1, 1) for values in (self.preprocess.mean, self.preprocess.std))
@@ -97,12 +98,8 @@ class Trainer:
         """Take one optimiser step. Returns the loss and the mean teacher–student cosine (NaN without a teacher)."""
         for group in self.optimiser.param_groups:
             group["lr"] = lr * group["rate"]
-        pixels = batch.crops.to(self.device).permute(0, 3, 1, 2)  # channels last, no copy
-        if self.preprocess.channels == "bgr":
-            pixels = pixels.flip(1)
-        inputs = pixels.float().sub_(self.mean).div_(self.std)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            embeddings = self.network(inputs)
+            embeddings = self._embed(batch)
         step = self._step(batch, embeddings.float())
         loss = self.method.loss(step)
         cosine = math.nan
@@ -122,6 +119,18 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.student)
         return value, cosine
+
+    def _embed(self, batch: CropBatch) -> Tensor:
+        values = batch.crops.to(self.device)
+        if batch.features:
+            values = values.float().contiguous(memory_format=torch.channels_last)
+        else:
+            pixels = values.permute(0, 3, 1, 2)  # channels last, no copy
+            if self.preprocess.channels == "bgr":
+                pixels = pixels.flip(1)
+            values = pixels.float().sub_(self.mean).div_(self.std)
+        embeddings: Tensor = self.network(values, True) if batch.features else self.network(values)
+        return embeddings
 
     def _step(self, batch: CropBatch, embeddings: Tensor) -> LossInputs:
         """Gather the batch of all processes; stage features stay with the process that made them."""

@@ -37,6 +37,11 @@ class Views:
     mixed: NDArray[np.bool_]
 
 
+def mirrored(seeds: Sequence[Seed]) -> NDArray[np.bool_]:
+    """Tell which seeds mirror their image, bool B."""
+    return np.array([np.random.default_rng(seed).random() < 0.5 for seed in seeds], np.bool_)
+
+
 class ViewMaker:
     """Mirror, mix and augment images as a seed says: the same seed makes the same view of an image.
 
@@ -57,7 +62,7 @@ class ViewMaker:
         mirrored, mixed = np.zeros(len(indices), np.bool_), np.zeros(len(indices), np.bool_)
         for row, seed in enumerate(seeds):
             random = np.random.default_rng(seed)
-            mirrored[row] = (random.random() < 0.5) and self._mirror
+            mirrored[row] = bool(random.random() < 0.5) and self._mirror  # the first draw, as in ``mirrored``
             image = crops[row, :, ::-1] if mirrored[row] else crops[row]
             partner, share = self.partner(seed)
             if partner is not None:
