@@ -73,6 +73,8 @@ ARTIFACT: Examples = {
     "range": {"bytes": 5242880},
 }
 IMAGE: Examples = {
+    "not-live": {"reason": "missing"},
+    "low-quality": {"low": ["yaw"], "measured": {"yaw": -41.0}, "required": {"yaw": 30}},
     "bad-image": {"index": 0},
     "unsupported-media": {},
     "no-face": {"index": 0},

@@ -100,6 +100,7 @@ PROBLEMS: dict[type[PkdError], ProblemType] = {
     errors.NoDetector: ProblemType("no-detector", 422, "This server has no face detector"),
     toolkit.BadVector: ProblemType("bad-vector", 422, "The embedding cannot be used"),
     toolkit.UnsupportedFmr: ProblemType("unsupported-fmr", 422, "The certificate does not cover this false match rate"),
+    errors.NotLive: ProblemType("not-live", 422, "There is no proof that a living person is shown"),
     errors.LowQuality: ProblemType("low-quality", 422, "The face is not good enough to enrol"),
     errors.Overloaded: ProblemType("overloaded", 429, "The server is busy"),
     RateLimited: ProblemType("rate-limited", 429, "This API key sends too many requests"),

@@ -14,6 +14,8 @@ SpaceMismatch, NotCertified, UnsupportedFmr. The others are::
     ├── NotAligned                   an image is not of the size of an aligned crop
     ├── NoDetector                   a photograph, where only aligned crops can be taken
     ├── LowQuality                   a face that is not good enough to enrol
+    ├── NotLive                      no proof that a living person is shown, where it is asked for
+    ├── BadToken                     a signed token that proves nothing
     ├── NoGalleries                  the server was started without a store of galleries
     ├── UnknownGallery               no gallery of this name
     ├── UnknownSubject               no subject of this id in a gallery
@@ -75,6 +77,14 @@ class NoDetector(ServingError):
 
 class LowQuality(ServingError):
     """A face is not good enough to enrol."""
+
+
+class NotLive(ServingError):
+    """There is no proof that a picture shows a living person, where a gallery asks for it or a request claims it."""
+
+
+class BadToken(ServingError):
+    """A signed token proves nothing; the message says why, for whoever sent it, and never repeats it."""
 
 
 class NoGalleries(ServingError):

@@ -78,6 +78,14 @@ class QualityLimits(Sent):
     occlusion: Number = Field(default=1, ge=0, le=1, description="Largest covered share, where a detector says so")
 
 
+class LivenessDemand(Sent):
+    """Say for what a gallery asks proof that a living person is shown: a detector's signed verdict."""
+
+    enrol: bool = Field(default=False, description="For every enrolment, of embeddings, too")
+    query: bool = Field(default=False, description="For every search of it and comparison with its subjects")
+    max_apcer: Number | None = Field(default=None, ge=0, le=1, description="Largest measured APCER of the detector")
+
+
 class GalleryPolicy(Sent):
     """Hold what the operator demands of one gallery, in the file of --policies."""
 
@@ -85,6 +93,7 @@ class GalleryPolicy(Sent):
     query_quality: QualityLimits = Field(
         default=QualityLimits(), description="Of photographs that it is searched for, or compared with its subjects"
     )
+    liveness: LivenessDemand = Field(default=LivenessDemand(), description="Proof that a living person is shown")
 
 
 class GalleryBody(Sent):
@@ -107,6 +116,9 @@ class EnrolOptions(Sent):
     expires: Moment | None = Field(None, description="When these templates are deleted; else by retention")
     quality: Annotated[QualityLimits, BeforeValidator(_structured)] = Field(
         default=QualityLimits(), description="Limits beside those of server and gallery"
+    )
+    liveness: str | None = Field(
+        None, max_length=8192, description="Signed verdict of an attack detector on exactly these inputs (JWS)"
     )
 
 
@@ -135,6 +147,9 @@ class IdentifyOptions(Sent):
     threshold: float | None = Field(None, ge=-1, le=1, description="Cosine similarity, instead of target_fpir")
     where: Annotated[Attributes | None, BeforeValidator(_structured)] = Field(
         None, description="Search only subjects with all these attributes"
+    )
+    liveness: str | None = Field(
+        None, max_length=8192, description="Signed verdict of an attack detector on exactly these inputs (JWS)"
     )
     partial: bool = Field(False, description="Search what is certified, and list what is not, instead of a 409")
 

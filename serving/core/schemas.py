@@ -147,6 +147,9 @@ class VerifyBody(Sent):
     a: Side = Field(description="The query (probe)")
     b: Side = Field(description="The gallery side")
     policy: Policy | None = Field(None, description="The server's default target FMR where left out")
+    liveness: str | None = Field(
+        None, max_length=8192, description="Signed verdict of an attack detector on the side that is not enrolled (JWS)"
+    )
 
 
 class SpaceAnswer(BaseModel):

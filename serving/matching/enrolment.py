@@ -65,6 +65,8 @@ async def prepare(
             made[index] = _received(service, gallery, item, index), None
         else:
             images[index] = item if isinstance(item, bytes) else item.image_b64
+    demand = service.policies.of(gallery.name).liveness
+    await service.prove_live(options.liveness, inputs, [(gallery.name, demand)] if demand.enrol else [])
     if images:
         made |= await _embedded(service, gallery, images, options)
     templates, qualities = zip(*(made[index] for index in range(len(inputs))), strict=True)
@@ -182,7 +184,7 @@ def _digest(subject: str, inputs: Sequence[EnrolInput], options: EnrolOptions) -
     parts = [
         hashlib.sha256(item).hexdigest() if isinstance(item, bytes) else item.model_dump(mode="json") for item in inputs
     ]
-    stated = options.model_dump(mode="json", include=set(EnrolOptions.model_fields))
+    stated = options.model_dump(mode="json", include=set(EnrolOptions.model_fields) - {"liveness"})
     for name, field in QualityLimits.model_fields.items():
         if name not in FIRST_LIMITS and stated["quality"][name] == field.default:
             del stated["quality"][name]  # so that keys of before it existed are known again

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.serving.core.embedding_codec import decode, encode
-from pkd.serving.core.errors import NoGalleries, UnknownSubject
-from pkd.serving.core.gallery_schemas import IdentifyOptions, QualityLimits
+from pkd.serving.core.errors import NoGalleries, NotLive, UnknownSubject
+from pkd.serving.core.gallery_schemas import IdentifyOptions, LivenessDemand, QualityLimits
 from pkd.serving.core.options import Settings
 from pkd.serving.core.schemas import EmbeddingSide, EmbedOptions, Faces, ImageSide, Side, SubjectSide, VerifyBody
 from pkd.serving.galleries.store import GalleryStore, SearchResult
@@ -27,6 +27,7 @@ from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.serving.inference.thread_pool import Pool
 from pkd.serving.matching import identification
 from pkd.serving.matching.admission import encoder_to_search
+from pkd.serving.matching.liveness import Demand, Liveness, Shown
 from pkd.serving.matching.policies import Policies
 from pkd.serving.matching.quality import measure_quality, require_quality, strictest
 from pkd.serving.matching.verification import (
@@ -74,9 +75,10 @@ class Service:
         detector: Detector | None = None,
         store: GalleryStore | None = None,
         policies: Policies | None = None,
+        liveness: Liveness | None = None,
     ) -> None:
         self.encoders, self.settings, self._store = encoders, settings, store
-        self.policies = policies or Policies()
+        self.policies, self.liveness = policies or Policies(), liveness
         self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
         self.inference = Inference(encoders.loaded.values(), self.state.metrics)
         self.pipeline = Pipeline(detector, self.inference)
@@ -160,6 +162,9 @@ class Service:
         for side in sides:
             side.decode(self.encoders)
         subjects = [side.given.gallery for side in sides if isinstance(side.given, SubjectSide)]
+        shown = [side.given for side in sides if not isinstance(side.given, SubjectSide)][:1]
+        asked = [(gallery, self.policies.of(gallery).liveness) for gallery in subjects if shown]
+        await self.prove_live(body.liveness, shown, [one for one in asked if one[1].query])
         limits = [self.policies.of(gallery).query_quality for gallery in subjects]
         await asyncio.gather(*(self._embed_side(side, limits) for side in sides if side.loaded))
         a, b = (side.vectors for side in sides)
@@ -181,6 +186,9 @@ class Service:
         else:
             encoder = encoder_of(self.encoders, query)
         plan = identification.plan_search(self.encoders, gallery, encoder, options.partial)
+        demand = self.policies.of(name).liveness
+        shown = query.image if isinstance(query, Photograph) else query
+        await self.prove_live(options.liveness, [shown], [(name, demand)] if demand.query else [])
         if isinstance(query, Photograph):
             vector = await self.embed_one(query, loaded, [self.policies.of(name).query_quality])
         else:
@@ -201,6 +209,31 @@ class Service:
         )
         self.state.metrics.decision("identify", answer["decision"])
         return answer
+
+    async def prove_live(
+        self, token: str | None, inputs: Sequence[Shown], demands: Sequence[tuple[str, LivenessDemand]]
+    ) -> None:
+        """Check the verdict of a request on its inputs. ``demands``: galleries that ask for one, and what they ask.
+
+        A verdict that nobody asks for is checked, too: what a request claims holds, or it is refused. Raises NotLive.
+        """
+        if token is None and not demands:
+            return
+        if token is None:
+            raise NotLive(
+                f"the gallery {demands[0][0]!r} takes nobody without proof that a living person is shown. Send a "
+                "detector's signed verdict in the option `liveness`.",
+                details={"reason": "missing"},
+            )
+        if self.liveness is None:
+            raise NotLive(
+                "this server believes no detector of attacks: it was started without --liveness. Leave `liveness` out.",
+                details={"reason": "not-configured"},
+            )
+        limits = [(gallery, demand.max_apcer) for gallery, demand in demands if demand.max_apcer is not None]
+        strictest_limit = min(limits, key=lambda one: one[1]) if limits else None
+        demand = Demand(*strictest_limit) if strictest_limit else None
+        await asyncio.to_thread(self.liveness.require, token, inputs, demand)
 
     def _enrolled(self, side: SubjectSide) -> list[ProbeVector]:
         subject = self.store.subject(side.gallery, side.subject, vectors=True)

@@ -145,6 +145,12 @@ class Configuration:
         "JSON of what each gallery demands, such as quality; read again when it changes",
         "none: what the server demands",
     )
+    liveness: str | None = _option(
+        None,
+        "FILE",
+        "JSON that names whose signed verdicts on living people are believed",
+        "none: no verdict is believed",
+    )
     insecure_no_keys: bool = _option(
         False, "yes", "listen beyond loopback without keys, for anyone to use", "off", _switch
     )

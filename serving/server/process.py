@@ -19,6 +19,7 @@ from pkd.serving.galleries.crypto import MasterKey
 from pkd.serving.galleries.open import StoreUrl
 from pkd.serving.galleries.store import GalleryStore
 from pkd.serving.inference.registry import Encoders
+from pkd.serving.matching.liveness import Liveness
 from pkd.serving.matching.policies import Policies
 from pkd.serving.matching.service import Service
 from pkd.serving.observability import logs, telemetry
@@ -59,7 +60,8 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
         if store:
             stack.callback(store.close)
         policies = Policies(Path(configuration.policies) if configuration.policies else None)
-        service = Service(encoders, settings, detector, store, policies)
+        liveness = Liveness.read(Path(configuration.liveness)) if configuration.liveness else None
+        service = Service(encoders, settings, detector, store, policies, liveness)
         stack.callback(service.close)
         if configuration.traces:
             stack.callback(telemetry.set_up())
@@ -87,6 +89,8 @@ def run_worker(
     with opened(configuration) as it:
         if it.keys:
             it.keys.shared = folder
+        if it.service.liveness:
+            it.service.liveness.shared = folder
         if index == 0:
             introduce(Console(stderr=True, quiet=quiet, highlight=False), it, configuration)
         swept = it.store if index == 0 else None

@@ -92,13 +92,18 @@ def at(cosine: float, axis: int) -> np.ndarray:
 
 @contextmanager
 def serving(
-    fleet: Fleet, folder: Path, keys: ApiKeys | None = None, detector: Any = None, policies: Any = None, **settings: Any
+    fleet: Fleet,
+    folder: Path,
+    keys: ApiKeys | None = None,
+    detector: Any = None,
+    policies: Any = None,
+    liveness: Any = None,
+    **settings: Any,
 ) -> Iterator[httpx.Client]:
     """Run the real server on a real store, as a client."""
     store = SqliteStore(folder, MASTER)
-    service = Service(
-        Encoders.open(fleet.folders), Settings(threads=2, **{**ANYTHING, **settings}), detector, store, policies
-    )
+    limits = Settings(threads=2, **{**ANYTHING, **settings})
+    service = Service(Encoders.open(fleet.folders), limits, detector, store, policies, liveness)
     try:
         with made.running(service, keys) as client:
             yield client
