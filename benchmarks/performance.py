@@ -30,6 +30,7 @@ PARTS = {
     "halvings": "Do thresholds carry over to other people",
     "targets": "What each target costs and loses",
     "serving_cost": "What serving costs",
+    "browser": "The browser as a device",
     "method_table": "Methods at equal budget",
     "search": "Searching a gallery in memory",
     "inheritance": "A teacher's own classifier against heads made from its embeddings",

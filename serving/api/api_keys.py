@@ -155,8 +155,9 @@ class ApiKeys:
         if key.token:
             self.take(next(one for one in self._keys if one.digest.hex()[:16] == key.token.key))
         if key.rate is not None and (wait := self._bucket(key).take(key.rate, self._clock())):
+            who = "this token" if key.token else f"the key {key.name!r}"
             raise RateLimited(
-                f"the key {key.name!r} may send {key.rate:g} requests a second. Send the next one in {wait:.2g} s.",
+                f"{who} may send {key.rate:g} requests a second. Send the next one in {wait:.2g} s.",
                 details={"retry_after": math.ceil(wait)},
             )
 

@@ -60,7 +60,7 @@ class TokenBody(Sent):
     scopes: list[TokenScope] = Field(min_length=1, max_length=2, description="Any of those that the key has, too")
     gallery: Name = Field(description="The one gallery that it opens")
     seconds: Annotated[int, Field(ge=10, le=MOST_SECONDS)] = Field(900, description="Its life, seconds")
-    rate: float = Field(5.0, gt=0, le=1000, description="Most requests a second; those of the key hold, too")
+    rate: float = Field(10.0, gt=0, le=1000, description="Most requests a second; those of the key hold, too")
 
 
 class Tokens:

@@ -41,6 +41,7 @@ async function start() {
     }
     lines.get(file).textContent = total ? `${bytes(received)} of ${bytes(total)}` : bytes(received);
   };
+  $("loads").replaceChildren();
   $("ask-token").hidden = true;
   $("start-says").textContent = "Loading the face encoder, the detector and their runtime (WebAssembly, 3.7 MB)…";
   try {
@@ -110,6 +111,7 @@ async function changeMode() {
   $("rate").replaceChildren(
     ...rates.map((rate) => element("option", `${oneIn(rate)} ${searches ? "searches for strangers" : "pairs of different people"}`, { value: rate })),
   );
+  $("of-rate").hidden = !rates.length;
   $("rate").value = rates.includes(kept) ? kept : rates.includes(usual) ? usual : (rates[0] ?? "");
   $("rate-says").textContent = searches
     ? "Share of searches for people who are not enrolled that may find somebody (FPIR)."
@@ -231,7 +233,8 @@ async function takeReference(file) {
 
 function clearAnswer() {
   say("none", "No question asked yet.");
-  $("needle").hidden = $("candidates").hidden = true;
+  $("needle").setAttribute("hidden", "");
+  $("candidates").hidden = true;
   $("evidence").textContent = "";
   $("evidence").classList.remove("amber");
 }

@@ -72,7 +72,7 @@ const LOW = -0.2, place = (score) => 20 + ((Math.min(1, Math.max(LOW, score)) - 
 
 /** Draw the needle: a score between −0.2 and 1, the threshold as a tick, and the zone in which faces match. */
 export function drawNeedle({ score, threshold, calibrated }) {
-  const parts = [], reached = threshold !== null && threshold <= 1;
+  const parts = [], reached = threshold !== null && threshold <= 1, pointed = `translate(${place(score)} 0)`;
   const words = `similarity ${score.toFixed(3)}, ${threshold === null ? "no threshold" : `threshold ${threshold.toFixed(3)}`}`;
   parts.push(element("title", words, { id: "needle-title" }));
   if (reached) {
@@ -87,9 +87,9 @@ export function drawNeedle({ score, threshold, calibrated }) {
     parts.push(element("line", "", { class: "scale", x1: place(at), x2: place(at), y1: 52, y2: 57 }));
     parts.push(element("text", at.toFixed(1), { x: place(at), y: 78, "text-anchor": "middle" }));
   }
-  parts.push(element("path", "", { class: "pointer", d: "M -8 26 L 8 26 L 0 51 Z", transform: `translate(${place(score)} 0)` }));
+  parts.push(element("path", "", { class: "pointer", d: "M -8 26 L 8 26 L 0 51 Z", transform: pointed }));
   $("needle").replaceChildren(...parts);
-  $("needle").hidden = false;
+  $("needle").removeAttribute("hidden"); // an SVG element has no property of that name
 }
 
 /** Write a rate for people: 0.001 → "1 in 1,000". */
@@ -125,7 +125,8 @@ export function showLedger(rows, photograph) {
   $("ledger").replaceChildren(
     ...rows.slice(-60).reverse().map((row) => {
       const made = element("tr", "", row.pixels ? { class: "pixels" } : {});
-      const what = `${row.method} ${row.path}${row.pixels ? " (carries a picture)" : ""}`;
+      const path = decodeURIComponent(row.path).replace(/@sha256:([0-9a-f]{10})[0-9a-f]*/, "@$1");
+      const what = `${row.method} ${path}${row.pixels ? " (carries a picture)" : ""}`;
       const state = row.status === "failed" ? "failed" : row.received === null ? "…" : bytes(row.received);
       made.append(element("td", what, { title: what }), element("td", bytes(row.sent)));
       made.append(element("td", state), element("td", row.ms === null ? "…" : row.ms.toFixed(0)));

@@ -8,20 +8,27 @@ const FINE = 100; // faces smaller than this in the searched copy are searched a
 const OVERLAP = 0.3;
 const STRIDES = [8, 16, 32];
 
-/** Find faces in images. Calls must not overlap: the input's memory is used again. */
+/** Find faces in images. Calls wait for one another: the input's memory is used again. */
 export class YuNet {
   /** `ort`: onnxruntime-web. `session`: of a YuNet whose input takes any multiple of 32. */
   constructor(ort, session, minScore = 0.5) {
     this.ort = ort;
     this.session = session;
     this.minScore = minScore;
+    this.turn = Promise.resolve();
   }
 
   /**
    * Search an image → faces {box: [x1, y1, x2, y2], landmarks: [[x, y] × 5], score}, in its pixels.
    * `sides`: longest sides of the copies that are searched, one after the other until somebody is found.
    */
-  async detect(image, sides = WORK_SIDES) {
+  detect(image, sides = WORK_SIDES) {
+    const found = this.turn.then(() => this.find(image, sides));
+    this.turn = found.catch(() => {});
+    return found;
+  }
+
+  async find(image, sides) {
     if (Math.min(image.width, image.height) < MIN_SIDE) return [];
     for (const side of sides) {
       const scale = Math.min(1, side / Math.max(image.width, image.height));

@@ -40,7 +40,7 @@ export class SelfTestFailed extends Error {
   name = "SelfTestFailed";
 }
 
-/** Turn photographs into embeddings of one encoder, and ask a server about them. One call at a time. */
+/** Turn photographs into embeddings of one encoder, and ask a server about them. */
 export class Device {
   /**
    * Download what a device needs, and test it. Files come from the browser's cache where the server says that they are
@@ -146,12 +146,19 @@ export class Device {
   }
 }
 
-/** Ask the server: `client` is {server, token}. Throws Refused for its problems, TypeError without a network. */
+/**
+ * Ask the server: `client` is {server, token}. Throws Refused for its problems, TypeError without a network. A download
+ * that exceeds the rate of a token is asked for again when the server says that it may be; a question is not.
+ */
 export async function ask(client, path, { headers = {}, ...options } = {}) {
   const bearer = client.token ? { authorization: `Bearer ${client.token}` } : {};
-  const answer = await fetch(client.server + path, { ...options, headers: { ...headers, ...bearer } });
-  if (answer.ok) return answer;
-  throw new Refused(await answer.json().catch(() => ({})), answer.status);
+  for (let tries = options.method ? 1 : 5; ; tries--) {
+    const answer = await fetch(client.server + path, { ...options, headers: { ...headers, ...bearer } });
+    if (answer.ok) return answer;
+    const problem = await answer.json().catch(() => ({}));
+    if (answer.status !== 429 || tries <= 1) throw new Refused(problem, answer.status);
+    await new Promise((next) => setTimeout(next, 1000 * Number(answer.headers.get("retry-after") ?? 1)));
+  }
 }
 
 /** Get JSON from the server. Throws as `ask`. */
