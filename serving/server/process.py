@@ -26,6 +26,7 @@ from pkd.serving.observability import logs, telemetry
 from pkd.serving.server.config import Configuration
 from pkd.serving.server.server import Link, serve
 from pkd.toolkit.bundle.bundle import NOT_GATED
+from pkd.toolkit.certificates.certificate import Certificate, usefulness
 from pkd.toolkit.certificates.signing import TrustedKeys
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import UnsupportedFmr
@@ -124,7 +125,7 @@ def introduce(console: Console, it: Opened, configuration: Configuration) -> Non
     for file in encoders.files.values():
         certificate = file.certificate
         try:
-            state = f"threshold {certificate.threshold(fmr):.4f} at FMR {fmr:g}"
+            state = f"threshold {certificate.threshold(fmr):.4f} at FMR {fmr:g}{_accuracy(certificate, fmr)}"
         except UnsupportedFmr:
             smallest, largest = certificate.points[-1].fmr, certificate.points[0].fmr
             state = f"FMR {fmr:g} not covered, requests must state one of {smallest:g} to {largest:g}"
@@ -142,3 +143,12 @@ def introduce(console: Console, it: Opened, configuration: Configuration) -> Non
         say("no --api-keys: requests need no key")
     if it.store is None:
         say("no --gallery: nobody can be enrolled")
+
+
+def _accuracy(certificate: Certificate, fmr: float) -> str:
+    """Say how many of the people whom it should accept a pair does, where that was measured at this very rate."""
+    point = next((one for one in certificate.points if one.fmr == fmr), None)
+    if point is None:
+        return ""
+    verdict = usefulness(point)
+    return f", TAR {100 * point.tar_balanced:.1f} %{f': {verdict}' if verdict else ''}"

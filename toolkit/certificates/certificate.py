@@ -21,6 +21,8 @@ from pkd.toolkit.core.errors import BadVector, BundleError, UnsupportedFmr
 from pkd.toolkit.core.models import Record, fault_of, read_json
 
 SCHEMA = 2
+USEFUL = 0.5
+"""TAR below which a pair is called poor."""
 SLACK = 1 + 1e-9
 """How far the calibration's rate at an operating point may lie above the point's: rounding."""
 
@@ -65,6 +67,13 @@ class OperatingPoint(Record):
     tar_balanced: Rate
     """True accept rate at ``threshold``, every identity weighing the same."""
     tar_balanced_ci95: RateInterval
+
+
+def usefulness(point: OperatingPoint) -> str | None:
+    """Say "useless" of a pair that does no better than chance, "poor" where it misses most people; None otherwise."""
+    if point.tar_balanced_ci95[0] <= 2 * point.fmr:
+        return "useless"
+    return "poor" if point.tar_balanced < USEFUL else None
 
 
 class Calibration(Record):

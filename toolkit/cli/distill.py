@@ -20,6 +20,7 @@ from pkd.toolkit.core import cli_support
 from pkd.toolkit.core.cli_options import add_options, flag, validate_options
 from pkd.toolkit.core.encoder_info import check_name
 from pkd.toolkit.core.errors import InputError, MissingExtra
+from pkd.toolkit.data.seen import write_seen
 from pkd.toolkit.distill.models.open_encoder import open_encoder
 from pkd.toolkit.encoders.base import Embeddings
 from pkd.toolkit.encoders.embed import default_cache
@@ -92,6 +93,8 @@ def _distill(args: argparse.Namespace, console: Console, context: DistributedCon
     if config.method == "map":
         config = config.model_copy(update={"steps": 0, "max_minutes": None, "precision": "fp32"})
     summary = distill(config, prepared, teacher, console, context)
+    if context.is_rank_zero:
+        write_seen(config.run, prepared.faces)
     console.print(f"wrote {config.out}: {summary['encoder']}, {summary['parameters']:,} parameters")
     if teacher is None or not context.is_rank_zero:
         return summary

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,11 @@ from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.progress import ConsoleProgress, Progress
 from pkd.toolkit.data.face_set import FaceSet
-from pkd.toolkit.distill.models.open_encoder import open_encoder
+from pkd.toolkit.data.seen import seen_in
+from pkd.toolkit.distill.models.open_encoder import open_encoder, reopener
+from pkd.toolkit.encoders.base import Encoder
 from pkd.toolkit.encoders.embed import default_cache
+from pkd.toolkit.encoders.preprocessing_check import check_preprocessing
 from pkd.toolkit.evaluation.datasets.cfp import read_cfp
 from pkd.toolkit.evaluation.datasets.ijb import read_templates
 from pkd.toolkit.evaluation.datasets.insightface_bin import looks_pickled, read_bin
@@ -237,9 +241,28 @@ def _open(
     )
     require_control(encoder_set)
     require_unseen(encoder_set, evaluated, options)
+    encoder_set = replace(encoder_set, warnings=tuple(_warnings(asked, encoder_set.teacher, evaluated, options)))
     if not asked.fit_faces:
         return encoder_set
     return with_maps(encoder_set, FaceSet.read(asked.fit_faces), _name(asked.fit_faces), evaluated, options, progress)
+
+
+def _warnings(
+    asked: EvaluateOptions, teacher: Encoder, evaluated: Sequence[FaceSet], options: EvaluationOptions
+) -> Iterator[str]:
+    """Say what makes the figures to come worth less: a doubtful scaling, faces that the student was trained on."""
+    if evaluated and (doubt := check_preprocessing(teacher, evaluated[0], reopener(asked.teacher))):
+        yield doubt
+    run = Path(asked.student) if asked.student else None
+    for faces in evaluated if run else ():
+        assert run is not None
+        images, people = seen_in(run if run.is_dir() else run.parent, faces, options.cache)
+        if images or people:
+            yield (
+                f"The student was trained on {images:,} of these {len(faces):,} images, and on {people:,} of the "
+                f"{len(faces.identities):,} people by their names: its rates are better than on people whom it does "
+                "not know. Leave them out."
+            )
 
 
 def _name(source: Path) -> str:
@@ -288,7 +311,7 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
             total = next(a.unlabelled for a in evaluation.comparisons[0].demographics if a.name == attribute)
             console.print(f"{total:,} identities have no {attribute} (first: {', '.join(names)})", markup=False)
     for note in evaluation.notes:
-        console.print(note)
+        console.print(note, markup=False, soft_wrap=True)
     for refusal in evaluation.comparisons[0].refused[:1] if evaluation.comparisons else ():
         console.print(refusal.reason)  # the report gives all of them
     console.print(f"report: {out / 'report.html'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pkd.toolkit.bundle.bundle import Bundle, is_bundle
@@ -47,6 +48,18 @@ def open_encoder(
 
         return open_checkpoint(path, _stated(path, preprocess, option))
     raise InputError(f"{spec}: not an encoder. Give a bundle, a run folder, FILE.onnx, FILE.pt or insightface:PACK.")
+
+
+def reopener(spec: str) -> Callable[[Preprocess], Encoder] | None:
+    """Return what opens FILE.onnx or FILE.pt with another preprocessing; None for what states its own."""
+    path = Path(spec)
+    if path.suffix == ".onnx" and path.is_file():
+        return lambda preprocess: open_onnx(path, preprocess)
+    if path.suffix in {".pt", ".pth"} and path.is_file() and path.name != "student.pt":
+        from pkd.toolkit.distill.models.teacher import open_checkpoint
+
+        return lambda preprocess: open_checkpoint(path, preprocess)
+    return None
 
 
 def _stated(path: Path, preprocess: str | None, option: str) -> Preprocess:

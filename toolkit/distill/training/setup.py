@@ -28,10 +28,12 @@ from pkd.toolkit.distill.losses.feature_hooks import StagePlan, plan_stages
 from pkd.toolkit.distill.losses.registry import WeightedSum
 from pkd.toolkit.distill.models.backbones import build
 from pkd.toolkit.distill.models.layers import Backbone
+from pkd.toolkit.distill.models.open_encoder import reopener
 from pkd.toolkit.distill.training.frozen import FrozenFeatures, choose_cut, store_features
 from pkd.toolkit.distill.training.views import StoredViews, Teaching, ViewMaker
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.embed import default_cache, embed_stored
+from pkd.toolkit.encoders.preprocessing_check import check_preprocessing
 
 if TYPE_CHECKING:
     from pkd.toolkit.distill.models.adopted import Adopted, AdoptedNetwork
@@ -137,6 +139,9 @@ def prepare(
     student = _adopt(config, teacher, faces) if config.adopts and teacher else None
     if student and teacher and method.stages:
         stages = _plan(config, teacher, method.stages, student)
+    doubt = check_preprocessing(teacher, faces, reopener(config.teacher)) if teacher and config.teacher else None
+    if doubt:
+        console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
     targets = _targets(config, teacher, faces, console) if teacher else None
     start = _start(config, student, faces, targets[0], console, measure) if student and targets else None
     classes = Classes(None, faces.labels, faces.identities, None)
@@ -144,7 +149,7 @@ def prepare(
         key = f"{teacher.info.id} {faces.digest()}{'' if config.mirror else ' not mirrored'}"
         classes = resolve_head(config, choice, targets, faces.labels, faces.identities, key, console)
     if classes.audit and classes.audit.fault and choice:
-        raise BadHead(classes.audit.fault)
+        raise BadHead(f"{doubt} Then look at the head: {classes.audit.fault}" if doubt else classes.audit.fault)
     exclude = classes.head.exclude if classes.head else None
     views = _views(config, teacher, faces, console) if teacher and config.views else None
     live = teacher if config.teacher_live else None

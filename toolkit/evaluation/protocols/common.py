@@ -46,6 +46,8 @@ class EncoderSet:
     """Letter → the control behind a linear map into the teacher's space."""
     baseline: Control | None = None
     """What report.json says of control and maps, where there are maps."""
+    warnings: tuple[str, ...] = ()
+    """What was found about the encoders and the faces before anything was measured."""
 
     @property
     def encoders(self) -> dict[str, Encoder]:
@@ -191,7 +193,7 @@ def common(encoder_set: EncoderSet, options: EvaluationOptions) -> Common:
 def notes_on(encoder_set: EncoderSet, options: EvaluationOptions, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     """List what a reader must know before relying on the comparisons: no certificate, and why."""
     teacher, student = encoder_set.teacher, encoder_set.student
-    notes = []
+    notes = [*encoder_set.warnings]
     if student and student.info.space != teacher.info.space:
         compared = teacher.info.space.dim == student.info.space.dim
         notes.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pkd.toolkit.certificates.certificate import OperatingPoint
+from pkd.toolkit.certificates.certificate import OperatingPoint, usefulness
 from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED
 from pkd.toolkit.evaluation.report.drawing import as_svg, require_plots, write_png
 from pkd.toolkit.evaluation.report.page import percent, render_page
@@ -25,8 +25,6 @@ DISTILLED = {
     "C–C": "control against itself: what it could do in a space of its own",
 }
 """Encoder pairs that say what distillation bought, in the order of the table."""
-USEFUL = 0.5
-"""TAR below which a pair is called poor."""
 GROUPED = ("S–T", "T–T")
 """Encoder pairs with tables of groups; report.json has the others."""
 WORST = ("S–T", "T–S", "T–T")
@@ -83,10 +81,9 @@ def verdicts(e: Evaluation) -> list[str]:
             continue
         share = f"{percent(point.tar_balanced, 1)} of the people it should"
         accepted = f"{c.name} accepts {share}, at FMR {percent(point.fmr)}"
-        if point.tar_balanced_ci95[0] <= 2 * point.fmr:
-            said.append(f"Useless: {accepted}. Chance does as well.")
-        elif point.tar_balanced < USEFUL:
-            said.append(f"Poor: {accepted}, less than half.")
+        if verdict := usefulness(point):
+            why = "Chance does as well." if verdict == "useless" else "That is less than half."
+            said.append(f"{verdict.capitalize()}: {accepted}. {why}")
     return said
 
 
