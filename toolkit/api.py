@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pkd.toolkit.certificates.certificate import Certificate, Interval
+from pkd.toolkit.certificates.certificate import Assurance, Certificate, Interval
 from pkd.toolkit.certificates.certificate import read_certificate as read_certificate
 from pkd.toolkit.core.errors import BadImage, InputError
 from pkd.toolkit.core.progress import Progress, no_progress
@@ -120,13 +120,15 @@ def compare(
     return tuple(each for each in found.evaluation.comparisons if comparable or each.query == each.gallery)
 
 
-def decide(certificate: Certificate, score: float, fmr: float = 1e-3) -> Decision:
+def decide(certificate: Certificate, score: float, fmr: float = 1e-3, assurance: Assurance = "point") -> Decision:
     """Decide whether a cosine similarity is a match at the target false match rate ``fmr``, a fraction.
 
-    ``score``: of a query by ``certificate.query`` against a gallery by ``certificate.gallery``; no other pair's. Raises
-    UnsupportedFmr for a rate that the certificate does not resolve, BadVector for NaN.
+    ``assurance``: ``point``, the rate is met on average over such evaluations; ``bound``, it is kept with 95 %
+    confidence, at a higher threshold. ``score``: of a query by ``certificate.query`` against a gallery by
+    ``certificate.gallery``; no other pair's. Raises UnsupportedFmr for a rate that the certificate does not resolve,
+    BadVector for NaN.
     """
-    threshold, at_score = certificate.threshold(fmr), certificate.fmr_at(score)
+    threshold, at_score = certificate.threshold(fmr, assurance), certificate.fmr_at(score)
     return Decision(score >= threshold, score, threshold, at_score.fmr, at_score.ci95, at_score.is_upper_bound)
 
 

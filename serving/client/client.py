@@ -42,7 +42,7 @@ from pkd.serving.core.schemas import (
     SpacesAnswer,
     VerifyAnswer,
 )
-from pkd.toolkit.certificates.certificate import Certificate
+from pkd.toolkit.certificates.certificate import Assurance, Certificate
 from pkd.toolkit.core.errors import PkdError
 
 if TYPE_CHECKING:
@@ -126,10 +126,11 @@ class Client:
         *,
         target_fmr: float | None = None,
         threshold: float | None = None,
+        assurance: Assurance | None = None,
         **options: Any,
     ) -> VerifyAnswer:
         """Compare query ``a`` with gallery side ``b``. ``options`` go with images: encoder, aligned, faces."""
-        policy = _given(target_fmr=target_fmr, threshold=threshold)
+        policy = _given(target_fmr=target_fmr, threshold=threshold, assurance=assurance)
         body = {"a": _side(a, options), "b": _side(b, options), **({"policy": policy} if policy else {})}
         return self._post(VerifyAnswer, "/v1/verify", body)
 
@@ -141,12 +142,13 @@ class Client:
         top_k: int = 5,
         target_fpir: float | None = None,
         threshold: float | None = None,
+        assurance: Assurance | None = None,
         where: Mapping[str, str] | None = None,
         partial: bool = False,
         **options: Any,
     ) -> IdentifyAnswer:
         """Search a gallery. ``options`` go with an image: encoder, aligned, faces."""
-        wanted = _given(target_fpir=target_fpir, threshold=threshold, where=where)
+        wanted = _given(target_fpir=target_fpir, threshold=threshold, assurance=assurance, where=where)
         body = {"query": _side(query, options), "top_k": top_k, "partial": partial, **wanted}
         return self._post(IdentifyAnswer, f"/v1/galleries/{gallery}/identify", body)
 

@@ -18,7 +18,18 @@ from pydantic import (
 )
 
 from pkd.serving.core.embedding_codec import Encoding
-from pkd.serving.core.schemas import MAX_IMAGES, Input, Name, Number, Query, Sent, SpaceAnswer, number_given
+from pkd.serving.core.schemas import (
+    ASSURANCE,
+    MAX_IMAGES,
+    Input,
+    Name,
+    Number,
+    Query,
+    Sent,
+    SpaceAnswer,
+    number_given,
+)
+from pkd.toolkit.certificates.certificate import Assurance
 
 Key = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]
 """An idempotency key: printable ASCII without spaces."""
@@ -145,6 +156,7 @@ class IdentifyOptions(Sent):
         None, ge=1e-12, lt=1, description="Share of searches for strangers that may find somebody; default 0.01"
     )
     threshold: float | None = Field(None, ge=-1, le=1, description="Cosine similarity, instead of target_fpir")
+    assurance: Assurance | None = Field(None, description=ASSURANCE)
     where: Annotated[Attributes | None, BeforeValidator(_structured)] = Field(
         None, description="Search only subjects with all these attributes"
     )
@@ -157,6 +169,8 @@ class IdentifyOptions(Sent):
     def _one(self) -> IdentifyOptions:
         if self.target_fpir is not None and self.threshold is not None:
             raise ValueError("give either target_fpir or threshold")
+        if self.threshold is not None and self.assurance is not None:
+            raise ValueError("a threshold is taken as it is: leave out assurance, or give target_fpir")
         return self
 
 
@@ -313,6 +327,9 @@ class IdentifyAnswer(BaseModel):
     query_encoder: str
     target_fpir: float | None
     target_fmr: float | None = Field(description="Per comparison: 1 − (1 − target_fpir)^(1 / templates)")
+    assurance: Assurance | None = Field(
+        description="What target_fmr was asked as; null where the request stated a threshold"
+    )
     templates: int = Field(description="Templates searched, over all encoders")
     calibrated: bool = Field(description="False where any threshold is extrapolated")
     searched: list[Searched]

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pkd.toolkit.certificates.certificate import Assurance
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.gpu import Device
 
@@ -59,6 +60,9 @@ class Settings:
 
     device: Device = "cpu"
     """Device that bundles run on. On a GPU the crops of many requests are batched."""
+
+    assurance: Assurance = "point"
+    """Promise that target rates are asked with where a request states none."""
 
     def __post_init__(self) -> None:
         for each in fields(self):

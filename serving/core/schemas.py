@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic.config import JsonDict
 
 from pkd.serving.core.embedding_codec import Encoding
-from pkd.toolkit.certificates.certificate import Certificate
+from pkd.toolkit.certificates.certificate import Assurance, Certificate
 from pkd.toolkit.core.preprocess import Preprocess
 
 Faces = Literal["largest", "all", "exactly_one"]
@@ -106,6 +106,12 @@ def number_given(*fields: str) -> list[JsonDict]:
     return [{"required": [name], "properties": {name: {"type": "number"}}} for name in fields]
 
 
+ASSURANCE = (
+    "What the target rate is asked as: `point`, met on average over evaluations like the certificate's, or `bound`, "
+    "kept with 95 % confidence, at a higher threshold. Absent: the server's setting"
+)
+
+
 class Policy(Sent):
     """Say when two faces match; give exactly one of the two."""
 
@@ -113,11 +119,14 @@ class Policy(Sent):
 
     target_fmr: float | None = Field(None, gt=0, lt=1, description="False match rate, a fraction")
     threshold: float | None = Field(None, ge=-1, le=1, description="Cosine similarity")
+    assurance: Assurance | None = Field(None, description=ASSURANCE)
 
     @model_validator(mode="after")
     def _one(self) -> Policy:
         if (self.target_fmr is None) == (self.threshold is None):
             raise ValueError("give either target_fmr or threshold")
+        if self.threshold is not None and self.assurance is not None:
+            raise ValueError("a threshold is taken as it is: leave out assurance, or give target_fmr")
         return self
 
 
@@ -259,6 +268,9 @@ class VerifyAnswer(BaseModel):
     score: float = Field(description="Cosine similarity")
     threshold: float
     target_fmr: float | None = Field(description="What the threshold was chosen for; null where the request stated one")
+    assurance: Assurance | None = Field(
+        description="What target_fmr was asked as; null where the request stated a threshold"
+    )
     fmr_at_score: float = Field(description="Share of impostor pairs that score at least this high")
     fmr_ci95: tuple[float, float] = Field(description="95 % interval of it over people")
     fmr_is_upper_bound: bool = Field(

@@ -16,7 +16,7 @@ from pkd.serving.galleries.store import Gallery, SearchResult
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.admission import another_space
 from pkd.serving.matching.verification import Rank, describe_certificate, rank
-from pkd.toolkit.certificates.certificate import Certificate, CertificateFile
+from pkd.toolkit.certificates.certificate import Assurance, Certificate, CertificateFile
 from pkd.toolkit.certificates.extrapolation import Threshold, threshold_for
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import NotCertified, UnsupportedFmr
@@ -86,7 +86,11 @@ def per_comparison(fpir: float, templates: int) -> float:
 
 
 def resolve_thresholds(
-    plan: SearchPlan, found: Mapping[str, SearchResult], fmr: float | None, threshold: float | None
+    plan: SearchPlan,
+    found: Mapping[str, SearchResult],
+    fmr: float | None,
+    threshold: float | None,
+    assurance: Assurance = "point",
 ) -> tuple[dict[str, MatchRule], dict[str, Reason]]:
     """Give the match rule of every encoder that was searched, and the encoders that no threshold can be given for."""
     rules: dict[str, MatchRule] = {}
@@ -100,7 +104,7 @@ def resolve_thresholds(
         else:
             assert fmr is not None
             try:
-                rules[encoder] = MatchRule(file, searched, threshold_for(certificate, fmr))
+                rules[encoder] = MatchRule(file, searched, threshold_for(certificate, fmr, assurance))
             except UnsupportedFmr:
                 refused[encoder] = "unsupported-fmr"
     return rules, refused
@@ -144,12 +148,14 @@ def describe_search(
     found: Mapping[str, SearchResult],
     options: IdentifyOptions,
     default_fpir: float,
+    default_assurance: Assurance = "point",
 ) -> dict[str, Any]:
     """Answer a search, as the schema IdentifyAnswer. ``found``: template encoder → what its search found."""
     searched = sum(found[encoder].searched for encoder in plan.files)
     fpir = None if options.threshold is not None else options.target_fpir or default_fpir
     fmr = per_comparison(fpir, searched) if fpir is not None and searched else None
-    rules, refused = resolve_thresholds(plan, found, fmr, options.threshold)
+    assurance = options.assurance or default_assurance
+    rules, refused = resolve_thresholds(plan, found, fmr, options.threshold, assurance)
     ranked = candidates(rules, found)
     matching = sum(bool(one["match"]) for one in ranked)
     described = [_describe(encoders, encoder, rule) for encoder, rule in rules.items()]
@@ -161,6 +167,7 @@ def describe_search(
         "query_encoder": query,
         "target_fpir": fpir,
         "target_fmr": fmr,
+        "assurance": None if fpir is None else assurance,
         "templates": searched,
         "calibrated": all(one["calibrated"] for one in described),
         "searched": described,

@@ -157,7 +157,12 @@ class Service:
         """Answer /v1/verify. Cheap refusals come first: pair, policy and vectors before any image is decoded."""
         sides = [await self._resolve(name, side) for name, side in (("a", body.a), ("b", body.b))]
         rules, refused = resolve_rules(
-            self.encoders, sides[0].encoders, sides[1].encoders, body.policy, self.settings.target_fmr
+            self.encoders,
+            sides[0].encoders,
+            sides[1].encoders,
+            body.policy,
+            self.settings.target_fmr,
+            self.settings.assurance,
         )
         for side in sides:
             side.decode(self.encoders)
@@ -205,7 +210,7 @@ class Service:
 
         found = dict(zip(plan.files, await asyncio.gather(*map(search, plan.files)), strict=True))
         answer = identification.describe_search(
-            self.encoders, gallery, encoder, plan, found, options, self.settings.target_fpir
+            self.encoders, gallery, encoder, plan, found, options, self.settings.target_fpir, self.settings.assurance
         )
         self.state.metrics.decision("identify", answer["decision"])
         return answer

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pkd.serving.core.embedding_codec import decode
 from pkd.serving.core.schemas import EmbeddingSide, Policy, Side
 from pkd.serving.inference.registry import Encoders, Loaded
-from pkd.toolkit.certificates.certificate import CertificateFile
+from pkd.toolkit.certificates.certificate import Assurance, CertificateFile
 from pkd.toolkit.core.errors import BadVector, NotCertified, PkdError, SpaceMismatch, UnsupportedFmr
 
 Pair = tuple[str, str]
@@ -42,6 +42,7 @@ class MatchRule:
     file: CertificateFile
     threshold: float
     target_fmr: float | None
+    assurance: Assurance | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ class ProbeVector:
 
 
 def resolve_rules(
-    encoders: Encoders, queries: Sequence[str], galleries: Sequence[str], policy: Policy | None, default_fmr: float
+    encoders: Encoders,
+    queries: Sequence[str],
+    galleries: Sequence[str],
+    policy: Policy | None,
+    default_fmr: float,
+    default_assurance: Assurance = "point",
 ) -> tuple[dict[Pair, MatchRule], dict[Pair, PkdError]]:
     """Resolve the match rule of every ordered pair of encoders that may be compared, and why the others may not.
 
@@ -65,7 +71,7 @@ def resolve_rules(
     refused: dict[Pair, PkdError] = {}
     for pair in sorted({(query, gallery) for query in set(queries) for gallery in set(galleries)}):
         try:
-            rules[pair] = _rule(encoders, pair, policy, default_fmr)
+            rules[pair] = _rule(encoders, pair, policy, default_fmr, default_assurance)
         except (SpaceMismatch, NotCertified, UnsupportedFmr) as error:
             refused[pair] = error
     if not rules:
@@ -137,6 +143,7 @@ def decide(
         "score": score,
         "threshold": rule.threshold,
         "target_fmr": rule.target_fmr,
+        "assurance": rule.assurance,
         "fmr_at_score": rate.fmr,
         "fmr_ci95": rate.ci95,
         "fmr_is_upper_bound": rate.is_upper_bound,
@@ -186,18 +193,19 @@ def rank(score: float, threshold: float, fmr: float) -> Rank:
     return (score < threshold, fmr, threshold - score)
 
 
-def _rule(encoders: Encoders, pair: Pair, policy: Policy | None, default_fmr: float) -> MatchRule:
+def _rule(
+    encoders: Encoders, pair: Pair, policy: Policy | None, default_fmr: float, default_assurance: Assurance
+) -> MatchRule:
     file = encoders.certificate_file(*pair)
     if policy is not None and policy.threshold is not None:
-        return MatchRule(file, policy.threshold, None)
+        return MatchRule(file, policy.threshold, None, None)
     fmr = default_fmr if policy is None or policy.target_fmr is None else policy.target_fmr
+    assurance = (policy and policy.assurance) or default_assurance
     try:
-        return MatchRule(file, file.certificate.threshold(fmr), fmr)
+        return MatchRule(file, file.certificate.threshold(fmr, assurance), fmr, assurance)
     except UnsupportedFmr as error:
-        points = file.certificate.points
-        raise UnsupportedFmr(
-            str(error), details={"smallest": points[-1].fmr, "largest": points[0].fmr, "got": fmr}
-        ) from None
+        smallest, largest = file.certificate.smallest(assurance), file.certificate.points[0].fmr
+        raise UnsupportedFmr(str(error), details={"smallest": smallest, "largest": largest, "got": fmr}) from None
 
 
 def _likely(

@@ -17,6 +17,7 @@ from typing import Any, get_args
 from pkd.serving.core.options import Settings, check
 from pkd.serving.galleries.open import StoreUrl
 from pkd.serving.observability.logs import LogFormat
+from pkd.toolkit.certificates.certificate import Assurance
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.gpu import Device
 
@@ -194,8 +195,15 @@ DEVICE = Option(
     "cpu",
     _one_of(*get_args(Device)),
 )
+ASSURANCE = Option(
+    "assurance",
+    "point|bound",
+    "what target rates are asked as, where a request states none: met on average, or kept with 95 % confidence",
+    "point",
+    _one_of(*get_args(Assurance)),
+)
 _OWN = [Option(each.name, **each.metadata) for each in fields(Configuration) if each.metadata]
-OPTIONS = (*_OWN[:3], DEVICE, *_OWN[3:], *(_setting(each) for each in fields(Settings) if each.metadata))
+OPTIONS = (*_OWN[:3], DEVICE, *_OWN[3:], ASSURANCE, *(_setting(each) for each in fields(Settings) if each.metadata))
 """In the order of --help."""
 
 

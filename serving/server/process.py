@@ -111,6 +111,7 @@ def open_store(configuration: Configuration) -> GalleryStore | None:
 def introduce(console: Console, it: Opened, configuration: Configuration) -> None:
     """Print what is served, and what is not and why."""
     encoders, fmr = it.service.encoders, configuration.settings.target_fmr
+    assurance = configuration.settings.assurance
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
@@ -125,10 +126,13 @@ def introduce(console: Console, it: Opened, configuration: Configuration) -> Non
     for file in encoders.files.values():
         certificate = file.certificate
         try:
-            state = f"threshold {certificate.threshold(fmr):.4f} at FMR {fmr:g}{_accuracy(certificate, fmr)}"
+            found = certificate.threshold(fmr, assurance)
+            state = f"threshold {found:.4f} at FMR {fmr:g} as a {assurance}{_accuracy(certificate, fmr)}"
         except UnsupportedFmr:
-            smallest, largest = certificate.points[-1].fmr, certificate.points[0].fmr
-            state = f"FMR {fmr:g} not covered, requests must state one of {smallest:g} to {largest:g}"
+            smallest, largest = certificate.smallest(assurance), certificate.points[0].fmr
+            state = (
+                f"FMR {fmr:g} as a {assurance} not covered, requests must state one of {smallest:.3g} to {largest:g}"
+            )
         signature = file.signature or file.bundle
         signed = f", signed by {signature.key[:17]}…" if signature and encoders.keys else ""
         synthetic = " (synthetic faces)" if certificate.synthetic else ""

@@ -80,14 +80,23 @@ def test_the_threshold_keeps_the_target(certificate: Certificate, fmr: float) ->
 @given(st.sampled_from(FINE), st.floats(0.01, 0.1))
 @settings(deadline=None)
 def test_threshold_and_rate_undo_one_another(certificate: Certificate, fmr: float) -> None:
-    step = 4 / certificate.impostor_pairs  # knots closer than a pair or two of impostors share a score
-    assert fmr / 1.06 - step <= certificate.fmr_at(certificate.threshold(fmr))[0] <= fmr * (1 + 1e-9)
+    threshold, curve = certificate.threshold(fmr), certificate.calibration
+    place = curve.score.index(threshold)
+    assert certificate.fmr_at(threshold).fmr <= fmr * (1 + 1e-9)
+    assert curve.point[place] <= fmr * (1 + 1e-9) < curve.point[place - 1]
 
 
 @pytest.mark.parametrize("certificate", CERTIFICATES)
-def test_at_a_measured_point_the_threshold_is_the_measured_one(certificate: Certificate) -> None:
+def test_at_a_measured_point_the_threshold_is_the_stated_one(certificate: Certificate) -> None:
     for point in certificate.points:
-        assert certificate.threshold(point.fmr) == point.threshold
+        assert point.as_point and certificate.threshold(point.fmr) == point.as_point.threshold >= point.threshold
+        assert point.as_point.tar_balanced <= point.tar_balanced
+        if point.as_bound:
+            assert certificate.threshold(point.fmr, "bound") == point.as_bound.threshold >= point.as_point.threshold
+            assert point.as_bound.tar_balanced <= point.as_point.tar_balanced
+        else:
+            with pytest.raises(UnsupportedFmr, match="with 95 % confidence"):
+                certificate.threshold(point.fmr, "bound")
         assert certificate.fmr_at(point.threshold)[0] <= point.fmr * (1 + 1e-9)
     first, last = certificate.resolved_scores
     assert certificate.fmr_at(-2.0) == certificate.fmr_at(first)
@@ -110,8 +119,11 @@ def test_nan_is_not_the_best_score_there_is() -> None:
         CERTIFICATES[0].fmr_at(math.nan)
 
 
+RATES = {"point": (1.0, 0.3, 0.1), "bound": (1.0, 0.5, 0.1)}
+
+
 def test_between_two_scores_the_rate_is_that_of_the_lower_one() -> None:
-    curve = Calibration(score=(0.0, 0.5, 1.0), fmr=(1.0, 0.2, 0.0), low=(1.0, 0.1, 0.0), high=(1.0, 0.3, 0.1))
+    curve = Calibration(score=(0.0, 0.5, 1.0), fmr=(1.0, 0.2, 0.0), low=(1.0, 0.1, 0.0), high=(1.0, 0.3, 0.1), **RATES)
     certificate = CERTIFICATES[0].model_copy(update={"calibration": curve})
     assert certificate.fmr_at(0.75) == (0.2, (0.0, 0.3), False) and certificate.fmr_at(0.5) == (0.2, (0.1, 0.3), False)
     assert curve.score_at(0.1) == 1.0
@@ -144,12 +156,19 @@ def test_the_rate_of_a_score_is_never_below_the_measured_one(seed: int, levels: 
         {"score": (0.0, 0.2, 0.1)},
         {"fmr": (0.5, 0.6, 0.1)},
         {"low": (0.1, 0.1)},
-        {"score": (), "fmr": (), "low": (), "high": ()},
+        {"score": (), "fmr": (), "low": (), "high": (), "point": (), "bound": ()},
+        {"point": (0.5, 0.6, 0.1)},
+        {"bound": (0.5, 0.6)},
         {"score": (0.0, 0.1, math.nan)},
     ],
 )
 def test_a_curve_that_cannot_be_measured_is_refused(change: dict[str, tuple[float, ...]]) -> None:
-    columns = {"score": (0.0, 0.1, 0.2), "fmr": (0.5, 0.2, 0.1), "low": (0.4, 0.1, 0.1), "high": (0.6, 0.3, 0.2)}
+    columns = {
+        "score": (0.0, 0.1, 0.2),
+        "fmr": (0.5, 0.2, 0.1),
+        "low": (0.4, 0.1, 0.1),
+        "high": (0.6, 0.3, 0.2),
+    } | RATES
     Calibration(**columns)
     with pytest.raises(ValidationError):
         Calibration(**{**columns, **change})
@@ -182,5 +201,5 @@ def test_a_threshold_moved_to_a_lower_score_of_the_calibration_is_refused() -> N
 
 def test_resolved_scores_are_the_ends_of_the_calibration() -> None:
     fields = FINE[0].model_dump()
-    with pytest.raises(ValidationError, match="first and last score"):
+    with pytest.raises(ValidationError, match="first score, and its first"):
         Certificate(**{**fields, "resolved_scores": (-1.0, 1.0)})

@@ -29,7 +29,7 @@ def terms(pair):
     scores = tuple(score if score < 0 else round(score + SHIFTS[pair], 6) for score in certificate.calibration.score)
     calibration = certificate.calibration.model_copy(update={"score": scores})
     file = CertificateFile(None, b"", certificate.model_copy(update={"calibration": calibration}), None)
-    return MatchRule(file, 0.6 + SHIFTS[pair], 1e-3)
+    return MatchRule(file, 0.6 + SHIFTS[pair], 1e-3, "point")
 
 
 RULES = {pair: terms(pair) for pair in SHIFTS}

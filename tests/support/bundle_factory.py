@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from pkd.export.checks.parity import synthetic_crops
 from pkd.export.graph.build import serialise, uint8_graph
 from pkd.toolkit.bundle.bundle import Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
-from pkd.toolkit.certificates.certificate import Calibration, Certificate, OperatingPoint
+from pkd.toolkit.certificates.certificate import Assured, Calibration, Certificate, OperatingPoint
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.encoders.base import OnnxEncoder, open_onnx
 
@@ -106,7 +106,8 @@ def certificate(query: str, gallery: str, space: str, *, data_name: str = "test"
         "tar_ci95": (0.8, 1.0),
         "tar_balanced": 0.9,
     }
-    point = OperatingPoint(fmr=0.01, threshold=0.3, tar_balanced_ci95=(0.8, 1.0), **rate)
+    assured = Assured(threshold=0.3, tar_balanced=0.9)
+    point = OperatingPoint(fmr=0.01, threshold=0.3, tar_balanced_ci95=(0.8, 1.0), as_point=assured, **rate)
     return Certificate(
         query=query,
         query_role="student",
@@ -115,7 +116,9 @@ def certificate(query: str, gallery: str, space: str, *, data_name: str = "test"
         space=space,
         protocol="all pairs of one set",
         points=(point,),
-        calibration=Calibration(score=(0.0, 0.3), fmr=(0.5, 0.01), low=(0.4, 0.0), high=(0.6, 0.02)),
+        calibration=Calibration(
+            score=(0.0, 0.3), fmr=(0.5, 0.01), low=(0.4, 0.0), high=(0.6, 0.02), point=(0.5, 0.01), bound=(0.6, 0.02)
+        ),
         resolved_scores=(0.0, 0.3),
         min_fmr=0.01,
         identities=50,

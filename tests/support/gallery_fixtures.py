@@ -75,8 +75,13 @@ def fleet(folder: Path) -> Fleet:
 def shifted(certificate: Certificate, by: float) -> Certificate:
     """Return the same rates at scores that are ``by`` higher."""
     scores = tuple(score if score < 0 else round(score + by, 6) for score in certificate.calibration.score)
+
+    def moved(part: Any) -> Any:
+        return part and part.model_copy(update={"threshold": round(part.threshold + by, 6)})
+
     points = tuple(
-        point.model_copy(update={"threshold": round(point.threshold + by, 6)}) for point in certificate.points
+        moved(point).model_copy(update={"as_point": moved(point.as_point), "as_bound": moved(point.as_bound)})
+        for point in certificate.points
     )
     calibration = certificate.calibration.model_copy(update={"score": scores})
     changes = {"points": points, "calibration": calibration, "resolved_scores": (scores[0], scores[-1])}

@@ -23,7 +23,7 @@ from pkd.serving.matching.service import Service
 from pkd.serving.server.server import listen, url_of
 from pkd.toolkit.bundle.bundle import Bundle, Golden, GraphSpec, Manifest, pack_golden, write_bundle
 from pkd.toolkit.bundle.target import Target
-from pkd.toolkit.certificates.certificate import Calibration, Certificate, OperatingPoint
+from pkd.toolkit.certificates.certificate import Assured, Calibration, Certificate, OperatingPoint
 from pkd.toolkit.certificates.signing import SigningKey
 from pkd.toolkit.core.encoder_info import EmbeddingSpace, EncoderInfo, describe, in_mode
 from pkd.toolkit.core.preprocess import Preprocess
@@ -84,7 +84,7 @@ def graph(matrix: np.ndarray) -> bytes:
 
 
 def certificate(query: EncoderInfo, gallery: EncoderInfo, **changes: object) -> Certificate:
-    """Thresholds 0.5, 0.6, 0.7 at FMR 1e-2, 1e-3, 1e-4."""
+    """Thresholds 0.5, 0.6, 0.7 at FMR 1e-2, 1e-3, 1e-4; as a bound each costs the next one, and 1e-4 has none."""
     points = tuple(
         OperatingPoint(
             fmr=fmr,
@@ -96,14 +96,18 @@ def certificate(query: EncoderInfo, gallery: EncoderInfo, **changes: object) -> 
             tar_ci95=(0.8, 0.95),
             tar_balanced=0.9,
             tar_balanced_ci95=(0.8, 0.95),
+            as_point=Assured(threshold=threshold, tar_balanced=0.9),
+            as_bound=Assured(threshold=bound, tar_balanced=0.8) if bound else None,
         )
-        for fmr, threshold in ((1e-2, 0.5), (1e-3, 0.6), (1e-4, 0.7))
+        for fmr, threshold, bound in ((1e-2, 0.5, 0.6), (1e-3, 0.6, 0.7), (1e-4, 0.7, None))
     )
     calibration = Calibration(
         score=(-1.0, 0.5, 0.6, 0.7),
         fmr=(1.0, 1e-2, 1e-3, 1e-4),
         low=(1.0, 5e-3, 5e-4, 5e-5),
         high=(1.0, 2e-2, 2e-3, 2e-4),
+        point=(1.0, 1e-2, 1e-3, 1e-4),
+        bound=(1.0, 2e-2, 2e-3, 2e-4),
     )
     made = Certificate(
         query=query.id,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -20,13 +21,16 @@ from pkd.toolkit.core.encoder_info import Role, short
 from pkd.toolkit.core.errors import BadVector, BundleError, UnsupportedFmr
 from pkd.toolkit.core.models import Record, fault_of, read_json
 
-SCHEMA = 2
+SCHEMA = 3
 USEFUL = 0.5
 """TAR below which a pair is called poor."""
 SLACK = 1 + 1e-9
 """How far the calibration's rate at an operating point may lie above the point's: rounding."""
 
 
+Assurance = Literal["point", "bound"]
+"""Promise that a target false match rate is asked with: ``point``, that it is met on average over evaluations like
+this one; ``bound``, that it is kept with 95 % confidence."""
 Interval = tuple[float, float]
 """Both ends of an interval, the lower first."""
 
@@ -45,6 +49,15 @@ Score = Annotated[float, Field(ge=-2, le=2)]
 """Cosine similarity; embeddings that were rounded are not quite of unit length."""
 Ratio = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(le=10**15)]
+
+
+class Assured(Record):
+    """Give the threshold that keeps a promise about a target rate, and what people it accepts."""
+
+    threshold: Score
+    """Cosine similarity at and above which a pair matches: a score of the calibration."""
+    tar_balanced: Rate
+    """True accept rate there, every identity weighing the same."""
 
 
 class OperatingPoint(Record):
@@ -67,6 +80,10 @@ class OperatingPoint(Record):
     tar_balanced: Rate
     """True accept rate at ``threshold``, every identity weighing the same."""
     tar_balanced_ci95: RateInterval
+    as_point: Assured | None = None
+    """Threshold whose true false match rate is at most ``fmr`` on average; None where too few people resolve it."""
+    as_bound: Assured | None = None
+    """Threshold whose true false match rate is at most ``fmr`` with 95 % confidence; None as above."""
 
 
 def usefulness(point: OperatingPoint) -> str | None:
@@ -83,17 +100,30 @@ class Calibration(Record):
     fmr: tuple[Rate, ...]
     low: tuple[Rate, ...]
     high: tuple[Rate, ...]
+    point: tuple[Rate, ...]
+    """Mean true rate of thresholds that are chosen for the measured rate ``fmr``: larger, for a threshold that came out
+    too low errs by more than one that came out too high."""
+    bound: tuple[Rate, ...]
+    """Upper end of the one-sided 95 % interval of the true rate."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Calibration:
-        columns = (self.score, self.fmr, self.low, self.high)
+        columns = (self.score, self.fmr, self.low, self.high, self.point, self.bound)
         if not self.score or len({len(c) for c in columns}) != 1:
             raise ValueError("calibration columns must be non-empty and equally long")
         if any(a > b for a, b in zip(self.score, self.score[1:], strict=False)):
             raise ValueError("calibration scores must ascend")
         if any(a < b for a, b in zip(self.fmr, self.fmr[1:], strict=False)):
             raise ValueError("calibration false match rates must not rise with the score")
+        for name, column in (("point", self.point), ("bound", self.bound)):
+            if any(a < b for a, b in pairwise(column)):
+                raise ValueError(f"calibration {name} rates must not rise with the score")
         return self
+
+    @property
+    def resolved_scores(self) -> tuple[float, float]:
+        """Return the first score, and the first one of the smallest rate; those after it are for assured rates only."""
+        return self.score[0], self.score[self.fmr.index(self.fmr[-1])]
 
     def score_at(self, fmr: float) -> float:
         """Return the smallest measured score whose rate is at most ``fmr``; the last one where none is.
@@ -101,6 +131,12 @@ class Calibration(Record):
         Between two of them nobody knows where the rate falls, for scores may tie: a straight line may lie below it.
         """
         return next((score for score, rate in zip(self.score, self.fmr, strict=True) if rate <= fmr), self.score[-1])
+
+    def assured_at(self, fmr: float, assurance: Assurance) -> float | None:
+        """Return the smallest measured score at which ``fmr`` is assured; None where none is."""
+        rates = self.point if assurance == "point" else self.bound
+        slack = fmr * SLACK
+        return next((score for score, rate in zip(self.score, rates, strict=True) if rate <= slack), None)
 
 
 class ScoreRate(NamedTuple):
@@ -190,7 +226,7 @@ class Certificate(Record):
     """Operating points, from the largest false match rate to the smallest."""
     calibration: Calibration
     resolved_scores: tuple[Score, Score]
-    """Scores between which the calibration is resolved: its first and its last."""
+    """Scores between which the rate is resolved: the calibration's first, and its first one of the smallest rate."""
     min_fmr: Rate = Field(gt=0)
     """Smallest false match rate that the pairs of different identities resolve."""
     identities: Count = Field(ge=2)
@@ -229,8 +265,8 @@ class Certificate(Record):
     def _consistent(self) -> Certificate:
         """Refuse a threshold that was changed: it no longer lies on the calibration, signed or not."""
         c = self.calibration
-        if self.resolved_scores != (c.score[0], c.score[-1]):
-            raise ValueError("resolved_scores must be the calibration's first and last score")
+        if self.resolved_scores != c.resolved_scores:
+            raise ValueError("resolved_scores must be the calibration's first score, and its first of the last rate")
         rate = dict(zip(c.score, c.fmr, strict=True))
         for point in self.points:
             if point.threshold not in rate:
@@ -241,6 +277,10 @@ class Certificate(Record):
                 raise ValueError(
                     f"at the threshold of FMR {point.fmr:g} the calibration says {rate[point.threshold]:g}"
                 )
+            asked: tuple[tuple[Assurance, Assured | None], ...] = (("point", point.as_point), ("bound", point.as_bound))
+            for assurance, assured in asked:
+                if (assured.threshold if assured else None) != c.assured_at(point.fmr, assurance):
+                    raise ValueError(f"FMR {point.fmr:g} as a {assurance}: the threshold is not the calibration's")
         return self
 
     @property
@@ -248,11 +288,11 @@ class Certificate(Record):
         """Return ``query__gallery.json`` with shortened ids, so that one folder holds every ordered pair."""
         return file_name(self.query, self.gallery)
 
-    def threshold(self, fmr: float) -> float:
-        """Find the smallest score whose false match rate is at most ``fmr``.
+    def threshold(self, fmr: float, assurance: Assurance = "point") -> float:
+        """Find the smallest measured score at which the false match rate ``fmr`` is assured.
 
-        A measured operating point's own threshold, and between two of them the next score of the calibration. Never
-        falls as ``fmr`` falls. Raises UnsupportedFmr outside the points.
+        Never falls as ``fmr`` falls, and is never below the threshold of the measured rate. Raises UnsupportedFmr
+        outside the operating points, and where the people resolve the rate but not this assurance of it.
         """
         largest, smallest = self.points[0].fmr, self.points[-1].fmr
         if not smallest * (1 - 1e-9) <= fmr <= largest * (1 + 1e-9):
@@ -261,12 +301,20 @@ class Certificate(Record):
                 f"{short(self.gallery)}, which supports {smallest:g} to {largest:g} ({self.impostor_pairs:,} impostor "
                 f"pairs of {self.identities:,} identities). Ask for {smallest:g} or more, or evaluate on more people."
             )
-        for point in self.points:
-            if math.isclose(point.fmr, fmr, rel_tol=1e-9):
-                return point.threshold
-        lower = max(point.threshold for point in self.points if point.fmr > fmr)
-        upper = min(point.threshold for point in self.points if point.fmr < fmr)
-        return min(max(self.calibration.score_at(fmr), lower), upper)
+        found = self.calibration.assured_at(fmr, assurance)
+        if found is None:
+            promise = "with 95 % confidence" if assurance == "bound" else "on average"
+            raise UnsupportedFmr(
+                f"target FMR {fmr:g} {promise} is not covered by the certificate of {short(self.query)} against "
+                f"{short(self.gallery)}: its {self.identities:,} people promise "
+                f"{self.smallest(assurance):.2g} or more. Ask for that, or evaluate on more people."
+            )
+        return found
+
+    def smallest(self, assurance: Assurance) -> float:
+        """Return the smallest false match rate that is supported with this assurance."""
+        rates = self.calibration.point if assurance == "point" else self.calibration.bound
+        return max(self.points[-1].fmr, rates[-1])
 
     def fmr_at(self, score: float) -> ScoreRate:
         """Return the false match rate of a threshold at ``score``: that of the measured score at or below it.
@@ -279,11 +327,12 @@ class Certificate(Record):
             raise BadVector("score is NaN: an embedding holds NaN. Embed the image again.")
         c = self.calibration
         right = bisect_right(c.score, score)
+        last = c.fmr.index(c.fmr[-1])
         if right == 0:
             return ScoreRate(c.fmr[0], (c.low[0], c.high[0]), False)
-        if right == len(c.score):
-            beyond = score > c.score[-1]
-            return ScoreRate(c.fmr[-1], (0.0 if beyond else c.low[-1], c.high[-1]), beyond)
+        if right > last:
+            beyond = score > c.score[last]
+            return ScoreRate(c.fmr[-1], (0.0 if beyond else c.low[last], c.high[last]), beyond)
         low = c.low[right - 1] if score == c.score[right - 1] else min(c.low[right - 1], c.low[right])
         return ScoreRate(c.fmr[right - 1], (low, c.high[right - 1]), False)
 
@@ -323,7 +372,9 @@ def parse_certificate(data: bytes, path: str | Path) -> Certificate:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{path}: not a certificate: it states no schema_version.") from None
     if version != SCHEMA or isinstance(version, bool):
-        remedy = "Evaluate again with this pkd." if version == 1 else "Upgrade pkd."
+        remedy = (
+            "Evaluate again with this pkd." if version in (1, 2) and not isinstance(version, bool) else "Upgrade pkd."
+        )
         raise BundleError(f"{path}: certificate schema {version!r}; this pkd reads {SCHEMA}. {remedy}")
     try:
         certificate = Certificate.model_validate_json(data, strict=True)

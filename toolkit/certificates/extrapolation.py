@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from pkd.toolkit.certificates.certificate import Calibration, Certificate
+from pkd.toolkit.certificates.certificate import Assurance, Calibration, Certificate
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import UnsupportedFmr
 
@@ -26,26 +26,27 @@ class Threshold(NamedTuple):
     """False: extrapolated beyond what the impostor pairs resolve."""
 
 
-def threshold_for(certificate: Certificate, fmr: float) -> Threshold:
+def threshold_for(certificate: Certificate, fmr: float, assurance: Assurance = "point") -> Threshold:
     """Find the threshold for a per-comparison rate ``fmr`` (a fraction above 0), whatever the certificate resolves.
 
     Within its points: ``Certificate.threshold``. Above the largest: that one's threshold, which errs less often than
-    asked. Below the smallest: ``extrapolated``. Never falls as ``fmr`` falls. Raises UnsupportedFmr where the tail has
-    no slope to follow.
+    asked. Below the smallest: ``extrapolated``, for a rate as much smaller as the assurance asks for at the last
+    resolved one. Never falls as ``fmr`` falls. Raises UnsupportedFmr where the tail has no slope to follow.
     """
-    points = certificate.points
-    if fmr >= points[0].fmr:
-        return Threshold(points[0].threshold, True)
+    points, c = certificate.points, certificate.calibration
     try:
-        return Threshold(certificate.threshold(fmr), True)
+        return Threshold(certificate.threshold(min(fmr, points[0].fmr), assurance), True)
     except UnsupportedFmr:
-        score = extrapolated(certificate.calibration, fmr)
+        smallest = min((rate for rate in c.fmr if rate > 0), default=1.0)
+        assured = (c.point if assurance == "point" else c.bound)[c.fmr.index(smallest)] if smallest in c.fmr else 1.0
+        score = extrapolated(c, fmr * smallest / max(assured, smallest))
     if score is None:
         raise UnsupportedFmr(
             f"the certificate of {short(certificate.query)} against {short(certificate.gallery)} has no tail that "
             f"could be followed to FMR {fmr:g}. Evaluate on more people."
         )
-    return Threshold(max(score, points[-1].threshold), False)
+    resolved = c.assured_at(certificate.smallest(assurance), assurance)
+    return Threshold(max(score, points[-1].threshold if resolved is None else resolved), False)
 
 
 def extrapolated(calibration: Calibration, fmr: float) -> float | None:

@@ -13,12 +13,13 @@ from statistics import NormalDist
 
 import numpy as np
 
-from pkd.toolkit.certificates.certificate import Interval
+from pkd.toolkit.certificates.certificate import Assurance, Interval
 from pkd.toolkit.evaluation.metrics.error_rates import (
     accepted_rates,
     first_beyond,
     fmr_at,
     impostor_cumulative,
+    linear_cumulative,
     matching,
     raw_impostor_cumulative,
 )
@@ -26,6 +27,7 @@ from pkd.toolkit.evaluation.metrics.intervals import (
     effective,
     proportion_interval,
     proportion_intervals,
+    small_rate_interval,
     student_quantile,
 )
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores
@@ -39,9 +41,11 @@ class FmrVariance:
     total: Doubles
     """Variance of the FMR over people: pairs that share a person vary together, the noise of a pair counts once."""
     resampled: Doubles
-    """Variance that resampling people gives, which counts the noise of a pair three times."""
+    """Variance that resampling people gives to first order, which counts the noise of a pair twice."""
     people: Doubles
     """Effective people: degrees of freedom that the contributions of single people leave, plus 1."""
+    largest: Doubles
+    """Part of the FMR that the pairs of the most influential person make up: one more such person would add it."""
 
 
 @dataclass(frozen=True)
@@ -93,20 +97,33 @@ class Bootstrap:
         """
         return self._around(k, 2)
 
-    def _around(self, k: int, times: int) -> Interval:
-        """Compute a log-normal interval (a rate is a small count): FMR · exp(± t √times · relative standard deviation).
+    def assured(self, k: int, assurance: Assurance) -> float:
+        """Compute the true FMR that a threshold like ``k`` assures: as a point or as a bound (see ``Assurance``).
+
+        A threshold that was found for a measured rate has a larger true one on average, for the rate that is measured
+        too small by some factor errs by as much more than one that is measured too large: E[1/x] ≈ 1 + variance of x.
+        """
+        rate, variance = float(self.observed_fmr[k]), float(self.variance.total[k])
+        if rate == 0:
+            return min(1.0, float(-np.log(0.05) / max(1, self.identity_pairs)))
+        if assurance == "point":
+            return min(1.0, rate + variance / rate)
+        return self._around(k, 1, 0.95)[1]
+
+    def _around(self, k: int, samples: int, probability: float = 0.975) -> Interval:
+        """Compute an interval of the FMR at threshold ``k``.
 
         Of the variance of an FMR one part comes from people (some match everyone more easily) and one, V, from pairs
         alone. Resampling people brings V in three times: once by the product of two multiplicities, and, for every
         person's part is estimated from noisy pairs, once more by either of them (Owen 2007, The pigeonhole bootstrap).
         Here it counts once. The t is that of the effective people.
         """
-        rate = float(self.observed_fmr[k])
+        rate, v = float(self.observed_fmr[k]), self.variance
         if rate == 0:  # of n independent pairs none, in 2.5 of 100 cases
-            return 0.0, min(1.0, float(-np.log(0.025) / max(1, self.identity_pairs)))
-        deviation = np.sqrt(times * float(self.variance.total[k])) / rate
-        factor = float(np.exp(student_quantile(float(self.variance.people[k])) * deviation))
-        return rate / factor, min(1.0, rate * factor)
+            return 0.0, min(1.0, float(-np.log(1 - probability) / max(1, self.identity_pairs)))
+        return small_rate_interval(
+            rate, float(v.total[k]), float(v.people[k]), float(v.largest[k]), samples=samples, probability=probability
+        )
 
 
 def bootstrap(
@@ -120,10 +137,11 @@ def bootstrap(
 ) -> Bootstrap:
     """Draw the identities with replacement ``resamples`` times and measure each resample.
 
-    Impostors a ≠ b weigh multiplicity(a)·multiplicity(b), a genuine pair of a multiplicity(a): pairs between two
-    copies of one drawn identity are left out, for they would be genuine pairs posing as impostors. A resample without
-    any impostor or genuine pair (possible only in tiny sets) is drawn again. Thresholds of a resample move by what
-    people and, once, pairs make the FMR vary, not by the three times that the resample itself has.
+    A genuine pair of a weighs multiplicity(a), impostors a ≠ b weigh multiplicity(a) + multiplicity(b) − 1, which is
+    multiplicity(a)·multiplicity(b) to first order: the rest is noise of pairs, which would count a third time (Owen
+    2007, The pigeonhole bootstrap). A resample without any impostor or genuine pair (possible only in tiny sets) is
+    drawn again. Thresholds of a resample move by what people and, once, pairs make the FMR vary, not by the twice that
+    the resample still has.
     """
     pairing = scores.pairing
     random = np.random.default_rng(seed)
@@ -145,16 +163,16 @@ def bootstrap(
         multiplicity = random.multinomial(pairing.identities, even).astype(np.float64)
         while not (pairing.identity_pair_weight(multiplicity) > 0 and multiplicity[wanted].any()):
             multiplicity = random.multinomial(pairing.identities, even).astype(np.float64)
-        cumulative = impostor_cumulative(scores, multiplicity)
+        cumulative = linear_cumulative(scores, multiplicity)
         if len(fmrs):
             found = accepted_rates(
                 scores,
                 first_beyond(cumulative, full, shrink, fmrs),
-                first_beyond(raw_impostor_cumulative(scores, multiplicity), raw_full, raw_shrink, fmrs),
+                first_beyond(linear_cumulative(scores, multiplicity, raw=True), raw_full, raw_shrink, fmrs),
                 multiplicity,
             )
             tar[r], balanced[r] = found.tar, found.tar_balanced
-        fmr[r] = np.minimum(np.append(0.0, cumulative), 1.0)[last]
+        fmr[r] = np.clip(np.append(0.0, cumulative), 0.0, 1.0)[last]
         advance(1)
     return Bootstrap(
         tar,
@@ -200,7 +218,7 @@ def fmr_variance(scores: PairScores, last: Ints, *, raw: bool = False) -> FmrVar
     rate = matched / total
     noise = np.maximum(squares / total - rate**2, 0) / total
     person, order = np.zeros(pairing.identities), np.argsort(last, kind="stable")
-    variance, people = np.empty(len(last)), np.empty(len(last))
+    variance, people, largest = np.empty(len(last)), np.empty(len(last)), np.empty(len(last))
     done = 0
     for k in order.tolist():
         here = slice(done, int(last[k]))
@@ -210,9 +228,10 @@ def fmr_variance(scores: PairScores, last: Ints, *, raw: bool = False) -> FmrVar
         square = (person - pairs * rate[k]) ** 2
         variance[k] = square.sum() / total**2
         spare = (square**2).sum() - square.sum() ** 2 / max(1, len(square))
+        largest[k] = person.max(initial=0.0) / total
         people[k] = 1 + (2 * square.sum() ** 2 / spare if spare > 0 else np.inf)
     compared = float(np.count_nonzero(pairs))
-    return FmrVariance(np.maximum(variance - noise, noise), variance + noise, np.minimum(people, compared))
+    return FmrVariance(np.maximum(variance - noise, noise), variance, np.minimum(people, compared), largest)
 
 
 def _squares_of_pairs(scores: PairScores, part: Doubles) -> Doubles:

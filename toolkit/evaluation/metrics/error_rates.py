@@ -151,6 +151,24 @@ def raw_impostor_cumulative(scores: PairScores, multiplicity: Doubles) -> Double
     return _cumulative(scores, multiplicity, scores.weight, scores.pairing.impostor_weight(multiplicity))
 
 
+def linear_cumulative(scores: PairScores, multiplicity: Doubles, *, raw: bool = False) -> Doubles:
+    """Sum up the FMR at each kept impostor score, descending, to first order in each identity's ``multiplicity``.
+
+    A pair weighs m(a) + m(b) − 1 in place of m(a)·m(b): the same but for a term that is noise of pairs alone.
+    """
+    part = scores.weight if raw else scores.share
+    pairs = scores.pairing.impostor_pairs_per_identity if raw else scores.pairing.identity_pairs_per_identity
+    query, gallery = scores.impostor_identities
+    more = multiplicity - 1
+    weight = np.take(more, query)
+    weight += np.take(more, gallery)
+    weight += 1
+    weight *= part
+    cumulative: Doubles = np.cumsum(weight, out=weight)
+    cumulative /= max(pairs.sum() / 2 + float(more @ pairs), pairs.max())
+    return cumulative
+
+
 def matching(descending: Floats, thresholds: Doubles) -> Ints:
     """Count the scores at or above each threshold."""
     return np.searchsorted(-descending.astype(np.float64), -thresholds, "right")

@@ -27,12 +27,28 @@ def effective(share: Doubles) -> float:
     return float(share.sum() ** 2 / (share**2).sum()) if share.any() else 0.0
 
 
-def student_quantile(people: float) -> float:
-    """Compute Student's 97.5 % quantile with n − 1 degrees of freedom (Cornish and Fisher), times √(n/(n − 1))."""
-    z = NormalDist().inv_cdf(0.975)
+def student_quantile(people: float, probability: float = 0.975) -> float:
+    """Compute Student's quantile with n − 1 degrees of freedom (Cornish and Fisher), times √(n/(n − 1))."""
+    z = NormalDist().inv_cdf(probability)
     free = max(people, 3.0) - 1
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
     return float(t * np.sqrt(1 + 1 / free))
+
+
+def small_rate_interval(
+    rate: float, variance: float, people: float, largest: float, *, samples: int = 1, probability: float = 0.975
+) -> Interval:
+    """Compute the log-normal interval of a false match rate: its ends are ``probability`` quantiles on either side.
+
+    ``variance`` over people, ``people`` effective ones; ``largest``: part of the rate that the most influential person
+    makes up. One more such person counts as missing, or as one too many, as Fay and Feuer (1997, Confidence intervals
+    for directly standardized rates) do at the upper end with the largest weight: few people who match many others
+    decide the rate, and a sample without them shows neither rate nor variance. ``samples``: 2 for what a fresh sample
+    of as many people would measure.
+    """
+    deviation = np.sqrt(samples * (variance + largest**2)) / rate
+    factor = float(np.exp(student_quantile(people, probability) * deviation))
+    return rate / factor, min(1.0, rate * factor)
 
 
 def proportion_interval(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pkd.toolkit.certificates.certificate import Calibration, OperatingPoint
+from pkd.toolkit.certificates.certificate import Assurance, Assured, Calibration, OperatingPoint
 from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.core.errors import UnsupportedFmr
 from pkd.toolkit.evaluation.metrics.bootstrap import Bootstrap, bootstrap
@@ -18,11 +18,19 @@ from pkd.toolkit.evaluation.metrics.error_rates import (
     require_resolved,
     smallest_fmr,
 )
+from pkd.toolkit.evaluation.metrics.influence import planned
 from pkd.toolkit.evaluation.metrics.pair_scores import BINS, Ids, PairScores, bin_edges, bin_of
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Pairing
 from pkd.toolkit.evaluation.results.schema import Comparison, Det, Distances, Histogram, PairOfFiles, Refusal, Worst
 
 PLOT_BINS = 128
+STEP = 1.05
+"""About the quotient of neighbouring rates of the calibration."""
+BEYOND = 12.0
+"""How far below the smallest resolved rate scores are kept for thresholds that assure it."""
+MARGIN = 4e-6
+"""Distance of a threshold from the impostor below it. It is more than a cosine of float32 vectors, as here, differs
+from the same one in float64, as in a server: scores that tie do not part over their last places."""
 WORST = 10
 """Pairs of each kind that are named."""
 
@@ -46,10 +54,12 @@ def measure(
     refused = [r for fmr in sorted(fmrs, reverse=True) if (r := _refusal(pairing, fmr))]
     targets = np.array(sorted(set(fmrs) - {r.fmr for r in refused}, reverse=True))
     grid = _grid(smallest_fmr(pairing), targets)
-    full = rates(scores, grid)
-    knots = np.concatenate([[lowest_impostor(scores)], full.threshold])
-    drawn = bootstrap(scores, grid, knots, resamples=resamples, seed=seed, advance=advance)
+    curve = np.concatenate([grid, _beyond(grid)])
+    full = rates(scores, curve)
+    first = lowest_impostor(scores)
+    drawn = bootstrap(scores, grid, np.append(first, full.threshold), resamples=resamples, seed=seed, advance=advance)
     places = [int(np.flatnonzero(grid == fmr)[0]) for fmr in targets]
+    calibration = _calibrate(curve, len(grid), np.append(first, full.last_rejected + MARGIN), drawn)
     comparison = Comparison(
         name=name,
         query=query.id,
@@ -59,15 +69,16 @@ def measure(
         impostor_pairs=pairing.impostor_pairs,
         identity_pairs=pairing.identity_pairs,
         min_fmr=smallest_fmr(pairing),
-        points=tuple(_point(grid, full, drawn, k) for k in places),
+        points=tuple(_point(grid, full, drawn, calibration, k) for k in places),
         effective_people=tuple(float(drawn.variance.people[k + 1]) for k in places),
+        planned=tuple(planned(drawn, k, float(grid[k]), k + 1) for k in places),
         refused=tuple(refused),
         eer=equal_error_rate(scores),
         det=_det(grid, full, drawn),
         genuine=histogram(scores.genuine),
         impostor=Histogram(fractions=_coarser(scores.histogram)),
         distances=_distances(scores),
-        calibration=_calibrate(grid, knots, drawn),
+        calibration=calibration,
     )
     values = {
         f"{name}/{statistic}/{grid[k]:g}": samples[:, k]
@@ -107,10 +118,26 @@ def _grid(smallest: float, targets: Doubles) -> Doubles:
     return kept
 
 
-def _point(grid: Doubles, full: Rates, drawn: Bootstrap, k: int) -> OperatingPoint:
+def _beyond(grid: Doubles) -> Doubles:
+    """List rates below the smallest resolved one: thresholds that assure it lie at such."""
+    if not len(grid):
+        return grid
+    steps = int(np.ceil(np.log(BEYOND) / np.log(STEP)))
+    beyond: Doubles = grid[-1] * STEP ** -np.arange(1.0, steps + 1)
+    return beyond
+
+
+def _point(grid: Doubles, full: Rates, drawn: Bootstrap, calibration: Calibration, k: int) -> OperatingPoint:
+    def assured(assurance: Assurance) -> Assured | None:
+        threshold = calibration.assured_at(float(grid[k]), assurance)
+        if threshold is None:
+            return None
+        accepted = full.tar_balanced[calibration.score.index(threshold) - 1]
+        return Assured(threshold=threshold, tar_balanced=float(accepted))
+
     return OperatingPoint(
         fmr=float(grid[k]),
-        threshold=float(full.threshold[k]),
+        threshold=calibration.score[k + 1],
         fmr_ci95=drawn.fmr_interval(k + 1),
         prediction95=drawn.prediction(k + 1),
         raw_threshold=float(full.raw_threshold[k]),
@@ -118,11 +145,13 @@ def _point(grid: Doubles, full: Rates, drawn: Bootstrap, k: int) -> OperatingPoi
         tar_ci95=drawn.tar_interval(k),
         tar_balanced=float(full.tar_balanced[k]),
         tar_balanced_ci95=drawn.tar_balanced_interval(k),
+        as_point=assured("point"),
+        as_bound=assured("bound"),
     )
 
 
 def _det(grid: Doubles, full: Rates, drawn: Bootstrap) -> Det:
-    fnmr = 1 - full.tar_balanced
+    fnmr = 1 - full.tar_balanced[: len(grid)]
     high, low = (1 - end for end in drawn.tar_balanced_intervals())
     return Det(
         fmr=tuple(grid.tolist()),
@@ -132,16 +161,31 @@ def _det(grid: Doubles, full: Rates, drawn: Bootstrap) -> Det:
     )
 
 
-def _calibrate(grid: Doubles, knots: Doubles, drawn: Bootstrap) -> Calibration:
-    """Build the curve score → FMR. A knot's rate is its target, so that threshold and rate are inverses."""
-    fmr = np.append(1.0, grid)
+def _calibrate(curve: Doubles, resolved: int, knots: Doubles, drawn: Bootstrap) -> Calibration:
+    """Build the curve score → FMR. A knot's rate is its target, so that threshold and rate are inverses.
+
+    ``resolved``: how many rates of the falling ``curve`` are; the others are stated as the smallest of these.
+    """
+    stated = np.append(1.0, np.maximum(curve, curve[resolved - 1] if resolved else 1.0))
     low, high = np.array([drawn.fmr_interval(k) for k in range(len(knots))]).T
-    return Calibration(
-        score=tuple(knots.tolist()),
-        fmr=tuple(fmr.tolist()),
-        low=tuple(np.minimum(low, fmr).tolist()),
-        high=tuple(np.maximum(high, fmr).tolist()),
+    asked: tuple[Assurance, ...] = ("point", "bound")
+    point, bound = (
+        _falling(np.maximum([drawn.assured(k, one) for k in range(len(knots))], np.append(1.0, curve))) for one in asked
     )
+    return Calibration(
+        score=tuple(np.maximum.accumulate(knots).tolist()),
+        fmr=tuple(stated.tolist()),
+        low=tuple(np.minimum(low, stated).tolist()),
+        high=tuple(np.maximum(high, stated).tolist()),
+        point=tuple(point.tolist()),
+        bound=tuple(bound.tolist()),
+    )
+
+
+def _falling(rates: Doubles) -> Doubles:
+    """Raise each rate to the largest of those after it, and none above 1."""
+    falling: Doubles = np.minimum(np.maximum.accumulate(rates[::-1])[::-1], 1.0)
+    return falling
 
 
 def _refusal(pairing: Pairing, fmr: float) -> Refusal | None:

@@ -77,15 +77,17 @@ def paired_difference(a: Doubles, b: Doubles, *, observed: float) -> PairedDiffe
 
     ``a``, ``b``: float64, R each. ``observed``: A − B over all people. The p-value is the smallest level at which the
     percentile interval excludes 0 (Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 15.4): twice
-    the fraction of resamples on the far side of 0, with one added to count and number, so that it is never 0. Raises
-    InputError where the numbers of resamples differ.
+    the fraction of resamples on the far side of 0, of those at 0 half (mid-p, Lancaster 1961: where few people differ
+    many resamples do not), with one added to count and number, so that it is never 0. Raises InputError where the
+    numbers of resamples differ.
     """
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise InputError(
             f"{len(a):,} resamples against {len(b):,}: evaluate both with the same --bootstrap and --seed."
         )
     difference = a - b
-    tail = min(np.count_nonzero(difference <= 0), np.count_nonzero(difference >= 0))
+    none = np.count_nonzero(difference == 0)
+    tail = min(np.count_nonzero(difference < 0), np.count_nonzero(difference > 0)) + none / 2
     low, high = interval(difference)
     return PairedDifference(
         difference=observed,

@@ -16,6 +16,7 @@ from pkd.toolkit.encoders.base import Embeddings
 from pkd.toolkit.evaluation.metrics.demographics import divide, measure_groups
 from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED, require_resolved
 from pkd.toolkit.evaluation.metrics.identification import joined, measure_searches, one_gallery, search, two_galleries
+from pkd.toolkit.evaluation.metrics.influence import influential, suspects
 from pkd.toolkit.evaluation.metrics.labels import Labels
 from pkd.toolkit.evaluation.metrics.operating_points import measure, worst
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
@@ -93,7 +94,13 @@ def cross_matrix(
                 advance=advance,
             )
         values |= drawn
-        comparison = comparison.model_copy(update={"worst": worst(scores, query.name, faces.name)})
+        comparison = comparison.model_copy(
+            update={
+                "worst": worst(scores, query.name, faces.name),
+                "influential": influential(scores, comparison.points[-1], names) if comparison.points else (),
+                "suspects": suspects(scores, comparison.points, names),
+            }
+        )
         if comparison.points and encoder_set.certifies(q, g) and not options.flip:
             certificate = file_name(comparison.query, comparison.gallery)
             comparison = comparison.model_copy(update={"certificate": certificate})
@@ -241,7 +248,7 @@ def certify(comparison: Comparison, evaluation: Evaluation) -> Certificate:
     """
     encoders = {e.id: e for e in (evaluation.teacher, evaluation.student) if e}
     query, gallery = encoders[comparison.query], encoders[comparison.gallery]
-    data, scores = evaluation.data, comparison.calibration.score
+    data = evaluation.data
     return Certificate(
         query=query.id,
         query_role=query.role,
@@ -251,7 +258,7 @@ def certify(comparison: Comparison, evaluation: Evaluation) -> Certificate:
         protocol=evaluation.protocol,
         points=comparison.points,
         calibration=comparison.calibration,
-        resolved_scores=(scores[0], scores[-1]),
+        resolved_scores=comparison.calibration.resolved_scores,
         min_fmr=comparison.min_fmr,
         identities=data.identities,
         genuine_identities=comparison.genuine_identities,

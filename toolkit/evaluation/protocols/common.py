@@ -217,6 +217,13 @@ def notes_on(encoder_set: EncoderSet, options: EvaluationOptions, comparisons: S
                     f"{c.name} at FMR {point.fmr:g}: most false matches are of few people, as good as {people:.0f} in "
                     "all. Its threshold and intervals are worth little: look at the worst pairs, or evaluate on more."
                 )
+        if c.suspects and {*c.name} <= {"T", "–", "S"}:
+            s = c.suspects
+            notes.append(
+                f"{c.name}: {s.count:,} pair(s) of names look like one person under two labels (worst.html has them), "
+                f"or like twins. {100 * s.share:.0f} % of the false matches at FMR {s.fmr:g} are theirs; without them "
+                f"the TAR is {100 * s.tar_gain:.2f} points higher. Merge the names that are one person's."
+            )
     return tuple(notes)
 
 

@@ -42,6 +42,9 @@ def pictures(e: Evaluation) -> dict[str, Picture]:
         drawn.append(det_curves({c.name: c.det for c in e.comparisons}, title="query–gallery"))
     if e.comparisons:
         drawn.append(distance_distributions([(c.name, c) for c in e.comparisons]))
+    planned = {c.name: c for c in e.comparisons if c.planned and set(c.name) <= set("T–S")}
+    if planned:
+        drawn += [more_people(planned, "people-fmr"), more_people(planned, "people-tar")]
     if any(i.curve.fpir for i in e.identifications):
         drawn.append(open_set_curves(e.identifications))
     if e.agreement:
@@ -100,6 +103,30 @@ def open_set_curves(found: Sequence[Identification]) -> Picture:
     curves = {i.name: Det(fmr=i.curve.fpir, fnmr=i.curve.fnir, low=i.curve.low, high=i.curve.high) for i in found}
     rates = "false positive identification rate (FPIR)", "false negative identification rate (FNIR)"
     return det_curves(curves, title="probe–gallery", name="identification", rates=rates)
+
+
+def more_people(comparisons: dict[str, Comparison], name: str) -> Picture:
+    """Draw against the number of people how wide the intervals at the smallest operating point would be.
+
+    ``people-fmr``: the upper end of the FMR's interval over the rate. ``people-tar``: points of the TAR's interval.
+    """
+    of_fmr = name == "people-fmr"
+
+    def draw(axes: Any) -> None:
+        for label, c in comparisons.items():
+            last, (colour, dashes) = c.planned[-1], LINES[label]
+            values = last.fmr_high if of_fmr else tuple(100 * width for width in last.tar_width)
+            axes.plot(last.people, values, color=colour, ls=dashes, lw=2, label=f"{label} at FMR {100 * last.fmr:g} %")
+            here = np.argmin(np.abs(np.array(last.people) - c.genuine_identities))
+            axes.plot(last.people[here], values[here], "o", color=colour)
+        axes.set(xscale="log", xlabel="people with several images")
+        axes.set(ylabel="upper end / FMR" if of_fmr else "width, points", ylim=(1 if of_fmr else 0, None))
+        axes.grid(True, which="major")
+        axes.legend(loc="upper right", fontsize=9)
+
+    what = "the upper end of the interval of the FMR" if of_fmr else "the width of the interval of the TAR"
+    words = f"Curves of {what} against the number of people, for " + ", ".join(comparisons)
+    return Picture(name, words, (5.0, 3.1), on_axes(draw))
 
 
 def distance_distributions(rows: Sequence[tuple[str, Comparison]], *, name: str = "distances") -> Picture:

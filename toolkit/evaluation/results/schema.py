@@ -86,6 +86,40 @@ class Worst(Record):
     """Genuine pairs with the lowest scores."""
 
 
+class Influence(Record):
+    """Say in which share of the false matches one person takes part."""
+
+    identity: str
+    share: float
+
+
+class Suspects(Record):
+    """Tell of names that look like one person under two labels, and what they do to the rates."""
+
+    count: int
+    """Pairs of names that look so."""
+    people: tuple[tuple[str, str], ...]
+    """The first ten of them."""
+    fmr: float
+    """Smallest target false match rate that is reported, for which the following holds."""
+    share: float
+    """Share of the false matches that are theirs."""
+    tar_gain: float
+    """How much larger the balanced TAR is without them, for the threshold falls."""
+
+
+class Planned(Record):
+    """Project the intervals of one operating point to other numbers of such people."""
+
+    fmr: float
+    people: tuple[int, ...]
+    """With images of their own to compare, as balanced TAR counts them."""
+    fmr_high: tuple[float, ...]
+    """Upper end of the interval of the FMR over the rate itself."""
+    tar_width: tuple[float, ...]
+    """Width of the interval of the balanced TAR, a fraction."""
+
+
 class Comparison(Record):
     """Describe one encoder pair: queries of one encoder against a gallery of another, over all pairs of images."""
 
@@ -115,6 +149,11 @@ class Comparison(Record):
     distances: Distances
     calibration: Calibration
     worst: Worst | None = None
+    influential: tuple[Influence, ...] = ()
+    """People who take part in most false matches at the smallest point."""
+    suspects: Suspects | None = None
+    planned: tuple[Planned, ...] = ()
+    """What other numbers of people would give, one per point."""
     certificate: str | None = None
     """File in ``certificates/``; None where this cell is not certified."""
     demographics: tuple[Attribute, ...] = ()

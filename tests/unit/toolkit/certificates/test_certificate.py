@@ -24,7 +24,7 @@ def parse(fields: object) -> None:
 def test_it_is_read_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / MADE.file_name
     path.write_text(MADE.model_dump_json(indent=2))
-    assert read_certificate(path) == MADE and MADE.schema_version == 2
+    assert read_certificate(path) == MADE and MADE.schema_version == 3
     assert path.name == file_name(QUERY, GALLERY) == "s@1111111111__t@2222222222.json"
     assert CertificateFile.read(path) == CertificateFile(path, path.read_bytes(), MADE, None)
     signature = Signature("sha256:" + "0" * 64, bytes(64))
@@ -38,9 +38,10 @@ def test_it_is_read_back_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "said"),
     [
-        (1, r"dir/c\.json: certificate schema 1; this pkd reads 2\. Evaluate again with this pkd"),
-        (3, r"dir/c\.json: certificate schema 3; this pkd reads 2\. Upgrade pkd"),
-        ("2", "certificate schema '2'"),
+        (1, r"dir/c\.json: certificate schema 1; this pkd reads 3\. Evaluate again with this pkd"),
+        (2, r"dir/c\.json: certificate schema 2; this pkd reads 3\. Evaluate again with this pkd"),
+        (4, r"dir/c\.json: certificate schema 4; this pkd reads 3\. Upgrade pkd"),
+        ("3", "certificate schema '3'"),
         (None, "certificate schema None"),
         (True, "certificate schema True"),
     ],
@@ -66,7 +67,7 @@ def test_what_is_no_certificate_is_refused_by_name(data: bytes) -> None:
         ({"seed": "x"}, "seed: "),
         ({"points": []}, "certifies nothing"),
         ({"query_role": "control"}, "query_role: "),
-        ({"resolved_scores": [-1, 1]}, "first and last score"),
+        ({"resolved_scores": [-1, 1]}, "first score, and its first of the last rate"),
         ({"min_fmr": 5.0}, "min_fmr: must be less than or equal to 1"),
         ({"impostor_pairs": 10**400}, "impostor_pairs: must be less than or equal to"),
         ({"images": True}, "images: must be a valid integer"),

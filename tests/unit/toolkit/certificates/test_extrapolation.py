@@ -21,7 +21,8 @@ CERTIFICATE = made.certificate(INFO, INFO)
 
 
 def curve(scores, rates):
-    return Calibration(score=tuple(scores), fmr=tuple(rates), low=tuple(rates), high=tuple(rates))
+    fmr = tuple(rates)
+    return Calibration(score=tuple(scores), fmr=fmr, low=fmr, high=fmr, point=fmr, bound=fmr)
 
 
 def test_by_hand() -> None:
