@@ -41,14 +41,16 @@ def small_rate_interval(
     """Compute the log-normal interval of a false match rate: its ends are ``probability`` quantiles on either side.
 
     ``variance`` over people, ``people`` effective ones; ``largest``: part of the rate that the most influential person
-    makes up. One more such person counts as missing, or as one too many, as Fay and Feuer (1997, Confidence intervals
-    for directly standardized rates) do at the upper end with the largest weight: few people who match many others
-    decide the rate, and a sample without them shows neither rate nor variance. ``samples``: 2 for what a fresh sample
-    of as many people would measure.
+    makes up. At the upper end one more such person is added to rate and variance, as Fay and Feuer (1997, Confidence
+    intervals for directly standardized rates) add the largest weight: few people who match many others decide the rate,
+    and a sample without them shows neither rate nor variance. ``samples``: 2 for what a fresh sample of as many people
+    would measure, which may lack that person, too.
     """
-    deviation = np.sqrt(samples * (variance + largest**2)) / rate
-    factor = float(np.exp(student_quantile(people, probability) * deviation))
-    return rate / factor, min(1.0, rate * factor)
+    t = student_quantile(people, probability)
+    more = variance + largest**2
+    low = np.sqrt(samples * (more if samples > 1 else variance)) / rate
+    high = np.sqrt(samples * more) / (rate + largest)
+    return rate * float(np.exp(-t * low)), min(1.0, (rate + largest) * float(np.exp(t * high)))
 
 
 def proportion_interval(
@@ -62,9 +64,17 @@ def proportion_interval(
 
 
 def proportion_intervals(
-    rates: Doubles, variances: Doubles, people: float, *, trials_per_person: float | Doubles = TRIALS_PER_PERSON
+    rates: Doubles,
+    variances: Doubles,
+    people: float,
+    *,
+    trials_per_person: float | Doubles = TRIALS_PER_PERSON,
+    tail: float = 0.025,
 ) -> tuple[Doubles, Doubles]:
-    """Compute the lower and the upper ends of several rates' intervals, as ``proportion_interval`` does."""
+    """Compute the lower and the upper ends of several rates' intervals, as ``proportion_interval`` does.
+
+    ``tail``: chance of a true rate beyond either end.
+    """
     rates = np.clip(rates, 0.0, 1.0)
     certain = (variances <= 0) | (rates <= 0) | (rates >= 1)
     trials = rates * (1 - rates) / np.where(certain, 1.0, variances)
@@ -72,8 +82,8 @@ def proportion_intervals(
     most = max(people, 1.0)
     trials = np.where(certain, most, np.clip(trials, 1.0, most * trials_per_person))
     hits = rates * trials
-    low = np.where(hits > 0, _beta_quantile(0.025, hits, trials - hits + 1), 0.0)
-    high = np.where(hits < trials, _beta_quantile(0.975, hits + 1, trials - hits), 1.0)
+    low = np.where(hits > 0, _beta_quantile(tail, hits, trials - hits + 1), 0.0)
+    high = np.where(hits < trials, _beta_quantile(1 - tail, hits + 1, trials - hits), 1.0)
     return np.minimum(low, rates), np.maximum(high, rates)
 
 

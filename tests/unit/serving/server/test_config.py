@@ -48,6 +48,7 @@ def test_every_option_takes_both_forms_and_gives_the_same():
     texts = {
         "host": "::1",
         "device": "cuda",
+        "assurance": "bound",
         "log": "json",
         "api_keys": "keys",
         "detector": "d",

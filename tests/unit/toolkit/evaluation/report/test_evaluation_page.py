@@ -88,7 +88,7 @@ PAGE = render(evaluation())
 def test_the_page_needs_nothing_from_outside_and_shows_no_picture() -> None:
     outside = re.sub(r'xmlns(:xlink)?="[^"]*"', "", PAGE)
     assert not re.search(r"https?:|src=|@import|<script|<link|<img|<image|<iframe|data:", outside)
-    assert PAGE.count("<svg") == 6 and PAGE.count('role="img" aria-label=') == 6
+    assert PAGE.count("<svg") == 8 and PAGE.count('role="img" aria-label=') == 8
 
 
 def test_the_page_is_well_formed_with_unique_ids_that_resolve() -> None:
@@ -200,7 +200,10 @@ def test_pictures_are_written_and_those_of_an_earlier_run_go(tmp_path: Path) -> 
     (tmp_path / "scores-X-Y.png").write_bytes(b"old")
     write_figures(evaluation(), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"{n}.png" for n in ("det", "distances", "agreement", "scores-T-T", "scores-S-T", "scores-S-S")}
+    assert names == {
+        f"{n}.png"
+        for n in ("det", "distances", "agreement", "scores-T-T", "scores-S-T", "scores-S-S", "people-fmr", "people-tar")
+    }
     height, width, _ = read_rgb(tmp_path / "det.png").shape
     assert width >= 1200 and height >= 800
 
