@@ -150,6 +150,32 @@ def test_the_rate_of_a_score_is_never_below_the_measured_one(seed: int, levels: 
     assert fmr_at(scores, np.array([certificate.threshold(fmr)]))[0] <= fmr * (1 + 1e-9)
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 2]), st.sampled_from([6, 64, 512]), st.integers(0, 4000))
+@settings(deadline=None, max_examples=25)
+def test_a_server_with_float64_scores_matches_no_more_than_was_certified(
+    seed: int, levels: int, dim: int, place: int
+) -> None:
+    """Binary (1 level), coarse and continuous embeddings: scores that tie in float64 part in float32."""
+    random = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(40), 2)
+    vectors = random.normal(size=(40, dim))[labels] + 0.7 * random.normal(size=(80, dim))
+    if levels:
+        vectors = np.clip(np.round(vectors * levels), -levels, levels) + 1e-3
+    exact = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = exact.astype(np.float32)
+    scores = score_pairs(Pairing(labels, labels, np.arange(80), np.arange(80), 40, unordered=True), rows, rows)
+    found, _ = measure(scores, "T–T", ENCODER, ENCODER, fmrs=(0.3, 0.1, 0.02), resamples=100, seed=0)
+    certificate = certify(found, EVALUATION)
+    first, second = np.triu_indices(80, 1)
+    served = np.einsum("nd,nd->n", exact[first], exact[second])[labels[first] != labels[second]]
+    for point in certificate.points:  # of every two people as many pairs, so that both rates are one
+        for threshold in (point.threshold, *(a.threshold for a in (point.as_point, point.as_bound) if a)):
+            assert (served >= threshold).mean() <= point.fmr * (1 + 1e-9)
+    score = float(served[place % len(served)])
+    said = certificate.fmr_at(score)
+    assert said.is_upper_bound or said.fmr >= (served >= score).mean() * (1 - 1e-9)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -99,7 +99,7 @@ def _row(figure: Any, outcome: Outcome, attempt: Attempt, bottom: float, truth: 
     _crop(figure, attempt.gallery, (right, bottom, side, height), "server · teacher")
     correct = attempt.match is attempt.genuine
     colour = IMPOSTOR if not correct else GENUINE if attempt.match else INK
-    middle, threshold = 0.5, outcome.point.threshold
+    middle, threshold = 0.5, outcome.threshold
     verdict = "match" if attempt.match else "no match"
     figure.text(
         middle, bottom + height - 0.012, verdict, size=21, weight="bold", color=colour, ha="center", va="center"
@@ -155,7 +155,7 @@ def _scores(figure: Any, outcome: Outcome) -> None:
         scores = np.array([a.score for a in tried])
         label = f"{who}: {sum(a.match for a in tried):,} of {len(tried):,} matched"
         axes.hist(scores, bins, weights=np.full(len(scores), 1 / len(scores)), color=colour, alpha=0.55, label=label)
-    axes.axvline(outcome.point.threshold, color=INK, lw=1.6)
+    axes.axvline(outcome.threshold, color=INK, lw=1.6)
     axes.set(xlim=(low, high), yticks=[])
     axes.spines["left"].set_visible(False)
     axes.tick_params(labelsize=9)
@@ -165,7 +165,7 @@ def _scores(figure: Any, outcome: Outcome) -> None:
 
 def _span(outcome: Outcome) -> tuple[float, float]:
     """Find the ends of the score scale, rounded outwards to tenths, that hold every score and the threshold."""
-    scores = [a.score for a in outcome.attempts] + [outcome.point.threshold]
+    scores = [a.score for a in outcome.attempts] + [outcome.threshold]
     return float(np.floor(min(scores) * 10 - 0.3) / 10), float(np.ceil(max(scores) * 10 + 0.3) / 10)
 
 

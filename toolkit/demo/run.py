@@ -96,6 +96,11 @@ class Outcome:
     seconds: Mapping[str, float]
     parameters: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def threshold(self) -> float:
+        """Return the threshold that the server decides by at this operating point."""
+        return (self.point.as_point or self.point).threshold
+
     def of(self, genuine: bool) -> list[Attempt]:
         """Return the genuine attempts, or the impostors', by ascending score."""
         return sorted((a for a in self.attempts if a.genuine is genuine), key=lambda a: a.score)
@@ -125,7 +130,8 @@ def run_demo(config: DemoConfig, console: Console) -> Outcome:
         )  # fmt: skip
         bundles = {role: _export(config, steps, role) for role in ("teacher", "student")}
         certificate = _certificate(bundles["student"], bundles["teacher"])
-        point = min(certificate.points, key=lambda p: abs(np.log(p.fmr / TARGET_FMR)))
+        assured = [p for p in certificate.points if p.as_point] or certificate.points
+        point = min(assured, key=lambda p: abs(np.log(p.fmr / TARGET_FMR)))
         with steps.serve(
             "pkd-serve", bundles["teacher"].path, bundles["student"].path, "--port", str(config.port)
         ) as server:
@@ -271,7 +277,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "parameters": dict(outcome.parameters),
         "bytes": {r: (b.path / "encoder.onnx").stat().st_size for r, b in _roles(outcome)},
         "target_fmr": point.fmr,
-        "threshold": point.threshold,
+        "threshold": outcome.threshold,
         "genuine": _counted(outcome, True) | {"expected": point.tar, "expected_ci95": point.tar_ci95},
         "impostor": _counted(outcome, False) | {"expected": point.fmr, "expected_ci95": point.fmr_ci95},
         "seconds": {name: round(value, 1) for name, value in outcome.seconds.items()},

@@ -60,7 +60,7 @@ def test_every_query_meets_its_own_gallery_image_and_others(outcome: Outcome) ->
     assert len(impostor) == 6 * 2 * 5
     assert all(a.query.parent == a.gallery.parent for a in genuine)
     assert all(a.query.parent != a.gallery.parent for a in impostor)
-    assert all(a.match is (a.score >= outcome.point.threshold) for a in outcome.attempts)
+    assert all(a.match is (a.score >= outcome.threshold) for a in outcome.attempts)
 
 
 def test_the_server_scores_what_the_two_encoders_say(outcome: Outcome) -> None:
