@@ -151,7 +151,7 @@ def test_the_rate_of_a_score_is_never_below_the_measured_one(seed: int, levels: 
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 2]), st.sampled_from([6, 64, 512]), st.integers(0, 4000))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 def test_a_server_with_float64_scores_matches_no_more_than_was_certified(
     seed: int, levels: int, dim: int, place: int
 ) -> None:
