@@ -21,11 +21,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from starlette.requests import HTTPConnection
 
 from pkd.serving.api.problems import Forbidden, RateLimited, Unauthenticated
 from pkd.serving.api.tokens import PREFIX, Token, Tokens
+from pkd.serving.core.signed_tokens import looks_signed
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.text import read_text
 
@@ -98,6 +100,13 @@ def require(request: HTTPConnection, *scopes: str) -> str:
     return key.name
 
 
+class AccessTokens(Protocol):
+    """Take access tokens of an issuer beside keys, as ``oidc.Oidc`` does."""
+
+    async def check(self, token: str) -> ApiKey:
+        """Return the rights of a token. Raises Unauthenticated."""
+
+
 class ApiKeys:
     """Hold the accepted keys. Keys are long and random, so an unsalted fast hash keeps them safe."""
 
@@ -109,6 +118,8 @@ class ApiKeys:
         self._revoked: frozenset[str] = frozenset()
         self.tokens: Tokens | None = None
         """Reads and makes tokens; None: this server has no galleries, and so no tokens."""
+        self.access_tokens: AccessTokens | None = None
+        """Takes what an OpenID Connect issuer has signed; None: keys and tokens of this server alone."""
         self._buckets: dict[bytes, Bucket] = {}
         self._ends: dict[bytes, float] = {}
         """Bucket of a token → when it runs out, seconds since 1970."""
@@ -123,6 +134,13 @@ class ApiKeys:
         keys = cls((), Path(path))
         keys._keys, keys._revoked = _read(Path(path))
         return keys
+
+    async def identify(self, authorization: str | None) -> ApiKey:
+        """Find whose request it is: as ``check`` does, or by an access token. Raises Unauthenticated."""
+        scheme, _, sent = (authorization or "").partition(" ")
+        if self.access_tokens and scheme.lower() == "bearer" and looks_signed(sent.strip()):
+            return await self.access_tokens.check(sent.strip())
+        return self.check(authorization)
 
     def check(self, authorization: str | None) -> ApiKey:
         """Find the key in the ``Authorization`` header, or the token; every hash is compared.

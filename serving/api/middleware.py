@@ -102,7 +102,7 @@ class Middleware:
         if scope["path"] not in OPEN_PATHS and not is_page(scope["path"]):
             headers = Headers(scope=scope)
             if self.keys:
-                scope[IN_SCOPE] = key = self.keys.check(headers.get("authorization"))
+                scope[IN_SCOPE] = key = await self.keys.identify(headers.get("authorization"))
                 self.keys.take(key)
                 if key.token:
                     require_open(key.token, scope["method"], scope["path"])

@@ -152,6 +152,12 @@ class Configuration:
         "JSON that names whose signed verdicts on living people are believed",
         "none: no verdict is believed",
     )
+    oidc: str | None = _option(
+        None,
+        "FILE",
+        "JSON that names an OpenID Connect issuer whose access tokens are taken beside keys",
+        "none: keys alone",
+    )
     insecure_no_keys: bool = _option(
         False, "yes", "listen beyond loopback without keys, for anyone to use", "off", _switch
     )
@@ -252,7 +258,7 @@ def _check_combinations(made: Configuration) -> None:
     """Check what no option can see alone."""
     from pkd.serving.api.api_keys import is_loopback
 
-    if not is_loopback(made.host) and not made.api_keys and not made.insecure_no_keys:
+    if not is_loopback(made.host) and not (made.api_keys or made.oidc or made.insecure_no_keys):
         raise InputError(
             f"--host {made.host} can be reached by others. Pass --api-keys FILE (PKD_API_KEYS_FILE), "
             "or --insecure-no-keys to let anyone in."

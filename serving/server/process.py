@@ -14,6 +14,7 @@ import cv2
 from rich.console import Console
 
 from pkd.serving.api.api_keys import ApiKeys
+from pkd.serving.api.oidc import Oidc
 from pkd.serving.api.tokens import Tokens
 from pkd.serving.galleries.crypto import MasterKey
 from pkd.serving.galleries.open import StoreUrl
@@ -56,6 +57,9 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
         spec = configuration.detector
         detector = open_detector(spec, settings.detector_score) if spec else None
         store = open_store(configuration)
+        if configuration.oidc:
+            keys = keys or ApiKeys(())
+            keys.access_tokens = Oidc.read(Path(configuration.oidc))
         if keys and configuration.master_key:
             keys.tokens = Tokens(MasterKey.read(Path(configuration.master_key)).derive("tokens"))
         if store:

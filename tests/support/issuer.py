@@ -67,7 +67,7 @@ class Issuer:
             {name: value for name, value in stated.items() if value is not None},
             self.key if key is None else key,
             algorithm or self.algorithm,
-            {"kid": self.kid, **(headers or {})},
+            {name: value for name, value in {"kid": self.kid, **(headers or {})}.items() if value is not None},
         )
 
     def confused(self, **claims: Any) -> str:
