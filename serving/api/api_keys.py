@@ -100,6 +100,12 @@ def require(request: HTTPConnection, *scopes: str) -> str:
     return key.name
 
 
+def may(request: HTTPConnection, scope: str) -> bool:
+    """Tell whether the key that a request came with has a scope; without keys every request may do everything."""
+    key: ApiKey | None = request.scope[IN_SCOPE]
+    return key is None or scope in key.scopes
+
+
 class AccessTokens(Protocol):
     """Take access tokens of an issuer beside keys, as ``oidc.Oidc`` does."""
 

@@ -20,7 +20,17 @@ from pkd.serving.api import openapi, pages
 from pkd.serving.api.api_keys import ApiKeys
 from pkd.serving.api.middleware import Middleware
 from pkd.serving.api.problems import TYPES, MethodNotAllowed, RouteNotFound, problem_response
-from pkd.serving.api.routes import catalogue, galleries, health, matching, migrations, subjects, tokens, transfer
+from pkd.serving.api.routes import (
+    catalogue,
+    galleries,
+    health,
+    matching,
+    migrations,
+    people,
+    subjects,
+    tokens,
+    transfer,
+)
 from pkd.serving.api.routes.parameters import known_query, queries_of
 from pkd.serving.core.errors import InvalidRequest
 from pkd.serving.core.validation import invalid
@@ -70,7 +80,7 @@ def create_api(service: Service, keys: ApiKeys | None = None, *, page: bool = Tr
     app.add_exception_handler(Exception, _unforeseen)
 
     makers = [matching.routes, matching.search_routes]
-    makers += [one.routes for one in (galleries, subjects, transfer, migrations, catalogue)]
+    makers += [one.routes for one in (galleries, subjects, people, transfer, migrations, catalogue)]
     routers = [*(make(service) for make in makers), tokens.routes(service, keys)]
     for router in routers:
         app.include_router(router, dependencies=[Depends(known_query)])

@@ -24,6 +24,7 @@ from pkd.serving.core.gallery_schemas import (
     GalleryBody,
     IdentifyBody,
     MigrationBody,
+    MoveBody,
 )
 from pkd.serving.core.schemas import EmbedBody, VerifyBody
 
@@ -40,6 +41,7 @@ Embeddings are biometric data: faces can be reconstructed from them. There is no
 """
 BODIES: list[type[BaseModel]] = [
     EmbedBody, VerifyBody, GalleryBody, EnrolBody, IdentifyBody, MigrationBody, BulkItem, ExportedSubject, TokenBody,
+    MoveBody,
 ]  # fmt: skip
 LINES_OUT: list[type[BaseModel]] = [BulkAnswer, ExportHeader, ExportedSubject, ExportEnd]
 Examples = Mapping[str, Mapping[str, object]]
@@ -68,6 +70,7 @@ TAKEN: Examples = {
     "invalid-request": {"errors": [{"field": "faces", "message": "Input should be 'largest' or 'exactly_one'"}]},
 }
 ENCODER: Examples = {"unknown-encoder": {"got": "mobilefacenet", "encoders": ["edgeface-xs@sha256:…"]}}
+CERTIFICATE: Examples = {"not-found": {"certificates": ["student@0123456789__teacher@0123456789"]}}
 ARTIFACT: Examples = {
     "not-found": {"got": "openvino-int4", "targets": ["openvino-int8"]},
     "range": {"bytes": 5242880},
@@ -139,8 +142,28 @@ ENROLMENT: Examples = {
         "measured": {"detection_score": 0.93, "face_pixels": 81.5, "sharpness": 4.1, "yaw": -41.0},
         "required": {"detection_score": 0.6, "face_pixels": 40, "sharpness": 10, "yaw": 30},
     },
+    "duplicate-face": {
+        "index": 0,
+        "expected": {"subject": "ann"},
+        "got": {"score": 0.61, "threshold": 0.44, "rate": 0.01, "calibrated": False},
+        "works": {"subject": "ann", "accept_doubts": True},
+    },
+    "unlike-subject": {
+        "index": 0,
+        "expected": {"score": 0.31},
+        "got": {"score": 0.12, "threshold": 0.31, "rate": 0.001, "calibrated": True},
+        "works": {"accept_doubts": True},
+    },
     "bad-vector": {"index": 0},
 }  # fmt: skip
+MOVED: Examples = {
+    "unsupported-media": {},
+    "unknown-template": {},
+    "gallery-conflict": {
+        "expected": {"subject": "a new one"}, "got": {"subject": "ann"}, "works": {"new": False},
+    },
+}  # fmt: skip
+REVIEW: Examples = {"too-large": {"limit": 20000}}
 SEARCH: Examples = {
     "space-mismatch": {
         "expected": {"spaces": [SPACE]},
@@ -186,6 +209,7 @@ IDENTIFY_EXAMPLE: Content = {
     "where": {"site": "north"},
 }
 TOKEN_EXAMPLE: Content = {"scopes": ["verify"], "gallery": "staff", "seconds": 900, "rate": 5}
+MOVE_EXAMPLE: Content = {"into": "ann", "templates": ["00000000002a"]}
 MIGRATION_EXAMPLE: Content = {"space": "teacher2@sha256:…"}
 BULK_EXAMPLE: Content = {"subject": "ann", "key": "ann-1", "inputs": [{"image_b64": "/9j/4AAQ…"}]}
 BULK_ANSWER: Content = {

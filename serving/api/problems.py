@@ -79,11 +79,14 @@ PROBLEMS: dict[type[PkdError], ProblemType] = {
     errors.NoGalleries: ProblemType("no-galleries", 404, "This server keeps no galleries"),
     errors.UnknownGallery: ProblemType("unknown-gallery", 404, "No such gallery"),
     errors.UnknownSubject: ProblemType("unknown-subject", 404, "No such subject in this gallery"),
+    errors.UnknownTemplate: ProblemType("unknown-template", 404, "The subject has no such template"),
     MethodNotAllowed: ProblemType("method-not-allowed", 405, "The route does not take this method"),
     BodyTimeout: ProblemType("timeout", 408, "The body took too long to arrive"),
     toolkit.SpaceMismatch: ProblemType("space-mismatch", 409, "The two embeddings lie in different spaces"),
     toolkit.NotCertified: ProblemType("not-certified", 409, "No certificate joins these encoders in this order"),
     errors.GalleryConflict: ProblemType("gallery-conflict", 409, "The gallery is not in a state that allows this"),
+    errors.DuplicateFace: ProblemType("duplicate-face", 409, "The face matches another subject"),
+    errors.UnlikeSubject: ProblemType("unlike-subject", 409, "The face does not match the subject's own templates"),
     errors.IdempotencyConflict: ProblemType(
         "idempotency-conflict", 409, "The idempotency key was used for another request"
     ),

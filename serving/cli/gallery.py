@@ -13,9 +13,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import model_validator
 from rich.console import Console
 
+from pkd.serving.cli.gallery_store import StoreOptions
+from pkd.serving.cli.migrate import MappedOptions, MigrateOptions, list_mapped, migrate
+from pkd.serving.cli.review import MoveOptions, ReviewOptions, move, review_gallery
 from pkd.toolkit.core.cli_options import Argument, Options, add_options, read_options
 from pkd.toolkit.core.cli_support import Result, make_parser, run
 from pkd.toolkit.core.errors import InputError, MissingExtra, NotTrusted
@@ -23,7 +25,6 @@ from pkd.toolkit.core.progress import ConsoleProgress
 
 if TYPE_CHECKING:
     from pkd.serving.galleries.audit import Head
-    from pkd.serving.galleries.store import GalleryStore
 
 EXAMPLES = """
   pkd-gallery new-key master.key
@@ -31,12 +32,15 @@ EXAMPLES = """
   pkd-gallery verify galleries --master-key master.key --noted 1200:5f0c…
   pkd-gallery export galleries staff staff.jsonl --master-key master.key
   pkd-gallery import galleries staff.jsonl --master-key new.key --sealed-with master.key
+  pkd-gallery migrate galleries staff --map map.npz --evaluation evaluation --master-key master.key
+  pkd-gallery mapped galleries staff --map map.npz --master-key master.key
+  pkd-gallery review galleries staff --certificates bundle --csv doubts.csv --master-key master.key
+  pkd-gallery move galleries staff ann-2 ann --master-key master.key
   pkd-gallery rekey galleries --master-key master.key --new-key new.key
   pkd-gallery verify milvus+tls://milvus.example:19530 --milvus-token token --audit audit.db --master-key master.key
 """
 _NOTED = re.compile(r"(\d{1,18}):([0-9a-f]{64})", re.ASCII)
 _File = Annotated[Path, Argument("FILE", positional=True)]
-_Key = Annotated[Path, Argument("FILE")]
 
 
 class NewKeyOptions(Options):
@@ -44,40 +48,6 @@ class NewKeyOptions(Options):
 
     file: _File
     """File to write, mode 600; it must not exist."""
-
-
-class StoreOptions(Options):
-    """Name the store of galleries, and what opens it."""
-
-    store: Annotated[str, Argument("DIR|milvus[+tls]://HOST:PORT", positional=True)]
-    """What pkd-serve --gallery was given."""
-    master_key: _Key
-    """Master key of the store."""
-    audit: Annotated[str | None, Argument("FILE")] = None
-    """Audit log of this machine, beside Milvus."""
-    milvus_token: Annotated[str | None, Argument("FILE")] = None
-    """File that holds USER:PASSWORD of Milvus."""
-
-    @model_validator(mode="after")
-    def _check_url(self) -> StoreOptions:
-        from pkd.serving.galleries.open import StoreUrl
-
-        try:
-            milvus = StoreUrl(self.store).milvus
-        except InputError as error:
-            raise InputError(f"{self.store}: {error}") from None
-        for option, value in (("--audit", self.audit), ("--milvus-token", self.milvus_token)):
-            if value and not milvus:
-                raise InputError(f"{option} {value}: it is for a store milvus://HOST:PORT alone. Leave it out.")
-        return self
-
-    def open(self, *, create: bool = False) -> GalleryStore:
-        """Open the store, without reading its templates into memory."""
-        from pkd.serving.galleries.crypto import MasterKey
-        from pkd.serving.galleries.open import StoreUrl
-
-        url = StoreUrl(self.store, self.audit, self.milvus_token)
-        return url.open(MasterKey.read(self.master_key), create=create, load=False)
 
 
 class VerifyOptions(StoreOptions):
@@ -112,7 +82,7 @@ class ImportOptions(StoreOptions):
 class RekeyOptions(StoreOptions):
     """Hold what ``pkd-gallery rekey`` was asked for."""
 
-    new_key: _Key
+    new_key: Annotated[Path, Argument("FILE")]
     """Master key from now on."""
 
 
@@ -222,6 +192,18 @@ COMMANDS: dict[str, tuple[str, type[Options], Callable[[Any, Console], Result]]]
         ImportOptions,
         _import,
     ),
+    "migrate": (
+        "map a gallery's templates into a new teacher's space, without photographs; run it again if it was interrupted",
+        MigrateOptions,
+        migrate,
+    ),
+    "mapped": ("list whom only mapped templates stand for, worst first", MappedOptions, list_mapped),
+    "review": (
+        "list subjects who may be one person, and templates that do not match their subject's others",
+        ReviewOptions,
+        review_gallery,
+    ),
+    "move": ("move templates to another subject: merge two, or take one apart", MoveOptions, move),
     "rekey": ("wrap every gallery's key with another master key; servers must be stopped", RekeyOptions, _rekey),
 }
 """Command → what it does, its options, and the function that does it."""

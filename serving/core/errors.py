@@ -19,6 +19,9 @@ SpaceMismatch, NotCertified, UnsupportedFmr. The others are::
     ├── NoGalleries                  the server was started without a store of galleries
     ├── UnknownGallery               no gallery of this name
     ├── UnknownSubject               no subject of this id in a gallery
+    ├── UnknownTemplate              a subject has no template of this id
+    ├── DuplicateFace                a face matches another subject of the gallery
+    ├── UnlikeSubject                a face does not match its subject's own templates
     ├── GalleryConflict              a gallery is not in a state that allows this
     ├── IdempotencyConflict          an idempotency key was used for another request
     ├── Overloaded                1  too much is waiting already
@@ -97,6 +100,18 @@ class UnknownGallery(ServingError):
 
 class UnknownSubject(ServingError):
     """A gallery has no subject of this id."""
+
+
+class UnknownTemplate(ServingError):
+    """A subject has no template of this id."""
+
+
+class DuplicateFace(ServingError):
+    """A face matches another subject of the gallery."""
+
+
+class UnlikeSubject(ServingError):
+    """A face does not match the templates that its subject has."""
 
 
 class GalleryConflict(ServingError):

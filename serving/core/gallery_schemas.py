@@ -97,6 +97,20 @@ class LivenessDemand(Sent):
     max_apcer: Number | None = Field(default=None, ge=0, le=1, description="Largest measured APCER of the detector")
 
 
+class DuplicateRule(Sent):
+    """Doubt a face that matches another subject of the gallery."""
+
+    action: Literal["refuse", "flag"]
+    fpir: Number = Field(0.01, ge=1e-9, lt=1, description="Share of new people who are doubted by chance")
+
+
+class OwnRule(Sent):
+    """Doubt a face that matches none of its subject's own templates."""
+
+    action: Literal["refuse", "flag"]
+    fmr: Number = Field(1e-3, gt=0, lt=1, description="False match rate of the threshold that it must reach")
+
+
 class GalleryPolicy(Sent):
     """Hold what the operator demands of one gallery, in the file of --policies."""
 
@@ -105,6 +119,15 @@ class GalleryPolicy(Sent):
         default=QualityLimits(), description="Of photographs that it is searched for, or compared with its subjects"
     )
     liveness: LivenessDemand = Field(default=LivenessDemand(), description="Proof that a living person is shown")
+    duplicates: DuplicateRule | None = Field(
+        default=None, description="What becomes of an enrolment whose face matches another subject"
+    )
+    own: OwnRule | None = Field(
+        default=None, description="What becomes of one that matches none of its subject's templates"
+    )
+    promised_fmr: Number | None = Field(
+        default=None, gt=0, lt=1, description="False match rate that certificates of mapped templates must resolve"
+    )
 
 
 class GalleryBody(Sent):
@@ -112,6 +135,16 @@ class GalleryBody(Sent):
 
     space: str | None = Field(None, max_length=300, description="Id of its space; the default encoder's if left out")
     retention_seconds: float | None = Field(None, ge=1, le=1e10, description="Templates are deleted after; null: kept")
+
+
+class MoveBody(Sent):
+    """Hold the JSON body of POST …/move."""
+
+    into: Name = Field(description="Subject who has the templates then")
+    templates: list[EncoderId] = Field(
+        default=[], max_length=10_000, description="Ids; all if left out, which merges the two subjects"
+    )
+    new: bool = Field(False, description="`into` is made by this, and must not be there")
 
 
 class EnrolOptions(Sent):
@@ -130,6 +163,9 @@ class EnrolOptions(Sent):
     )
     liveness: str | None = Field(
         None, max_length=8192, description="Signed verdict of an attack detector on exactly these inputs (JWS)"
+    )
+    accept_doubts: bool = Field(
+        False, description="Enrol although the gallery's policy refuses; needs an admin key, and is recorded"
     )
 
 
@@ -194,6 +230,13 @@ class MigrationBody(Sent):
     space: str = Field(max_length=300, description="Id of the space to move to")
 
 
+class MapOriginAnswer(BaseModel):
+    """Say where mapped templates come from."""
+
+    old: str = Field(description="Encoder that made them")
+    new: str = Field(description="Teacher whose own templates replace them")
+
+
 class GalleryAnswer(BaseModel):
     """Describe a gallery."""
 
@@ -205,6 +248,8 @@ class GalleryAnswer(BaseModel):
     subjects: int
     templates: dict[str, int] = Field(description="Encoder id → how many templates it made")
     policy: GalleryPolicy = Field(GalleryPolicy(), description="What the operator demands of it")
+    maps: dict[str, MapOriginAnswer] = Field({}, description="Encoder of mapped templates → their origin")
+    staged: list[str] = Field([], description="Mapped encoders whose templates are not all there: no search sees them")
 
 
 class GalleriesAnswer(BaseModel):
@@ -236,6 +281,19 @@ class EnrolledTemplate(BaseModel):
     quality: MeasuredQuality | None
 
 
+class DoubtAnswer(BaseModel):
+    """Say why a template was doubted by the gallery's policy."""
+
+    kind: Literal["duplicate", "unlike"]
+    action: Literal["refuse", "flag"]
+    index: int = Field(description="Which input")
+    subject: str = Field(description="Whom it matches; of `unlike` the subject that it does not match")
+    score: float = Field(description="Cosine similarity, the highest to that subject")
+    threshold: float
+    rate: float = Field(description="FPIR of the rule; of `unlike` the FMR that its threshold belongs to")
+    calibrated: bool = Field(description="False: the threshold is extrapolated beyond what was measured")
+
+
 class EnrolAnswer(BaseModel):
     """Answer an enrolment."""
 
@@ -244,6 +302,7 @@ class EnrolAnswer(BaseModel):
     templates: list[EnrolledTemplate]
     sequence: int = Field(description="Of the change; a later one is larger")
     replayed: bool = Field(description="True: the idempotency key had been used, nothing was enrolled")
+    doubts: list[DoubtAnswer] = Field(default=[], description="Why the enrolment is flagged, by the gallery's policy")
 
 
 class TemplateAnswer(BaseModel):
@@ -273,6 +332,44 @@ class SubjectsAnswer(BaseModel):
     next: str | None = Field(description="Pass it as `after` for the next page; null: this is the last one")
 
 
+class PairAnswer(BaseModel):
+    """Describe two subjects who may be one person."""
+
+    subject: str
+    other: str
+    template: str
+    other_template: str
+    encoders: list[str]
+    score: float
+    expected_false: float = Field(description="Pairs of different people that reach such a score here by chance")
+    calibrated: bool = Field(description="False: the rate is extrapolated beyond what was measured")
+
+
+class OutlierAnswer(BaseModel):
+    """Describe a template that matches none of its subject's others."""
+
+    subject: str
+    template: str
+    encoder: str
+    score: float = Field(description="To the most similar of the others")
+    threshold: float
+    others: int = Field(description="Templates that it was compared with")
+    genuine_below: float = Field(description="Share of genuine pairs that score as low, by the certificate")
+    nearest: str | None = Field(description="Subject whom it matches instead")
+
+
+class ReviewAnswer(BaseModel):
+    """Answer a review: the most doubtful first."""
+
+    gallery: str
+    subjects: int
+    templates: int
+    compared: int = Field(description="Pairs of templates of different subjects")
+    pairs: list[PairAnswer]
+    outliers: list[OutlierAnswer]
+    not_compared: dict[str, int] = Field(description="Encoder → templates that no certificate covers")
+
+
 class ReceiptAnswer(BaseModel):
     """Prove a deletion: what was removed, and the place of its record in the audit log."""
 
@@ -283,6 +380,17 @@ class ReceiptAnswer(BaseModel):
     covers: list[str] = Field(description="Where nothing is left")
     sequence: int = Field(description="Of the audit record")
     hash: str = Field(description="SHA-256 of the audit record")
+
+
+class MoveAnswer(BaseModel):
+    """Answer a move."""
+
+    gallery: str
+    subject: str
+    into: str
+    templates: list[str] = Field(description="Ids that they have now")
+    sequence: int = Field(description="Of the audit record of their arrival")
+    receipt: ReceiptAnswer = Field(description="What left `subject`, who is gone where no template is left")
 
 
 class Candidate(BaseModel):
@@ -313,7 +421,7 @@ class NotSearched(BaseModel):
 
     encoder: str
     templates: int
-    reason: Literal["not-certified", "other-space", "unsupported-fmr"]
+    reason: Literal["not-certified", "other-space", "staged", "unsupported-fmr"]
 
 
 class IdentifyAnswer(BaseModel):
@@ -366,6 +474,7 @@ class BulkAnswer(BaseModel):
     templates: list[str] | None = Field(None, description="Ids")
     sequence: int | None = None
     replayed: bool | None = None
+    doubts: list[DoubtAnswer] | None = Field(None, description="Why it is flagged, by the gallery's policy")
     problem: dict[str, Any] | None = Field(None, description="Why this item was refused; the others go on")
 
 

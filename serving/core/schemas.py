@@ -5,6 +5,7 @@ Requests are validated with these models; answers are documented by them.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -350,6 +351,32 @@ class SpacesAnswer(BaseModel):
     """List the spaces of the loaded encoders."""
 
     spaces: list[SpaceListed]
+
+
+class DriftPoint(BaseModel):
+    """Count how often one operating point was reached."""
+
+    kind: Literal["identify", "verify"]
+    fmr: float = Field(description="The operating point's")
+    threshold: float
+    observations: int = Field(description="Decisions that could tell")
+    reached: int = Field(description="Of these, those in which an impostor, or a refused face, reached the threshold")
+    expected: float = Field(description="How many would, by the certificate's own rate")
+    at_most: float = Field(description="How many at most, with the allowance for the people of the gallery")
+
+
+class DriftAnswer(BaseModel):
+    """Say whether a certificate still holds."""
+
+    query: str
+    gallery: str
+    since: datetime | None = Field(description="First observation; null: nothing was seen")
+    alarm: bool = Field(description="True: what was seen contradicts the certificate. It stays true")
+    evidence: float = Field(description="Against the certificate; 1 at first, an alarm from `alarm_at` on")
+    alarm_at: float
+    false_alarm_rate: float = Field(description="Over all the time that the certificate is watched")
+    observed: list[DriftPoint]
+    assumptions: list[str]
 
 
 class CertificatesAnswer(BaseModel):

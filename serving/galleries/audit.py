@@ -34,6 +34,13 @@ from pkd.toolkit.core.errors import InputError, NotTrusted
 Action = Literal[
     "create",
     "enrol",
+    "enrol-doubtful",
+    "refuse",
+    "map",
+    "move-in",
+    "move-out",
+    "set-mapping",
+    "delete-templates",
     "delete-subject",
     "delete-gallery",
     "expire",
@@ -43,8 +50,11 @@ Action = Literal[
     "rekey",
 ]
 """What is recorded. ``purge``: what was deleted of the gallery before has left the files of a store that only marks it
-at first. ``rekey``: all gallery keys were wrapped by another master key."""
-DELETIONS: tuple[Action, ...] = ("delete-subject", "delete-gallery", "expire", "end-migration", "rekey")
+at first. ``enrol-doubtful``: enrolled against the gallery's rules; ``refuse``: not enrolled because of them.
+``rekey``: all gallery keys were wrapped by another master key."""
+DELETIONS: tuple[Action, ...] = (
+    "delete-templates", "move-out", "delete-subject", "delete-gallery", "expire", "end-migration", "rekey",
+)  # fmt: skip
 """After these a store may still hold what it does not give any more, until ``purge`` is recorded."""
 
 SCHEMA = """

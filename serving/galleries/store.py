@@ -7,15 +7,16 @@ common scale. That is why ``search`` is asked for one encoder at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.serving.galleries.audit import Head
+from pkd.serving.galleries.audit import Action, Head
 from pkd.serving.galleries.crypto import MasterKey
+from pkd.serving.galleries.mapping_state import NOTHING_MAPPED, MappingState
 from pkd.toolkit.core.errors import PkdError
 from pkd.toolkit.core.progress import Progress, no_progress
 
@@ -62,6 +63,7 @@ class Gallery:
     """Encoder id → how many templates it made."""
     moved: int = 0
     """Subjects that have a template in ``moving_to``."""
+    mapping: MappingState = NOTHING_MAPPED
 
     @property
     def spaces(self) -> tuple[Space, ...]:
@@ -94,6 +96,10 @@ class Enrolment:
     """Idempotency key: the same key with the same ``digest`` is answered as before and enrols nothing."""
     digest: str = ""
     """SHA-256 (hex) of what was asked; another one under the same key is a conflict."""
+    created: float | None = None
+    """When the templates were made; None: now. Mapped and moved templates keep their date."""
+    action: Action = "enrol"
+    """Name of the change in the audit log."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,21 @@ class Receipt:
     """The audit record's."""
     hash: str
     """The audit record's, SHA-256 (hex)."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """State which templates are another subject's now."""
+
+    gallery: str
+    subject: str
+    into: str
+    templates: tuple[str, ...]
+    """Ids that they have now."""
+    sequence: int
+    """Of the audit record of their arrival."""
+    receipt: Receipt
+    """What left ``subject``, who is gone where no template is left."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +244,27 @@ class GalleryStore(Protocol):
 
     def delete_subject(self, gallery: str, subject: str, actor: str) -> Receipt:
         """Delete a subject's templates and key."""
+
+    def remove_templates(
+        self, gallery: str, subject: str, templates: Sequence[str], actor: str, *, action: Action = "delete-templates"
+    ) -> Receipt:
+        """Delete some templates of a subject, and the subject with the last of them. Raises UnknownTemplate."""
+
+    def move(
+        self, gallery: str, subject: str, into: str, actor: str, *, templates: Sequence[str] = (), new: bool = False
+    ) -> Moved:
+        """Move templates, by default all, to another subject, who must be there, or with ``new`` must not.
+
+        Attributes and consent stay with whom they were given for; dates stay with the templates. In SQLite it is one
+        step; in Milvus two, after the first of which both have them: the same move again ends it. Raises
+        InvalidRequest, UnknownSubject, UnknownTemplate and GalleryConflict.
+        """
+
+    def set_mapping(self, gallery: str, change: Callable[[MappingState], MappingState], actor: str) -> Gallery:
+        """Change what a gallery remembers of its mapped templates, in one step."""
+
+    def note(self, gallery: str, action: Action, subject: str, actor: str) -> Head:
+        """Record in the audit log what changed nothing, such as a refusal."""
 
     def search(
         self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None

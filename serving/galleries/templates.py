@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +17,10 @@ from pkd.serving.core.errors import (
     InvalidRequest,
     UnknownGallery,
     UnknownSubject,
+    UnknownTemplate,
 )
-from pkd.serving.galleries.store import Enrolment, Gallery, GalleryStore, NewTemplate, Space, Template
+from pkd.serving.galleries.audit import Action
+from pkd.serving.galleries.store import Enrolment, Gallery, GalleryStore, NewTemplate, Space, Subject, Template
 from pkd.toolkit.core.errors import BadVector, SpaceMismatch
 
 STORED = np.dtype("<f2")
@@ -58,6 +64,55 @@ def fingerprints(store: GalleryStore, gallery: str, subject: str) -> set[Fingerp
         return {fingerprint(one) for one in store.subject(gallery, subject, vectors=True).templates}
     except UnknownSubject:
         return set()
+
+
+def choose_templates(gallery: str, subject: Subject, templates: Sequence[str]) -> Sequence[Template]:
+    """Return a subject's templates with these ids, all for none. Raises UnknownTemplate naming the first missing."""
+    there = {one.id: one for one in subject.templates}
+    for id in templates:
+        if id not in there:
+            raise UnknownTemplate(f"subject {subject.id} of gallery {gallery} has no template {id}.")
+    return [there[id] for id in dict.fromkeys(templates)] if templates else list(subject.templates)
+
+
+def enrolments_again(subject: str, templates: Sequence[Template], action: Action, **more: Any) -> list[Enrolment]:
+    """Make enrolments of templates that are there already, with vectors: one for each date and time of expiry."""
+    groups: dict[tuple[float, float | None], list[NewTemplate]] = defaultdict(list)
+    for one in templates:
+        assert one.vector is not None
+        groups[one.created, one.expires].append(NewTemplate(one.encoder, one.space, one.vector))
+    return [
+        Enrolment(subject, made, created=created, expires=expires, action=action, **more)
+        for (created, expires), made in groups.items()
+    ]
+
+
+def move_enrolments(subject: str, into: str, templates: Sequence[Template]) -> list[Enrolment]:
+    """Make the enrolments of a move, under keys by which the same move again adds nothing."""
+    made = []
+    for one in enrolments_again(into, templates, "move-in"):
+        parts = [
+            subject,
+            *sorted(
+                encoder + "," + hashlib.sha256(data).hexdigest() for encoder, data in map(fingerprint, one.templates)
+            ),
+        ]
+        digest = hashlib.sha256("\n".join([*parts, f"{one.created} {one.expires}"]).encode()).hexdigest()
+        made.append(replace(one, key=f"move:{digest}", digest=digest))
+    return made
+
+
+def check_move(gallery: str, subject: str, into: str, *, there: bool, new: bool) -> None:
+    """Refuse a move to the subject themselves, to nobody, or to somebody where a new subject was asked for."""
+    if subject == into:
+        raise InvalidRequest(f"subject {subject}: templates cannot be moved to where they are. Name another subject.")
+    if new and there:
+        raise GalleryConflict(
+            f"gallery {gallery} has a subject {into} already. Name a new one, or merge.",
+            details={"expected": {"subject": "a new one"}, "got": {"subject": into}, "works": {"new": False}},
+        )
+    if not new and not there:
+        raise unknown_subject(gallery, into)
 
 
 def unknown_gallery(name: str) -> UnknownGallery:

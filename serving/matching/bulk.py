@@ -12,12 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pkd.serving.core.errors import Draining, ServingError, TooLarge
+from pkd.serving.core.errors import Draining, InvalidRequest, ServingError, TooLarge
 from pkd.serving.core.gallery_schemas import BulkItem
 from pkd.serving.core.schemas import MANY_VALUES
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.store import Enrolled, Enrolment, Gallery
-from pkd.serving.matching.enrolment import explained, new_enrolment, prepare
+from pkd.serving.matching.doubts import Doubt, replace_mapped
+from pkd.serving.matching.enrolment import examine, explained, new_enrolment, prepare
 from pkd.serving.matching.service import Service
 from pkd.serving.observability.logs import log_unforeseen
 from pkd.toolkit.core.errors import PkdError
@@ -48,6 +49,7 @@ class ReadLine:
     key: str | None = None
     enrolments: Sequence[Enrolment] = ()
     error: Exception | None = None
+    accept_doubts: bool = False
     previous: Enrolled | None = None
     """The result of the same line when it was sent before, under the same key."""
 
@@ -63,6 +65,7 @@ class LineResult:
     line: ReadLine
     enrolled: Sequence[Enrolled] = ()
     error: Exception | None = None
+    doubts: Sequence[Doubt] = ()
 
 
 Reader = Callable[[Gallery, Sequence[BulkLine]], Coroutine[Any, Any, Sequence[ReadLine]]]
@@ -85,9 +88,14 @@ async def enrol_lines(
         await arriving.aclose()
 
 
-async def read_items(service: Service, gallery: Gallery, lines: Sequence[BulkLine]) -> Sequence[ReadLine]:
-    """Read lines of a bulk enrolment. What was enrolled before under the same key is not embedded again."""
-    parsed = [_parse(line) for line in lines]
+async def read_items(
+    service: Service, gallery: Gallery, lines: Sequence[BulkLine], *, may_accept: bool = False
+) -> Sequence[ReadLine]:
+    """Read lines of a bulk enrolment. What was enrolled before under the same key is not embedded again.
+
+    ``may_accept``: the key may enrol against the gallery's policy.
+    """
+    parsed = [_parse(line, may_accept) for line in lines]
     keyed = [line for line, body in parsed if body and line.key]
     asked = [enrolment for line in keyed for enrolment in line.enrolments]
     answered = await service.stored(service.store.replayed, gallery.name, asked) if asked else ()
@@ -98,7 +106,7 @@ async def read_items(service: Service, gallery: Gallery, lines: Sequence[BulkLin
     return await asyncio.gather(*(_embed(service, gallery, line, body) for line, body in parsed))
 
 
-def _parse(line: BulkLine) -> tuple[ReadLine, BulkItem | None]:
+def _parse(line: BulkLine, may_accept: bool) -> tuple[ReadLine, BulkItem | None]:
     """Read one line; its enrolment has no templates yet. Without a body it is refused."""
     read = ReadLine(line.number)
     try:
@@ -106,7 +114,10 @@ def _parse(line: BulkLine) -> tuple[ReadLine, BulkItem | None]:
             return read.refused(line.content), None
         body = parse(BulkItem, line.content, MANY_VALUES)
         read = ReadLine(line.number, body.subject, body.key)
-        return replace(read, enrolments=(new_enrolment(body.subject, body.inputs, body, body.key),)), body
+        if body.accept_doubts and not may_accept:
+            return read.refused(InvalidRequest("accept_doubts: this key may not. Send it with an admin key.")), None
+        asked = new_enrolment(body.subject, body.inputs, body, body.key)
+        return replace(read, enrolments=(asked,), accept_doubts=body.accept_doubts), body
     except PkdError as error:
         return read.refused(error), None
 
@@ -130,13 +141,22 @@ async def _store(service: Service, name: str, batch: Sequence[BulkLine], actor: 
     try:
         gallery = await service.stored(service.store.get, name)
         lines = await read(gallery, batch)
-        enrolments = [enrolment for line in lines for enrolment in line.enrolments]
-        outcomes = list(await service.written(service.store.enrol, name, enrolments, actor)) if enrolments else []
+        asked = [(enrolment, line.accept_doubts) for line in lines for enrolment in line.enrolments]
+        judged = await examine(service, gallery, [one for one, _ in asked], [accept for _, accept in asked], actor)
+        enrolments = [one[0] for one in judged if not isinstance(one, PkdError)]
+        stored = iter(await service.written(service.store.enrol, name, enrolments, actor) if enrolments else ())
+        outcomes = [one if isinstance(one, PkdError) else next(stored) for one in judged]
+        doubts = [() if isinstance(one, PkdError) else one[1] for one in judged]
+        done = [
+            (one, outcome) for (one, _), outcome in zip(asked, outcomes, strict=True) if isinstance(outcome, Enrolled)
+        ]
+        await replace_mapped(service, gallery, done, actor)
     except ServingError as error:  # the store is gone, or the gallery is: every line says so and can be sent again
         return [LineResult(ReadLine(line.number), error=error) for line in batch]
     results = []
     for line in lines:
         own, outcomes = outcomes[: len(line.enrolments)], outcomes[len(line.enrolments) :]
+        about, doubts = doubts[: len(line.enrolments)], doubts[len(line.enrolments) :]
         refusals = [
             explained(outcome, service, gallery, enrolment)
             for enrolment, outcome in zip(line.enrolments, own, strict=True)
@@ -148,6 +168,7 @@ async def _store(service: Service, name: str, batch: Sequence[BulkLine], actor: 
                 line,
                 [line.previous] if line.previous else enrolled,
                 line.error or next(iter(refusals), None),
+                [doubt for each in about for doubt in each],
             )
         )
     return results

@@ -17,6 +17,7 @@ from pkd.serving.core.gallery_schemas import ConsentBody, EnrolOptions, QualityL
 from pkd.serving.core.schemas import EmbeddingSide, ImageInput
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, NewTemplate
 from pkd.serving.matching.admission import check_encoder_allowed, encoder_to_enrol, searchable
+from pkd.serving.matching.doubts import Doubt, find_doubts, first_refusal, replace_mapped
 from pkd.serving.matching.quality import Quality, measure_quality, require_quality, server_limits, strictest
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.errors import NotCertified, PkdError, SpaceMismatch
@@ -85,12 +86,48 @@ async def enrol(
     """Answer POST …/templates. All inputs are enrolled, or none."""
     gallery = await service.stored(service.store.get, name)
     ready = await prepare(service, gallery, new_enrolment(subject, inputs, options, key), inputs, options)
+    ready, doubts = await _examined(service, gallery, ready, options, actor)
     (outcome,) = await service.written(service.store.enrol, name, [ready.enrolment], actor)
     if isinstance(outcome, PkdError):
         raise explained(outcome, service, gallery, ready.enrolment)
+    await replace_mapped(service, gallery, [(ready.enrolment, outcome)], actor)
     if outcome.replayed:  # what is there may be of another encoder than one would take today
         ready = await _as_stored(service, name, ready, outcome)
-    return describe_enrolment(name, ready, outcome)
+    return {**describe_enrolment(name, ready, outcome), "doubts": [one.described() for one in doubts]}
+
+
+async def examine(
+    service: Service, gallery: Gallery, enrolments: Sequence[Enrolment], accept: Sequence[bool], actor: str
+) -> list[tuple[Enrolment, Sequence[Doubt]] | PkdError]:
+    """Judge enrolments by the gallery's policy: each as it is to be stored, with its doubts, or why it is refused.
+
+    What was enrolled before under the same idempotency key is answered as then. Refusals are recorded.
+    """
+    policy = service.policies.of(gallery.name)
+    if not policy.duplicates and not policy.own:
+        return [(one, ()) for one in enrolments]
+    known = await service.stored(service.store.replayed, gallery.name, enrolments)
+    judged: list[tuple[Enrolment, Sequence[Doubt]] | PkdError] = []
+    found = await find_doubts(service, gallery, enrolments)
+    for one, before, doubts, accepted in zip(enrolments, known, found, accept, strict=True):
+        refusal = None if accepted or before else first_refusal(doubts)
+        if refusal:
+            await service.written(service.store.note, gallery.name, "refuse", one.subject, actor)
+            judged.append(refusal.error())
+        elif before or not doubts:
+            judged.append((one, ()))
+        else:
+            judged.append((replace(one, action="enrol-doubtful"), doubts))
+    return judged
+
+
+async def _examined(
+    service: Service, gallery: Gallery, ready: Ready, options: EnrolOptions, actor: str
+) -> tuple[Ready, Sequence[Doubt]]:
+    (judged,) = await examine(service, gallery, [ready.enrolment], [options.accept_doubts], actor)
+    if isinstance(judged, PkdError):
+        raise judged
+    return replace(ready, enrolment=judged[0]), judged[1]
 
 
 def describe_enrolment(gallery: str, ready: Ready, enrolled: Enrolled) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pkd.serving.core.errors import GalleryConflict
 from pkd.serving.core.gallery_schemas import IdentifyOptions
 from pkd.serving.galleries.store import Gallery, SearchResult
 from pkd.serving.inference.registry import Encoders
@@ -21,7 +22,7 @@ from pkd.toolkit.certificates.extrapolation import Threshold, threshold_for
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import NotCertified, UnsupportedFmr
 
-Reason = Literal["not-certified", "other-space", "unsupported-fmr"]
+Reason = Literal["not-certified", "other-space", "staged", "unsupported-fmr"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def plan_search(encoders: Encoders, gallery: Gallery, query: str, partial: bool)
     """
     spaces = [one.id for one in gallery.spaces]
     space = encoders.space_of(query)
-    present = sorted(encoder for encoder, count in gallery.templates.items() if count)
+    staged = {one for one in gallery.mapping.staged if gallery.templates.get(one)}
+    present = sorted(encoder for encoder, count in gallery.templates.items() if count and encoder not in staged)
     apart = gallery.moving_to is not None and space is not None
     wanted = [encoder for encoder in present if not apart or encoders.space_of(encoder) == space]
     works = _works(encoders, gallery, wanted or present)
@@ -62,6 +64,9 @@ def plan_search(encoders: Encoders, gallery: Gallery, query: str, partial: bool)
     reasons: dict[str, Reason] = {
         one: "not-certified" if one in wanted else "other-space" for one in present if one not in files
     }
+    if staged and not wanted and space is not None and space != gallery.space.id:
+        raise being_mapped(gallery, query, works)
+    reasons |= dict.fromkeys(sorted(staged), "staged")
     missing = [one for one, reason in reasons.items() if reason == "not-certified"]
     if (missing and not partial) or (wanted and not files) or space is None:
         raise NotCertified(
@@ -75,6 +80,15 @@ def plan_search(encoders: Encoders, gallery: Gallery, query: str, partial: bool)
             },
         )
     return SearchPlan(files, reasons)
+
+
+def being_mapped(gallery: Gallery, query: str, works: Mapping[str, Any]) -> GalleryConflict:
+    """Make the error of a search among mapped templates that are not all there yet."""
+    return GalleryConflict(
+        f"the templates of gallery {gallery.name!r} are being mapped, and are searched once all are there. Search with "
+        "an encoder of its first space until then.",
+        details={"expected": {"space": gallery.space.id}, "got": {"query": query}, "works": works},
+    )
 
 
 def per_comparison(fpir: float, templates: int) -> float:

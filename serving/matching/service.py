@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.serving.inference.thread_pool import Pool
 from pkd.serving.matching import identification
 from pkd.serving.matching.admission import encoder_to_search
+from pkd.serving.matching.drift import DriftMonitor
 from pkd.serving.matching.liveness import Demand, Liveness, Shown
 from pkd.serving.matching.policies import Policies
 from pkd.serving.matching.quality import measure_quality, require_quality, strictest
@@ -39,6 +40,7 @@ from pkd.serving.matching.verification import (
     left_out,
     resolve_rules,
 )
+from pkd.serving.observability.drift import DriftLedger
 from pkd.serving.observability.metrics import Metrics
 from pkd.serving.observability.state import State
 from pkd.toolkit.core.encoder_info import short
@@ -76,10 +78,12 @@ class Service:
         store: GalleryStore | None = None,
         policies: Policies | None = None,
         liveness: Liveness | None = None,
+        ledger: DriftLedger | None = None,
     ) -> None:
         self.encoders, self.settings, self._store = encoders, settings, store
         self.policies, self.liveness = policies or Policies(), liveness
         self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
+        self.drift = DriftMonitor(encoders, self.state.metrics, ledger)
         self.inference = Inference(encoders.loaded.values(), self.state.metrics)
         self.pipeline = Pipeline(detector, self.inference)
         self.artifacts = Artifacts(encoders)
@@ -129,6 +133,7 @@ class Service:
         for executor in (self._store_reads, self._store_writes):
             executor.shutdown(wait=True, cancel_futures=True)
         self.artifacts.close()
+        self.drift.close()
         self.inference.close()
         self.state.metrics.fold()
 
@@ -180,6 +185,7 @@ class Service:
             *left_out(b, {one for _, one in rules}, {one: problem for (_, one), problem in refused.items()}),
         ]
         self.state.metrics.decision("verify", "match" if decision["match"] else "no_match")
+        await self._watch_verification(decision, body.b)
         return decision
 
     async def identify(self, name: str, query: EmbeddingSide | Photograph, options: IdentifyOptions) -> dict[str, Any]:
@@ -213,6 +219,8 @@ class Service:
             self.encoders, gallery, encoder, plan, found, options, self.settings.target_fpir, self.settings.assurance
         )
         self.state.metrics.decision("identify", answer["decision"])
+        self.drift.identified(gallery, encoder, found, answer)
+        self._keep_drift()
         return answer
 
     async def prove_live(
@@ -239,6 +247,16 @@ class Service:
         strictest_limit = min(limits, key=lambda one: one[1]) if limits else None
         demand = Demand(*strictest_limit) if strictest_limit else None
         await asyncio.to_thread(self.liveness.require, token, inputs, demand)
+
+    async def _watch_verification(self, decision: Mapping[str, Any], side: Side) -> None:
+        gallery = await self.stored(self.store.get, side.gallery) if isinstance(side, SubjectSide) else None
+        self.drift.verified(decision, gallery, side.subject if isinstance(side, SubjectSide) else None)
+        self._keep_drift()
+
+    def _keep_drift(self) -> None:
+        if self.drift.due:
+            self.drift.due = False
+            self._store_writes.submit(self.drift.flush)
 
     def _enrolled(self, side: SubjectSide) -> list[ProbeVector]:
         subject = self.store.subject(side.gallery, side.subject, vectors=True)

@@ -122,7 +122,8 @@ class Import:
                 return read.refused(self._fault(sent.subjects)) if sent.subjects != self._subjects else None
             read = ReadLine(line.number, sent.subject)
             digest = hashlib.sha256(line.content.strip()).hexdigest()
-            return ReadLine(line.number, sent.subject, None, self._enrolments(gallery, sent, digest))
+            asked = self._enrolments(gallery, sent, digest)
+            return ReadLine(line.number, sent.subject, None, asked, accept_doubts=True)  # they were examined before
         except PkdError as error:
             return read.refused(error)
 

@@ -15,6 +15,7 @@ from pkd.toolkit.core.encoder_info import short
 
 if TYPE_CHECKING:
     from pkd.serving.galleries.store import Gallery
+    from pkd.serving.observability.drift import Sums
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
 """Variable that names the folder of shared numbers; prometheus_client reads it when it is imported."""
@@ -28,6 +29,8 @@ MICRO = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 
 SIZES = (1, 2, 4, 8, 16, 32)
 MAX_PENDING = 1000
 """Most numbers that are yet to be counted."""
+PAIR = ("query", "gallery", "kind", "fmr")
+"""Labels of what is counted for a certificate."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -72,6 +75,12 @@ class Metrics:
         self._galleries = gauge("galleries", "Galleries", "livemostrecent")
         self._subjects = gauge("gallery_subjects", "Subjects in all galleries", "livemostrecent")
         self._templates = gauge("gallery_templates", "Templates in all galleries", "livemostrecent", "encoder")
+        recent, pair = "livemostrecent", PAIR[:2]
+        self._drift_observed = gauge("drift_observations", "Decisions held against a certificate", recent, *PAIR)
+        self._drift_reached = gauge("drift_reached", "Of these, those that reached the operating point", recent, *PAIR)
+        self._drift_at_most = gauge("drift_at_most", "Most that should have, by the certificate", recent, *PAIR)
+        self._drift_evidence = gauge("drift_evidence", "Evidence against a certificate; 1 at first", recent, *pair)
+        self._drift_alarm = gauge("drift_alarm", "1 where a certificate is taken for broken", recent, *pair)
         self.store_up = gauge("store_up", "1 where the galleries can be read and written", "livemostrecent")
         self._expired = counter("templates_expired", "Templates deleted because their time was over")
         self.ready = gauge("ready_workers", "Worker processes that answer", "livesum")
@@ -121,6 +130,18 @@ class Metrics:
         for label, count in self._by_encoder([gallery.templates for gallery in galleries]).items():
             self._templates.labels(label).set(count)
         self._expired.inc(expired)
+
+    def drift(
+        self, query: str, gallery: str, sums: Mapping[tuple[str, float], Sums], evidence: float, alarm: bool
+    ) -> None:
+        """Show how a certificate, named by the short ids of its pair, compares with what was seen."""
+        for (kind, fmr), one in sums.items():
+            labels = query, gallery, kind, f"{fmr:g}"
+            self._drift_observed.labels(*labels).set(one.observed)
+            self._drift_reached.labels(*labels).set(one.exceeded)
+            self._drift_at_most.labels(*labels).set(one.promised)
+        self._drift_evidence.labels(query, gallery).set(evidence)
+        self._drift_alarm.labels(query, gallery).set(alarm)
 
     def fold(self) -> None:
         """Bring the numbers up to date, for pages that other processes of this server answer."""

@@ -24,6 +24,7 @@ from pkd.serving.matching.liveness import Liveness
 from pkd.serving.matching.policies import Policies
 from pkd.serving.matching.service import Service
 from pkd.serving.observability import logs, telemetry
+from pkd.serving.observability.drift import DriftLedger
 from pkd.serving.server.config import Configuration
 from pkd.serving.server.server import Link, serve
 from pkd.toolkit.bundle.bundle import NOT_GATED
@@ -66,7 +67,8 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
             stack.callback(store.close)
         policies = Policies(Path(configuration.policies) if configuration.policies else None)
         liveness = Liveness.read(Path(configuration.liveness)) if configuration.liveness else None
-        service = Service(encoders, settings, detector, store, policies, liveness)
+        ledger = DriftLedger(_ledger_of(configuration))
+        service = Service(encoders, settings, detector, store, policies, liveness, ledger)
         stack.callback(service.close)
         if configuration.traces:
             stack.callback(telemetry.set_up())
@@ -101,6 +103,14 @@ def run_worker(
         swept = it.store if index == 0 else None
         page = not configuration.no_page
         serve(it.service, listener, it.keys, lambda: None, swept_store=swept, link=link, page=page)
+
+
+def _ledger_of(configuration: Configuration) -> Path | None:
+    """Name the file in which processes add up what they see of certificates: beside galleries, or their audit log."""
+    if configuration.gallery is None:
+        return None
+    beside = Path(configuration.audit) if configuration.audit else Path(configuration.gallery) / "drift.db"
+    return beside.with_name("drift.db")
 
 
 def open_store(configuration: Configuration) -> GalleryStore | None:

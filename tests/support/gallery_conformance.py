@@ -13,7 +13,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pkd.serving.core.errors import GalleryConflict, IdempotencyConflict, InvalidRequest, UnknownGallery, UnknownSubject
+from pkd.serving.core.errors import (
+    GalleryConflict,
+    IdempotencyConflict,
+    InvalidRequest,
+    UnknownGallery,
+    UnknownSubject,
+)
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, GalleryStore, NewTemplate, Space
 from pkd.toolkit.core.errors import BadVector, PkdError, SpaceMismatch
 from tests.support.gallery_examples import (
@@ -33,9 +39,10 @@ from tests.support.gallery_examples import (
     soon,
     unit,
 )
+from tests.support.gallery_people import PeopleConformance
 
 
-class Conformance:
+class Conformance(PeopleConformance):
     """Fixtures ``opened`` (opens a store on the same data each time it is called) and, from it, ``store``."""
 
     erased = frozenset({"rows", "key"})

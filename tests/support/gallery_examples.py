@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pkd.serving.galleries.store import Enrolled, Enrolment, GalleryStore, NewTemplate, Space
+from pkd.serving.galleries.store import Enrolled, Enrolment, GalleryStore, NewTemplate, Space, Template
+from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.core.errors import PkdError
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.encoders.base import unit_rows
+from pkd.toolkit.encoders.space_map import SpaceMap, fit_space_map
 
 DIM = 16
 OLD, NEW = Space("old@sha256:1", DIM), Space("new@sha256:2", DIM)
@@ -67,3 +72,21 @@ def soon(check: Callable[[], bool], seconds: float = 1.0) -> bool:
             return True
         time.sleep(0.01)
     return check()
+
+
+def id_of(template: Template) -> bytes:
+    """Return what a template holds, as ``unit`` made it."""
+    return np.asarray(template.vector, np.float32).tobytes()
+
+
+def space_map() -> SpaceMap:
+    """Fit a map from the vectors of ENCODER to the space NEW, of some teacher there."""
+    random = np.random.default_rng(0)
+    old = describe("old", "teacher", "a", Preprocess(), DIM)
+    new = describe("next", "teacher", "b", Preprocess(), DIM)
+    x = unit(1, 200)
+    y = unit_rows((x @ random.normal(size=(DIM, DIM)) + 0.5 * random.normal(size=x.shape)).astype(np.float32))
+    made = fit_space_map(old, new, x, y, np.full(200, -1), data="faces", data_digest="d")
+    spaces = [info.space.model_copy(update={"id": space.id}) for info, space in ((old, OLD), (new, NEW))]
+    named = old.model_copy(update={"id": ENCODER, "space": spaces[0]}), new.model_copy(update={"space": spaces[1]})
+    return replace(made, old=named[0], new=named[1])

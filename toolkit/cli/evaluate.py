@@ -23,6 +23,7 @@ from pkd.toolkit.distill.models.open_encoder import open_encoder, reopener
 from pkd.toolkit.encoders.base import Encoder
 from pkd.toolkit.encoders.embed import default_cache
 from pkd.toolkit.encoders.preprocessing_check import check_preprocessing
+from pkd.toolkit.encoders.space_map import SpaceMap
 from pkd.toolkit.evaluation.datasets.cfp import read_cfp
 from pkd.toolkit.evaluation.datasets.ijb import read_templates
 from pkd.toolkit.evaluation.datasets.insightface_bin import looks_pickled, read_bin
@@ -42,6 +43,7 @@ from pkd.toolkit.evaluation.results.schema import Evaluation
 EXAMPLES = """
   pkd-evaluate --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --student run --faces test --out eval
   pkd-evaluate --teacher teacher-bundle --student student-bundle --gallery passports --probe selfies --out eval
+  pkd-evaluate --teacher new-bundle --student student-bundle --mapped map.npz --old old-bundle --faces test --out e
   pkd-evaluate --teacher insightface:buffalo_l --pairs pairs.txt --faces lfw --flip --out lfw-view2
   pkd-evaluate --teacher teacher-bundle --student student-bundle --pairs agedb_30.bin --flip --out e
   pkd-evaluate --teacher teacher-bundle --student student-bundle --pairs cfp/Protocol/Split/FP --faces crops --out e
@@ -60,6 +62,12 @@ class EvaluateOptions(Options):
     """Pixel scaling of a teacher that is FILE.onnx or FILE.pt, for example mean=127.5,std=127.5."""
     student: Spec = None
     """Bundle or run of a student of this teacher."""
+    mapped: Annotated[Path | None, Argument("MAP.npz")] = None
+    """Map of pkd-map: also compare with the mapped templates of the old encoder."""
+    old: Spec = None
+    """Old encoder that --mapped was fitted for."""
+    old_preprocess: Annotated[str | None, Argument("P")] = None
+    """Pixel scaling of an old encoder that is FILE.onnx or FILE.pt."""
     control: Spec = None
     """Encoder that was not distilled from the teacher, to compare with."""
     control_preprocess: Annotated[str | None, Argument("P")] = None
@@ -126,6 +134,10 @@ class EvaluateOptions(Options):
             raise InputError("--threshold-pairs goes with --pairs. Drop it, or pass --pairs FILE.")
         if not self.pairs and (bool(self.faces) == any(sides) or any(sides) != all(sides)):
             raise InputError("what to compare? Pass --faces DIR, or --gallery DIR and --probe DIR.")
+        if bool(self.mapped) != bool(self.old) or (self.old_preprocess and not self.old):
+            raise InputError("--mapped MAP.npz goes with --old SPEC, the encoder that it was fitted for. Give both.")
+        if self.mapped and (self.pairs or self.templates or self.flip):
+            raise InputError("--mapped goes with --faces, or --gallery and --probe, without --flip.")
         if self.fit_faces and not self.control:
             raise InputError(
                 "--fit-faces goes with --control SPEC, the encoder that is mapped into the teacher's space."
@@ -239,6 +251,8 @@ def _open(
         if asked.control
         else None,
     )
+    if asked.mapped and asked.old:
+        encoder_set = replace(encoder_set, mapped=_mapped(asked.mapped, asked.old, asked.old_preprocess, evaluated))
     require_control(encoder_set)
     require_unseen(encoder_set, evaluated, options)
     encoder_set = replace(encoder_set, warnings=tuple(_warnings(asked, encoder_set.teacher, evaluated, options)))
@@ -263,6 +277,14 @@ def _warnings(
                 f"{len(faces.identities):,} people by their names: its rates are better than on people whom it does "
                 "not know. Leave them out."
             )
+
+
+def _mapped(file: Path, old: str, preprocess: str | None, evaluated: Sequence[FaceSet]) -> Encoder:
+    """Open an old encoder behind its map. Raises InputError where the map was fitted on these very images."""
+    found = SpaceMap.read(file)
+    if found.report.data_digest in {faces.digest() for faces in evaluated}:
+        raise InputError(f"{file}: it was fitted on these very images. Certify it on other people.")
+    return found.encoder(open_encoder(old, preprocess, option="--old-preprocess"))
 
 
 def _name(source: Path) -> str:
@@ -292,6 +314,13 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
         console.print("[bold]Synthetic faces: these rates say nothing about people.[/bold]")
     if evaluation.comparisons:
         console.print(_matrix(evaluation))
+    for cost in evaluation.costs:
+        low, high = cost.difference.ci95
+        console.print(
+            f"mapped templates cost {cost.pair} at FMR {cost.fmr:g}: {100 * cost.difference.difference:+.1f} points of "
+            f"TAR ({100 * low:+.1f} to {100 * high:+.1f}); {100 * cost.mapped_tar_balanced:.1f} % instead of "
+            f"{100 * cost.native_tar_balanced:.1f} %"
+        )
     if evaluation.identifications:
         console.print(identification_table(evaluation))
     for line in verdicts(evaluation):

@@ -145,7 +145,9 @@ def _certificates_of(data: bytes, report: Path) -> dict[str, Certificate]:
     except ValidationError as error:
         raise NotTrusted(f"{report}: {fault_of(error)}. Evaluate again.") from None
     except KeyError as error:
-        raise NotTrusted(f"{report}: certifies {error}, which is neither its teacher nor its student.") from None
+        raise NotTrusted(
+            f"{report}: certifies {error}, which is neither its teacher, its student nor its mapped encoder."
+        ) from None
     for name, certificate in made.items():
         if name != certificate.file_name:
             raise NotTrusted(f"{report}: names {name} where {certificate.file_name} is meant.")

@@ -22,9 +22,10 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class Moments:
-    """Hold sums over n images: enough for every map, whatever the number of images."""
+    """Hold sums over images: enough for every map, whatever the number of images."""
 
-    n: int
+    n: float
+    """Number of images, or the sum of their weights."""
     x: Doubles
     """d: Σx."""
     y: Doubles
@@ -40,13 +41,18 @@ class Moments:
         )  # fmt: skip
 
 
-def moments(x: Embeddings, y: Embeddings) -> Moments:
-    """Sum up float32 N×d and N×D rows, block by block in float64."""
+def moments(x: Embeddings, y: Embeddings, weights: Doubles | None = None) -> Moments:
+    """Sum up float32 N×d and N×D rows, block by block in float64. ``weights``: how often each image counts, N."""
     d, big = x.shape[1], y.shape[1]
     total = Moments(0, np.zeros(d), np.zeros(big), np.zeros((d, d)), np.zeros((d, big)))
     for start in range(0, len(x), BLOCK):
         a, b = (rows[start : start + BLOCK].astype(np.float64) for rows in (x, y))
-        total += Moments(len(a), a.sum(axis=0), b.sum(axis=0), a.T @ a, a.T @ b)
+        if weights is None:
+            total += Moments(len(a), a.sum(axis=0), b.sum(axis=0), a.T @ a, a.T @ b)
+            continue
+        w = weights[start : start + BLOCK]
+        wa = a * w[:, None]
+        total += Moments(float(w.sum()), wa.sum(axis=0), w @ b, wa.T @ a, wa.T @ b)
     return total
 
 

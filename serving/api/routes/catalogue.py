@@ -17,8 +17,9 @@ from pkd.serving.api import openapi
 from pkd.serving.api.problems import RangeNotSatisfiable, problem_response
 from pkd.serving.api.responses import json_response
 from pkd.serving.core.errors import InvalidRequest, UnknownFile
-from pkd.serving.core.schemas import CertificatesAnswer, EncoderDetail, EncodersAnswer, SpacesAnswer
+from pkd.serving.core.schemas import CertificatesAnswer, DriftAnswer, EncoderDetail, EncodersAnswer, SpacesAnswer
 from pkd.serving.inference.artifacts import BundledEncoder, needed
+from pkd.serving.matching.drift import describe
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.encoders.detector import YuNet
@@ -129,6 +130,19 @@ def routes(service: Service) -> APIRouter:
             if wanted[0] in (None, one.query) and wanted[1] in (None, one.gallery)
         ]
         return json_response({"certificates": found})
+
+    @router.get(
+        "/v1/certificates/{id}/drift", responses=openapi.responses(DriftAnswer, openapi.CERTIFICATE, openapi.READ)
+    )
+    async def get_drift(
+        id: Annotated[str, Path(max_length=300, description="QUERY__GALLERY, each as name@ and ten digits of the id")],
+    ) -> Response:
+        """Say whether a certificate still holds, by the impostors of searches and by refused verifications.
+
+        No score is kept, and nothing about a person. `alarm` is false for ever with 95 % probability while the
+        certificate holds, however often it is asked.
+        """
+        return json_response(describe(await run_in_threadpool(service.drift.find, id)))
 
     def detail(offer: BundledEncoder) -> dict[str, Any]:
         bundle, id = offer.bundle, offer.info.id

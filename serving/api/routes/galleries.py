@@ -93,6 +93,8 @@ def describe_gallery(gallery: Gallery, service: Service) -> dict[str, Any]:
         "subjects": gallery.subjects,
         "templates": dict(gallery.templates),
         "policy": service.policies.of(gallery.name).model_dump(mode="json"),
+        "maps": {id: one.model_dump() for id, one in gallery.mapping.maps.items()},
+        "staged": list(gallery.mapping.staged),
     }
 
 

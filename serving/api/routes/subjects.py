@@ -48,6 +48,8 @@ def routes(service: Service) -> APIRouter:
         """Enrol a subject by images, embeddings made elsewhere, or both: all of them or none. No image is kept."""
         actor = require(request, "enrol")
         inputs, options = await _read(request)
+        if options.accept_doubts:
+            require(request, "admin")
         made = await enrol(service, gallery, subject, inputs, options, idempotency_key, actor)
         return json_response(made, 200 if made["replayed"] else 201)
 

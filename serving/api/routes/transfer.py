@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pkd.serving.api import openapi
-from pkd.serving.api.api_keys import require
+from pkd.serving.api.api_keys import may, require
 from pkd.serving.api.problems import problem_body, problem_type
 from pkd.serving.api.request_body import media_type
 from pkd.serving.api.responses import NDJSON, Stream, line
@@ -44,7 +44,8 @@ def routes(service: Service) -> APIRouter:
         _require_lines(request)
         await service.stored(service.store.get, gallery)
 
-        results = enrol_lines(service, gallery, request.stream(), actor, partial(read_items, service))
+        read = partial(read_items, service, may_accept=may(request, "admin"))
+        results = enrol_lines(service, gallery, request.stream(), actor, read)
         return Stream(answer_lines(results))
 
     @router.get(
@@ -115,6 +116,7 @@ def bulk_answer(result: LineResult) -> dict[str, Any]:
         "templates": [id for one in result.enrolled for id in one.templates],
         "sequence": max((one.sequence for one in result.enrolled), default=None),
         "replayed": all(one.replayed for one in result.enrolled),
+        "doubts": [one.described() for one in result.doubts],
     }
 
 

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from pkd.serving.galleries.crypto import DecryptionError, GalleryKey, SubjectKey
+from pkd.serving.galleries.mapping_state import NOTHING_MAPPED, MappingState
 from pkd.serving.galleries.milvus.client import NO_VECTOR, Row
 from pkd.serving.galleries.store import Attributes, Consent, Enrolment, Gallery, Space, Vectors
 
@@ -67,6 +68,7 @@ class GalleryRow:
     tables: Mapping[str, str]
     """Space → collection of its templates."""
     ending: Ending | None = None
+    mapping: MappingState = NOTHING_MAPPED
 
     @property
     def wrapped_key(self) -> bytes:
@@ -75,7 +77,11 @@ class GalleryRow:
 
     def row(self) -> Row:
         """Return the row as Milvus stores it."""
-        return {"id": self.id, "name": hash_name(self.name), "data": json.dumps(asdict(self)), "vector": NO_VECTOR}
+        known = asdict(replace(self, mapping=NOTHING_MAPPED))
+        del known["mapping"]
+        if self.mapping != NOTHING_MAPPED:  # what has none is read by older versions of pkd, too
+            known["mapping"] = self.mapping.model_dump(mode="json")
+        return {"id": self.id, "name": hash_name(self.name), "data": json.dumps(known), "vector": NO_VECTOR}
 
     @classmethod
     def read(cls, row: Row) -> GalleryRow:
@@ -85,12 +91,21 @@ class GalleryRow:
             known[name] = Space(**known[name]) if known[name] else None
         if ending := known["ending"]:
             known["ending"] = Ending(**{**ending, "left": Space(**ending["left"])})
+        known["mapping"] = MappingState.model_validate(known.get("mapping", {}))
         return cls(**known)
 
     def gallery(self, subjects: int = 0, templates: Mapping[str, int] | None = None, moved: int = 0) -> Gallery:
         """Return the gallery as an operator sees it, with these counts."""
         return Gallery(
-            self.name, self.space, self.moving_to, self.created, self.retention, subjects, templates or {}, moved
+            self.name,
+            self.space,
+            self.moving_to,
+            self.created,
+            self.retention,
+            subjects,
+            templates or {},
+            moved,
+            self.mapping,
         )
 
 
@@ -120,12 +135,12 @@ class Commit:
         now = time.time()
         expires = enrolment.expires
         if expires is None and retention is not None:
-            expires = now + retention
+            expires = (now if enrolment.created is None else enrolment.created) + retention
         return cls(
             id=os.urandom(16).hex(),
             subject=enrolment.subject,
             sequence=max([int(now * 1e6), *(commit.sequence + 1 for commit in earlier)]),
-            created=now,
+            created=now if enrolment.created is None else enrolment.created,
             expires=expires,
             templates=[(template.encoder, template.space) for template in enrolment.templates],
             fingerprints=(),

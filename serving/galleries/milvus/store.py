@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from pkd.serving.core.errors import GalleryConflict, ServingError
-from pkd.serving.galleries.audit import AuditFile, Head
+from pkd.serving.core.errors import GalleryConflict, ServingError, UnknownSubject
+from pkd.serving.galleries.audit import Action, AuditFile, Head
 from pkd.serving.galleries.crypto import DecryptionError, MasterKey
 from pkd.serving.galleries.failures import explained
+from pkd.serving.galleries.mapping_state import MappingState
 from pkd.serving.galleries.milvus import inspection
 from pkd.serving.galleries.milvus.catalogue import (
     ROW_SECONDS,
@@ -34,6 +35,7 @@ from pkd.serving.galleries.milvus.client import Consistency, MilvusConnection, N
 from pkd.serving.galleries.milvus.commit import SWEEP_SECONDS, finish_removal, plan_removal, remove
 from pkd.serving.galleries.milvus.enrolment import finish, replayed, write
 from pkd.serving.galleries.milvus.gallery import MilvusGallery, records_of
+from pkd.serving.galleries.milvus.reassignment import Reassignment
 from pkd.serving.galleries.milvus.records import (
     COMMIT,
     INDEXED_FIELDS,
@@ -52,13 +54,21 @@ from pkd.serving.galleries.store import (
     Enrolment,
     Gallery,
     Inspection,
+    Moved,
     Receipt,
     SearchResult,
     Space,
     Subject,
     Vectors,
 )
-from pkd.serving.galleries.templates import other_space, unknown_gallery, unknown_subject
+from pkd.serving.galleries.templates import (
+    check_move,
+    choose_templates,
+    move_enrolments,
+    other_space,
+    unknown_gallery,
+    unknown_subject,
+)
 from pkd.toolkit.core.errors import PkdError
 from pkd.toolkit.core.progress import Progress, no_progress
 
@@ -174,7 +184,7 @@ class MilvusStore:
             for one, answer in zip(some, answers, strict=True):
                 if isinstance(answer, Enrolled) and not answer.replayed:
                     subject = bytes.fromhex(self._open(written.row).cipher.subject(one.subject))
-                    self._log.append(actor, "enrol", gallery, subject=subject, templates=len(answer.templates))
+                    self._log.append(actor, one.action, gallery, subject=subject, templates=len(answer.templates))
             if written.withdrawn:
                 self._log.append(actor, "expire", gallery, rows=written.withdrawn)  # so that a purge looks for them
             done += answers
@@ -210,7 +220,7 @@ class MilvusStore:
 
         return self._with(gallery, page)
 
-    def delete_subject(self, gallery: str, subject: str, actor: str) -> Receipt:
+    def delete_subject(self, gallery: str, subject: str, actor: str, *, action: Action = "delete-subject") -> Receipt:
         """Delete a subject's templates, and all else that is kept of them, also where a record does not decrypt."""
 
         def delete(opened: MilvusGallery, row: GalleryRow) -> Receipt:
@@ -222,7 +232,7 @@ class MilvusStore:
             journal = remove(opened, removal)
             templates, rows = removal.count
             named = bytes.fromhex(pseudonym)
-            head = self._log.append(actor, "delete-subject", gallery, subject=named, templates=templates, rows=rows)
+            head = self._log.append(actor, action, gallery, subject=named, templates=templates, rows=rows)
 
             def rest(opened: MilvusGallery, now: GalleryRow) -> None:
                 if now.id == row.id:
@@ -232,6 +242,78 @@ class MilvusStore:
             return Receipt(gallery, subject, templates, rows, covers, head.sequence, head.hash)
 
         return self._with(gallery, delete)
+
+    def remove_templates(
+        self, gallery: str, subject: str, templates: Sequence[str], actor: str, *, action: Action = "delete-templates"
+    ) -> Receipt:
+        """Delete some templates of a subject, and the subject with the last of them.
+
+        Those that were enrolled together with a deleted one get new ids, for a commit is never rewritten.
+        """
+        plan = self._with(gallery, partial(Reassignment.plan, subject=subject, templates=templates), "strong")
+        if plan.last:
+            return self.delete_subject(gallery, subject, actor, action=action)
+        for one in self.enrol(gallery, plan.again, actor):
+            if isinstance(one, PkdError):
+                raise one
+        commits = plan.commits
+
+        def delete(opened: MilvusGallery, row: GalleryRow) -> Receipt:
+            removal = plan_removal(opened, row, commits)
+            journal = remove(opened, removal)
+            named, (_, rows) = bytes.fromhex(opened.cipher.subject(subject)), removal.count
+            head = self._log.append(actor, action, gallery, subject=named, templates=plan.removed, rows=rows)
+            covers = _covers(lambda: finish_removal(opened, row, removal, journal))
+            return Receipt(gallery, subject, plan.removed, rows, covers, head.sequence, head.hash)
+
+        return self._with(gallery, delete, "strong")
+
+    def move(
+        self, gallery: str, subject: str, into: str, actor: str, *, templates: Sequence[str] = (), new: bool = False
+    ) -> Moved:
+        """Move templates, by default all, to another subject, in two steps: they arrive, and they leave."""
+        found, there = self.subject(gallery, subject, vectors=True), True
+        try:
+            self.subject(gallery, into)
+        except UnknownSubject:
+            there = False
+        chosen = choose_templates(gallery, found, templates)
+        coming = move_enrolments(subject, into, chosen)
+        begun = any(isinstance(one, Enrolled) for one in self.replayed(gallery, coming))
+        check_move(gallery, subject, into, there=there, new=new and not begun)
+        arrived: list[Enrolled] = []
+        for one in self.enrol(gallery, coming, actor):
+            if isinstance(one, PkdError):
+                raise one
+            arrived.append(one)
+        receipt = self.remove_templates(gallery, subject, [one.id for one in chosen], actor, action="move-out")
+        moved = tuple(one for each in arrived for one in each.templates)
+        return Moved(gallery, subject, into, moved, arrived[-1].sequence, receipt)
+
+    def set_mapping(self, gallery: str, change: Callable[[MappingState], MappingState], actor: str) -> Gallery:
+        """Change what a gallery remembers of its mapped templates, in one step.
+
+        Raises GalleryConflict where somebody else does at this moment.
+        """
+
+        def set_row(opened: MilvusGallery, row: GalleryRow) -> None:
+            after = change(row.mapping)
+            if after != row.mapping:
+                self._catalogue.require(row)
+                self._catalogue.change(replace(row, mapping=after))
+                self._log.append(actor, "set-mapping", gallery)
+
+        self._with(gallery, set_row, "strong")
+        return self.get(gallery)
+
+    def note(self, gallery: str, action: Action, subject: str, actor: str) -> Head:
+        """Record in the audit log what changed nothing, such as a refusal."""
+        return self._with(
+            gallery,
+            lambda opened, row: self._log.append(
+                actor, action, gallery, subject=bytes.fromhex(opened.cipher.subject(subject))
+            ),
+        )
 
     def search(
         self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None

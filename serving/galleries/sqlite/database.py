@@ -84,6 +84,13 @@ END;
 {audit.SCHEMA};
 """
 
+MAPPINGS = """
+CREATE TABLE IF NOT EXISTS mappings (
+    gallery INTEGER PRIMARY KEY REFERENCES galleries ON DELETE CASCADE, state TEXT NOT NULL
+) STRICT
+"""
+"""Added to databases that were made before there were mapped templates; older versions of pkd leave it alone."""
+
 
 class SqliteFile:
     """Keep connections to one database. Safe to use from several threads; opened once a process.
@@ -223,6 +230,7 @@ class SqliteFile:
             with explained(), closing(sqlite3.connect(name)) as db:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.executescript(SCHEMA)
+                db.execute(MAPPINGS)
                 about = {"schema": str(VERSION), "master": self.master.id, "heartbeat": "0"}
                 db.executemany("INSERT INTO about VALUES (?, ?)", about.items())
                 db.commit()
@@ -247,3 +255,5 @@ class SqliteFile:
                 f"{self.path}: was written with master key {about.get('master')}, given is {self.master.id}. "
                 "Give the key file it was made with."
             )
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'mappings'").fetchone():
+            db.execute(MAPPINGS)

@@ -12,6 +12,7 @@ import numpy as np
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.crypto import GalleryKey, SubjectKey
 from pkd.serving.galleries.index.memory_index import template_id
+from pkd.serving.galleries.mapping_state import NOTHING_MAPPED, MappingState
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, NewTemplate, Space, Subject, Template
 from pkd.serving.galleries.templates import (
     STORED,
@@ -51,7 +52,15 @@ def read_gallery(db: sqlite3.Connection, name: str) -> Gallery:
             (id, next_space),
         ).fetchone()
     moving_to = Space(next_space, next_dim) if next_space else None
-    return Gallery(name, Space(space, dim), moving_to, created, retention, subjects, dict(templates.fetchall()), moved)
+    counts = dict(templates.fetchall())
+    mapping = read_mapping(db, id)
+    return Gallery(name, Space(space, dim), moving_to, created, retention, subjects, counts, moved, mapping)
+
+
+def read_mapping(db: sqlite3.Connection, gallery: int) -> MappingState:
+    """Read what the gallery with this number remembers of mapped templates."""
+    found = db.execute("SELECT state FROM mappings WHERE gallery = ?", (gallery,)).fetchone()
+    return MappingState.model_validate_json(found[0]) if found else NOTHING_MAPPED
 
 
 def moving(db: sqlite3.Connection, name: str) -> Gallery:
@@ -131,14 +140,16 @@ class Enrolling:
         self._spaces = check_enrolment(self._gallery, enrolment, self._spaces)
         now = time.time()
         subject, key = _subject(self._db, self._id, self._key, enrolment)
+        created = now if enrolment.created is None else enrolment.created
         expires = enrolment.expires
         if expires is None and self._gallery.retention is not None:
-            expires = now + self._gallery.retention
+            expires = created + self._gallery.retention
         made = tuple(
-            template_id(self._insert(subject, key, template, now, expires)) for template in enrolment.templates
+            template_id(self._insert(subject, key, template, created, expires)) for template in enrolment.templates
         )
         pseudonym = self._key.pseudonym(enrolment.subject)
-        head = audit.append(self._db, self._actor, "enrol", self._gallery.name, subject=pseudonym, templates=len(made))
+        name, count = self._gallery.name, len(made)
+        head = audit.append(self._db, self._actor, enrolment.action, name, subject=pseudonym, templates=count)
         if enrolment.key is not None:
             self._db.execute(
                 "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",  # of one whose templates are gone

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -30,6 +30,7 @@ from pkd.serving.galleries import audit
 from pkd.serving.galleries.crypto import DecryptionError, GalleryKey, MasterKey
 from pkd.serving.galleries.failures import BUSY_SECONDS, explained
 from pkd.serving.galleries.index.memory_index import MemoryIndex
+from pkd.serving.galleries.mapping_state import MappingState
 from pkd.serving.galleries.sqlite.database import SqliteFile
 from pkd.serving.galleries.sqlite.follower import FOLLOW_SECONDS, ChangeFollower, IndexFactory
 from pkd.serving.galleries.sqlite.inspection import inspect
@@ -39,6 +40,7 @@ from pkd.serving.galleries.sqlite.rows import (
     gallery_row,
     moving,
     read_gallery,
+    read_mapping,
     read_subject,
     replayed,
     subject_row,
@@ -51,13 +53,22 @@ from pkd.serving.galleries.store import (
     Enrolment,
     Gallery,
     Inspection,
+    Moved,
     Receipt,
     SearchResult,
     Space,
     Subject,
     Vectors,
 )
-from pkd.serving.galleries.templates import cannot_begin, left_behind, other_space, unknown_gallery
+from pkd.serving.galleries.templates import (
+    cannot_begin,
+    check_move,
+    choose_templates,
+    enrolments_again,
+    left_behind,
+    other_space,
+    unknown_gallery,
+)
 from pkd.toolkit.core.errors import PkdError
 from pkd.toolkit.core.progress import Progress, no_progress
 
@@ -240,6 +251,79 @@ class SqliteStore:
                 rows=rows,
             )
         return Receipt(gallery, subject, templates, rows, self._erased("key"), head.sequence, head.hash)
+
+    def remove_templates(
+        self,
+        gallery: str,
+        subject: str,
+        templates: Sequence[str],
+        actor: str,
+        *,
+        action: audit.Action = "delete-templates",
+    ) -> Receipt:
+        """Delete some templates of a subject, and the subject with the last of them."""
+        with self._file.writing() as db:
+            removed, rows, head, last = self._remove(db, gallery, subject, templates, actor, action)
+        covers = self._erased(*(("key",) if last else ()))
+        return Receipt(gallery, subject, removed, rows, covers, head.sequence, head.hash)
+
+    def move(
+        self, gallery: str, subject: str, into: str, actor: str, *, templates: Sequence[str] = (), new: bool = False
+    ) -> Moved:
+        """Move templates, by default all, to another subject, in one step."""
+        with self._file.writing() as db:
+            key, (id, _) = self._key(db, gallery), gallery_row(db, gallery)
+            there = bool(db.execute("SELECT 1 FROM subjects WHERE gallery = ? AND name = ?", (id, into)).fetchone())
+            found = read_subject(db, key, subject_row(db, gallery, subject), True)
+            check_move(gallery, subject, into, there=there, new=new)
+            chosen = choose_templates(gallery, found, templates)
+            enrolling = Enrolling(db, read_gallery(db, gallery), id, key, actor)
+            arrived = [enrolling.enrol(one) for one in enrolments_again(into, chosen, "move-in")]
+            ids = [one.id for one in chosen]
+            removed, rows, head, last = self._remove(db, gallery, subject, ids, actor, "move-out")
+        covers = self._erased(*(("key",) if last else ()))
+        receipt = Receipt(gallery, subject, removed, rows, covers, head.sequence, head.hash)
+        moved = tuple(one for each in arrived for one in each.templates)
+        return Moved(gallery, subject, into, moved, arrived[-1].sequence, receipt)
+
+    def set_mapping(self, gallery: str, change: Callable[[MappingState], MappingState], actor: str) -> Gallery:
+        """Change what a gallery remembers of its mapped templates, in one step."""
+        with self._file.writing() as db:
+            (id, _) = gallery_row(db, gallery)
+            before = read_mapping(db, id)
+            after = change(before)
+            if after != before:
+                db.execute("INSERT OR REPLACE INTO mappings VALUES (?, ?)", (id, after.model_dump_json()))
+                audit.append(db, actor, "set-mapping", gallery)
+        return self.get(gallery)
+
+    def note(self, gallery: str, action: audit.Action, subject: str, actor: str) -> audit.Head:
+        """Record in the audit log what changed nothing, such as a refusal."""
+        with self._file.writing() as db:
+            return audit.append(db, actor, action, gallery, subject=self._key(db, gallery).pseudonym(subject))
+
+    def _remove(
+        self,
+        db: sqlite3.Connection,
+        gallery: str,
+        subject: str,
+        templates: Sequence[str],
+        actor: str,
+        action: audit.Action,
+    ) -> tuple[int, int, audit.Head, bool]:
+        """Delete templates in a transaction; returns how many, how many rows, the record, and whether all are gone."""
+        key, row = self._key(db, gallery), subject_row(db, gallery, subject)
+        found = read_subject(db, key, row, False)
+        chosen = choose_templates(gallery, found, templates)
+        last = len(chosen) == len(found.templates)
+        if last:
+            removed, rows = delete_subject(db, row[0])
+        else:
+            db.executemany("DELETE FROM templates WHERE id = ?", [(int(one.id, 16),) for one in chosen])
+            removed = rows = len(chosen)
+        pseudonym = key.pseudonym(subject)
+        head = audit.append(db, actor, action, gallery, subject=pseudonym, templates=removed, rows=rows)
+        return removed, rows, head, last
 
     def search(
         self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None

@@ -22,7 +22,7 @@ from pkd.toolkit.evaluation.metrics.operating_points import measure, worst
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Pairing
 from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, resampled_from
-from pkd.toolkit.evaluation.protocols.baselines import gains
+from pkd.toolkit.evaluation.protocols.baselines import gains, mapping_costs
 from pkd.toolkit.evaluation.protocols.common import (
     EncoderSet,
     EvaluationOptions,
@@ -104,7 +104,7 @@ def cross_matrix(
         if comparison.points and encoder_set.certifies(q, g) and not options.flip:
             certificate = file_name(comparison.query, comparison.gallery)
             comparison = comparison.model_copy(update={"certificate": certificate})
-        if labels and {q, g} <= {"T", "S"}:
+        if labels and {q, g} <= {"T", "S", "M"}:
             with progress(f"groups {label}", len(groups[q == g].parts)) as advance:
                 demographics = measure_groups(
                     groups[q == g],
@@ -127,6 +127,7 @@ def cross_matrix(
         comparisons=tuple(comparisons),
         identifications=identifications,
         gains=gains(comparisons, values),
+        costs=mapping_costs(comparisons, values),
         agreement=measure_agreement(vectors["T", False], vectors["S", False]) if ("S", "T") in encoder_pairs else None,
         notes=(*notes_on(encoder_set, options, comparisons), *said),
         **common(encoder_set, options),
@@ -246,7 +247,7 @@ def certify(comparison: Comparison, evaluation: Evaluation) -> Certificate:
     A certificate is what report.json says of one ordered pair of encoders, and nothing else. So it can be made again
     from report.json, and a number that was changed in either shows.
     """
-    encoders = {e.id: e for e in (evaluation.teacher, evaluation.student) if e}
+    encoders = {e.id: e for e in (evaluation.teacher, evaluation.student, evaluation.mapped) if e}
     query, gallery = encoders[comparison.query], encoders[comparison.gallery]
     data = evaluation.data
     return Certificate(

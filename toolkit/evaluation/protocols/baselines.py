@@ -24,7 +24,7 @@ from pkd.toolkit.encoders.linear_maps import (
 from pkd.toolkit.evaluation.metrics.pairing import Doubles
 from pkd.toolkit.evaluation.metrics.resamples import paired_difference
 from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, describe_data, embed
-from pkd.toolkit.evaluation.results.schema import Comparison, Control, Gain, LinearMap
+from pkd.toolkit.evaluation.results.schema import Comparison, Control, Gain, LinearMap, MappingCost
 
 HELD_OUT = 0.2
 """Share of the identities that λ is chosen on."""
@@ -104,6 +104,28 @@ def gains(comparisons: Sequence[Comparison], values: Mapping[str, Doubles]) -> t
         for name in ("R–T", "P–T", "C–T")
         if name in tar_balanced
         for fmr, rate in tar_balanced.get("S–T", {}).items()
+    )
+
+
+def mapping_costs(comparisons: Sequence[Comparison], values: Mapping[str, Doubles]) -> tuple[MappingCost, ...]:
+    """Compare T–M with T–T and S–M with S–T, at every rate that both resolve. ``values``: ``ResampleValues.values``."""
+    tar = {c.name: {p.fmr: p.tar_balanced for p in c.points} for c in comparisons}
+    return tuple(
+        MappingCost(
+            pair=pair,
+            native=native,
+            fmr=fmr,
+            native_tar_balanced=tar[native][fmr],
+            mapped_tar_balanced=rate,
+            difference=paired_difference(
+                values[f"{pair}/tar_balanced/{fmr:g}"],
+                values[f"{native}/tar_balanced/{fmr:g}"],
+                observed=rate - tar[native][fmr],
+            ),
+        )
+        for pair, native in (("T–M", "T–T"), ("S–M", "S–T"))
+        for fmr, rate in tar.get(pair, {}).items()
+        if fmr in tar.get(native, {})
     )
 
 

@@ -36,12 +36,14 @@ EncoderPair = tuple[str, str]
 class EncoderSet:
     """Hold the encoders of one evaluation by letter.
 
-    T is the teacher, S its student, C an undistilled control; P and R are the control's embeddings, mapped.
+    T is the teacher, S its student, C an undistilled control; P and R are the control's embeddings, mapped. M is an old
+    encoder whose templates were mapped into the teacher's space (space_map.py): it is a gallery, never a query.
     """
 
     teacher: Encoder
     student: Encoder | None = None
     control: Encoder | None = None
+    mapped: Encoder | None = None
     maps: dict[str, Encoder] = field(default_factory=dict)
     """Letter → the control behind a linear map into the teacher's space."""
     baseline: Control | None = None
@@ -52,7 +54,7 @@ class EncoderSet:
     @property
     def encoders(self) -> dict[str, Encoder]:
         """Return letter → encoder, in the order of the report."""
-        named = {"T": self.teacher, "S": self.student, "C": self.control}
+        named = {"T": self.teacher, "S": self.student, "C": self.control, "M": self.mapped}
         return {letter: encoder for letter, encoder in named.items() if encoder} | self.maps
 
     @property
@@ -62,9 +64,10 @@ class EncoderSet:
         return {letter: training for letter, training in known.items() if training}
 
     def certifies(self, query: str, gallery: str) -> bool:
-        """Tell whether this ordered pair may get a certificate: teacher and student do where they share a space."""
+        """Tell whether this ordered pair may get a certificate: teacher and student as queries, of one space."""
         encoders = self.encoders
-        return {query, gallery} <= {"T", "S"} and encoders[query].info.space == encoders[gallery].info.space
+        named = query in "TS" and gallery in "TSM"
+        return named and encoders[query].info.space == encoders[gallery].info.space
 
     def pairs(self, *, with_probe: bool, any_space: bool) -> list[EncoderPair]:
         """List the ordered pairs to compare. Over one set T–S is S–T transposed, so it is left out.
@@ -78,14 +81,19 @@ class EncoderSet:
             seen[encoder.info.id] = encoder.info.name
         if self.student and not any_space:
             require_same_space(self.teacher.info, self.student.info)
+        if self.mapped:
+            require_same_space(self.teacher.info, self.mapped.info)
         found = [("T", "T")]
         for letter, encoder in self.encoders.items():
-            if letter == "T":
+            if letter in "TM":
                 continue
             if encoder.info.space.dim == self.teacher.info.space.dim:
                 found += [(letter, "T"), *([("T", letter)] if with_probe and letter == "S" else [])]
             if letter in "SC":
                 found.append((letter, letter))
+        if self.mapped:
+            queries = [("T", self.teacher), ("S", self.student)]
+            found += [(q, "M") for q, one in queries if one and one.info.space == self.teacher.info.space]
         return found
 
 
@@ -170,6 +178,7 @@ class Common(TypedDict):
     seed: int
     teacher: EncoderInfo
     student: EncoderInfo | None
+    mapped: EncoderInfo | None
     control: Control | None
     training: dict[str, Training]
 
@@ -185,6 +194,7 @@ def common(encoder_set: EncoderSet, options: EvaluationOptions) -> Common:
         seed=options.seed,
         teacher=encoder_set.teacher.info,
         student=encoder_set.student.info if encoder_set.student else None,
+        mapped=encoder_set.mapped.info if encoder_set.mapped else None,
         control=encoder_set.baseline or (Control(encoder=encoder_set.control.info) if encoder_set.control else None),
         training=encoder_set.training,
     )

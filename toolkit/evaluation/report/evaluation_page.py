@@ -35,7 +35,12 @@ def render(e: Evaluation) -> str:
     """Render the whole page. Raises MissingExtra without matplotlib or jinja2."""
     fmr = headline(e.comparisons)
     by_name = {c.name: c for c in e.comparisons}
-    infos = (("Teacher", e.teacher), ("Student", e.student), ("Control", e.control and e.control.encoder))
+    infos = (
+        ("Teacher", e.teacher),
+        ("Student", e.student),
+        ("Mapped", e.mapped),
+        ("Control", e.control and e.control.encoder),
+    )
     return render_page(
         "evaluation.html",
         e=e,
@@ -52,7 +57,7 @@ def render(e: Evaluation) -> str:
         names=list(by_name),
         point_at=point_at,
         cards=[(c, p) for c in e.comparisons if not e.student and c.name == "T–T" and (p := point_at(c, fmr))],
-        own=[c for c in e.comparisons if set(c.name) <= set("T–S")],
+        own=[c for c in e.comparisons if set(c.name) <= set("T–SM")],
         distilled=DISTILLED,
         gains={g.baseline: g.difference for g in e.gains if g.fmr == fmr},
         accuracies={a.name: a for a in e.pair_accuracies},
@@ -77,7 +82,7 @@ def verdicts(e: Evaluation) -> list[str]:
     fmr, said = headline(e.comparisons), []
     for c in e.comparisons:
         point = point_at(c, fmr)
-        if point is None or not set(c.name) <= set("T–S"):
+        if point is None or not set(c.name) <= set("T–SM"):
             continue
         share = f"{percent(point.tar_balanced, 1)} of the people it should"
         accepted = f"{c.name} accepts {share}, at FMR {percent(point.fmr)}"
@@ -118,6 +123,8 @@ def _compared(e: Evaluation) -> str:
     who = [f"the teacher {e.teacher.name}"]
     if e.student:
         who.append(f"its student {e.student.name}" if e.student.space == e.teacher.space else e.student.name)
+    if e.mapped:
+        who.append(f"the mapped templates of {e.mapped.name}")
     if e.control:
         who.append(f"the undistilled control {e.control.encoder.name}")
     names = " and ".join([", ".join(who[:-1]), who[-1]] if len(who) > 1 else who)

@@ -22,6 +22,8 @@ MEANING = {
     "S–T": "student query, teacher gallery: the edge device against the server",
     "T–S": "teacher query, student gallery",
     "S–S": "student query, student gallery: the student alone",
+    "T–M": "teacher query, gallery of an old encoder whose templates were mapped",
+    "S–M": "student query, gallery of an old encoder whose templates were mapped",
     "C–T": "undistilled control query, teacher gallery: two spaces that know nothing of each other",
     "C–C": "control query, control gallery: the control alone",
     "P–T": "control turned into the teacher’s space (orthogonal Procrustes) against the teacher’s gallery",

@@ -298,6 +298,20 @@ class Gain(Record):
     """Difference of the balanced TAR, over the same resampled people."""
 
 
+class MappingCost(Record):
+    """Hold what mapped templates cost: the true accept rate against them minus that against native ones."""
+
+    pair: str
+    """``T–M`` or ``S–M``."""
+    native: str
+    """``T–T`` or ``S–T``: the same queries against templates that the teacher made."""
+    fmr: float
+    native_tar_balanced: float
+    mapped_tar_balanced: float
+    difference: PairedDifference
+    """Difference of the balanced TAR, each at its own threshold, over the same resampled people."""
+
+
 class Control(Record):
     """An encoder that was not distilled from the teacher, and what was done to bring it into the teacher's space."""
 
@@ -372,8 +386,11 @@ class Evaluation(Record):
     seed: int
     teacher: EncoderInfo
     student: EncoderInfo | None
+    mapped: EncoderInfo | None = None
+    """Old encoder behind the map into the teacher's space: M."""
     control: Control | None = None
     gains: tuple[Gain, ...] = ()
+    costs: tuple[MappingCost, ...] = ()
     training: dict[str, Training] = Field(default_factory=dict)
     """By letter, of those encoders whose run or bundle tells."""
     labels: LabelFile | None = None
