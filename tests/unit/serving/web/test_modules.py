@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pkd.serving.web import FOLDER
-from pkd.toolkit.device.kit import STEPS, grade, read_kit, read_report, write_kit
+from pkd.toolkit.device.kit import STEPS, encodings, grade, read_kit, read_report, write_kit
 from pkd.toolkit.encoders.base import open_bundle
 from pkd.toolkit.encoders.detector import open_detector
 from tests.support import bundle_factory
@@ -163,3 +163,38 @@ def test_alpha_is_noticed_and_other_files_are_refused_in_words(tmp_path: Path) -
     for name in ("heic", "empty"):
         assert said[name]["error"].startswith("DecodeError: this is no JPEG, PNG, WebP or BMP picture"), name
     assert said["png"]["orientation"] == 1, "a cut file is left to the decoder"
+
+
+def test_numbers_are_rounded_as_numpy_does(tmp_path: Path) -> None:
+    """Every kind of float16: normal, subnormal, halves to even, too large, too small, and unit vectors."""
+    rng = np.random.default_rng(2)
+    bits = rng.integers(0, 2**32, 4000, dtype=np.uint64).astype(np.uint32)
+    edges = np.arange(0x33000000, 0x33000000 + 40_000_000, 9973, dtype=np.uint32)  # from the smallest half upwards
+    ties = (np.arange(1, 3000, dtype=np.uint32) << 13) + np.uint32(0x38000000 + 0x1000)
+    vectors = rng.standard_normal((16, 64)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    numbers = np.concatenate([vectors.ravel(), *(one.view(np.float32) for one in (bits, edges, ties))])
+    numbers = numbers[~np.isnan(numbers)]
+    (tmp_path / "numbers.f32").write_bytes(numbers.astype("<f4").tobytes())
+    said = json.loads(node("encode.mjs", tmp_path / "numbers.f32", 64))
+    with np.errstate(over="ignore"):
+        wanted = numbers.astype("<f2").view(np.uint16)
+    np.testing.assert_array_equal(np.array(said["halves"], np.uint16), wanted)
+    for vector, texts in zip(vectors, said["texts"], strict=False):
+        assert dict(zip(("b64_f32", "b64_f16", "b64_i8"), texts, strict=True)) == encodings(vector)
+
+
+def test_the_camera_gives_one_hint_at_a_time(tmp_path: Path) -> None:
+    from pkd.toolkit.synthetic.faces import Conditions, draw, random_identity
+
+    face = draw(random_identity(0, 1), Conditions(scene=1))
+    dark = (face * 0.15).astype(np.uint8)
+    blurred = cv2.GaussianBlur(face, (0, 0), 6)
+    for name, crop in (("face", face), ("dark", dark), ("blurred", blurred)):
+        (tmp_path / name).write_bytes(np.ascontiguousarray(crop).tobytes())
+    said = json.loads(node("advise.mjs", *(tmp_path / name for name in ("face", "dark", "blurred"))))
+    assert [hint.partition(".")[0] for hint, _ in said["crops"]] == ["", "It is dark", "The picture is blurred"]
+    sharpness = cv2.Laplacian(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY), cv2.CV_64F)[1:-1, 1:-1].var()
+    assert abs(said["crops"][0][1]["sharpness"] / sharpness - 1) < 0.05
+    assert said["none"].startswith("No face") and said["several"].startswith("Several people")
+    assert said["bystander"] == "" and said["small"].startswith("The face is small")
