@@ -223,6 +223,9 @@ IMPORT_EXAMPLE: Content = {
 EXPORT_ANSWER: Content = {"end": True, "subjects": 1}
 
 
+FORM = "multipart/form-data"
+
+
 def responses(
     model: type[BaseModel], *examples: Examples, description: str = "Done"
 ) -> dict[int | str, dict[str, Any]]:
@@ -287,11 +290,20 @@ def images_body(model: type[BaseModel], options: type[BaseModel], example: Conte
             "required": True,
             "content": {
                 **{kind: {"schema": _BINARY} for kind in IMAGES},
-                "multipart/form-data": {"schema": form},
+                FORM: {"schema": form},
                 "application/json": _json(model, example),
             },
         },
     }
+
+
+def pair_body(model: type[BaseModel], options: type[BaseModel], example: Content) -> Content:
+    """Describe JSON, or a multipart form with the files ``a`` and ``b``."""
+    properties = options.model_json_schema(ref_template=REF)["properties"]
+    form = {"type": "object", "properties": {"a": _BINARY, "b": _BINARY, **properties}, "required": ["a", "b"]}
+    described = json_body(model, example)
+    described["requestBody"]["content"][FORM] = {"schema": form}
+    return described
 
 
 def describe(app: FastAPI) -> dict[str, Any]:

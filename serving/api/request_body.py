@@ -15,7 +15,7 @@ from pkd.serving.core.schemas import MAX_IMAGES, EmbedBody, EmbedOptions
 from pkd.serving.core.validation import Sent, parse, validated
 from pkd.serving.inference.decoding import Undecoded
 
-JSON = "application/json"
+JSON, FORM = "application/json", "multipart/form-data"
 
 
 async def read_embed(request: Request) -> tuple[Sequence[Undecoded], EmbedOptions]:
@@ -42,14 +42,23 @@ async def read_files(request: Request, kind: str) -> tuple[Sequence[bytes], dict
 
     Raises InvalidRequest or UnsupportedMedia.
     """
-    if kind == "multipart/form-data":
-        return await _read_form(request)
+    if kind == FORM:
+        files, fields = await _read_form(request, ("image",))
+        return [data for _, data in files], fields
     if kind.startswith("image/") or kind == "application/octet-stream":
         return [await request.body()], {}
     raise UnsupportedMedia(
         f"content type {kind or 'missing'!r}. Send multipart/form-data with a field `image`, a raw image/* body, "
         "or application/json with the image as base64 in `image_b64`."
     )
+
+
+async def read_pair(request: Request) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Read the two photographs of a form, fields ``a`` and ``b``, and the fields beside them. Raises InvalidRequest."""
+    files, fields = await _read_form(request, ("a", "b"))
+    if [name for name, _ in files] not in (["a", "b"], ["b", "a"]):
+        raise InvalidRequest("a form for two photographs has one file field `a`, the query, and one `b`.")
+    return dict(files), fields
 
 
 def with_query(request: Request, model: type[Sent], fields: dict[str, Any]) -> Sent:
@@ -94,7 +103,7 @@ class _InMemory(MultiPartParser):
         return form
 
 
-async def _read_form(request: Request) -> tuple[list[bytes], dict[str, Any]]:
+async def _read_form(request: Request, names: Sequence[str]) -> tuple[list[tuple[str, bytes]], dict[str, Any]]:
     parser = _InMemory(request.headers, request.stream(), max_files=MAX_IMAGES, max_fields=20, max_part_size=8000)
     try:
         form = await parser.parse()
@@ -102,24 +111,25 @@ async def _read_form(request: Request) -> tuple[list[bytes], dict[str, Any]]:
         reason = getattr(error, "message", str(error))
         raise InvalidRequest(f"multipart body: {reason}") from None
     try:
-        return await _sort(form)
+        return await _sort(form, names)
     finally:
         await form.close()
 
 
-async def _sort(form: FormData) -> tuple[list[bytes], dict[str, Any]]:
-    """Sort a form: file fields are images, text fields are options."""
-    images: list[bytes] = []
+async def _sort(form: FormData, names: Sequence[str]) -> tuple[list[tuple[str, bytes]], dict[str, Any]]:
+    """Sort a form: file fields, which are called ``names``, are images, text fields are options."""
+    images: list[tuple[str, bytes]] = []
     fields: dict[str, Any] = {}
+    called = " or ".join(f"`{name}`" for name in names)
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
-            if name != "image":
-                raise InvalidRequest(f"file field {name!r}. Name each file field `image`.")
-            images.append(await value.read())
+            if name not in names:
+                raise InvalidRequest(f"file field {name!r}. Name each file field {called}.")
+            images.append((name, await value.read()))
         elif name in fields:
             raise InvalidRequest(f"option {name!r} is given twice. Give it once.")
         else:
             fields[name] = value
     if not images:
-        raise InvalidRequest("no file field `image` in the multipart body.")
+        raise InvalidRequest(f"no file field {called} in the multipart body.")
     return images, fields

@@ -5,6 +5,8 @@ Requests are validated with these models; answers are documented by them.
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -160,6 +162,34 @@ class VerifyBody(Sent):
     liveness: str | None = Field(
         None, max_length=8192, description="Signed verdict of an attack detector on the side that is not enrolled (JWS)"
     )
+
+
+class VerifyFiles(Sent):
+    """Say how to compare two photographs: form fields beside the files ``a`` and ``b``."""
+
+    encoder: str | None = Field(None, max_length=300, description="Loaded encoder of both; the teacher by default")
+    aligned: bool = Field(False, description="Both are aligned crops already")
+    faces: Literal["largest", "exactly_one"] = "largest"
+    target_fmr: Number | None = Field(None, gt=0, lt=1, description="False match rate, a fraction")
+    threshold: Number | None = Field(None, ge=-1, le=1, description="Cosine similarity, instead of target_fmr")
+    liveness: str | None = Field(None, max_length=8192, description="As in JSON")
+
+    @model_validator(mode="after")
+    def _one(self) -> VerifyFiles:
+        if self.target_fmr is not None and self.threshold is not None:
+            raise ValueError("give target_fmr or threshold, not both")
+        return self
+
+    def body(self, files: Mapping[str, bytes]) -> VerifyBody:
+        """Make of it, and of both files, what a JSON body says."""
+
+        def side(name: str) -> ImageSide:
+            data = base64.b64encode(files[name]).decode()
+            return ImageSide(image_b64=data, encoder=self.encoder, aligned=self.aligned, faces=self.faces)
+
+        stated = self.target_fmr is not None or self.threshold is not None
+        policy = Policy(target_fmr=self.target_fmr, threshold=self.threshold) if stated else None
+        return VerifyBody(a=side("a"), b=side("b"), policy=policy, liveness=self.liveness)
 
 
 class SpaceAnswer(BaseModel):

@@ -80,7 +80,7 @@ class DistillConfig(Record):
     steps: int | None = None
     """Number of optimiser steps."""
     max_minutes: float | None = None
-    """Time budget in minutes; a short measurement at the start turns it into steps."""
+    """Time budget in minutes, the teacher's embeddings included; a short measurement turns it into steps."""
     batch: int = 64
     """Number of images per step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

@@ -7,7 +7,16 @@ from starlette.responses import Response
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require, token_of
-from pkd.serving.api.request_body import JSON, media_type, read_embed, read_files, require_json, with_query
+from pkd.serving.api.request_body import (
+    FORM,
+    JSON,
+    media_type,
+    read_embed,
+    read_files,
+    read_pair,
+    require_json,
+    with_query,
+)
 from pkd.serving.api.responses import json_response
 from pkd.serving.api.routes.parameters import GalleryName
 from pkd.serving.api.tokens import require_embedding, require_gallery
@@ -21,8 +30,9 @@ from pkd.serving.core.schemas import (
     SubjectSide,
     VerifyAnswer,
     VerifyBody,
+    VerifyFiles,
 )
-from pkd.serving.core.validation import parse
+from pkd.serving.core.validation import parse, validated
 from pkd.serving.matching.service import Photograph, Service
 
 
@@ -38,8 +48,12 @@ def routes(service: Service) -> APIRouter:
     async def verify(request: Request) -> Response:
         """Decide whether `a` (query) and `b` (gallery) show the same person: images, embeddings or subjects."""
         require(request, "verify")
-        require_json(request)
-        body = parse(VerifyBody, await request.body())
+        if media_type(request) == FORM:
+            files, fields = await read_pair(request)
+            body = validated(VerifyFiles, fields).body(files)
+        else:
+            require_json(request)
+            body = parse(VerifyBody, await request.body())
         if token := token_of(request):
             require_embedding(token, body.a)
             if isinstance(body.b, SubjectSide):
@@ -63,7 +77,7 @@ def routes(service: Service) -> APIRouter:
             methods=["POST"],
             include_in_schema=shown,
             responses=openapi.responses(VerifyAnswer, openapi.IMAGE, openapi.PAIR, openapi.SUBJECT, openapi.TAKEN),
-            openapi_extra=openapi.json_body(VerifyBody, openapi.VERIFY_EXAMPLE),
+            openapi_extra=openapi.pair_body(VerifyBody, VerifyFiles, openapi.VERIFY_EXAMPLE),
         )
     return router
 

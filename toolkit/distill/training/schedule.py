@@ -9,6 +9,7 @@ import time
 import torch
 from rich.console import Console
 
+from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.training.distributed import SINGLE_PROCESS, DistributedContext
 from pkd.toolkit.distill.training.setup import FROZEN, Prepared
@@ -41,8 +42,17 @@ def resolve(
     if config.steps is None:
         if config.max_minutes is not None:
             seconds = context.broadcast(_seconds_per_step(config, prepared, dim, size, context))
-            steps = max(1, int(config.max_minutes * 60 / seconds))
-            console.print(f"measured {seconds:.2f} s a step: {steps:,} steps fit {config.max_minutes:g} minutes")
+            left = context.broadcast(config.max_minutes * 60 - prepared.seconds)
+            if left < seconds:
+                raise InputError(
+                    f"--max-minutes {config.max_minutes:g}: preparing took {prepared.seconds / 60:.1f} minutes, and "
+                    "nothing is left for training. The embeddings are cached now: run it again, or give more minutes."
+                )
+            steps = max(1, int(left / seconds))
+            console.print(
+                f"measured {seconds:.2f} s a step: {steps:,} steps fit into {config.max_minutes:g} minutes, of which "
+                f"{prepared.seconds / 60:.1f} were used before"
+            )
         else:
             steps = max(1, math.ceil(config.epochs * len(prepared.faces) / config.batch))
         config = config.model_copy(update={"steps": steps, "max_minutes": None})

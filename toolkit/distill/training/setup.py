@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -93,6 +94,8 @@ class Prepared:
     start: Start | None = None
     held_out: FaceSet | None = None
     frozen: FrozenFeatures | None = None
+    seconds: float = 0.0
+    """Time that all of this took, which counts towards ``--max-minutes``."""
 
     @property
     def teaching(self) -> Teaching:
@@ -112,6 +115,7 @@ def prepare(
 
     An adopted student is opened, checked and mapped. ``measure``: what else is reported of the map.
     """
+    began = time.monotonic()
     method = WeightedSum.parse(config.method)
     if method.needs_teacher and teacher is None:
         raise InputError(f"--method {config.method}: needs --teacher. Without one, --method none trains a teacher.")
@@ -155,7 +159,7 @@ def prepare(
     live = teacher if config.teacher_live else None
     return Prepared(
         faces, classes.labels, faces.digest(), targets, classes.head, classes.audit, classes.identities, exclude,
-        stages, views, live, start, held_out, start.frozen if start else None,
+        stages, views, live, start, held_out, start.frozen if start else None, time.monotonic() - began,
     )  # fmt: skip
 
 

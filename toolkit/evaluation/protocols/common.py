@@ -16,7 +16,7 @@ import numpy as np
 from pkd.toolkit.certificates.certificate import Certificate
 from pkd.toolkit.core.cli_support import tool_version
 from pkd.toolkit.core.encoder_info import EncoderInfo, require_same_space
-from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.errors import InputError, SpaceMismatch
 from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
@@ -80,7 +80,10 @@ class EncoderSet:
                 raise InputError(f"{encoder.info.name}: given twice. Teacher, student and control are three encoders.")
             seen[encoder.info.id] = encoder.info.name
         if self.student and not any_space:
-            require_same_space(self.teacher.info, self.student.info)
+            try:
+                require_same_space(self.teacher.info, self.student.info)
+            except SpaceMismatch as error:
+                raise SpaceMismatch(f"{error} To compare them all the same, as a control: --any-space.") from None
         if self.mapped:
             require_same_space(self.teacher.info, self.mapped.info)
         found = [("T", "T")]

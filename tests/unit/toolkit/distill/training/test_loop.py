@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,8 @@ def test_time_becomes_steps_and_epochs_become_steps(tmp_path: Path, faces: Path,
     prepared = prepare(timed, teacher, QUIET)
     resolved = resolve(timed, prepared, 16, SIZE, QUIET)
     assert resolved.steps is not None and resolved.steps >= 10 and resolved.max_minutes is None
+    with pytest.raises(InputError, match=r"preparing took 0\.5 minutes.*cached now"):
+        resolve(timed, replace(prepared, seconds=30.0), 16, SIZE, QUIET)
     epochs = resolve(make_config(tmp_path, faces, steps=None, epochs=2.0), prepared, 16, SIZE, QUIET)
     assert epochs.steps == math.ceil(2 * 30 / 8)
     auto = resolve(make_config(tmp_path, faces, precision="auto"), prepared, 16, SIZE, QUIET)
