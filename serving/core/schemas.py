@@ -188,7 +188,10 @@ class VerifyFiles(Sent):
             return ImageSide(image_b64=data, encoder=self.encoder, aligned=self.aligned, faces=self.faces)
 
         stated = self.target_fmr is not None or self.threshold is not None
-        policy = Policy(target_fmr=self.target_fmr, threshold=self.threshold) if stated else None
+        asked = {"target_fmr": self.target_fmr, "threshold": self.threshold}
+        policy = (
+            Policy.model_validate({name: rate for name, rate in asked.items() if rate is not None}) if stated else None
+        )
         return VerifyBody(a=side("a"), b=side("b"), policy=policy, liveness=self.liveness)
 
 
