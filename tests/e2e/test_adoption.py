@@ -96,6 +96,19 @@ def test_training_begins_with_the_map_and_is_checked(place: Path, capsys: pytest
     assert "BatchNormalization" not in kinds
 
 
+def test_a_shortened_student_is_trained_exported_and_smaller(place: Path) -> None:
+    more = ("--shorten", "0.8", "--map-rank", "8", "--steps", "60", "--batch", "32", "--lr", "0.02", "--seed", "1")
+    assert distill(place, "short", *more) == 0
+    report = json.loads((place / "short" / "report.json").read_text())
+    assert report["check"]["cosine"] > report["map"]["held_out"]["cosine"]
+    student = load_student(place / "short")
+    assert student.training["shorten"] == 0.8
+    _exported(place, "short")
+    crops = FaceSet.read(place / "crops").load(range(5), SIZE)
+    found = open_bundle(Bundle.open(place / "short-bundle")).embed(crops)
+    np.testing.assert_allclose(found, student.embed(crops), atol=1e-5)
+
+
 def _exported(place: Path, run: str) -> onnx.ModelProto:
     assert export([str(place / run), "-o", str(place / f"{run}-bundle")]) == 0
     return onnx.load_model_from_string(Bundle.open(place / f"{run}-bundle").read("encoder.onnx"))
@@ -107,6 +120,8 @@ def _exported(place: Path, run: str) -> onnx.ModelProto:
         (("--method", "map+l2kd"), "--method map+l2kd: map stands alone"),
         (("--student", "mobilefacenet:0.5", "--method", "map"), "map stands alone, for --student FILE.onnx"),
         (("--student-preprocess", f"mean=127.5,std=127.5,size={SIZE}"), "Adopt a model of the same alignment"),
+        (("--shorten", "0.8", "--method", "map"), "the head of a shortened student is new. Use l2kd"),
+        (("--shorten", "0.01"), "no layer up to which so little is done. Keep more"),
         (("--student", "nowhere.onnx"), "nowhere.onnx: no such file"),
     ],
 )

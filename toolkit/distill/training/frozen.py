@@ -9,64 +9,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.row_store import Rows
-from pkd.toolkit.distill.models.adopted import Adopted, AdoptedNetwork, Features
-from pkd.toolkit.distill.models.onnx_graph import OnnxModule
+from pkd.toolkit.distill.models.adopted import Adopted, Features
+from pkd.toolkit.distill.models.cutting import Cut
 from pkd.toolkit.encoders.embed import embed_stored
-
-NEARLY = 0.05
-"""Share of the arithmetic that is given away where features are smaller earlier in the network."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Name the last frozen layer. ``step``: of the trunk; ``tensor``: of its graph; ``share`` of all multiplications
-    in front of what follows; ``shape``: C, H, W of what it gives.
-    """
-
-    step: str
-    tensor: str
-    share: float
-    shape: tuple[int, ...]
-
-
-def choose_cut(network: AdoptedNetwork, share: float) -> Cut | None:
-    """Find the layer up to which about ``share`` of the network's multiplications are done, at most that many.
-
-    Returns None where the network cannot be cut so early.
-    """
-    trunk = network.trunk
-    tensors = trunk.cuts()
-    done, total = 0.0, sum(_multiplications(trunk, name) for name in trunk.step_names)
-    found: list[Cut] = []
-    for name in trunk.step_names:
-        done += _multiplications(trunk, name)
-        shape = trunk.shapes[name]
-        if name in tensors and shape is not None and len(shape) == 4 and 0 < done <= share * total:
-            found.append(Cut(name, tensors[name], done / total, tuple(shape[1:])))
-    if not found:
-        return None
-    near = [cut for cut in found if cut.share >= found[-1].share - NEARLY]
-    return min(reversed(near), key=lambda cut: int(np.prod(cut.shape)))
-
-
-def _multiplications(trunk: OnnxModule, name: str) -> float:
-    """Count the multiplications of one step for one image."""
-    shape, module = trunk.shapes[name], getattr(trunk, name)
-    area = 1 if shape is None or len(shape) < 4 else int(np.prod(shape[2:]))
-    layers = [part for part in module.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
-    return float(sum(layer.weight.numel() for layer in layers) * area)
 
 
 class FrozenFeatures:

@@ -150,6 +150,7 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
         "optimizer": config.optimizer,
         "ema": config.ema,
         "freeze": config.freeze,
+        "shorten": config.shorten,
         "views": config.views,
         "teacher_live": config.teacher_live,
         "mix": config.mix,

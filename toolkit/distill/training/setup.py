@@ -30,7 +30,7 @@ from pkd.toolkit.distill.losses.registry import WeightedSum
 from pkd.toolkit.distill.models.backbones import build
 from pkd.toolkit.distill.models.layers import Backbone
 from pkd.toolkit.distill.models.open_encoder import reopener
-from pkd.toolkit.distill.training.frozen import FrozenFeatures, choose_cut, store_features
+from pkd.toolkit.distill.training.frozen import FrozenFeatures, store_features
 from pkd.toolkit.distill.training.views import StoredViews, Teaching, ViewMaker
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.embed import default_cache, embed_stored
@@ -164,7 +164,7 @@ def prepare(
 
 
 def _adopt(config: DistillConfig, teacher: Encoder, faces: FaceSet) -> Adopted:
-    """Open the student and check it on some of the faces. Raises InputError for one of another alignment."""
+    """Open the student, check it on some of the faces and shorten it. Raises InputError for one of other alignment."""
     from pkd.toolkit.distill.models.adopted import adopt
 
     size = teacher.info.preprocess.size
@@ -175,7 +175,11 @@ def _adopt(config: DistillConfig, teacher: Encoder, faces: FaceSet) -> Adopted:
             f"--student {config.student}: takes {student.info.preprocess.name} crops, the teacher "
             f"{teacher.info.preprocess.name}. Adopt a model of the same alignment and crop size."
         )
-    return student
+    if config.shorten is None:
+        return student
+    from pkd.toolkit.distill.models.cutting import shorten
+
+    return shorten(student, config.shorten, config.seed)
 
 
 def _some(config: DistillConfig, faces: FaceSet) -> NDArray[np.int64]:
@@ -224,6 +228,8 @@ def _freeze(
 ) -> FrozenFeatures | None:
     """Freeze the first layers, and compute once what they give for every image."""
     share = _frozen_share(config, faces)
+    from pkd.toolkit.distill.models.cutting import choose_cut
+
     cut = choose_cut(network, share) if share else None
     if cut is None and config.freeze:
         raise InputError(f"--freeze {share:g}: the student has no layer up to which so little is done. Use --freeze 0.")

@@ -16,8 +16,9 @@ from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.models.adopted import Adopted, AdoptedNetwork, adopt
+from pkd.toolkit.distill.models.cutting import choose_cut
 from pkd.toolkit.distill.models.student import load_student
-from pkd.toolkit.distill.training.frozen import choose_cut, store_features
+from pkd.toolkit.distill.training.frozen import store_features
 from pkd.toolkit.distill.training.loop import distill
 from pkd.toolkit.distill.training.setup import prepare
 from pkd.toolkit.distill.training.trainer import Trainer
@@ -53,48 +54,6 @@ def make_trainer(config: DistillConfig) -> Trainer:
 
 def adopted(place: Path) -> Adopted:
     return adopt(str(place / "mobile.onnx"), STATED)
-
-
-def with_shortcut(path: Path) -> Path:
-    """Write a graph whose second convolution is bridged: there is no single tensor to cut at inside."""
-    g = Graph()
-    g.add("Conv", f(6, 3, 3, 3), strides=[2, 2], pads=[1, 1, 1, 1])
-    before = g.add("Relu")
-    g.add("Conv", f(6, 6, 3, 3), pads=[1, 1, 1, 1])
-    g.add("Relu")
-    g.add("Add", inputs=(g.end, before))
-    g.add("Conv", f(9, 6, 1, 1))
-    g.add("GlobalAveragePool")
-    g.add("Flatten")
-    g.save(path, 1, [9], 13)
-    return path
-
-
-def test_a_network_is_cut_only_where_one_tensor_is_alive(tmp_path: Path) -> None:
-    network = adopt(str(with_shortcut(tmp_path / "s.onnx")), STATED).network(9).eval()
-    steps = list(network.trunk.step_names)
-    cuts = [steps.index(name) for name in network.trunk.cuts()]
-    assert cuts == [0, 1, *range(4, len(steps))]
-    pixels = torch.randn(3, 3, SIZE, SIZE)
-    with torch.no_grad():
-        whole = network(pixels)
-        for name, tensor in network.trunk.cuts().items():
-            part: list[torch.Tensor] = []
-            hook = getattr(network.trunk, name).register_forward_hook(lambda *seen, part=part: part.append(seen[2]))
-            network(pixels)
-            hook.remove()
-            network.freeze(name)
-            torch.testing.assert_close(network(part[0], features=True), whole, msg=f"{name} {tensor}")
-
-
-def test_the_cut_leaves_at_least_what_was_asked_for_to_train(place: Path) -> None:
-    network = adopted(place).network(16)
-    asked = (0.76, 0.9, 0.99)
-    cuts = [choose_cut(network, share) for share in asked]
-    shares = [cut.share for cut in cuts if cut is not None]
-    assert all(found <= limit for found, limit in zip(shares, asked, strict=True))
-    assert shares == sorted(set(shares))
-    assert choose_cut(network, 0.1) is None
 
 
 def test_a_share_that_no_layer_has_is_refused(place: Path, tmp_path: Path) -> None:
