@@ -105,7 +105,8 @@ def _append(model: onnx.ModelProto, kind: str, weight: Floats, before: str = "",
 
 def _drawn(random: np.random.Generator, *shape: int) -> Floats:
     """Draw weights that keep the variance of what follows a rectifier (He et al. 2015)."""
-    return (random.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
+    drawn: Floats = (random.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))).astype(np.float32)
+    return drawn
 
 
 def _multiplications(trunk: OnnxModule, name: str) -> float:
