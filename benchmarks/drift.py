@@ -5,7 +5,7 @@ Run as: python benchmarks/drift.py
 People, cameras and visits are made up; the certificate, its intervals and the monitor are the product's own. A month is
 people who visit a gallery day by day, the same ones again and again, as real visitors are. Drift is another camera
 (images carry more of what all of its images share) or another population (people who look more alike). Writes
-benchmarks/results/drift.json and docs/images/drift.svg.
+benchmarks/results/drift.json, docs/images/drift.svg and the table of docs/operations.md.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from pkd.toolkit.evaluation.metrics.pairing import Pairing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "drift.json"
+PAGE = ROOT / "docs" / "operations.md"
+BEGIN, END = "<!-- figures: benchmarks/drift.py -->\n", "<!-- end of figures -->\n"
 PICTURE = ROOT / "docs" / "images" / "drift.svg"
 DIM = 64
 DAYS = 30
@@ -76,8 +78,10 @@ def main() -> int:
             rows.append(row)
             curves[f"{people}, {name}"] = [one["evidence"] for one in found[:20]]
             print(json.dumps(row), flush=True)
-    RESULTS.write_text(json.dumps({"alpha": drift.ALPHA, "days": DAYS, "rows": rows}, indent=2) + "\n")
+    results = {"alpha": drift.ALPHA, "days": DAYS, "rows": rows}
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     draw(curves)
+    write_table(results)
     print(f"wrote {RESULTS.relative_to(ROOT)}")
     return 0
 
@@ -117,7 +121,7 @@ def certify(random: np.random.Generator, count: int) -> Certificate:
     return Certificate(
         query=info.id, query_role="teacher", gallery=info.id, gallery_role="teacher", space=info.space.id,
         protocol="simulation", points=c.points, calibration=c.calibration,
-        resolved_scores=(c.calibration.score[0], c.calibration.score[-1]), min_fmr=c.min_fmr, identities=count,
+        resolved_scores=c.calibration.resolved_scores, min_fmr=c.min_fmr, identities=count,
         genuine_identities=count, identity_pairs=c.identity_pairs, images=len(labels), genuine_pairs=c.genuine_pairs,
         impostor_pairs=c.impostor_pairs, data_name="made up", data_digest="0", synthetic=True, intervals="",
         resamples=100, seed=0, tool="benchmark", created="2026-01-01T00:00:00+00:00",
@@ -166,6 +170,23 @@ def _add(logs: dict[tuple[str, float], list[float]], kind: str, seen: list[drift
         sums = logs.setdefault((kind, one.fmr), [0.0] * len(drift.RATIOS))
         for i, value in enumerate(one.logs):
             sums[i] += value
+
+
+def write_table(results: Report) -> None:
+    """Put the figures between the marks of docs/operations.md."""
+    lines = [
+        "| people in the gallery | what happens | FMR at 1e-2, times promised | months | with an alarm | alarm after |",
+        "| ---: | --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in results["rows"]:
+        when = f"day {row['median_day']:.0f}, {row['median_searches']:.0f} searches" if row["alarms"] else ""
+        lines.append(
+            f"| {row['people']} | {row['what']} | {row['fmr_ratio']:.1f} | {row['months']} "
+            f"| {100 * row['share']:.0f} % | {when} |"
+        )
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END, 1)[1]
+    PAGE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
 
 
 def draw(curves: dict[str, list[list[float]]]) -> None:

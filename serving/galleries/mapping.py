@@ -73,7 +73,9 @@ def map_gallery(
         for subjects in _batches(store.export(name), BATCH):
             _map_some(store, name, subjects, by_old, actor, done)
             advance(len(subjects))
-        again = done.templates > before  # until nobody was enrolled while the others were mapped
+        counts = store.get(name).templates
+        behind = any(counts.get(id, 0) < counts.get(one.old.id, 0) for id, one in ids.items())
+        again = behind and done.templates > before  # until nobody was enrolled while the others were mapped
         advance = _nothing
     if gallery.moving_to is not None:
         done.unmoved = len(store.unmoved(name, limit=1000))
@@ -142,7 +144,7 @@ def _map_some(
     for encoder, pairs in wanted.items():
         mapping = by_old[encoder]
         id, space = mapping.info.id, mapping.new.space.id
-        vectors, _ = mapping.map(_rows([template for _, template in pairs]))
+        vectors = mapping.templates(_rows([template for _, template in pairs]))
         for (subject, template), vector in zip(pairs, vectors, strict=True):
             made = NewTemplate(id, space, vector)
             if fingerprint(made) in there[subject.id]:

@@ -99,16 +99,18 @@ class SpaceMap:
         """Map unit rows N×d → float32 unit rows N×D, and the cosine expected to each native template, N.
 
         Least squares estimates the mean of the native vector given the old one, and the mean of cosines to a direction
-        is the cosine of the mean. It is computed in float64, so that one template is mapped to the same 16-bit floats
-        however many are mapped with it. Raises BadVector.
+        is the cosine of the mean. Raises BadVector.
         """
-        rows = vectors.astype(np.float64)
-        mapped = rows @ self.weight + self.bias
-        lengths = np.linalg.norm(mapped, axis=1)
-        if not (np.isfinite(lengths) & (lengths > 1e-12)).all():
-            raise BadVector(f"{self.old.name}: a template is zero, NaN or infinite, or the map is.")
-        unit = mapped / lengths[:, None]
-        return unit.astype(np.float32), self._expected(rows, unit)
+        unit = self._unit(vectors.astype(np.float64))
+        return unit.astype(np.float32), self._expected(vectors.astype(np.float64), unit)
+
+    def templates(self, vectors: NDArray[Any]) -> Embeddings:
+        """Map unit rows N×d → float32 unit rows N×D. Raises BadVector.
+
+        It is computed in float64, so that one template is mapped to the same 16-bit floats however many are mapped with
+        it.
+        """
+        return self._unit(vectors.astype(np.float64)).astype(np.float32)
 
     def expected_cosine(self, mapped: NDArray[Any]) -> Doubles:
         """Recover from mapped unit rows N×D the cosine that ``map`` expected, N; NaN where it cannot be told.
@@ -123,6 +125,14 @@ class SpaceMap:
         square, half, rest = (a * a).sum(axis=1), a @ c, float(c @ c) - 1
         length = (half + np.sqrt(np.maximum(half * half - square * rest, 0))) / square
         return self._expected(length[:, None] * a - c, mapped.astype(np.float64))
+
+    def _unit(self, vectors: Doubles) -> Doubles:
+        mapped = vectors @ self.weight + self.bias
+        lengths = np.linalg.norm(mapped, axis=1, keepdims=True)
+        if not (np.isfinite(lengths) & (lengths > 1e-12)).all():
+            raise BadVector(f"{self.old.name}: a template is zero, NaN or infinite, or the map is.")
+        unit: Doubles = mapped / lengths
+        return unit
 
     def _expected(self, old: Doubles, mapped: Doubles) -> Doubles:
         weight, bias = self.estimate
