@@ -1,11 +1,14 @@
-"""Adopt a mobile face model for a teacher's space by the closed-form map, and measure it on real faces.
+"""Adopt a mobile face model for a teacher's space by the closed-form map and by training; measure it on real faces.
 
-Run as: python benchmarks/adoption.py
+Run as: python benchmarks/adoption.py [--runs DIR]
 
 It needs the photographs and models of PKD_SHARED (or ../shared), which are for research only and not part of the
 project, and writes benchmarks/results/adoption.json and the table of docs/adoption.md. Embeddings are cached in
 $PKD_CACHE; the first time takes an hour of one core for 58,000 images. Layer and ridge weight are chosen on held-out
 people of the fitting data; test.txt is used for the figures alone.
+
+With --runs the trainings of ``RECIPES`` are run, too, by pkd-distill as users call it, and kept in DIR; a run that is
+there already is measured and not trained again.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from pkd.toolkit.cli.distill import main as distill
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.data.face_set import FaceSet, join
 from pkd.toolkit.distill.models.adopted import Adopted, adopt
+from pkd.toolkit.distill.models.student import load_student
 from pkd.toolkit.distill.training.closed_form import fit_map
 from pkd.toolkit.encoders.base import Embeddings, OnnxEncoder, open_onnx, unit_rows
 from pkd.toolkit.encoders.embed import default_cache, embed_stored
@@ -39,6 +44,22 @@ BEGIN, END = "<!-- figures: benchmarks/adoption.py -->\n", "<!-- end of figures 
 FMRS = (1e-2, 1e-3, 1e-4)
 AMOUNTS = (300, 1000, 3000, 14_000)
 Report = dict[str, Any]
+L2KD = ("--method", "l2kd", "--no-mirror", "--ema", "0.999", "--threads", "1", "--precision", "bf16")
+RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "trained": (
+        "map, then 20 minutes of training of its last layers, with images without identity",
+        ("--max-minutes", "20", *L2KD),
+    ),
+    "short": (
+        "shortened to 0.4 M parameters, 24 minutes of training, with images without identity",
+        ("--max-minutes", "24", "--shorten", "0.65", "--map-rank", "64", "--freeze", "0.83", "--lr", "5e-3", *L2KD),
+    ),
+    "newcomer": (
+        "newcomer: map, then 4 minutes of training",
+        ("--max-minutes", "4", "--method", "l2kd", "--threads", "1"),
+    ),
+}
+"""Trainings by the name of their run: what they are and what pkd-distill is told."""
 
 
 def main() -> int:
@@ -46,6 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--unlabelled", type=int, default=50_000, help="images without identity; 0: no such row")
     parser.add_argument("--seeds", type=int, default=3, help="draws of each row that draws its images")
+    parser.add_argument("--runs", type=Path, metavar="DIR", help="train, too: folder of the runs, kept and used again")
     args = parser.parse_args()
     seeds = range(args.seeds)
     if not (SHARED / "faces").is_dir():
@@ -74,6 +96,8 @@ def main() -> int:
     for seed in seeds:
         few = place.row(newcomer(train, random), seed)
         rows.append({"what": "newcomer: 800 photographs of 400 people", "seed": seed, **few})
+    for name, (what, options) in RECIPES.items() if args.runs else ():
+        rows.append({"what": what, "seed": 0, **place.trained(args.runs / name, options, train)})
     results = {"rows": rows, "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_table(results)
@@ -86,7 +110,7 @@ class Bench:
 
     def __init__(self, teacher: OnnxEncoder, student: Adopted, test: FaceSet) -> None:
         self.teacher, self.student, self.cache = teacher, student, default_cache()
-        self.labels = test.labels
+        self.test = test
         self.expected = embed_stored(teacher, test, cache=self.cache)[:]
         self.features = embed_stored(student.features, test, cache=self.cache)[:]
         files = np.arange(len(test))
@@ -109,6 +133,37 @@ class Bench:
             "held_out_cosine": fitted.report["held_out"]["cosine"],
             "cosine": float(np.einsum("nd,nd->n", mapped, self.expected).mean()),
             **self.rates(mapped, self.expected), "student_alone": self.rates(mapped, mapped),
+        }  # fmt: skip
+
+    def trained(self, run: Path, options: tuple[str, ...], train: FaceSet) -> Report:
+        """Train by pkd-distill unless ``run`` is there, and measure its student on the test set."""
+        faces, models = SHARED / "faces", SHARED / "models"
+        few = run.name == "newcomer"
+        if not (run / "student.pt").is_file():
+            shown = run.with_suffix(".txt")
+            shown.parent.mkdir(parents=True, exist_ok=True)
+            chosen = newcomer(train, np.random.default_rng(0))
+            shown.write_text("".join(f"{chosen.path(i)}\n" for i in range(len(chosen))), encoding="utf-8")
+            more = [str(faces / "splits" / "train_unlabelled.txt")]
+            more += map(str, sorted(faces.glob("unlabelled/fairface-*.tar")))
+            command = [
+                "--teacher", str(models / "teacher_edgeface_xs_512.onnx"),
+                "--teacher-preprocess", "mean=127.5,std=127.5",
+                "--student", str(models / "teacher_mobilefacenet_y1_128.onnx"),
+                "--student-preprocess", "mean=0,std=1",
+                "--faces", str(shown if few else faces / "splits" / "train.txt"),
+                *([] if few else ["--unlabelled", *more]), *options, "--out", str(run),
+            ]  # fmt: skip
+            if distill(command):
+                raise SystemExit(f"pkd-distill {' '.join(command)} failed")
+        student = load_student(run)
+        rows = embed_stored(student, self.test, cache=self.cache)[:]
+        training = student.training
+        return {
+            "images": training["images"], "layer": "trained", "steps": training["steps"], "batch": training["batch"],
+            "parameters": training["parameters"], "fit_seconds": None,
+            "cosine": float(np.einsum("nd,nd->n", rows, self.expected).mean()),
+            **self.rates(rows, self.expected), "student_alone": self.rates(rows, rows),
         }  # fmt: skip
 
     def rates(self, query: Embeddings, gallery: Embeddings) -> Report:
@@ -147,8 +202,12 @@ def write_table(results: Mapping[str, Any]) -> None:
             lines.append(f"| {what} | | {rates} | | | |")
             continue
         layer = ", ".join(sorted({row["layer"] for row in rows}))
-        seconds = np.mean([row["fit_seconds"] for row in rows])
-        lines.append(f"| {what} | {rows[0]['images']:,} | {rates} | {np.mean(alone):.3f} | {layer} | {seconds:.1f} s |")
+        if rows[0]["fit_seconds"] is None:
+            steps, batch = rows[0]["steps"], rows[0]["batch"]
+            layer, time_ = f"{rows[0]['parameters'] / 1e6:.1f} M parameters", f"{steps:,} steps of {batch}"
+        else:
+            time_ = f"{np.mean([row['fit_seconds'] for row in rows]):.1f} s"
+        lines.append(f"| {what} | {rows[0]['images']:,} | {rates} | {np.mean(alone):.3f} | {layer} | {time_} |")
     if PAGE.is_file():
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
