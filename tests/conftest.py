@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = os.environ[
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import pytest
@@ -18,6 +19,8 @@ from tests.support.real_data import HAS_SHARED, NO_SHARED, SHARED
 
 os.environ["PKD_PORT"] = "0"  # somebody on this machine may listen on 8000
 cv2.setNumThreads(1)  # tests run beside each other; OpenCV's own pool would only fight with them
+
+MILVUS = pytest.StashKey[MilvusServer]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +43,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=NO_SHARED))
 
 
+def unit_of_work(nodeid: str) -> str:
+    """Name what stays on one worker: the tests of a file, and all that need Milvus, so that one server serves them."""
+    file = nodeid.split("::", 1)[0]
+    return "milvus" if "milvus" in file else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute units of work, by ``--dist loadfile``."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of_work(nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Stop the Milvus of a worker after its last test: idle, it would use a twentieth of a core to the end."""
+    yield
+    over = nextitem is None or unit_of_work(nextitem.nodeid) != "milvus"
+    if over and "PYTEST_XDIST_WORKER" in os.environ and (server := item.session.stash.get(MILVUS, None)):
+        server.stop()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the real ``faces/`` and ``models/``. Mark the test ``shared``, too."""
@@ -49,12 +79,19 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
-    """Start a Milvus, empty at first. Skips with a reason where none can be started."""
+def milvus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    """Hold a Milvus that is not started yet. Skips with a reason where none can be."""
     reason = missing()
     if reason:
         pytest.skip(f"no Milvus server: {reason}")
-    server = MilvusServer(tmp_path_factory.mktemp("milvus"))
-    server.start()
+    server = request.session.stash[MILVUS] = MilvusServer(tmp_path_factory.mktemp("milvus"))
     yield server
     server.close()
+
+
+@pytest.fixture
+def milvus_server(milvus: MilvusServer) -> MilvusServer:
+    """Start Milvus where it does not run; it may hold what other tests left."""
+    if not milvus.pid:
+        milvus.start()
+    return milvus
