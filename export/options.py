@@ -54,7 +54,7 @@ class ExportOptions(Options):
     teacher: Annotated[str | None, Argument("SPEC")] = None
     """Teacher to export instead of RUN: FILE.onnx, FILE.pt or insightface:PACK."""
     teacher_preprocess: Annotated[str | None, Argument("P")] = None
-    """How the teacher's pixels are scaled: channels=rgb,mean=127.5,std=127.5, or a JSON file."""
+    """Scaling of the teacher's pixels: channels=rgb,mean=127.5,std=127.5, or a JSON file."""
     from_bundle: Annotated[Path | None, Argument("BUNDLE")] = None
     """Bundle folder to add targets and certificates to, in its place, instead of exporting RUN."""
     out: Annotated[Path | None, Argument("BUNDLE", flags=("-o",))] = None
@@ -82,7 +82,7 @@ class ExportOptions(Options):
     calib: Annotated[Path | None, Argument("DIR|LIST", group=INT8)] = None
     """Folder or list of aligned real crops, of which 320 are taken to choose value ranges."""
     calib_method: Annotated[RangeMethod, Argument(group=INT8)] = "percentile"
-    """How a value range is chosen from the crops: all values, 99.99 % of them, or the least loss of information."""
+    """Choice of a value range from the crops: all values, 99.99 % of them, or the least loss of information."""
     keep_float: Annotated[int, Argument(group=INT8)] = Field(0, ge=0)
     """Number of the costliest layers that stay in float32; with --gate the number needed is found."""
     gate: Annotated[Path | None, Argument("DIR|LIST", group=GATE)] = None
@@ -90,7 +90,7 @@ class ExportOptions(Options):
     gate_teacher: Annotated[str | None, Argument("SPEC", group=GATE)] = None
     """Encoder of the gallery, as --teacher spells it; needed for a student."""
     gate_teacher_preprocess: Annotated[str | None, Argument("P", group=GATE)] = None
-    """How the pixels of --gate-teacher are scaled, where that is FILE.onnx or FILE.pt."""
+    """Scaling of the pixels of --gate-teacher, where that is FILE.onnx or FILE.pt."""
     gate_fmr: Annotated[float, Argument("F", group=GATE)] = Field(1e-3, gt=0, lt=1)
     """False match rate, a fraction, at which TAR is compared."""
     max_tar_drop: Annotated[float, Argument(group=GATE)] = Field(0.01, ge=0, lt=1)

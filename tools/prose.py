@@ -3,7 +3,8 @@
 The rules, each kept for a reason that CONTRIBUTING.md gives:
 
 1. A docstring opens with a sentence: a function's begins with a verb in the imperative (tools/verbs.txt; add yours),
-   anything else's begins so or contains a finite verb. None begins with one of OPENINGS, which announce a half.
+   anything else's begins so or contains a finite verb. None begins with one of OPENINGS, which announce a half; nor
+   does a note under a field or a constant, a ``description`` or a ``help``, which may be the name of a thing.
 2. No identifier contains a word of RETIRED or is one of RETIRED_NAMES: there is a standard term for each.
 3. No sentence of the documentation is longer than 40 words.
 4. The help text of every numeric option names its unit, or what it counts.
@@ -20,6 +21,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -100,6 +102,29 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[ast.AST, str, bool]]:
                     stack.append(child)
 
 
+def notes(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Walk the notes under fields and constants, and texts given as ``description`` or ``help`` → (line, text)."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        for before, after in pairwise(body) if isinstance(body, list) else ():
+            if isinstance(before, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr):
+                yield from _text(after.value)
+        if isinstance(node, ast.Call):
+            for keyword in node.keywords:
+                if keyword.arg in ("description", "help"):
+                    yield from _text(keyword.value)
+
+
+def _opening(note: str) -> str | None:
+    words = re.findall(r"[A-Za-z][A-Za-z'-]*", note)
+    return f"begins with {words[0]!r}: {note[:80]!r}" if words and words[0].lower() in OPENINGS else None
+
+
+def _text(node: ast.expr) -> Iterator[tuple[int, str]]:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.lineno, node.value
+
+
 def identifiers(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Walk the names that a module defines: classes, functions, parameters, variables and fields → (line, name)."""
     for node in ast.walk(tree):
@@ -119,6 +144,9 @@ def check_code(path: Path, text: str) -> Iterator[Finding]:
         if fault := check_docstring(docstring, imperative):
             what = getattr(node, "name", "module")
             yield Finding(name, getattr(node, "lineno", 1), f"docstring of {what} {fault}")
+    for line, note in notes(tree):
+        if fault := _opening(note):
+            yield Finding(name, line, f"note {fault}")
     for line, identifier in sorted(set(identifiers(tree))):
         parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", identifier)
         if words := RETIRED & {part.lower() for part in parts} | RETIRED_NAMES & {identifier}:
@@ -141,9 +169,11 @@ def check_document(path: Path, text: str) -> Iterator[Finding]:
 
 
 def check_options(program: str, main: object) -> Iterator[Finding]:
-    """Check the help texts of one command's numeric options."""
+    """Check the help texts of one command's options: how they begin, and that numeric ones name a unit."""
     for parser in parsers_of(main):
         for action in parser._actions:
+            if fault := _opening(action.help or ""):
+                yield Finding(program, 0, f"{action.option_strings or action.dest}: its help {fault}")
             numeric = action.type in (int, float) or isinstance(action.default, int | float)
             if not numeric or isinstance(action.default, bool) or not action.option_strings or action.nargs == 0:
                 continue

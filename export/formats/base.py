@@ -33,7 +33,7 @@ class Built:
     made_with: str
     """Converter and version."""
     settings: Settings
-    """What the file depends on, for the manifest."""
+    """Dependencies of the file, for the manifest."""
     checked_with: str
     """The runtime that ``embed`` runs in, and its version."""
     embed: Embed | None
@@ -49,7 +49,7 @@ class Format:
     precisions: tuple[str, ...]
     """Some of fp32, fp16, int8 and bf16."""
     form: GraphForm
-    """How the graph is written for this runtime."""
+    """Form in which the graph is written for this runtime."""
     build: Callable[[Variant, str, BuildOptions, Tell], Built]
     """Graph, precision, options, a function that is told what is going on → files.
 

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 OPSET = 18
-"""What torch exports without converting, and what every runtime that we target reads."""
+"""Opset that torch exports without converting, and that every runtime reads that we target."""
 OLDEST_OPSET = 13
-"""From here on the operators added below mean the same; older graphs must convert."""
+"""Oldest opset in which the operators added below mean the same; older graphs must convert."""
 IR_VERSION = 8
 """The file format of opset 18: onnxruntime 1.14 and later, also in the browser."""
 WEB_OPSET, WEB_IR_VERSION = 26, 13

@@ -59,7 +59,7 @@ class ProblemType(NamedTuple):
     slug: str
     """``type`` of the body. Part of the API: types are added, never renamed."""
     status: int
-    """Of HTTP."""
+    """Status of HTTP."""
     title: str
 
 
@@ -113,7 +113,7 @@ PROBLEMS: dict[type[PkdError], ProblemType] = {
     errors.StoreUnavailable: ProblemType("store-unavailable", 503, "The gallery cannot be read or written"),
     errors.Draining: ProblemType("draining", 503, "The server is shutting down"),
 }
-"""How each error is answered; a subclass as its nearest parent here, and any other error as ``internal``."""
+"""Answer to each error; a subclass as its nearest parent here, and any other error as ``internal``."""
 TYPES: dict[str, ProblemType] = {problem.slug: problem for problem in PROBLEMS.values()}
 """The same by ``type``."""
 
@@ -124,7 +124,7 @@ class ProblemBody(BaseModel):
     type: str = Field(description="Stable name of the problem, for programs")
     title: str
     status: int
-    detail: str = Field(description="What was wrong with this request and what to do, for people")
+    detail: str = Field(description="Fault of this request and what to do, for people")
 
 
 def problem_type(error: Exception) -> ProblemType:

@@ -91,17 +91,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         EXAMPLES,
     )
     parser.add_argument("dir", type=Path, metavar="DIR", help="folder with one folder of photographs per subject")
-    parser.add_argument("--server", required=True, metavar="URL", help="of pkd-serve")
+    parser.add_argument("--server", required=True, metavar="URL", help="address of pkd-serve")
     parser.add_argument("--gallery", required=True, metavar="NAME", help="gallery to enrol into")
     parser.add_argument("--create", action="store_true", help="create the gallery if it is not there")
     parser.add_argument("--space", metavar="ID", help="space of a created gallery (default: of the server's default)")
     parser.add_argument(
-        "--retention-days", type=float, metavar="N", help="of a created gallery: templates are deleted after that time"
+        "--retention-days",
+        type=float,
+        metavar="N",
+        help="days after which the templates of a created gallery are deleted",
     )
     parser.add_argument("--encoder", metavar="ID", help="loaded encoder (default: one of the gallery's space)")
     parser.add_argument("--aligned", action="store_true", help="the photographs are aligned crops of pkd-align")
     parser.add_argument(
-        "--faces", choices=("exactly_one", "largest"), default="exactly_one", help="where several are found"
+        "--faces",
+        choices=("exactly_one", "largest"),
+        default="exactly_one",
+        help="faces that are taken where several are found",
     )
     parser.add_argument(
         "--options", metavar="JSON", default="{}", help="further fields of each enrolment: attributes, consent, quality"
@@ -111,7 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--jobs", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
     parser.add_argument(
-        "--failed", type=Path, default=Path("failed.csv"), metavar="CSV", help="what was refused (default: failed.csv)"
+        "--failed",
+        type=Path,
+        default=Path("failed.csv"),
+        metavar="CSV",
+        help="table of what was refused (default: failed.csv)",
     )
     return run(parser, enroll, argv)
 

@@ -65,7 +65,7 @@ def make_serve_parser() -> argparse.ArgumentParser:
     )
     keys = parser.add_argument_group("make a key, and serve nothing")
     keys.add_argument("--new-api-key", metavar="NAME", help="print a new key, once, and the line that makes it valid")
-    keys.add_argument("--scopes", default="embed,verify", help="of the new key (default: embed,verify)")
+    keys.add_argument("--scopes", default="embed,verify", help="scopes of the new key (default: embed,verify)")
     keys.add_argument("--rate", metavar="N", help="requests a second that the new key may send (default: any number)")
     return parser
 

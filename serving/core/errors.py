@@ -153,4 +153,4 @@ class ServerFault(ServingError):
 
 
 REFUSED_ENROLMENT = (ServingError, BadVector, SpaceMismatch)
-"""What a store gives back in the place of an enrolment that it refuses; the others are stored all the same."""
+"""Errors that a store gives back in the place of an enrolment that it refuses; the others are stored all the same."""

@@ -63,9 +63,9 @@ class EmbedOptions(Sent):
     """Say how to embed: query parameters, form fields or JSON fields."""
 
     encoder: str | None = Field(None, max_length=300, description="Id, short id or name; the teacher by default")
-    faces: Faces = Field("largest", description="Which faces of each photograph; `all` may give none")
+    faces: Faces = Field("largest", description="Faces to embed of each photograph; `all` may give none")
     aligned: bool = Field(False, description="The images are aligned crops already; nothing is detected")
-    encoding: Encoding = Field("float", description="How embeddings are written; base64 is little-endian")
+    encoding: Encoding = Field("float", description="Form in which embeddings are written; base64 is little-endian")
 
 
 class ImageInput(Sent):
@@ -226,8 +226,8 @@ class Quality(BaseModel):
 class FaceAnswer(BaseModel):
     """Describe one face and its embedding."""
 
-    index: int = Field(description="Which image of the request")
-    face: int = Field(description="Which face of that image, largest first")
+    index: int = Field(description="Number of the image in the request")
+    face: int = Field(description="Number of the face in that image, largest first")
     box: list[float] | None = Field(description="x1 y1 x2 y2, pixels of the upright photograph; null for aligned crops")
     landmarks: list[list[float]] | None = Field(description="Five points x y: eyes, nose, mouth corners")
     detection_score: float | None
@@ -260,7 +260,7 @@ class SignatureAnswer(BaseModel):
     key: str = Field(description="Fingerprint of the ed25519 key that is said to have signed")
     verified: bool = Field(description="True: checked at start. False: the server was started without trusted keys")
     covers: Literal["certificate", "bundle"] = Field(
-        description="What was signed: the certificate itself, or only the bundle that holds it"
+        description="Signed is the certificate itself, or only the bundle that holds it"
     )
 
 
@@ -301,9 +301,11 @@ class VerifyAnswer(BaseModel):
     match: bool
     score: float = Field(description="Cosine similarity")
     threshold: float
-    target_fmr: float | None = Field(description="What the threshold was chosen for; null where the request stated one")
+    target_fmr: float | None = Field(
+        description="Rate that the threshold was chosen for; null where the request stated one"
+    )
     assurance: Assurance | None = Field(
-        description="What target_fmr was asked as; null where the request stated a threshold"
+        description="Assurance that target_fmr was asked for with; null where the request stated a threshold"
     )
     fmr_at_score: float = Field(description="Share of impostor pairs that score at least this high")
     fmr_ci95: tuple[float, float] = Field(description="95 % interval of it over people")
@@ -312,8 +314,8 @@ class VerifyAnswer(BaseModel):
         "most fmr_at_score"
     )
     certificate: CertificateAnswer
-    a: ComparedTemplate | None = Field(None, description="Where `a` is a subject: the template that decided")
-    b: ComparedTemplate | None = Field(None, description="Where `b` is a subject: the template that decided")
+    a: ComparedTemplate | None = Field(None, description="Template that decided, if `a` is a subject")
+    b: ComparedTemplate | None = Field(None, description="Template that decided, if `b` is a subject")
     comparisons: int = Field(
         1, description="Pairs compared; rates are per comparison, the best of n errs up to n times"
     )
@@ -355,7 +357,9 @@ class TargetAnswer(BaseModel):
     precision: str
     golden_tolerance: float = Field(description="Largest allowed 1 − cosine over the bundle's golden crops")
     settings: dict[str, str | int | float | bool]
-    files: list[FileAnswer] = Field(description="What the device needs, the file to load first; empty: not built yet")
+    files: list[FileAnswer] = Field(
+        description="Files that the device needs, the one to load first; empty: not built yet"
+    )
 
 
 class Comparable(BaseModel):
@@ -370,7 +374,7 @@ class EncoderDetail(EncoderListed):
 
     loaded: bool = Field(description="False: a target in a bundle, for devices; no image can be sent to it here")
     certificates: Comparable
-    artifact: FileAnswer = Field(description="What …/artifact gives without options")
+    artifact: FileAnswer = Field(description="File that …/artifact gives without options")
     targets: list[TargetAnswer]
 
 

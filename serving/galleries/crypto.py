@@ -29,7 +29,7 @@ KEY = 32
 NONCE = 12
 """Length in bytes of what stands in front of every ciphertext."""
 LEVELS = ("gallery", "subject", "template", "encoder")
-"""What the names in associated data are names of, outermost first."""
+"""Kinds of the names in associated data, outermost first."""
 REASON = "does not decrypt: changed, moved, or encrypted with another key."
 _HEX = re.compile(r"\s*([0-9a-fA-F]{64})\s*", re.ASCII)
 _MAKE = "Make a key with pkd-gallery new-key FILE"

@@ -10,7 +10,7 @@ from pkd.serving.core.errors import StoreUnavailable
 from pkd.serving.galleries.crypto import DecryptionError
 
 BUSY_SECONDS = 5.0
-"""How long a write waits for those of other processes."""
+"""Longest time that a write waits for those of other processes, seconds."""
 MEANING = {
     "disk is full": "the disk is full. Free some space; nothing of this request was kept",
     "readonly": "the database cannot be written to: file or file system is read-only",

@@ -23,7 +23,7 @@ from pkd.toolkit.core.progress import Progress, no_progress
 Vectors = NDArray[np.float32]
 """Unit rows N×D."""
 Attributes = Mapping[str, str]
-"""What an operator may filter on: a site, a role. Not a place for names: attributes are stored as they are."""
+"""Properties that an operator may filter on: a site, a role. No names: attributes are stored as they are."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Consent:
     """State on what ground a subject is enrolled. It is recorded and given back, not judged."""
 
     basis: str
-    """For example ``consent`` or ``contract``."""
+    """Legal basis, for example ``consent`` or ``contract``."""
     reference: str = ""
-    """Where the paper lies."""
+    """Place where the paper lies."""
     given: str = ""
     """ISO 8601."""
 
@@ -147,7 +147,7 @@ class Receipt:
     rows: int
     """Rows removed from the durable store, keys included."""
     covers: tuple[str, ...]
-    """Where nothing is left, for example ``rows``, ``index``, ``wal``, ``key``, ``milvus``."""
+    """Places where nothing is left, for example ``rows``, ``index``, ``wal``, ``key``, ``milvus``."""
     sequence: int
     """The audit record's."""
     hash: str

@@ -19,7 +19,7 @@ _Submitted = tuple["Job[Any]", float, Callable[[], Any]]
 """A job, the time at which it was submitted, and the call to make."""
 _thread = threading.local()
 owner: ContextVar[str] = ContextVar("owner", default="")
-"""Whom a job is for, the name of an API key: owners take turns."""
+"""Owner of a job, the name of an API key: owners take turns."""
 
 
 class Job(asyncio.Future[Made]):

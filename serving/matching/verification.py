@@ -30,7 +30,7 @@ REASONS: Mapping[type[PkdError], str] = {
     NotCertified: "not-certified",
     SpaceMismatch: "space-mismatch",
 }
-"""Why a pair of encoders is not compared, as answers say it; the ones that came nearest to being compared first."""
+"""Reasons why encoders are not compared, as answers say it; those that came nearest to being compared first."""
 ROUNDING = 1e-9
 """Larger than the difference between a score of a matrix product and the same score alone."""
 

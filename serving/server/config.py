@@ -112,7 +112,7 @@ class Configuration:
     gallery: str | None = _option(
         None,
         "DIR|milvus[+tls]://HOST:PORT",
-        "where galleries are kept: a folder of this machine, or a Milvus server",
+        "place where galleries are kept: a folder of this machine, or a Milvus server",
         "none: no galleries",
         _gallery,
     )
@@ -197,20 +197,20 @@ def _setting(each: Field[Any]) -> Option:
 DEVICE = Option(
     "device",
     "cpu|cuda",
-    "where encoders run; on a GPU the crops of many requests go through together",
+    "device that encoders run on; on a GPU the crops of many requests go through together",
     "cpu",
     _one_of(*get_args(Device)),
 )
 ASSURANCE = Option(
     "assurance",
     "point|bound",
-    "what target rates are asked as, where a request states none: met on average, or kept with 95 % confidence",
+    "meaning of target rates, where a request states none: met on average, or kept with 95 % confidence",
     "point",
     _one_of(*get_args(Assurance)),
 )
 _OWN = [Option(each.name, **each.metadata) for each in fields(Configuration) if each.metadata]
 OPTIONS = (*_OWN[:3], DEVICE, *_OWN[3:], ASSURANCE, *(_setting(each) for each in fields(Settings) if each.metadata))
-"""In the order of --help."""
+"""Options in the order of --help."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
+import pytest
+
+from pkd.toolkit.cli.distill import main
 from tests.support.recordio_writer import insightface_records, write_records
 from tests.support.training_data import write_patterns, write_teacher
 
 
-def distill(folder: Path, faces: Path, out: str) -> dict[str, object]:
-    command = [
-        sys.executable, "-m", "pkd.toolkit.cli.distill", "--teacher", str(folder / "teacher.onnx"),
+def distill(folder: Path, faces: Path, out: str, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    arguments = [
+        "--teacher", str(folder / "teacher.onnx"),
         "--teacher-preprocess", "size=32,template=none", "--faces", str(faces), "--student", "mobilefacenet-relu:0.25",
         "--steps", "2", "--batch", "8", "--precision", "fp32", "--threads", "1", "--scale", "16",
         "--cache", str(folder / out / "cache"), "--out", str(folder / out / "run"), "--json",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert main(arguments) == 0
+    return json.loads(capsys.readouterr().out)
 
 
-def test_every_container_trains_the_same_student(tmp_path: Path) -> None:
+def test_every_container_trains_the_same_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_teacher(tmp_path / "teacher.onnx")
     folder = write_patterns(tmp_path / "plain", identities=4, images=4)
     for path in sorted(folder.iterdir()):
@@ -43,7 +43,7 @@ def test_every_container_trains_the_same_student(tmp_path: Path) -> None:
                     member = tarfile.TarInfo(f"{number:05}{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-    runs = {name: distill(tmp_path, tmp_path / name, f"out-{name}") for name in ("plain", "record", "shards")}
+    runs = {name: distill(tmp_path, tmp_path / name, f"out-{name}", capsys) for name in ("plain", "record", "shards")}
     assert len({run["data_digest"] for run in runs.values()}) == 1
     assert len({run["encoder"] for run in runs.values()}) == 1
     assert runs["record"]["identities"] == 4

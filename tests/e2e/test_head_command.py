@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from pkd.toolkit.cli.distill import main
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.heads.head import class_means
 from pkd.toolkit.distill.models.open_encoder import open_encoder
@@ -26,7 +28,7 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_shards_a_label_map_and_an_audit_in_the_report(tmp_path: Path) -> None:
+def test_shards_a_label_map_and_an_audit_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     crops = write_patterns(tmp_path / "crops")
     (crops / "id-01").rename(crops / "zoe")  # the images' order is no longer that of the training
     write_teacher(tmp_path / "teacher.onnx")
@@ -50,5 +52,5 @@ def test_shards_a_label_map_and_an_audit_in_the_report(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["head"] == [str(p) for p in reversed(paths)] and stored["head_labels"] == str(tmp_path / "map.txt")
     paths[1].unlink()
-    line = run(*common[:-3], str(tmp_path / "pfc"), "--out", str(tmp_path / "missing"))
-    assert line.returncode == 2 and "rank 1 is missing" in line.stderr and not (tmp_path / "missing").exists()
+    assert main([*common[:-3], str(tmp_path / "pfc"), "--out", str(tmp_path / "missing")]) == 2
+    assert "rank 1 is missing" in capsys.readouterr().err and not (tmp_path / "missing").exists()

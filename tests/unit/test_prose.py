@@ -38,6 +38,21 @@ def test_private_names_and_functions_within_functions_need_no_docstring() -> Non
     assert not list(prose.check_code(Path("a.py"), '"""Count things."""\n' + code))
 
 
+@pytest.mark.parametrize(
+    ("code", "faults"),
+    [
+        ('SECONDS = 1\n"""How long it waits."""\n', 1),
+        ('SECONDS = 1\n"""Longest wait."""\n', 0),
+        ('class A:\n    """Hold it."""\n\n    b: int\n    """Of the log."""\n', 1),
+        ('field = Field(description="Of the log")', 1),
+        ('parser.add_argument("--a", help="of the log")', 1),
+        ('parser.add_argument("--a", help="path of the log")', 0),
+    ],
+)
+def test_notes_name_their_subject(code: str, faults: int) -> None:
+    assert len(list(prose.check_code(Path("a.py"), code))) == faults
+
+
 @pytest.mark.parametrize("code", ["told = 1", "class AtTheDoor: pass", "def f(lineup): pass", "self.twins = []"])
 def test_retired_words_do_not_return(code: str) -> None:
     (fault,) = prose.check_code(Path("a.py"), code)
@@ -51,7 +66,7 @@ def test_long_sentences_are_found_outside_code_and_tables() -> None:
     assert not list(prose.check_document(Path("a.md"), f"```\n{words}\n```\n\n| {words} |\n\n# {words}\n"))
 
 
-@pytest.mark.parametrize(("text", "faults"), [("of the resampling (0)", 1), ("wait for so many seconds (5)", 0)])
+@pytest.mark.parametrize(("text", "faults"), [("start of the resampling (0)", 1), ("wait for so many seconds (5)", 0)])
 def test_numeric_options_name_their_unit(text: str, faults: int) -> None:
     def main(argv: list[str]) -> None:
         parser = argparse.ArgumentParser()

@@ -16,7 +16,7 @@ from pkd.toolkit.core.errors import BundleError
 
 SUFFIX = ".zip"
 EPOCH = (1980, 1, 1, 0, 0, 0)
-"""Of every entry: the same bundle gives the same bytes, whenever it is packed."""
+"""Time of every entry: the same bundle gives the same bytes, whenever it is packed."""
 END = struct.Struct("<4s4H2LH")
 """End of central directory: signature, disk numbers, counts of entries, size and place of the directory, comment."""
 ZIP64_LOCATOR = 20

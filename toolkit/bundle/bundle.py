@@ -39,7 +39,7 @@ from pkd.toolkit.core.models import Record, fault_of, read_json
 from pkd.toolkit.images.codec import Rgb
 
 SCHEMA = 3
-"""What is written. Schema 1 had no targets; 2 no signature, and its readers refuse one as a file that is not listed."""
+"""Schema that is written. 1 had no targets; 2 no signature, and its readers refuse one as a file that is not listed."""
 READABLE = (1, 2, SCHEMA)
 MANIFEST = "manifest.json"
 SIGNATURE = MANIFEST + SUFFIX
@@ -120,7 +120,7 @@ class Bundle:
     data: bytes
     """The manifest as it lies on disk: what is signed."""
     signature: Signature | None
-    """Of ``data``, unchecked; None where nobody signed."""
+    """Signature of ``data``, unchecked; None where nobody signed."""
 
     def read(self, name: str) -> bytes:
         """Read one listed file, checked against its hash. Raises BundleError."""

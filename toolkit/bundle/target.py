@@ -29,7 +29,7 @@ class Target(Record):
     made_with: str
     """Converter and version."""
     settings: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """What the file depends on: pinned precision, GPU architecture, batch sizes, calibration."""
+    """Dependencies of the file: pinned precision, GPU architecture, batch sizes, calibration."""
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ SCHEMA = 3
 USEFUL = 0.5
 """TAR below which a pair is called poor."""
 SLACK = 1 + 1e-9
-"""How far the calibration's rate at an operating point may lie above the point's: rounding."""
+"""Most that the calibration's rate at an operating point may lie above the point's, a factor: rounding."""
 
 
 Assurance = Literal["point", "bound"]
@@ -70,7 +70,7 @@ class OperatingPoint(Record):
     fmr_ci95: RateInterval
     """The threshold's false match rate over all people like these: how well it is known."""
     prediction95: RateInterval
-    """What a fresh, equally large set of such people would measure as false match rate at this threshold, in 95 of 100
+    """Range that holds the false match rate of a fresh, equally large set of such people at this threshold in 95 of 100
     cases: wider, for the fresh set has a chance of its own, and the threshold's is in it, too."""
     raw_threshold: Score
     """Threshold for the same rate where every pair of images weighs the same, as published figures count. Not used."""
@@ -202,7 +202,7 @@ class Attribute(Record):
     unlabelled: Count = Field(ge=0)
     """Identities without a value: they count in no group."""
     groups: tuple[Group, ...]
-    """By value, in alphabetical order."""
+    """Groups by value, in alphabetical order."""
 
 
 class Certificate(Record):
@@ -221,7 +221,7 @@ class Certificate(Record):
     space: str
     """Id of the embedding space that both share."""
     protocol: str
-    """Which images were compared with which."""
+    """Rule by which images were compared with one another."""
     points: tuple[OperatingPoint, ...]
     """Operating points, from the largest false match rate to the smallest."""
     calibration: Calibration
@@ -247,7 +247,7 @@ class Certificate(Record):
     synthetic: bool = False
     """True where the faces were procedural: the rates say nothing about people."""
     intervals: str
-    """How the 95 % intervals were made."""
+    """Method of the 95 % intervals."""
     resamples: Count = Field(ge=1)
     seed: int
     tool: str
@@ -346,7 +346,7 @@ class CertificateFile:
     certificate: Certificate
     signature: Signature | None
     bundle: Signature | None = None
-    """Of the manifest of the bundle that holds it, and so of these bytes, too."""
+    """Signature of the manifest of the bundle that holds it, and so of these bytes, too."""
 
     @classmethod
     def read(cls, path: Path) -> CertificateFile:

@@ -14,7 +14,7 @@ from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import UnsupportedFmr
 
 DECADE = 10.0
-"""How far up the calibration the slope of its tail is taken: to ten times the last resolved rate."""
+"""Factor up to which the slope of the calibration's tail is taken: to ten times the last resolved rate."""
 
 
 class Threshold(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Device = Literal["cpu", "cuda"]
-"""Where an encoder is to run."""
+"""Device that an encoder is to run on."""
 LIBRARIES = {"linux": "libcuda.so.1", "win32": "nvcuda.dll"}
 MAJOR, MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of the CUDA driver interface (cuda.h)."""

@@ -28,7 +28,7 @@ class ImageSource(Protocol):
     """Read N encoded images by row. No implementation holds an open file: threads and processes may share one."""
 
     root: Path
-    """What ``name`` is relative to."""
+    """Folder that ``name`` is relative to."""
 
     def __len__(self) -> int: ...
 

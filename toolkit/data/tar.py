@@ -27,7 +27,7 @@ from pkd.toolkit.images.codec import SUFFIXES
 LINKS = (tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 """Members without content."""
 LABELS = (".cls", ".json", ".txt")
-"""In this order where a sample has several."""
+"""Endings of label files; the first counts where a sample has several."""
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 LONGEST_LABEL = 1 << 20
 

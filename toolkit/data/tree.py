@@ -19,7 +19,7 @@ from typing import NamedTuple
 from pkd.toolkit.images.codec import SUFFIXES
 
 LOG = logging.getLogger("pkd")
-"""Where no handler is set, as in commands and notebooks, Python prints warnings as plain lines on stderr."""
+"""Logger of warnings; without a handler, as in commands and notebooks, Python prints them as plain lines on stderr."""
 OTHER_IMAGES = frozenset(
     {".arw", ".cr2", ".cr3", ".dng", ".gif", ".jfif", ".jp2", ".jpe", ".jxl", ".nef"}
     | {".pbm", ".pgm", ".ppm", ".raw", ".svg", ".tif", ".tiff"}

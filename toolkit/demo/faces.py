@@ -14,7 +14,7 @@ from pkd.toolkit.synthetic.faces import write_faces
 
 SEED = 2011
 DIFFICULTY = 0.6
-"""What networks this small learn in a minute, and still get wrong now and then."""
+"""Difficulty that networks this small learn in a minute, and still get wrong now and then."""
 TEST_IMAGES, VISITOR_IMAGES = 5, 3
 """Synthetic images of each person who measures the encoders, and of each who comes to the door afterwards."""
 LEAST_TEST, LEAST_VISITORS = 48, 4

@@ -43,7 +43,7 @@ STEPS = {"teacher": 400, "student": 500, "control": 250}
 OWN_MINUTES = 3.0
 SYNTHETIC = "size of the synthetic demo"
 RECIPE = ["--batch", "16", "--margin", "softmax", "--scale", "20", "--lr", "4e-3", "--augment", "0.1"]
-"""For a minute of training: small batches make many steps, and without a margin the first ones count already."""
+"""Options for a minute of training: small batches make many steps; without a margin the first ones count already."""
 
 
 class DemoConfig(Options):

@@ -39,7 +39,7 @@ KIT = "kit.json"
 SCHEMA = 1
 Step = Literal["decode", "landmarks", "matrix", "crop", "embedding", "encoding", "request", "whole"]
 STEPS: tuple[Step, ...] = ("decode", "matrix", "crop", "embedding", "encoding", "request", "landmarks", "whole")
-"""In the order of the pipeline; the last two depend on the device's detector and are not asked of every device."""
+"""Steps in the order of the pipeline; the last two depend on the device's detector and are not asked of all."""
 
 
 class Tolerances(Record):
@@ -79,7 +79,7 @@ class Case(Record):
     detected: tuple[tuple[float, float], ...] | None = None
     """The same five points as pkd's detector finds them in the decoded picture, where the kit has a detector."""
     matrix: tuple[tuple[float, float, float], tuple[float, float, float]]
-    """From ``landmarks``: two rows that take (x, y, 1) of the photograph to x and y of the crop."""
+    """Two rows, made from ``landmarks``, that take (x, y, 1) of the photograph to x and y of the crop."""
     crop: str
     """size × size × 3 bytes RGB."""
     embedding: str
@@ -113,15 +113,15 @@ class DeviceCase(Record):
     landmarks: tuple[tuple[float, float], ...] | None = None
     """Five points as the device's own detector found them."""
     matrix: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
-    """From the kit's landmarks."""
+    """Matrix made of the kit's landmarks."""
     crop_base64: str | None = None
-    """From the kit's pixels and matrix."""
+    """Crop made of the kit's pixels and matrix."""
     embedding: tuple[float, ...] | None = None
-    """From the kit's crop."""
+    """Embedding made of the kit's crop."""
     encodings: dict[str, str] = Field(default_factory=dict)
-    """From the kit's embedding."""
+    """Encodings made of the kit's embedding."""
     request: dict[str, object] | None = None
-    """From the kit's embedding."""
+    """Request made of the kit's embedding."""
     whole: tuple[float, ...] | None = None
     """Embedding from the photograph by the device's own detector and steps."""
 

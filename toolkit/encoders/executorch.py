@@ -25,7 +25,7 @@ from pkd.toolkit.encoders.base import NetEncoder
 from pkd.toolkit.images.codec import Rgb
 
 _TURN = threading.Lock()
-"""For every call of every program: a program is not safe between threads, and its pool of threads is the process's."""
+"""Lock of every call of every program: one is not safe between threads, and its pool of threads is the process's."""
 
 
 class ExecuTorchNet:
@@ -48,7 +48,7 @@ class ExecuTorchNet:
                 self._method = self._program.load_method("forward")
                 meta = self._method.metadata
                 self.shapes = (tuple(meta.input_tensor_meta(0).sizes()), tuple(meta.output_tensor_meta(0).sizes()))
-                """Of the input and the output."""
+                """Shapes of the input and the output."""
             except (RuntimeError, KeyError):
                 raise BundleError(f"{self.version} cannot read the program. Export the bundle again.") from None
 

@@ -15,7 +15,7 @@ ALIGNED_TO = "arcface5pt"
 TEMPLATE: NDArray[np.float64] = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
-"""Where ArcFace expects eyes, nose and mouth corners (left before right, as seen in the image) in 112×112 pixels."""
+"""Points of eyes, nose and mouth corners (left before right, as seen in the image) that ArcFace expects in 112×112."""
 
 
 def similarity(points: NDArray[np.floating], target: NDArray[np.floating] = TEMPLATE) -> NDArray[np.float64]:

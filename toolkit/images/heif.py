@@ -36,7 +36,7 @@ be compressed, or a list of thousands of entries that all show the same megabyte
 class _Item:
     kind: str = ""
     place: int = 0
-    """Where in the file its kind stands."""
+    """Place in the file where its kind stands."""
     data: bytes = b""
     properties: list[int] = field(default_factory=list)
 

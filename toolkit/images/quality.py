@@ -37,7 +37,7 @@ class Measure:
     better: Literal["high", "low"]
     """``low``: the value is best at 0, on either side of it."""
     needs: Literal["crop", "photograph", "detector"]
-    """What it can be measured on; ``detector``: only one that reports it."""
+    """Input that it can be measured on; ``detector``: only one that reports it."""
 
 
 MEASURES = (

@@ -87,7 +87,7 @@ class Identity:
     hair_volume: float = 0.0
     hair_length: float = 0.0
     parting: float = 0.0
-    """−1 … 1: where the parting lies, left to right."""
+    """Place of the parting, −1 (left) to 1 (right)."""
     beard: float = 0.0
     """Below 0 none … 1 full."""
     freckles: float = 0.0

@@ -64,7 +64,9 @@ def routes(service: Service) -> APIRouter:
     async def get_artifact(
         request: Request,
         encoder: Spec,
-        target: Annotated[str | None, Query(max_length=100, description="For example `openvino-int8`")] = None,
+        target: Annotated[
+            str | None, Query(max_length=100, description="Name of a target, for example `openvino-int8`")
+        ] = None,
         file: Annotated[str | None, Query(max_length=400, description="A file of the bundle, or of the target")] = None,
         as_: Annotated[Literal["bundle"] | None, Query(alias="as", description="The whole bundle as a zip")] = None,
     ) -> Response:

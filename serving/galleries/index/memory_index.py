@@ -31,7 +31,7 @@ class Rows:
     attributes: Sequence[Attributes]
     """Distinct sets of attributes, fewer than N."""
     described: Ints
-    """Which of them each subject has."""
+    """Number of the one that each subject has."""
     vectors: Floats
     """N×D."""
 

@@ -27,7 +27,7 @@ from pkd.serving.galleries.templates import cannot_begin, left_behind, not_migra
 
 FIELDS = {"id": 64, "name": 64, "data": 60_000}
 ROW_SECONDS = 0.3
-"""How long a gallery's row is believed before it is read again."""
+"""Time that a gallery's row is believed before it is read again, seconds."""
 NOBODY = "check"
 """An id that no gallery has."""
 

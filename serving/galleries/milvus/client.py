@@ -25,13 +25,13 @@ Row = dict[str, Any]
 Consistency = Literal["bounded", "strong"]
 
 STALE_SECONDS = 0.5
-"""How old another process's write may be and still be missed. Clocks must agree better than that: use NTP."""
+"""Greatest age of another process's write that may be missed, seconds. Clocks must agree better than that: use NTP."""
 PAGE = 1_000
 """Rows that a query answers at a time."""
 MAX_ROWS = 16_384
 """Largest number of rows that Milvus gives for one query or search."""
 SLOW_SECONDS = 30.0
-"""How long loading or flushing a collection may take; nobody waits for an answer meanwhile."""
+"""Longest time to load or flush a collection, seconds; nobody waits for an answer meanwhile."""
 RETRY_SECONDS = 1.0
 NO_COLLECTION = 100
 """Milvus' code for a missing collection since 2.3. The code of before, 4, now says that there are too many requests."""

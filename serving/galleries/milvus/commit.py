@@ -51,9 +51,9 @@ from pkd.serving.galleries.store import Enrolment
 from pkd.serving.galleries.templates import STORED, unit_rows
 
 SWEEP_SECONDS = 3600.0
-"""How old a journal must be to be repaired: its process is taken for dead."""
+"""Age from which a journal is repaired, seconds: its process is taken for dead."""
 ENROLMENT_SECONDS = SWEEP_SECONDS / 2
-"""How long an enrolment may take until its commit; it is given up after that, before anyone repairs it."""
+"""Longest time of an enrolment until its commit, seconds; it is given up after that, before anyone repairs it."""
 
 
 @dataclass(frozen=True)

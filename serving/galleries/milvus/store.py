@@ -78,9 +78,9 @@ EXPORTED = 200
 """Subjects read at a time by an export."""
 ATTEMPTS = 5
 COVERS = ("rows", "index")
-"""What a receipt may claim: nothing answers by it any more. When files follow, the audit log says: retention.py."""
+"""Claims of a receipt: nothing answers by it any more. When files follow, the audit log says: retention.py."""
 UNFINISHED = ("index",)
-"""What it may claim where Milvus failed halfway: nobody is found, and a sweep deletes the rows."""
+"""Claims of one where Milvus failed halfway: nobody is found, and a sweep deletes the rows."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class MilvusOptions:
     stopped_seconds: float = 60.0
     """Age of a journal that most likely only a sweep will clear; a purge waits for that."""
     row_seconds: float = ROW_SECONDS
-    """How long a gallery's row is believed before it is read again."""
+    """Time that a gallery's row is believed before it is read again, seconds."""
     recheck_seconds: float = 2.0
     """Time after which ``verify`` looks again at what did not fit."""
 

@@ -84,11 +84,11 @@ class SqliteOptions:
     follow_seconds: float = FOLLOW_SECONDS
     """Time between looks at what other processes committed, where no search looks anyway."""
     busy_seconds: float = BUSY_SECONDS
-    """How long a write waits for those of other processes."""
+    """Longest time that a write waits for those of other processes."""
     patience_seconds: float = 0.2
-    """How long a search waits for changes that another thread is taking in; then it answers by what is known."""
+    """Longest time that a search waits for changes that another thread takes in; then it answers by what is known."""
     changes_kept_seconds: float = 3600
-    """How long a change is kept for processes to follow; one that was silent for longer reads everything anew."""
+    """Time that a change is kept for processes to follow; one that was silent for longer reads everything anew."""
     expired_at_once: int = 1_000
     """Subjects whose templates are deleted in one transaction: other processes wait for it."""
     pause_seconds: float = 0.02

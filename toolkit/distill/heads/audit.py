@@ -58,7 +58,7 @@ class Audit(Record):
     merged: tuple[Merged, ...] = ()
     """Classes that were merged before this audit."""
     fault: str | None = None
-    """Why this head must not be used, None if it may."""
+    """Reason why this head must not be used, None if it may."""
 
 
 @dataclass(frozen=True)

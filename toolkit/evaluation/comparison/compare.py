@@ -33,16 +33,16 @@ class Ranked(Record):
     gallery: str
     """Encoder id of the gallery side."""
     training: Training | None
-    """How the query side's encoder was trained; None where its file does not tell."""
+    """Training of the query side's encoder; None where its file does not tell."""
     flip: bool
     first: Measured
-    """What is ranked by: macro (balanced), where the statistic knows identities."""
+    """Value that is ranked by: macro (balanced), where the statistic knows identities."""
     raw: Measured | None
     """Micro (raw); None for statistics without it."""
     behind_best: PairedDifference | None
     """This run minus the best; None for the best."""
     p_adjusted: float | None
-    """Of ``behind_best``, adjusted over all pairs of runs (Holm 1979)."""
+    """p of ``behind_best``, adjusted over all pairs of runs (Holm 1979)."""
     comparison: Comparison | None
     """The encoder pair's own results, for its curves; None for statistics without."""
 
@@ -65,7 +65,7 @@ class Ranking(Record):
     """ISO 8601, UTC."""
     cell: str
     by: str
-    """What is ranked by: a name in ``STATISTICS``."""
+    """Statistic that is ranked by: a name in ``STATISTICS``."""
     target: float | None
     """Target false match (or false positive identification) rate; None for statistics without one."""
     data: Data
@@ -94,7 +94,7 @@ class Statistic:
     key: str
     """After the encoder pair in ``ResampleValues.values``. ``{}``: the target rate."""
     target: str
-    """What the target rate is; empty where there is none."""
+    """Target rate in words; empty where there is none."""
     falls: bool
     """True where less is better."""
     find: Callable[[Evaluation], Mapping[str, ByTarget]]
@@ -150,7 +150,7 @@ STATISTICS = {
     "rank-1": Statistic("rank-1 rate", "rank_balanced/1", "", False, _rank_1),
     "fnir": Statistic("FNIR at FPIR {}", "fnir_balanced/{}", "FPIR", True, _fnir),
 }
-"""By the name that ``--by`` takes."""
+"""Statistics by the name that ``--by`` takes."""
 
 
 def rank(runs: Sequence[Run], *, by: str | None = None, cell: str | None = None, at: float | None = None) -> Ranking:

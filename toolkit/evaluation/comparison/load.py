@@ -18,7 +18,7 @@ REMEDY = {
     "resamples": "the same --bootstrap",
     "seed": "the same --seed",
 }
-"""What makes two evaluations pairable, by the entries of ``ResampleValues.drawn``."""
+"""Requirements that make two evaluations pairable, by the entries of ``ResampleValues.drawn``."""
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ class PairList:
     same: NDArray[np.bool_]
     """True where the list says that both show one person."""
     fold: Ints
-    """From 0."""
+    """Fold of each pair, counted from 0."""
     sides_differ: bool = False
     """First and second images may be of different kinds, so that T–S is not S–T with other pairs."""
     notes: tuple[str, ...] = ()
-    """What a reader must know of the list."""
+    """Remarks that a reader must know of the list."""
 
     @property
     def folds(self) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 NUMPY = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 KINDS = frozenset("bui")
-"""Of numpy's kinds: truth values and whole numbers."""
+"""Kinds of numpy's that are read: truth values and whole numbers."""
 
 
 class NotPlain(ValueError):

@@ -22,7 +22,7 @@ from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Mask, 
 from pkd.toolkit.evaluation.results.schema import LabelFile
 
 NAMED = 10
-"""How many identities without a value are named."""
+"""Most identities without a value that are named."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class PairScores:
     impostor_gallery: Ids
     """Gallery image of each kept impostor pair."""
     weight: Doubles
-    """How many impostor pairs each kept one stands for: 1 at and above ``cut``."""
+    """Number of impostor pairs that each kept one stands for: 1 at and above ``cut``."""
     cut: float
     """At and above this score every impostor pair is kept; −inf where all are."""
     histogram: Ints

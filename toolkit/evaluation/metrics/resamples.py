@@ -30,7 +30,7 @@ class ResampleValues:
     """Hold the per-resample values of one evaluation."""
 
     source: dict[str, str]
-    """What was resampled: data digest, protocol, resamples, seed. Equal for evaluations that can be paired."""
+    """Source of the resamples: data digest, protocol, resamples, seed. Equal for evaluations that can be paired."""
     values: dict[str, Doubles] = field(default_factory=dict)
     """``<encoder pair>/<statistic>[/<target>]``, as ``S–T/tar_balanced/0.001`` → float64, one entry per resample."""
 

@@ -238,7 +238,7 @@ INTERVALS = (
     "much for true accept rates (Korn and Graubard 1998), log-normal with the noise of pairs counted once for false "
     "match rates"
 )
-"""What bootstrap.py does, in words."""
+"""Method of bootstrap.py in words."""
 
 
 def certify(comparison: Comparison, evaluation: Evaluation) -> Certificate:

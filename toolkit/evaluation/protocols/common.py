@@ -47,9 +47,9 @@ class EncoderSet:
     maps: dict[str, Encoder] = field(default_factory=dict)
     """Letter → the control behind a linear map into the teacher's space."""
     baseline: Control | None = None
-    """What report.json says of control and maps, where there are maps."""
+    """Part of report.json about control and maps, where there are maps."""
     warnings: tuple[str, ...] = ()
-    """What was found about the encoders and the faces before anything was measured."""
+    """Warnings about the encoders and the faces, found before anything was measured."""
 
     @property
     def encoders(self) -> dict[str, Encoder]:

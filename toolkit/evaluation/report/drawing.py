@@ -38,7 +38,7 @@ class Picture:
     name: str
     """Stem of the PNG's name, and part of every id in the SVG: unique within a page."""
     words: str
-    """What it shows, for those who cannot see it."""
+    """Description of the figure, for those who cannot see it."""
     size: tuple[float, float]
     """Inches."""
     draw: Callable[[Any], None]

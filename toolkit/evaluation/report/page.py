@@ -29,7 +29,7 @@ MEANING = {
     "P–T": "control turned into the teacher’s space (orthogonal Procrustes) against the teacher’s gallery",
     "R–T": "control mapped into the teacher’s space (affine ridge regression) against the teacher’s gallery",
 }
-"""What each ordered pair of encoders is. The query side is named first."""
+"""Description of each ordered pair of encoders. The query side is named first."""
 
 
 def render_page(template: str, **context: Any) -> str:

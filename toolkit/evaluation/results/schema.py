@@ -15,7 +15,7 @@ class PairedDifference(Record):
     """Hold A − B of one statistic."""
 
     difference: float
-    """As observed over all people."""
+    """Difference that was observed over all people."""
     ci95: Interval
     """95 % interval over people: both sides measured on the same drawn people."""
     p: float
@@ -228,7 +228,7 @@ class Identification(Record):
     gallery: str
     """Encoder id of the entries."""
     galleries: str
-    """Who is enrolled."""
+    """Description of who is enrolled."""
     enrolled: tuple[int, ...]
     """People in each gallery; the searches of several are counted together."""
     mated_searches: int
@@ -281,7 +281,7 @@ class LinearMap(Record):
     encoder: str
     """Encoder id of control and map together."""
     penalty: float | None
-    """λ of the ridge: the loss is the mean squared error over the images plus λ‖W‖². None without one."""
+    """Penalty λ of the ridge: the loss is the mean squared error over the images plus λ‖W‖². None without one."""
     fit_cosine: float
     """Mean cosine to the teacher's embeddings of the images that the map was fitted on."""
     held_out_cosine: float
@@ -323,7 +323,7 @@ class Control(Record):
 
 
 Training = dict[str, str | int | float | bool | None]
-"""What a run or a bundle says of how an encoder was trained."""
+"""Training of an encoder, as its run or bundle tells it."""
 
 
 class LabelFile(Record):
@@ -366,7 +366,7 @@ class Discard(Record):
     change: tuple[float, ...]
     """FNMR minus that without discarding."""
     change_ci95: tuple[Interval, ...]
-    """Of the difference, over the same resampled identities."""
+    """Interval of the difference, over the same resampled identities."""
 
 
 class Evaluation(Record):
@@ -392,7 +392,7 @@ class Evaluation(Record):
     gains: tuple[Gain, ...] = ()
     costs: tuple[MappingCost, ...] = ()
     training: dict[str, Training] = Field(default_factory=dict)
-    """By letter, of those encoders whose run or bundle tells."""
+    """Trainings by letter, of those encoders whose run or bundle tells."""
     labels: LabelFile | None = None
     comparisons: tuple[Comparison, ...] = ()
     pair_accuracies: tuple[PairAccuracy, ...] = ()
