@@ -68,25 +68,13 @@ def test_a_run_becomes_a_bundle_without_noise(tmp_path: Path) -> None:
     assert self_test(bundle, open_bundle(bundle).embed) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "said"),
-    [
-        (["-o", "made"], 2, "Give one of RUN, --teacher SPEC and --from-bundle BUNDLE."),
-        (["--teacher", "t.onnx", "-o", "made"], 2, "preprocessing is not stated"),
-        (["--teacher", "text.onnx", *STATED, "-o", "made"], 2, "text.onnx: onnxruntime cannot load it"),
-        (["--teacher", "t.onnx", *STATED, "-o", "text.onnx", "--force"], 2, "not a bundle"),
-        (["--teacher", "t.onnx", *STATED, "-o", "t.onnx/made"], 2, "t.onnx is a file"),
-    ],
-)
-def test_bad_input_is_one_line_and_an_exit_code(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
-    teacher_file(tmp_path / "t.onnx")
+def test_bad_input_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("not a network")
-    done = export(tmp_path, *arguments)
-    assert done.returncode == code
-    assert said in done.stderr.splitlines()[-1]
+    done = export(tmp_path, "--teacher", "text.onnx", *STATED, "-o", "made")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "text.onnx: onnxruntime cannot load it" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.onnx", "text.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["text.onnx"]
 
 
 def test_help_shows_examples_and_exit_codes(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_bad_options_are_refused_in_one_line(
         (["empty", "--teacher-preprocess", STATED, *out], "goes with --teacher"),
         ([*teacher, "-o", "project", "--force"], "not a bundle"),
         ([*teacher, "-o", "t.onnx", "--force"], "not a bundle"),
+        ([*teacher, "-o", "t.onnx/made"], "t.onnx is a file"),
         ([*teacher, *out, "--float-nchw", "float.pb"], r".onnx"),
         ([*teacher, *out, "--float-nchw", "made/float.onnx"], "inside the bundle"),
         ([*teacher, *out, "--float-nchw", "empty"], ".onnx"),
