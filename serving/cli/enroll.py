@@ -8,7 +8,6 @@ and the options, so that running it again enrols what is missing and neither emb
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import json
@@ -19,11 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field, model_validator
 from rich.console import Console
 
-from pkd.toolkit.core.cli_support import Result, make_parser, run
+from pkd.toolkit.core.cli_options import Argument, Options, run_command
+from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError, PkdError
 from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.core.text import read_text
@@ -81,87 +82,98 @@ class Outcome:
     replayed: bool = False
 
 
+class EnrollOptions(Options):
+    """Hold what pkd-enroll was asked for."""
+
+    dir: Annotated[Path, Argument("DIR", positional=True)]
+    """Folder with one folder of photographs per subject."""
+    server: Annotated[str, Argument("URL")]
+    """Address of pkd-serve."""
+    gallery: Annotated[str, Argument("NAME")]
+    """Gallery to enrol into."""
+    create: bool = False
+    """Create the gallery if it is not there."""
+    space: Annotated[str | None, Argument("ID")] = None
+    """Space of a created gallery; the server's default one where left out."""
+    retention_days: Annotated[float | None, Argument("N")] = None
+    """Days after which the templates of a created gallery are deleted."""
+    encoder: Annotated[str | None, Argument("ID")] = None
+    """Loaded encoder; one of the gallery's space where left out."""
+    aligned: bool = False
+    """The photographs are aligned crops of pkd-align."""
+    faces: Literal["exactly_one", "largest"] = "exactly_one"
+    """Faces that are taken where several are found."""
+    options: Annotated[str, Argument("JSON")] = "{}"
+    """Further fields of each enrolment: attributes, consent, quality."""
+    api_key_file: Annotated[Path | None, Argument("FILE")] = None
+    """File with the API key; the variable PKD_API_KEY where left out."""
+    jobs: Annotated[int, Field(ge=1)] = 4
+    """Requests at a time."""
+    failed: Annotated[Path, Argument("CSV")] = Path("failed.csv")
+    """Table of what was refused."""
+
+    @model_validator(mode="after")
+    def _of_a_created_gallery(self) -> EnrollOptions:
+        for option, value in (("--space", self.space), ("--retention-days", self.retention_days)):
+            if value is not None and not self.create:
+                raise InputError(f"{option} {value}: it is for a gallery that is made. Pass --create, too.")
+        return self
+
+    def enrolment(self) -> dict[str, Any]:
+        """Return the fields that each enrolment is sent with. Raises InputError for --options that are no object."""
+        try:
+            given = json.loads(self.options)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise InputError(
+                f'--options {self.options}: give a JSON object, for example {{"attributes": {{"site": "a"}}}}.'
+            )
+        chosen = {"encoder": self.encoder} if self.encoder else {}
+        return {"faces": self.faces, "aligned": self.aligned, **chosen, **given}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``pkd-enroll``; returns the exit code."""
-    parser = make_parser(
-        "pkd-enroll",
+    description = (
         "Enrol photographs into a gallery of a running server: one folder per subject, named as the subject. What was "
         "refused is listed with the reason in the file of --failed. Run again to continue: nobody is enrolled twice. "
-        "Exits with 1 where a subject got no template at all.",
-        EXAMPLES,
+        "Exits with 1 where a subject got no template at all."
     )
-    parser.add_argument("dir", type=Path, metavar="DIR", help="folder with one folder of photographs per subject")
-    parser.add_argument("--server", required=True, metavar="URL", help="address of pkd-serve")
-    parser.add_argument("--gallery", required=True, metavar="NAME", help="gallery to enrol into")
-    parser.add_argument("--create", action="store_true", help="create the gallery if it is not there")
-    parser.add_argument("--space", metavar="ID", help="space of a created gallery (default: of the server's default)")
-    parser.add_argument(
-        "--retention-days",
-        type=float,
-        metavar="N",
-        help="days after which the templates of a created gallery are deleted",
-    )
-    parser.add_argument("--encoder", metavar="ID", help="loaded encoder (default: one of the gallery's space)")
-    parser.add_argument("--aligned", action="store_true", help="the photographs are aligned crops of pkd-align")
-    parser.add_argument(
-        "--faces",
-        choices=("exactly_one", "largest"),
-        default="exactly_one",
-        help="faces that are taken where several are found",
-    )
-    parser.add_argument(
-        "--options", metavar="JSON", default="{}", help="further fields of each enrolment: attributes, consent, quality"
-    )
-    parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="file with the API key (default: the variable PKD_API_KEY)"
-    )
-    parser.add_argument("--jobs", type=int, default=4, metavar="N", help="requests at a time (default: 4)")
-    parser.add_argument(
-        "--failed",
-        type=Path,
-        default=Path("failed.csv"),
-        metavar="CSV",
-        help="table of what was refused (default: failed.csv)",
-    )
-    return run(parser, enroll, argv)
+    return run_command("pkd-enroll", description, EXAMPLES, EnrollOptions, enroll, argv)
 
 
-def enroll(args: argparse.Namespace, console: Console) -> Result:
-    """Enrol everything below ``args.dir``; returns the counts that the command prints."""
+def enroll(options: EnrollOptions, console: Console) -> Result:
+    """Enrol everything below ``options.dir``; returns the counts that the command prints."""
     from pkd.serving.client import Client
 
-    if args.jobs < 1:
-        raise InputError(f"--jobs {args.jobs}: give 1 or more.")
-    for option, value in (("--space", args.space), ("--retention-days", args.retention_days)):
-        if value is not None and not args.create:
-            raise InputError(f"{option} {value}: it is for a gallery that is made. Pass --create, too.")
-    options = _options(args)
-    photos, failed = _list(args.dir)
+    enrolment = options.enrolment()
+    photos, failed = _list(options.dir)
     outcomes = [*failed]
-    with Client(args.server, _key(args.api_key_file)) as client:
-        if args.create:
-            days = args.retention_days
-            client.create_gallery(args.gallery, args.space, None if days is None else days * 86_400)
-        target = Target(args.gallery, _space(client, args), options)
+    with Client(options.server, _key(options.api_key_file)) as client:
+        if options.create:
+            days = options.retention_days
+            client.create_gallery(options.gallery, options.space, None if days is None else days * 86_400)
+        target = Target(options.gallery, _space(client, options), enrolment)
         try:
             with ConsoleProgress(console)("enrolling", len(photos)) as advance:
-                for some in _all(client, args.dir, target, photos, args.jobs):
+                for some in _all(client, options.dir, target, photos, options.jobs):
                     outcomes += some
                     advance(len(some))
         finally:
-            _write(args.failed, [one for one in outcomes if one.reason is not None])
-    return _report(console, args, outcomes)
+            _write(options.failed, [one for one in outcomes if one.reason is not None])
+    return _report(console, options, outcomes)
 
 
-def _space(client: Client, args: argparse.Namespace) -> str:
+def _space(client: Client, options: EnrollOptions) -> str:
     """Return the space that templates go into now: in a gallery that is being migrated, the second one."""
     from pkd.serving.client import Refused
 
     try:
-        now = client.gallery(args.gallery)
+        now = client.gallery(options.gallery)
     except Refused as refused:
         if refused.type == "unknown-gallery":
-            raise InputError(f"{args.server} has no gallery {args.gallery}. Pass --create to make it.") from None
+            raise InputError(f"{options.server} has no gallery {options.gallery}. Pass --create to make it.") from None
         raise
     return (now.moving_to or now.space).id
 
@@ -203,23 +215,6 @@ def _send(client: Client, root: Path, target: Target, photos: Sequence[Photo]) -
     return outcomes
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    try:
-        given = json.loads(args.options)
-    except ValueError:
-        given = None
-    if not isinstance(given, dict):
-        raise InputError(
-            f'--options {args.options}: give a JSON object, for example {{"attributes": {{"site": "a"}}}}.'
-        )
-    return {
-        "faces": args.faces,
-        "aligned": args.aligned,
-        **({"encoder": args.encoder} if args.encoder else {}),
-        **given,
-    }
-
-
 def _list(root: Path) -> tuple[list[Photo], list[Outcome]]:
     """List photographs below ``root``, and files that are none. Hidden files are ignored."""
     if not root.is_dir():
@@ -257,7 +252,7 @@ def _write(path: Path, failed: Sequence[Outcome]) -> None:
             writer.writerow([one.photo.name, one.photo.subject, one.type, one.reason])
 
 
-def _report(console: Console, args: argparse.Namespace, outcomes: Sequence[Outcome]) -> Result:
+def _report(console: Console, options: EnrollOptions, outcomes: Sequence[Outcome]) -> Result:
     failed = [one for one in outcomes if one.reason is not None]
     enrolled = [one for one in outcomes if one.reason is None]
     subjects = {one.photo.subject for one in outcomes if one.type != "no-subject"}
@@ -266,20 +261,20 @@ def _report(console: Console, args: argparse.Namespace, outcomes: Sequence[Outco
     said = f"{len(enrolled) - before:,} photographs enrolled, {before:,} were already, {len(failed):,} refused"
     if failed:
         types = ", ".join(f"{count:,} {type}" for type, count in Counter(one.type for one in failed).most_common())
-        said += f" ({types}; see {args.failed})"
+        said += f" ({types}; see {options.failed})"
     console.print(f"{said}.", markup=False, soft_wrap=True)
     if without:
         raise PkdError(
             f"{len(without):,} of {len(subjects):,} subjects have no template (first: {without[0]}). "
-            f"The reasons are in {args.failed}; run again once they are mended."
+            f"The reasons are in {options.failed}; run again once they are mended."
         )
     return {
-        "gallery": args.gallery,
+        "gallery": options.gallery,
         "subjects": len(subjects),
         "enrolled": len(enrolled) - before,
         "already_enrolled": before,
         "refused": len(failed),
-        "failed": str(args.failed),
+        "failed": str(options.failed),
     }
 
 
