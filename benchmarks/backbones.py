@@ -134,7 +134,7 @@ def training_rates(students: list[str], rounds: int = 6) -> dict[str, float]:
     """Images per CPU-second of forward, backward and AdamW on random pixels, the students by turns (median)."""
     pixels = torch.randn(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
     target = normalize(torch.randn(BATCH, DIM))
-    networks: dict[str, nn.Module] = {s: build(s, DIM).train().to(memory_format=torch.channels_last) for s in students}
+    networks: dict[str, nn.Module] = {s: build(s, DIM).train().to(memory_format=torch.channels_last) for s in students}  # type: ignore[call-overload]
     optimisers = {s: torch.optim.AdamW(network.parameters(), lr=1e-3) for s, network in networks.items()}
     times: dict[str, list[float]] = {student: [] for student in students}
     for _ in range(rounds):

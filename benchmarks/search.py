@@ -85,7 +85,7 @@ def searches(count: int) -> Report:
         }
         measured[str(threads)] = _in_turns(ways, queries, threads, max(each, threads))
     filters: dict[str, Search] = {
-        part: (lambda query, part=part: index.search("e", query[None], TOP, {part: "0"}))
+        part: (lambda query, part=part: index.search("e", query[None], TOP, {part: "0"}))  # type: ignore[misc]
         for part in ("tenth", "hundredth")
     }
     measured["filtered"] = _in_turns(filters, queries, 1, each)

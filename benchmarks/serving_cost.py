@@ -85,7 +85,8 @@ def main() -> int:
             peers["LitServe"] = stack.enter_context(litserve_process(bundle))
         if importlib.util.find_spec("deepface"):
             peers["deepface"] = stack.enter_context(deepface_process(bundle, Path(folder, "deepface")))
-        cosines, rounds = {}, []
+        cosines: dict[str, Any] = {}
+        rounds: list[Any] = []
         for _ in shown(args.rounds):
             # New processes in every round: where their memory happens to lie makes some per cent of difference.
             with pkd_serve(bundle) as ours, bare(bundle) as alone:
@@ -282,7 +283,7 @@ def answering(server: Server, path: str) -> Server:
                 return server
         except OSError:
             continue
-    raise TimeoutError(f"{server.process.args}: did not start within a minute")
+    raise TimeoutError(f"{server.process.args!r}: did not start within a minute")
 
 
 def as_body(image: bytes) -> tuple[str, bytes]:

@@ -98,7 +98,7 @@ def case(folder: Path, faces: FaceSet, method: str, student: str, *, turns: int)
     with RunLog(trainer.config.run, 0, 10**6, batch, Console(quiet=True)) as log:
         run = _trainer_steps(trainer, log, steps)
         for turn in range(turns + 1):
-            here, there = _cpu(lambda: bare_steps(trainer, noise, steps)), _cpu(lambda turn=turn: run(turn))
+            here, there = _cpu(lambda: bare_steps(trainer, noise, steps)), _cpu(lambda turn=turn: run(turn))  # type: ignore[misc]
             if turn:  # the first is for caches and memory
                 bare.append(here / steps / batch * 1e3)
                 training.append(there / steps / batch * 1e3)
@@ -144,7 +144,7 @@ def loader_cost(faces: FaceSet) -> Report:
     for workers in (1, 2):
         loader = Loader(faces, 64, SIZE, augment=0.2, seed=1, workers=workers)
         began = time.monotonic()
-        spent = _cpu(lambda loader=loader: sum(len(b.indices) for b in loader.run(0, batches)))
+        spent = _cpu(lambda loader=loader: sum(len(b.indices) for b in loader.run(0, batches)))  # type: ignore[misc]
         report[f"images_per_second_{workers}"] = 64 * batches / (time.monotonic() - began)
         report["ms"] = spent / 64 / batches * 1e3
     return report
@@ -161,7 +161,7 @@ def prepared(folder: Path, faces: FaceSet) -> Prepared:
     head = Head(torch.from_numpy(_units(random, len(faces.identities))), faces.identities, "random")
     made = {"faces": faces, "labels": faces.labels, "data_digest": "", "targets": (targets, targets), "head": head}
     rest = {f.name: None for f in dataclasses.fields(Prepared) if f.name not in made}
-    return Prepared(**{**rest, **made, "identities": faces.identities})
+    return Prepared(**{**rest, **made, "identities": faces.identities})  # type: ignore[arg-type]
 
 
 def table(results: Report) -> str:

@@ -210,7 +210,7 @@ def test_no_crop_at_all_is_an_error(tmp_path: Path, detector: str) -> None:
 def test_a_stop_leaves_whole_crops_and_the_next_run_goes_on(tmp_path: Path, detector: str) -> None:
     (tmp_path / "photos/ann").mkdir(parents=True)
     image = cv2.resize(picture(640, 480, (320, 240)), (2560, 1920), interpolation=cv2.INTER_NEAREST)
-    write_rgb(tmp_path / "photos/ann/0.png", image)
+    write_rgb(tmp_path / "photos/ann/0.png", image)  # type: ignore[arg-type]
     for i in range(1, 30):
         (tmp_path / f"photos/ann/{i}.png").hardlink_to(tmp_path / "photos/ann/0.png")
     faces = tmp_path / "faces"

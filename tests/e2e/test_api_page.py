@@ -18,11 +18,11 @@ TEXT = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 DOCUMENT = json.loads((ROOT / "docs" / "openapi.json").read_text(encoding="utf-8"))
 
 
-def blocks(language):
+def blocks(language: Any) -> Any:
     return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
-def test_the_program(tmp_path, monkeypatch, capsys):
+def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fleet = made.fleet(tmp_path / "bundles")
     for index, name in enumerate(("ann", "bob")):
         (tmp_path / "faces/test" / name).mkdir(parents=True)
@@ -48,7 +48,7 @@ def test_the_example_of_a_refusal() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENT["paths"] if path.startswith("/v1")])
-def test_every_route_is_on_the_page(path):
+def test_every_route_is_on_the_page(path: str) -> None:
     short = path.replace("/v1/galleries/{gallery}", "…")
     bare = path.removeprefix("/v1") if path in ("/v1/embed", "/v1/verify") else path
     assert any(f"{form}`" in TEXT or f"{form}?" in TEXT for form in (path, short, bare))

@@ -144,7 +144,7 @@ def test_pair_list_with_folds_and_without(world: Path, tmp_path: Path) -> None:
         for k in (0, 10, 20)
     )
     (tmp_path / "pairs.txt").write_text("3\t4\n" + folds)
-    more = ("--pairs", tmp_path / "pairs.txt", "--faces", world / "faces")
+    more: tuple[str | Path, ...] = ("--pairs", tmp_path / "pairs.txt", "--faces", world / "faces")
     made = evaluate(world, tmp_path / "view2", *more, "--student", world / "student", "--flip")
     assert [a.name for a in made.pair_accuracies] == ["T–T", "S–T", "S–S"]
     best = made.pair_accuracies[0]

@@ -141,7 +141,7 @@ def mutations(known: Mapping[str, bytes], seed: int) -> Iterator[bytes]:
                 other = whole[rng.integers(len(whole))]
                 data = data[: rng.integers(len(data))] + bytearray(other[rng.integers(len(other)) :])
             case _:
-                data = bytearray(rng.bytes(rng.integers(1, 4000)))
+                data = bytearray(rng.bytes(rng.integers(1, 4000)))  # type: ignore[arg-type]
         yield bytes(data)
 
 

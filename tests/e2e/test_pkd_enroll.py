@@ -7,14 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pkd.serving.api.api_keys import new_key
 from pkd.serving.cli.enroll import main
-from pkd.serving.client import Client, Embedding, Refused, connection
+from pkd.serving.client import Client, Embedding, Refused
 from tests.support import gallery_fixtures as made
 from tests.support.server_process import serving, with_gallery
 
@@ -23,7 +25,7 @@ ENROLL = [sys.executable, "-m", "pkd.serving.cli.enroll"]
 
 
 @contextmanager
-def guarded(folder, bundles, *options):
+def guarded(folder: Path, bundles: Any, *options: Any) -> Iterator[Any]:
     """pkd-serve with a gallery and two keys; yields its URL and the keys: everything, and enrol alone."""
     keys = [new_key("operator", "embed,verify,enrol,delete,admin"), new_key("intake", "enrol")]
     (folder / "keys.txt").write_text("\n".join(one["line"] for one in keys) + "\n")
@@ -33,7 +35,7 @@ def guarded(folder, bundles, *options):
         server.stop()
 
 
-def enroll(folder, url, key, *options):
+def enroll(folder: Path, url: Any, key: Any, *options: Any) -> Any:
     command = [*ENROLL, folder, "--server", url, "--gallery", "staff", "--failed", folder.parent / "failed.csv"]
     environment = {**os.environ, "PKD_API_KEY": key}
     done = subprocess.run([*map(str, command), *options], capture_output=True, text=True, timeout=60, env=environment)
@@ -42,7 +44,7 @@ def enroll(folder, url, key, *options):
     return done, list(csv.DictReader(written.read_text().splitlines())) if written.exists() else []
 
 
-def test_from_a_folder_to_a_search(tmp_path):
+def test_from_a_folder_to_a_search(tmp_path: Path) -> None:
     fleet = made.fleet(tmp_path / "bundles")
     people = tmp_path / "people"
     for index, name in enumerate(("ann", "bob", "eve")):
@@ -88,7 +90,7 @@ def test_from_a_folder_to_a_search(tmp_path):
         assert client.delete_subject("staff", "eve").sequence > receipt.sequence
 
 
-def test_everybody_is_sent_again_into_the_second_space_of_a_migration(tmp_path):
+def test_everybody_is_sent_again_into_the_second_space_of_a_migration(tmp_path: Path) -> None:
     fleet = made.fleet(tmp_path / "bundles")
     people = tmp_path / "people"
     for index, name in enumerate(("ann", "bob")):
@@ -112,17 +114,17 @@ def test_everybody_is_sent_again_into_the_second_space_of_a_migration(tmp_path):
         assert json.loads(done.stdout)["already_enrolled"] == 2
 
 
-def made_query(fleet, index):
+def made_query(fleet: made.Fleet, index: int) -> Any:
     """As a device with the second student sends it."""
     return Embedding(fleet.second.embed(made.CROPS[index : index + 1])[0], fleet.second.info.id)
 
 
-def test_what_cannot_begin(tmp_path, capsys, monkeypatch):
+def test_what_cannot_begin(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     people = tmp_path / "people"
     (people / "ann").mkdir(parents=True)
     (people / "ann" / "1.png").write_bytes(b"x")
-    monkeypatch.setattr(connection.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
     for folder, options, code, said in (
         (tmp_path / "nowhere", (), 2, "no such folder"),

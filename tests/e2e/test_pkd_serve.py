@@ -12,6 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -27,17 +30,17 @@ PNG = {"content-type": "image/png"}
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory):
+def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return made.family(tmp_path_factory.mktemp("bundles"))
 
 
-def refused(*arguments):
+def refused(*arguments: Any) -> Any:
     done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=60)
     assert done.stdout == "" and "Traceback" not in done.stderr
     return done.returncode, done.stderr.strip().splitlines()[-1]
 
 
-def test_a_device_and_a_server_agree(family):
+def test_a_device_and_a_server_agree(family: made.Family) -> None:
     """The student's graph runs here, as on a device, with onnxruntime alone; the teacher's gallery is an image."""
     with serving(*family.folders[:2], "--threads", "1") as server:
         vector = family.student.embed(made.crops(1, seed=3))[0].astype("<f2")
@@ -57,7 +60,7 @@ def test_a_device_and_a_server_agree(family):
         assert server.process.wait(20) == 0
 
 
-def test_two_at_once_and_json(family):
+def test_two_at_once_and_json(family: made.Family) -> None:
     with serving(family.folders[0]) as one, serving(family.folders[0], "--json") as two:
         assert one.url != two.url
         for server in (one, two):
@@ -67,18 +70,18 @@ def test_two_at_once_and_json(family):
         assert json.loads(two.stop()) == {"url": two.url, "encoders": [family.teacher.info.id]}
 
 
-def test_answers_on_a_kept_connection_do_not_wait_for_a_delayed_acknowledgement(family):
+def test_answers_on_a_kept_connection_do_not_wait_for_a_delayed_acknowledgement(family: made.Family) -> None:
     """With Nagle's algorithm on, not one of them comes in under 40 ms."""
     with serving(family.folders[0]) as server, httpx.Client(base_url=server.url) as client:
         seconds = [client.get("/v1/encoders").elapsed.total_seconds() for _ in range(60)]
     assert min(seconds[40:]) < 0.03  # the first ones are acknowledged at once in any case
 
 
-def test_sigterm_lets_a_request_in_progress_finish(family):
+def test_sigterm_lets_a_request_in_progress_finish(family: made.Family) -> None:
     with serving(family.folders[0]) as server:
         begun = threading.Event()
 
-        def slowly():
+        def slowly() -> Iterator[Any]:
             yield CROP[:200]
             begun.set()
             time.sleep(0.7)
@@ -99,7 +102,7 @@ def test_sigterm_lets_a_request_in_progress_finish(family):
             httpx.get(f"{server.url}/healthz")
 
 
-def test_beyond_loopback_only_with_keys(family, tmp_path):
+def test_beyond_loopback_only_with_keys(family: made.Family, tmp_path: Path) -> None:
     code, line = refused(family.folders[0], "--host", "0.0.0.0")
     assert code == 2 and "--api-keys" in line and "--insecure-no-keys" in line
     (tmp_path / "keys").write_text(hashlib.sha256(b"secret").hexdigest() + "  -\n")
@@ -110,7 +113,7 @@ def test_beyond_loopback_only_with_keys(family, tmp_path):
         assert httpx.get(f"{server.url}/v1/encoders").status_code == 200
 
 
-def test_a_taken_port(family):
+def test_a_taken_port(family: made.Family) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, line = refused(family.folders[0], "--port", port)
@@ -118,7 +121,7 @@ def test_a_taken_port(family):
     assert "--port" in line
 
 
-def test_what_cannot_be_served(family, tmp_path, capsys):
+def test_what_cannot_be_served(family: made.Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One as a process, the rest through the same entry point in this one: a start costs a second of CPU."""
     images = made.crops(4, seed=99)
     family.teacher.write(tmp_path / "wrong", golden=Golden(images, family.student.embed(images)))
@@ -147,13 +150,13 @@ def test_what_cannot_be_served(family, tmp_path, capsys):
     assert code == 2 and "golden crops come out" in line
 
 
-def test_a_default_that_no_certificate_covers_is_said_at_the_start(family):
+def test_a_default_that_no_certificate_covers_is_said_at_the_start(family: made.Family) -> None:
     with serving(family.folders[1], "--target-fmr", "1e-6") as server:
         assert any("FMR 1e-06 not covered" in line and "0.0001 to 0.01" in line for line in server.said)
 
 
 @pytest.mark.shared
-def test_a_real_photograph(family, shared):
+def test_a_real_photograph(family: made.Family, shared: Path) -> None:
     """The real detector on a real photograph; the encoder is the small one of these tests."""
     detector = shared / "models" / "yunet_n_dynamic.onnx"
     photograph = next((shared / "faces/lfw/raw-devtest").rglob("*.jpg"))
@@ -169,7 +172,7 @@ def test_a_real_photograph(family, shared):
 
 @pytest.mark.parametrize("package", ["orjson", "uvicorn", "prometheus_client"])
 @pytest.mark.parametrize("arguments", [["--help"], ["bundle"]])
-def test_without_its_extra_the_command_says_what_to_install(package, arguments, tmp_path):
+def test_without_its_extra_the_command_says_what_to_install(package: str, arguments: Any, tmp_path: Path) -> None:
     program = f"import sys; sys.modules[{package!r}] = None; from pkd.serving.cli.serve import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert "Traceback" not in done.stderr
@@ -192,26 +195,26 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_thread_that_never_ends_does_not_keep_the_process(family):
+def test_a_thread_that_never_ends_does_not_keep_the_process(family: made.Family) -> None:
     """SIGTERM had no effect while a decoder or a runtime was busy for hours."""
     arguments = [str(family.folders[0]), "--port", "0", "--drain-seconds", "1", "--request-seconds", "0.5"]
     process = subprocess.Popen([sys.executable, "-c", NEVER, *arguments], stderr=subprocess.PIPE, text=True)
     try:
-        url = next(line.split()[-1] for line in process.stderr if line.startswith("listening"))
+        url = next(line.split()[-1] for line in process.stderr if line.startswith("listening"))  # type: ignore[union-attr]
         answer = httpx.post(f"{url}/embed?aligned=true", content=CROP, headers=PNG)
         assert answer.status_code == 429
         process.terminate()
         begun = time.monotonic()
         assert process.wait(20) == 1
         assert time.monotonic() - begun < 8
-        assert "a thread did not end" in process.stderr.read()
+        assert "a thread did not end" in process.stderr.read()  # type: ignore[union-attr]
     finally:
         process.kill()
-        process.stderr.close()
+        process.stderr.close()  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
-def test_a_second_signal_does_not_wait(family):
+def test_a_second_signal_does_not_wait(family: made.Family) -> None:
     with serving(family.folders[0]) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as stuck:

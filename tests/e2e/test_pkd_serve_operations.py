@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -30,11 +32,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX sig
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory):
+def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return made.family(tmp_path_factory.mktemp("bundles"))
 
 
-def alive(pid):
+def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -43,7 +45,7 @@ def alive(pid):
 
 
 @pytest.fixture(scope="module")
-def two(family, tmp_path_factory):
+def two(family: made.Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two workers on one SQLite gallery, configured by variables."""
     folder = tmp_path_factory.mktemp("two")
     MasterKey.create(folder / "master")
@@ -64,19 +66,19 @@ def two(family, tmp_path_factory):
         PKD_SWEEP_SECONDS=0.2,
     ) as server:
         server.headers = {"authorization": "Bearer first"}
-        server.folder = folder
+        server.folder = folder  # type: ignore[attr-defined]
         yield server
         server.stop()
 
 
-def identify(server, vector, student):
+def identify(server: Any, vector: Any, student: Any) -> Any:
     body = {"query": {"embedding": vector.tolist(), "encoder": student}}
     answer = server.ask("POST", "/v1/galleries/staff/identify", json=body)
     assert answer.status_code == 200, answer.text
     return [one["subject"] for one in answer.json()["candidates"]]
 
 
-def test_workers_see_each_other_s_enrolments_and_deletions_within_a_second(two, family):
+def test_workers_see_each_other_s_enrolments_and_deletions_within_a_second(two: Any, family: made.Family) -> None:
     student, vector = family.student.info.id, family.student.embed(CROPS[:1])[0]
     assert two.ask("PUT", "/v1/galleries/staff", json={}).status_code == 201
     for _ in range(3):
@@ -88,14 +90,14 @@ def test_workers_see_each_other_s_enrolments_and_deletions_within_a_second(two, 
         assert two.ask("DELETE", "/v1/galleries/staff/subjects/ann").status_code == 200
         time.sleep(1)
         assert all(identify(two, vector, student) == [] for _ in range(12))
-        until(lambda before=before: len(two.requests()) >= before + 25)
+        until(lambda before=before: len(two.requests()) >= before + 25)  # type: ignore[misc]
         if len({entry["process"] for entry in two.requests()[before:]}) == 2:
             break  # both were asked; new connections go to whichever worker is first
     else:
         pytest.fail("one worker answered everything")
 
 
-def test_metrics_are_the_sum_over_workers_whichever_is_asked(two):
+def test_metrics_are_the_sum_over_workers_whichever_is_asked(two: Any) -> None:
     sent = 10
     before = value(two, 'pkd_requests_total{method="GET",route="/v1/spaces",status="200"}')
     for _ in range(sent):
@@ -106,12 +108,12 @@ def test_metrics_are_the_sum_over_workers_whichever_is_asked(two):
     assert value(two, "pkd_ready_workers") == 2
 
 
-def value(server, series):
+def value(server: Any, series: str) -> Any:
     page = server.ask("GET", "/metrics").text
     return next((float(line.split(" ")[-1]) for line in page.splitlines() if line.startswith(f"{series} ")), 0.0)
 
 
-def test_what_has_expired_is_deleted_and_counted_once(two):
+def test_what_has_expired_is_deleted_and_counted_once(two: Any) -> None:
     assert two.ask("PUT", "/v1/galleries/short", json={"retention_seconds": 1}).status_code == 201
     made_ = two.ask("POST", "/v1/galleries/short/subjects/bob/templates?aligned=true", content=CROP, headers=PNG)
     assert made_.status_code == 201
@@ -121,7 +123,7 @@ def test_what_has_expired_is_deleted_and_counted_once(two):
     assert value(two, "pkd_store_up") == 1
 
 
-def test_a_rate_holds_over_all_workers(two):
+def test_a_rate_holds_over_all_workers(two: Any) -> None:
     slow = {"authorization": "Bearer slow"}
     begun = time.monotonic()
     statuses = [two.ask("GET", "/v1/spaces", headers=slow).status_code for _ in range(30)]
@@ -129,7 +131,7 @@ def test_a_rate_holds_over_all_workers(two):
     assert 5 <= statuses.count(200) <= 5 + 5 * (time.monotonic() - begun) + 1
 
 
-def test_a_new_key_is_taken_without_a_restart_and_at_once_on_sighup(two):
+def test_a_new_key_is_taken_without_a_restart_and_at_once_on_sighup(two: Any) -> None:
     new = {"authorization": "Bearer second"}
     assert two.ask("GET", "/v1/spaces", headers=new).status_code == 401
     done = subprocess.run([COMMAND, "--new-api-key", "extra", "--json"], capture_output=True, text=True, check=True)
@@ -144,7 +146,7 @@ def test_a_new_key_is_taken_without_a_restart_and_at_once_on_sighup(two):
     assert two.ask("POST", "/v1/embed?aligned=true", content=CROP, headers={**PNG, **key}).status_code == 200
 
 
-def test_headers_that_do_not_arrive_close_the_connection(two):
+def test_headers_that_do_not_arrive_close_the_connection(two: Any) -> None:
     host, port = two.url.removeprefix("http://").split(":")
     for sent in (b"", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: "):
         with socket.create_connection((host, int(port)), timeout=10) as stuck:
@@ -154,9 +156,9 @@ def test_headers_that_do_not_arrive_close_the_connection(two):
             assert 0.3 < time.monotonic() - begun < 5
 
 
-def test_a_worker_that_dies_is_replaced_while_the_other_answers(two):
+def test_a_worker_that_dies_is_replaced_while_the_other_answers(two: Any) -> None:
     before = until(lambda: len(two.workers()) == 2 and two.workers())
-    victim = min(before)
+    victim = min(before)  # type: ignore[arg-type]
     os.kill(victim, signal.SIGKILL)
     until(lambda: any("was killed by SIGKILL; another one starts" in line for line in two.said))
     while len(two.workers()) < 2 or value(two, "pkd_ready_workers") < 2:
@@ -164,19 +166,19 @@ def test_a_worker_that_dies_is_replaced_while_the_other_answers(two):
     assert victim not in two.workers() and before & two.workers()
 
 
-def test_a_drain_can_be_watched_and_lets_a_request_in_progress_finish(family):
+def test_a_drain_can_be_watched_and_lets_a_request_in_progress_finish(family: made.Family) -> None:
     with serving(family.folders[0], "--workers", 2) as server:
         begun, go_on, answers = threading.Event(), threading.Event(), []
         watch = [httpx.Client(base_url=server.url) for _ in range(8)]
         assert all(one.get("/readyz").status_code == 200 for one in watch)
 
-        def slowly():
+        def slowly() -> Iterator[Any]:
             yield CROP[:200]
             begun.set()
             assert go_on.wait(20)
             yield CROP[200:]
 
-        def send():
+        def send() -> None:
             answers.append(httpx.post(f"{server.url}/embed?aligned=true", content=slowly(), headers=PNG, timeout=30))
 
         thread = threading.Thread(target=send)
@@ -186,7 +188,7 @@ def test_a_drain_can_be_watched_and_lets_a_request_in_progress_finish(family):
         workers = server.workers()
         server.process.send_signal(signal.SIGTERM)
 
-        def draining():
+        def draining() -> Any:
             for one in watch:
                 try:
                     answer = one.get("/readyz")
@@ -207,7 +209,7 @@ def test_a_drain_can_be_watched_and_lets_a_request_in_progress_finish(family):
             one.close()
 
 
-def test_workers_do_not_outlive_their_parent(family):
+def test_workers_do_not_outlive_their_parent(family: made.Family) -> None:
     with serving(family.folders[0], "--workers", 2) as server:
         workers = server.workers()
         assert len(workers) == 2
@@ -216,7 +218,7 @@ def test_workers_do_not_outlive_their_parent(family):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_reload_without_keys_is_no_end(family, workers):
+def test_a_reload_without_keys_is_no_end(family: made.Family, workers: int) -> None:
     with serving(family.folders[0], "--workers", workers) as server:
         before = server.workers()
         for pid in {server.process.pid, *before}:
@@ -227,7 +229,7 @@ def test_a_reload_without_keys_is_no_end(family, workers):
         server.stop()
 
 
-def test_a_worker_that_does_not_reproduce_its_golden_crops(family, tmp_path):
+def test_a_worker_that_does_not_reproduce_its_golden_crops(family: made.Family, tmp_path: Path) -> None:
     images = made.crops(4, seed=99)
     bundle, wrong = tmp_path / "bundle", tmp_path / "wrong"
     family.teacher.write(bundle)
@@ -244,7 +246,7 @@ def test_a_worker_that_does_not_reproduce_its_golden_crops(family, tmp_path):
         assert server.ask("GET", "/readyz").status_code == 200
 
 
-def test_what_no_worker_could_serve_ends_the_command_with_its_reason(family, tmp_path):
+def test_what_no_worker_could_serve_ends_the_command_with_its_reason(family: made.Family, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("nonsense\n")
     MasterKey.create(tmp_path / "master")
     (tmp_path / "damaged").mkdir()

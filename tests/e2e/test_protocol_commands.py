@@ -75,7 +75,7 @@ def arguments(world: Path, out: Path, *more: str | Path) -> list[str]:
 
 def evaluate(world: Path, out: Path, *more: str | Path, student: bool = True) -> Evaluation:
     """Run in this process, with the student or without, and read report.json back."""
-    assert main(arguments(world, out, *(["--student", world / "student"] if student else []), *more)) == 0
+    assert main(arguments(world, out, *(["--student", world / "student"] if student else []), *more)) == 0  # type: ignore[arg-type]
     return Evaluation.model_validate_json((out / "report.json").read_bytes())
 
 

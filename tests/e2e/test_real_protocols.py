@@ -15,7 +15,7 @@ import pytest
 from pkd.toolkit.cli.evaluate import main
 from pkd.toolkit.evaluation.datasets.lfw import read_lfw
 from pkd.toolkit.evaluation.results.schema import Evaluation
-from pkd.toolkit.images.codec import read_rgb
+from pkd.toolkit.images.codec import Rgb, read_rgb
 from tests.support.ijb_files import write_ijb
 
 pytestmark = pytest.mark.shared
@@ -66,7 +66,7 @@ def test_view_2_reproduces_the_independent_figures(
     lfw = shared / "faces/lfw"
     count = 300 if soak else 10 if flip else 30
     pairs = lfw / "protocol/pairs.txt" if soak else part_of_view_2(shared, tmp_path / "part.txt", count)
-    more = ("--pairs", pairs, "--faces", lfw / "aligned", *flip)
+    more: tuple[str | Path, ...] = ("--pairs", pairs, "--faces", lfw / "aligned", *flip)
     (found,) = evaluate(shared, tmp_path / "e", cache, teacher, *more).pair_accuracies
     assert len(found.fold_accuracy) == 10 and found.genuine_pairs == found.impostor_pairs == 10 * count
     if soak:
@@ -96,7 +96,7 @@ def test_a_bin_of_real_crops_has_exactly_the_accuracy_of_its_list(shared: Path, 
 
 def test_templates_of_real_crops_are_found(shared: Path, tmp_path: Path, cache: Path) -> None:
     """60 people of LFW, laid out as IJB-C: the teacher finds all of them, and more surely than from single images."""
-    people = {}
+    people: dict[str, list[Rgb]] = {}
     for folder in sorted((shared / "faces/lfw/aligned").iterdir()):
         files = sorted(folder.iterdir())
         if len(files) >= 5 and len(people) < 60:

@@ -48,9 +48,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     assert "3 identities have no age (first: p000, p001, p002)" in done.stderr
-    source = ["--teacher", folder / "teacher.onnx", "--teacher-preprocess", PREPROCESS]
-    more = ["--certificates", folder / "evaluation", "--sign", folder / "key.pem", "--zip", "-o", folder / "bundle"]
-    done = subprocess.run([BIN / "pkd-export", *source, *more], capture_output=True, text=True)
+    source: list[str | Path] = ["--teacher", folder / "teacher.onnx", "--teacher-preprocess", PREPROCESS]
+    more: list[str | Path] = [  # type: ignore[no-redef]
+        "--certificates",
+        folder / "evaluation",
+        "--sign",
+        folder / "key.pem",
+        "--zip",
+        "-o",
+        folder / "bundle",
+    ]
+    done = subprocess.run([BIN / "pkd-export", *source, *more], capture_output=True, text=True)  # type: ignore[list-item]
     assert done.returncode == 0, done.stderr
     assert "signed by: sha256:" in done.stderr and "bundle.zip" in done.stderr
     return folder
@@ -304,7 +312,7 @@ def test_a_server_refuses_what_its_key_did_not_sign(world: Path, tmp_path: Path,
         assert said in capsys.readouterr().err.strip().splitlines()[-1]
     refused_by_name(capsys, world / "bundle", world / "other.pub.pem", "manifest.json", "is signed by sha256:")
 
-    key = world / "key.pub.pem"
+    key = world / "key.pub.pem"  # type: ignore[assignment]
     bundle = Bundle.open(world / "bundle")
     files = {name: bundle.read(name) for name in bundle.manifest.files}
     swapped = {n: d.replace(b'"seed": 0', b'"seed": 1') if n.endswith(".json") else d for n, d in files.items()}
@@ -317,7 +325,7 @@ def test_a_server_refuses_what_its_key_did_not_sign(world: Path, tmp_path: Path,
         ("rehashed", "manifest.json", "was changed after"),
         ("resealed", "certificates/", "was changed after"),
     ):
-        refused_by_name(capsys, tmp_path / name, key, file, said)
+        refused_by_name(capsys, tmp_path / name, key, file, said)  # type: ignore[arg-type]
 
 
 def test_a_new_target_needs_a_new_signature(world: Path, tmp_path: Path, capsys: Out) -> None:

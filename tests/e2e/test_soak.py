@@ -50,8 +50,8 @@ def test_memory_and_descriptors_stay_level(tmp_path: Path, soak: bool) -> None:
             client.create_gallery("staff")
         stop, answers = threading.Event(), Counter[str]()
         clients = [threading.Thread(target=visit, args=(server.url, fleet, n, stop, answers)) for n in range(4)]
-        for client in clients:
-            client.start()
+        for thread in clients:
+            thread.start()
         times, sizes, first = [], [], 0
         began = time.monotonic()
         while (passed := time.monotonic() - began) < seconds:

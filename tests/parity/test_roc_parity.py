@@ -19,7 +19,7 @@ def test_operating_points_agree_with_scikit_learn(seed: int) -> None:
     vectors = (centres[labels] + random.normal(size=(len(labels), 16))).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     if seed % 2:
-        vectors = np.round(vectors * 8) / 8  # many equal scores
+        vectors = np.round(vectors * 8) / 8  # type: ignore[assignment]  # many equal scores
     files = np.arange(len(labels))
     scores = score_pairs(Pairing(labels, labels, files, files, 40, unordered=True), vectors, vectors)
 

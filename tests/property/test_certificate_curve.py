@@ -44,7 +44,7 @@ def measured(seed: int, coarse: bool) -> Certificate:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors = (np.round(vectors * 4) / 4 if coarse else vectors).astype(np.float32)
     files = np.arange(len(labels))
-    scores = score_pairs(Pairing(labels, labels, files, files, 60, unordered=True), vectors, vectors)
+    scores = score_pairs(Pairing(labels, labels, files, files, 60, unordered=True), vectors, vectors)  # type: ignore[arg-type]
     found, _ = measure(scores, "T–T", ENCODER, ENCODER, fmrs=(0.1, 0.03, 0.01, 1e-3), resamples=100, seed=0)
     assert [r.fmr for r in found.refused] == [1e-3]
     return certify(found, EVALUATION)

@@ -86,7 +86,7 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(
         first_beyond(cumulative, cumulative, np.ones(len(TARGETS)), TARGETS)
         for cumulative in (impostor_cumulative(scores, multiplicity), raw_impostor_cumulative(scores, multiplicity))
     )
-    made = accepted_rates(scores, *places, multiplicity)
+    made = accepted_rates(scores, *places, multiplicity)  # type: ignore[arg-type, call-arg]
     if (multiplicity == 1).all():
         whole = rates(scores, TARGETS)
         np.testing.assert_array_equal(made.threshold, whole.threshold)
@@ -182,6 +182,6 @@ def test_the_histogram_bins_a_score_where_bin_of_says(seed: int) -> None:
     """Scores on the edges, just beside them, and just beyond −1 and 1."""
     random = np.random.default_rng(seed)
     edges = bin_edges()[random.integers(0, BINS, 50)].astype(np.float32)
-    scores = np.concatenate([edges, np.nextafter(edges, np.float32(-2)), np.float32([1, -1, 1.000001, -1.000001, 0])])
+    scores = np.concatenate([edges, np.nextafter(edges, np.float32(-2)), np.float32([1, -1, 1.000001, -1.000001, 0])])  # type: ignore[arg-type]
     counts = scores_module._fold(scores_module._count(scores[None]))
     np.testing.assert_array_equal(counts, np.bincount(bin_of(scores), minlength=BINS))

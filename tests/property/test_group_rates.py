@@ -40,7 +40,7 @@ class Drawn:
         self.group = random.choice(np.array(["a", "b", ""]), people, p=(0.6, 0.3, 0.1))
         self.group[:2] = "a", "b"
         values = {n: (g or None,) for n, g in zip(self.names, self.group.tolist(), strict=True)}
-        self.labels = Labels("labels.csv", "0" * 64, ("kind",), values)
+        self.labels = Labels("labels.csv", "0" * 64, ("kind",), values)  # type: ignore[arg-type]
 
     def measured(self) -> tuple[Attribute, list[float]]:
         scores = score_pairs(self.pairing, self.vectors, self.vectors)
@@ -76,9 +76,9 @@ def test_groups_agree_with_the_oracle(seed: int, people: int, unordered: bool) -
                 exact = oracle.fmr_balanced(pairs, rates.threshold)
                 assert rates.fmr == pytest.approx(max(exact, smallest))
                 assert rates.fmr_is_upper_bound == (exact < smallest)
-                assert rates.fmr_ratio == pytest.approx(rates.fmr / oracle.fmr_balanced(everyone, rates.threshold))
+                assert rates.fmr_ratio == pytest.approx(rates.fmr / oracle.fmr_balanced(everyone, rates.threshold))  # type: ignore[operator]
                 low, high = rates.fmr_ci95 or (1, 0)
-                assert 0 <= low <= exact + 1e-9 and rates.fmr <= high * (1 + 1e-9)
+                assert 0 <= low <= exact + 1e-9 and rates.fmr <= high * (1 + 1e-9)  # type: ignore[operator]
             if group.genuine_identities < EXPECTED:
                 assert rates.fnmr is rates.fnmr_balanced is rates.fnmr_balanced_ci95 is None
             else:
@@ -88,7 +88,7 @@ def test_groups_agree_with_the_oracle(seed: int, people: int, unordered: bool) -
                 assert 0 <= low < high <= 1
                 overall = 1 - oracle.tar_balanced(everyone, rates.threshold)
                 if overall > 1e-9:
-                    assert rates.fnmr_balanced_ratio == pytest.approx(rates.fnmr_balanced / overall)
+                    assert rates.fnmr_balanced_ratio == pytest.approx(rates.fnmr_balanced / overall)  # type: ignore[operator]
 
 
 def test_a_group_of_everyone_has_everyones_rates() -> None:
@@ -103,7 +103,7 @@ def test_a_group_of_everyone_has_everyones_rates() -> None:
         assert rates.fnmr_balanced == pytest.approx(1 - point.tar_balanced)
         assert rates.fmr_ci95 == pytest.approx(point.fmr_ci95)
         assert (
-            rates.fnmr_balanced_ci95 and rates.fnmr_balanced_ci95[0] < rates.fnmr_balanced < rates.fnmr_balanced_ci95[1]
+            rates.fnmr_balanced_ci95 and rates.fnmr_balanced_ci95[0] < rates.fnmr_balanced < rates.fnmr_balanced_ci95[1]  # type: ignore[operator]
         )
 
 
@@ -118,7 +118,7 @@ def test_a_group_without_genuine_or_without_impostor_pairs_is_counted_and_not_ra
     pairing = Pairing(owners, owners, files, files, people, unordered=True)
     names = [f"p{i:02d}" for i in range(people)]
     values = {n: (("single" if i < 30 else "alone" if i == 39 else "rest"),) for i, n in enumerate(names)}
-    groups = divide(Labels("l", "0" * 64, ("kind",), values), names, pairing, one_set=True)
+    groups = divide(Labels("l", "0" * 64, ("kind",), values), names, pairing, one_set=True)  # type: ignore[arg-type]
     scores = score_pairs(pairing, unit, unit)
     points = measure(scores, "T–T", ENCODER, ENCODER, fmrs=(0.1,), resamples=100, seed=0)[0].points
     (found,) = measure_groups(groups, unit, unit, scores, points, resamples=100, seed=0)

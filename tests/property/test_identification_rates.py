@@ -69,7 +69,7 @@ def test_open_set_rates_agree_with_scikit_learn(seed: int) -> None:
         np.round((centres[who] + random.normal(size=(len(who), 8))) * 2).astype(np.float32) / 64
         for who in (identity, owner)
     )
-    made = search(probe, identity, gallery, owner)
+    made = search(probe, identity, gallery, owner)  # type: ignore[arg-type]
     assume(made.mated.any() and not made.mated.all())
     rates = SearchRates(made, 60, within=30).draw(np.ones(60), (1,), FPIRS)
     scores = np.where(made.mated, made.mate, made.best)

@@ -79,7 +79,7 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(
         first_beyond(cumulative, cumulative, np.ones(len(TARGETS)), TARGETS)
         for cumulative in (impostor_cumulative(scores, multiplicity), raw_impostor_cumulative(scores, multiplicity))
     )
-    made = accepted_rates(scores, *places, multiplicity)
+    made = accepted_rates(scores, *places, multiplicity)  # type: ignore[arg-type, call-arg]
     for k, target in enumerate(TARGETS):
         raw = oracle.threshold_at(found, float(target), oracle.fmr)
         assert made.raw_threshold[k] == raw
@@ -117,7 +117,7 @@ def test_what_is_kept_of_a_long_list_gives_the_same_rates(seed: int) -> None:
 def test_intervals_cover_the_measured_rates() -> None:
     pairs, vectors = make(3, 40, 200, 4000)
     noise = np.random.default_rng(0).normal(size=vectors.shape).astype(np.float32) / 100
-    scores: PairScores = score_listed(pairs, vectors, vectors + noise)
+    scores: PairScores = score_listed(pairs, vectors, vectors + noise)  # type: ignore[arg-type]
     targets = np.array([0.1, 0.05])
     full = rates(scores, targets)
     drawn = bootstrap(scores, targets, full.threshold, resamples=200)

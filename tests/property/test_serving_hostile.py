@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -55,7 +58,7 @@ SIDE = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     fleet = gallery_fixtures.fleet(tmp_path_factory.mktemp("bundles"))
     with gallery_fixtures.serving(fleet, tmp_path_factory.mktemp("store")) as client:
         gallery_fixtures.gallery(client, "g")
@@ -63,7 +66,7 @@ def client(tmp_path_factory):
         yield client
 
 
-def judge(answer):
+def judge(answer: Any) -> None:
     assert answer.status_code < 500, answer.text
     if answer.headers["content-type"] == "application/x-ndjson":
         for one in map(json.loads, filter(None, answer.content.split(b"\n"))):
@@ -76,20 +79,20 @@ def judge(answer):
 
 @QUICK
 @given(body=st.binary(max_size=400), kind=KINDS, route=ROUTES)
-def test_random_bytes(client, body, kind, route):
+def test_random_bytes(client: httpx.Client, body: Any, kind: str, route: str) -> None:
     judge(client.post(route, content=body, headers={"content-type": kind}))
 
 
 @QUICK
 @given(body=JSON, route=ROUTES)
-def test_random_json(client, body, route):
+def test_random_json(client: httpx.Client, body: Any, route: str) -> None:
     kind = "application/x-ndjson" if route.endswith(("bulk", "import")) else "application/json"
     judge(client.post(route, content=json.dumps(body), headers={"content-type": kind}))
 
 
 @QUICK
 @given(a=SIDE | JSON, b=SIDE, policy=st.none() | st.dictionaries(st.sampled_from(["target_fmr", "threshold"]), LEAVES))
-def test_nearly_right_comparisons(client, a, b, policy):
+def test_nearly_right_comparisons(client: httpx.Client, a: Any, b: Any, policy: Any) -> None:
     body = json.dumps({"a": a, "b": b, "policy": policy})
     judge(client.post("/verify", content=body, headers={"content-type": "application/json"}))
 
@@ -99,7 +102,7 @@ def test_nearly_right_comparisons(client, a, b, policy):
     cut=st.integers(0, len(GOOD)),
     flips=st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), max_size=8),
 )
-def test_damaged_images(client, cut, flips):
+def test_damaged_images(client: httpx.Client, cut: Any, flips: Any) -> None:
     data = bytearray(GOOD)
     for place, value in flips:
         data[place] = value
@@ -114,7 +117,7 @@ def test_damaged_images(client, cut, flips):
         st.text(max_size=8) | st.sampled_from(["faces", "encoder", "aligned"]), st.text(max_size=12), max_size=3
     )
 )
-def test_random_options(client, query):
+def test_random_options(client: httpx.Client, query: Any) -> None:
     judge(client.post("/embed", content=GOOD, params=query, headers={"content-type": "image/png"}))
 
 
@@ -132,7 +135,7 @@ def test_random_options(client, query):
         },
     ),
 )
-def test_nearly_right_searches(client, query, more):
+def test_nearly_right_searches(client: httpx.Client, query: Any, more: Any) -> None:
     body = json.dumps({"query": query, **more})
     judge(client.post("/v1/galleries/g/identify", content=body, headers={"content-type": "application/json"}))
 
@@ -152,7 +155,7 @@ def test_nearly_right_searches(client, query, more):
     ),
     route=st.sampled_from(["subjects/s/templates", "templates:bulk"]),
 )
-def test_nearly_right_enrolments(client, inputs, more, route):
+def test_nearly_right_enrolments(client: httpx.Client, inputs: Any, more: Any, route: str) -> None:
     bulk = route.endswith("bulk")
     body = json.dumps({"inputs": inputs, **more, **({"subject": "s"} if bulk else {})})
     kind = "application/x-ndjson" if bulk else "application/json"
@@ -161,5 +164,5 @@ def test_nearly_right_enrolments(client, inputs, more, route):
 
 @QUICK
 @given(name=st.text(max_size=12), below=st.sampled_from(["", "/subjects", "/subjects/x", "/export", "/migrations"]))
-def test_any_name(client, name, below):
+def test_any_name(client: httpx.Client, name: str, below: Any) -> None:
     judge(client.get(f"/v1/galleries/{quote(name, safe='')}{below}"))

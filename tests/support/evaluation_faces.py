@@ -30,7 +30,7 @@ def write_people(folder: Path, images: list[int], *, seed: int = 0, noise: float
         (folder / name).mkdir(parents=True)
         for number in range(1, count + 1):
             coarse = np.clip(pattern + noise * random.normal(size=pattern.shape), 0, 255).astype(np.uint8)
-            write_rgb(folder / name / f"{name}_{number:04d}.png", cv2.resize(coarse, (112, 112)))
+            write_rgb(folder / name / f"{name}_{number:04d}.png", cv2.resize(coarse, (112, 112)))  # type: ignore[arg-type]
     return folder
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +27,11 @@ def write_ijb(folder: Path, people: Mapping[str, Sequence[Rgb]], *, seed: int = 
     meta, images = folder / "meta", folder / "loose_crop"
     for each in (meta, images):
         each.mkdir(parents=True)
-    faces, points = [], []
+    faces: list[Any] = []
+    points: list[Any] = []
     rows: dict[str, list[str]] = {"gallery_G1": [], "gallery_G2": [], "probe_mixed": []}
-    enrolled, probes = [], []
+    enrolled: list[Any] = []
+    probes: list[Any] = []
     template = medium = 0
     for number, (person, crops) in enumerate(people.items()):
         subject = 100 + number

@@ -205,7 +205,7 @@ def encoder(name: str, matrix: np.ndarray, space: EmbeddingSpace | None = None) 
     model = graph(matrix)
     digest = hashlib.sha256(model).hexdigest()
     role = "student" if space else "teacher"
-    return Made(model, describe(name, role, digest, Preprocess(), matrix.shape[1], space=space))
+    return Made(model, describe(name, role, digest, Preprocess(), matrix.shape[1], space=space))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,27 +20,28 @@ ROUNDS = [{"crops/pkd-serve/8": {"cpu_ms": ms}, "photographs/pkd-serve/8": {"cpu
 
 
 @pytest.fixture(scope="module")
-def scale():
+def scale() -> Any:
     spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks/scale.py")
+    assert spec is not None and spec.loader is not None
     module = sys.modules["scale"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture
-def results(tmp_path):
+def results(tmp_path: Path) -> Any:
     (tmp_path / "search.json").write_text(json.dumps(SEARCH))
     (tmp_path / "serving_cost.json").write_text(json.dumps({"rounds": ROUNDS}))
     return tmp_path
 
 
-def test_figures_are_medians_and_per_million(scale, results):
+def test_figures_are_medians_and_per_million(scale: Any, results: Any) -> None:
     assert scale.figures(results) == {
         "bytes_per_template": 1024, "disk_per_template": 2048, "search_ms": 100, "crop_ms": 6, "photograph_ms": 24,
     }  # fmt: skip
 
 
-def test_the_page_multiplies_out(scale, results):
+def test_the_page_multiplies_out(scale: Any, results: Any) -> None:
     text = scale.page(scale.figures(results))
     # 100 million: 1e8 × 1 KiB = 95 GiB on two machines of 0.6 × 64 GiB … three, twice; a search 1e8/1e6 × 100 ms = 10 s
     assert math.ceil(95.4 / 38.4) == 3
@@ -50,7 +52,9 @@ def test_the_page_multiplies_out(scale, results):
 
 
 @pytest.mark.parametrize("missing", ["sizes", "start"])
-def test_a_missing_figure_is_named_and_no_page_is_written(scale, results, missing, monkeypatch, capsys):
+def test_a_missing_figure_is_named_and_no_page_is_written(
+    scale: Any, results: Any, missing: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (results / "search.json").write_text(json.dumps({k: v for k, v in SEARCH.items() if k != missing}))
     monkeypatch.setattr(scale, "RESULTS", results)
     monkeypatch.setattr(scale, "PAGE", results / "scale.md")
@@ -60,13 +64,13 @@ def test_a_missing_figure_is_named_and_no_page_is_written(scale, results, missin
 
 
 @pytest.mark.parametrize("value", [0, -1, None, "fast", float("nan")])
-def test_a_figure_that_cannot_be_is_missing(scale, results, value):
+def test_a_figure_that_cannot_be_is_missing(scale: Any, results: Any, value: Any) -> None:
     (results / "search.json").write_text(json.dumps({**SEARCH, "start": {"disk_bytes": value}}))
     with pytest.raises(scale.Missing, match=r"^disk_per_template"):
         scale.figures(results)
 
 
-def test_all_that_is_missing_is_named_at_once(scale, tmp_path):
+def test_all_that_is_missing_is_named_at_once(scale: Any, tmp_path: Path) -> None:
     with pytest.raises(scale.Missing) as missing:
         scale.figures(tmp_path)
     assert all(name in str(missing.value) for name in scale.FIGURES)

@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -25,11 +27,11 @@ VERSION = "1.31"
 """Of Kubernetes: the oldest that the manifests are checked against."""
 
 
-def resources():
+def resources() -> Any:
     return [one for path in MANIFESTS for one in yaml.safe_load_all(path.read_text())]
 
 
-def pods():
+def pods() -> Iterator[Any]:
     """(resource, pod, container) of everything that runs."""
     for one in resources():
         if one["kind"] in ("Deployment", "StatefulSet"):
@@ -115,7 +117,7 @@ def test_compose_publishes_one_port_and_holds_no_password() -> None:
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-def test_images_run_as_the_user_of_the_manifests_and_are_clean(path):
+def test_images_run_as_the_user_of_the_manifests_and_are_clean(path: Path) -> None:
     text = path.read_text()
     (user,) = {pod["securityContext"]["runAsUser"] for _, pod, _ in pods()}
     assert f"USER {user}\n" in text and f"--uid {user} " in text

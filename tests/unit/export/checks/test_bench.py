@@ -34,7 +34,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     teacher = teacher_file(folder / "t.onnx")
     ballast = np.ones(BALLAST_MB << 17)
-    options = ExportOptions(
+    options = ExportOptions(  # type: ignore[call-arg]
         teacher=str(teacher),
         teacher_preprocess="mean=127.5,std=127.5",
         out=folder / "b",

@@ -81,11 +81,11 @@ def test_each_graph_says_how_far_it_moves_the_similarities_of_pairs() -> None:
     noisy = measure("noisy", EXPECTED, CROPS, lambda crops: off_by(0.1)[: len(crops)])
     assert [row.similarity_rms is None for row in noisy] == [True, False, False, False], "one crop makes no pair"
     assert turned[-1].worst_cosine < 0.9
-    assert turned[-1].similarity_rms < 1e-6, "neither a rotation nor a length changes a similarity"
+    assert turned[-1].similarity_rms < 1e-6, "neither a rotation nor a length changes a similarity"  # type: ignore[operator]
     similarities = (rows @ rows.T for rows in (off_by(0.1).astype(float), EXPECTED.astype(float)))
     difference = np.subtract(*similarities)[np.triu_indices(len(EXPECTED), 1)]
     assert noisy[-1].similarity_rms == pytest.approx(np.sqrt(np.mean(difference**2)), rel=1e-4)
-    assert noisy[-1].similarity_rms > 1e-3
+    assert noisy[-1].similarity_rms > 1e-3  # type: ignore[operator]
 
 
 def test_rows_that_are_no_numbers_are_refused() -> None:

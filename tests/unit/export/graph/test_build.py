@@ -179,7 +179,7 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path) -> None:
         onnx_network(tmp_path / "x.onnx")
 
 
-def student() -> torch.nn.Module:
+def student() -> torch.nn.Module:  # type: ignore[name-defined]
     from pkd.toolkit.distill.models.backbones import build
 
     torch.manual_seed(0)

@@ -80,7 +80,7 @@ def test_before_a_convolution_only_where_nothing_is_padded(groups: int) -> None:
     constants = [weights("w", 16, 8 // groups, 3, 3), weights("b", 16), *norm(8)]
 
     def model(**options: object) -> onnx.ModelProto:
-        nodes = [normalise("x", "n"), helper.make_node("Conv", ["n", "w", "b"], ["y"], group=groups, **options)]
+        nodes = [normalise("x", "n"), helper.make_node("Conv", ["n", "w", "b"], ["y"], group=groups, **options)]  # type: ignore[arg-type]
         return graph(nodes, constants, taken=(8, 5, 5), rank=4)
 
     assert same(model(), fold_batch_norm(model())) == {"Conv": 1}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.requests import Request
@@ -26,16 +27,16 @@ from pkd.serving.api.problems import problem_response, problem_type
 from pkd.toolkit.core.errors import InputError, PkdError
 
 
-def write(path, *lines):
+def write(path: Path, *lines: Any) -> Any:
     path.write_text("\n".join(lines))
     return path
 
 
-def hashed(key):
+def hashed(key: Any) -> Any:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def test_any_listed_key_is_accepted(tmp_path):
+def test_any_listed_key_is_accepted(tmp_path: Path) -> None:
     path = write(tmp_path / "keys", "# keys", "", hashed("one") + "  -", hashed("två").upper() + " phone")
     keys = ApiKeys.read(path)
     assert keys.check("Bearer one").name == f"key-{hashed('one')[:8]}"
@@ -44,7 +45,7 @@ def test_any_listed_key_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer two", "Basic one", "one", "Bearer one two"])
-def test_anything_else_is_401(tmp_path, header):
+def test_anything_else_is_401(tmp_path: Path, header: str) -> None:
     keys = ApiKeys.read(write(tmp_path / "keys", hashed("one")))
     with pytest.raises(PkdError) as refused:
         keys.check(header)
@@ -52,14 +53,14 @@ def test_anything_else_is_401(tmp_path, header):
     assert "WWW-Authenticate" in problem_response(refused.value).headers
 
 
-def test_a_key_pasted_in_the_clear_is_refused_and_not_repeated(tmp_path):
+def test_a_key_pasted_in_the_clear_is_refused_and_not_repeated(tmp_path: Path) -> None:
     path = write(tmp_path / "keys", hashed("one"), "my-secret-key")
     with pytest.raises(InputError, match=r"line 2: no SHA-256 hash at its start.*--new-api-key") as refused:
         ApiKeys.read(path)
     assert "my-secret-key" not in str(refused.value)
 
 
-def test_a_file_without_keys_lets_nobody_in_by_accident(tmp_path):
+def test_a_file_without_keys_lets_nobody_in_by_accident(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no key"):
         ApiKeys.read(write(tmp_path / "keys", "# none"))
     with pytest.raises(InputError, match="No such file"):
@@ -79,24 +80,24 @@ def test_a_file_without_keys_lets_nobody_in_by_accident(tmp_path):
         ("phone embed rate=1/s secret-word", "more than four words"),
     ],
 )
-def test_a_line_that_cannot_be_meant_is_refused_with_the_remedy(tmp_path, words, said):
+def test_a_line_that_cannot_be_meant_is_refused_with_the_remedy(tmp_path: Path, words: Any, said: str) -> None:
     with pytest.raises(InputError, match=f"line 1: .*{said}.*Write SHA256 NAME SCOPES") as refused:
         ApiKeys.read(write(tmp_path / "keys", f"{hashed('one')} {words}"))
     assert "secret-word" not in str(refused.value) and hashed("one") not in str(refused.value)
 
 
-def test_the_same_key_twice_is_refused_and_a_name_twice_is_a_change_of_keys(tmp_path):
+def test_the_same_key_twice_is_refused_and_a_name_twice_is_a_change_of_keys(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="line 2: this hash stands in an earlier line"):
         ApiKeys.read(write(tmp_path / "keys", hashed("one") + " a embed", hashed("one").upper() + " b admin"))
     keys = ApiKeys.read(write(tmp_path / "keys", hashed("old") + " kiosk embed", hashed("new") + " kiosk embed"))
     assert {keys.check(f"Bearer {key}").name for key in ("old", "new")} == {"kiosk"}
 
 
-def request(key):
+def request(key: Any) -> Any:
     return Request({"type": "http", IN_SCOPE: key})
 
 
-def test_a_key_may_do_what_its_line_says_and_nothing_else(tmp_path):
+def test_a_key_may_do_what_its_line_says_and_nothing_else(tmp_path: Path) -> None:
     keys = ApiKeys.read(write(tmp_path / "keys", f"{hashed('a')} kiosk embed,enrol", f"{hashed('b')} scraper -"))
     kiosk, scraper = keys.check("Bearer a"), keys.check("Bearer b")
     for scope in SCOPES:
@@ -123,24 +124,24 @@ class Clock:
 
     now = 100.0
 
-    def __call__(self):
+    def __call__(self) -> Any:
         return self.now
 
 
-def limited(path, clock, rate):
+def limited(path: Path, clock: Any, rate: Any) -> Any:
     ApiKeys.read(write(path, f"{hashed('one')} kiosk embed rate={rate}/s"))
     keys = ApiKeys.read(path)
     return ApiKeys(keys._keys, path, clock)
 
 
-def refusal(keys):
+def refusal(keys: Any) -> Any:
     with pytest.raises(PkdError) as refused:
         keys.take(keys.check("Bearer one"))
     assert problem_type(refused.value)[:2] == ("rate-limited", 429)
     return int(problem_response(refused.value).headers["retry-after"])
 
 
-def test_a_rate_holds_over_time_and_says_truly_when_the_next_request_is_taken(tmp_path):
+def test_a_rate_holds_over_time_and_says_truly_when_the_next_request_is_taken(tmp_path: Path) -> None:
     clock = Clock()
     keys = limited(tmp_path / "keys", clock, 4)
     for _ in range(4):
@@ -160,7 +161,7 @@ def test_a_rate_holds_over_time_and_says_truly_when_the_next_request_is_taken(tm
     assert taken == 40
 
 
-def test_less_than_one_request_a_second(tmp_path):
+def test_less_than_one_request_a_second(tmp_path: Path) -> None:
     clock = Clock()
     keys = limited(tmp_path / "keys", clock, 0.2)
     keys.take(keys.check("Bearer one"))
@@ -171,7 +172,7 @@ def test_less_than_one_request_a_second(tmp_path):
     keys.take(keys.check("Bearer one"))
 
 
-def test_a_raised_rate_holds_at_once(tmp_path):
+def test_a_raised_rate_holds_at_once(tmp_path: Path) -> None:
     clock, path = Clock(), tmp_path / "keys"
     keys = limited(path, clock, 0.001)
     keys.take(keys.check("Bearer one"))
@@ -184,7 +185,7 @@ def test_a_raised_rate_holds_at_once(tmp_path):
         keys.take(keys.check("Bearer one"))
 
 
-def test_wrong_keys_use_up_nobody_s_rate(tmp_path):
+def test_wrong_keys_use_up_nobody_s_rate(tmp_path: Path) -> None:
     clock = Clock()
     keys = limited(tmp_path / "keys", clock, 1)
     for _ in range(5):
@@ -193,7 +194,7 @@ def test_wrong_keys_use_up_nobody_s_rate(tmp_path):
     keys.take(keys.check("Bearer one"))
 
 
-def test_processes_share_a_rate(tmp_path):
+def test_processes_share_a_rate(tmp_path: Path) -> None:
     """Two processes that take as fast as they can get what one would: the burst, and the rate after it."""
     code = (
         "import sys, time; from pathlib import Path; from pkd.serving.api.api_keys import Bucket\n"
@@ -212,7 +213,7 @@ def test_processes_share_a_rate(tmp_path):
     assert Bucket().take(1, 5.0) == 0.0
 
 
-def test_a_changed_file_is_read_again_without_a_restart(tmp_path, caplog):
+def test_a_changed_file_is_read_again_without_a_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clock, path = Clock(), tmp_path / "keys"
     keys = limited(path, clock, 9)
     write(path, f"{hashed('two')} phone embed,admin")
@@ -234,13 +235,13 @@ def test_a_changed_file_is_read_again_without_a_restart(tmp_path, caplog):
     assert keys.check("Bearer three").name == "pad"
 
 
-def test_a_file_that_could_not_be_read_is_read_once_it_can_be(tmp_path, monkeypatch):
+def test_a_file_that_could_not_be_read_is_read_once_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after chmod: its content and the time of its last change are as they were."""
     clock, path = Clock(), tmp_path / "keys"
     keys = limited(path, clock, 9)
     read = Path.read_text
 
-    def refused(self, *args, **named):
+    def refused(self: Path, *args: Any, **named: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     write(path, f"{hashed('two')} phone embed,admin").chmod(0)
@@ -254,7 +255,7 @@ def test_a_file_that_could_not_be_read_is_read_once_it_can_be(tmp_path, monkeypa
     assert keys.check("Bearer two").name == "phone"
 
 
-def test_a_new_key_works_once_its_line_is_in_the_file(tmp_path):
+def test_a_new_key_works_once_its_line_is_in_the_file(tmp_path: Path) -> None:
     made = new_key("kiosk-1", "embed,verify", "20")
     assert made != new_key("kiosk-1", "embed,verify", "20")
     key = ApiKeys.read(write(tmp_path / "keys", made["line"])).check(f"Bearer {made['key']}")
@@ -266,16 +267,16 @@ def test_a_new_key_works_once_its_line_is_in_the_file(tmp_path):
     "given",
     [("a b", "embed", None), ("-", "embed", None), ("a", "all", None), ("a", "embed", "fast"), ("a", "embed", "0")],
 )
-def test_a_new_key_that_no_file_would_take(given):
+def test_a_new_key_that_no_file_would_take(given: Any) -> None:
     with pytest.raises(InputError, match=f"--new-api-key {given[0]}"):
         new_key(*given)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_loopback(host):
+def test_loopback(host: str) -> None:
     assert is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])
-def test_beyond_loopback(host):
+def test_beyond_loopback(host: str) -> None:
     assert not is_loopback(host)

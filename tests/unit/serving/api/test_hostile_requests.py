@@ -92,7 +92,7 @@ def test_a_value_of_another_type_is_refused(
         "/v1/galleries/g/identify": {"query": side},
         "/v1/galleries/g/subjects/bo/templates": {"inputs": [side]},
     }.get(path, {})
-    refusal = problem(client.request(method, path, json={**body, **more}), 422, "invalid-request")
+    refusal = problem(client.request(method, path, json={**body, **more}), 422, "invalid-request")  # type: ignore[dict-item]
     assert [one["field"] for one in refusal["errors"]] == [field]
     assert client.request(method, path, json=body).status_code in (200, 201)  # the rest of it is right
 

@@ -8,8 +8,11 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +32,7 @@ PNG = {"content-type": "image/png"}
 
 
 @pytest.fixture
-def encoders(family):
+def encoders(family: made.Family) -> Any:
     return Encoders.open(family.folders[:2])
 
 
@@ -38,10 +41,10 @@ class Gate:
 
     digest = "0" * 64
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.open = threading.Event()
 
-    def detect(self, image):
+    def detect(self, image: Any) -> Any:
         assert self.open.wait(20)
         return []
 
@@ -51,18 +54,18 @@ class Broken:
 
     digest = "0" * 64
 
-    def detect(self, image):
+    def detect(self, image: Any) -> None:
         raise RuntimeError(f"embedding={1 / 8}")
 
 
-def problem(answer, status, type):
+def problem(answer: Any, status: int, type: str) -> Any:
     body = answer.json()
     assert (answer.status_code, body["type"]) == (status, type), body
     assert answer.headers["content-type"] == "application/problem+json"
     return body
 
 
-def test_keys_guard_everything_but_health(encoders, tmp_path):
+def test_keys_guard_everything_but_health(encoders: Any, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683")  # "key"
     keys = ApiKeys.read(tmp_path / "keys")
     with made.running(Service(encoders, Settings(threads=1)), keys) as client:
@@ -81,7 +84,7 @@ def test_keys_guard_everything_but_health(encoders, tmp_path):
         assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
 
 
-def test_a_full_queue_answers_429_and_recovers(encoders):
+def test_a_full_queue_answers_429_and_recovers(encoders: Any) -> None:
     gate = Gate()
     settings = Settings(threads=1, queue=2)
     with made.running(Service(encoders, settings, gate)) as client, ThreadPoolExecutor(8) as pool:
@@ -96,8 +99,8 @@ def test_a_full_queue_answers_429_and_recovers(encoders):
         assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
 
 
-def test_a_body_that_does_not_arrive_times_out(encoders):
-    def slowly():
+def test_a_body_that_does_not_arrive_times_out(encoders: Any) -> None:
+    def slowly() -> Iterator[Any]:
         yield CROP[:100]
         time.sleep(0.6)
         yield CROP[100:]
@@ -108,7 +111,7 @@ def test_a_body_that_does_not_arrive_times_out(encoders):
         assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
 
 
-def until(true):
+def until(true: Any) -> None:
     deadline = time.monotonic() + 20
     while not true():
         assert time.monotonic() < deadline
@@ -120,12 +123,12 @@ class Counting(Gate):
 
     seen = 0
 
-    def detect(self, image):
+    def detect(self, image: Any) -> Any:
         self.seen += 1
         return super().detect(image)
 
 
-def test_a_request_that_waits_too_long_is_refused_and_never_executed(encoders):
+def test_a_request_that_waits_too_long_is_refused_and_never_executed(encoders: Any) -> None:
     gate = Counting()
     settings = Settings(threads=1, request_seconds=0.4)
     with made.running(Service(encoders, settings, gate)) as client, ThreadPoolExecutor(4) as pool:
@@ -139,7 +142,7 @@ def test_a_request_that_waits_too_long_is_refused_and_never_executed(encoders):
     assert gate.seen == 1  # the one that had begun
 
 
-def test_a_client_that_has_gone_is_dropped_from_the_queue(encoders):
+def test_a_client_that_has_gone_is_dropped_from_the_queue(encoders: Any) -> None:
     gate = Counting()
     service = Service(encoders, Settings(threads=1), gate)
     with made.running(service) as client, ThreadPoolExecutor(1) as pool:
@@ -148,7 +151,7 @@ def test_a_client_that_has_gone_is_dropped_from_the_queue(encoders):
         head = "POST /embed?faces=all HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
         head += f"Content-Length: {len(PHOTO)}"
         for _ in range(3):
-            with socket.create_connection((client.base_url.host, client.base_url.port)) as gone:
+            with socket.create_connection((client.base_url.host, client.base_url.port)) as gone:  # type: ignore[arg-type]
                 gone.sendall(head.encode() + b"\r\n\r\n" + PHOTO)
                 until(lambda: service.state.metrics.in_progress == 2)
             until(lambda: service.state.metrics.in_progress == 1)
@@ -159,11 +162,11 @@ def test_a_client_that_has_gone_is_dropped_from_the_queue(encoders):
     assert gate.seen == 1
 
 
-def test_a_stream_has_a_limit_and_a_clock_of_its_own(encoders, monkeypatch):
+def test_a_stream_has_a_limit_and_a_clock_of_its_own(encoders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that is over ``max_body`` and takes longer than ``body_seconds`` in all, but no piece of it does."""
     monkeypatch.setattr(middleware, "STREAMED", re.compile(r"/v1/embed"))
 
-    def pieces(count):
+    def pieces(count: int) -> Iterator[Any]:
         for start in range(count):
             time.sleep(0.05)
             yield CROP[start * len(CROP) // count : (start + 1) * len(CROP) // count]
@@ -176,7 +179,7 @@ def test_a_stream_has_a_limit_and_a_clock_of_its_own(encoders, monkeypatch):
         problem(client.post("/v1/embed", content=bytes(10**6 + 1), headers=PNG), 413, "too-large")
 
 
-def test_scopes_rates_and_what_the_metrics_say_of_them(encoders, tmp_path):
+def test_scopes_rates_and_what_the_metrics_say_of_them(encoders: Any, tmp_path: Path) -> None:
     hashed = [hashlib.sha256(key).hexdigest() for key in (b"embedder", b"scraper")]
     (tmp_path / "keys").write_text(f"{hashed[0]} kiosk embed rate=3/s\n{hashed[1]} scraper -\n")
     with made.running(Service(encoders, Settings(threads=1)), ApiKeys.read(tmp_path / "keys")) as client:
@@ -205,8 +208,10 @@ def test_scopes_rates_and_what_the_metrics_say_of_them(encoders, tmp_path):
     assert "anna" not in page and "kiosk" not in page and hashed[0] not in page
 
 
-def test_an_unforeseen_error_is_a_500_and_its_values_stay_out_of_answer_and_log(encoders, caplog):
-    with made.running(Service(encoders, Settings(threads=1), Broken())) as client:
+def test_an_unforeseen_error_is_a_500_and_its_values_stay_out_of_answer_and_log(
+    encoders: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with made.running(Service(encoders, Settings(threads=1), Broken())) as client:  # type: ignore[arg-type]
         with caplog.at_level(logging.INFO):
             answer = client.post("/embed", content=PHOTO, headers=PNG)
         problem(answer, 500, "internal")
@@ -217,7 +222,7 @@ def test_an_unforeseen_error_is_a_500_and_its_values_stay_out_of_answer_and_log(
         assert client.post("/embed?aligned=true", content=CROP, headers=PNG).status_code == 200
 
 
-def test_a_bundle_that_fails_its_golden_crops_is_never_ready(family, tmp_path):
+def test_a_bundle_that_fails_its_golden_crops_is_never_ready(family: made.Family, tmp_path: Path) -> None:
     images = made.crops(4, seed=99)
     wrong = Golden(images, family.student.embed(images))
     family.teacher.write(tmp_path / "wrong", golden=wrong)
@@ -233,7 +238,7 @@ def test_a_bundle_that_fails_its_golden_crops_is_never_ready(family, tmp_path):
         assert "retry-after" in answer.headers
 
 
-def test_before_the_self_test_and_while_draining_nothing_is_answered(encoders):
+def test_before_the_self_test_and_while_draining_nothing_is_answered(encoders: Any) -> None:
     service = Service(encoders, Settings(threads=1))
     with made.running(service) as client:
         golden_errors, service.state.golden_errors = service.state.golden_errors, None
@@ -260,7 +265,7 @@ def test_before_the_self_test_and_while_draining_nothing_is_answered(encoders):
         {"max_body": 0},
     ],
 )
-def test_settings_name_the_value_at_fault(setting):
+def test_settings_name_the_value_at_fault(setting: Any) -> None:
     (value,) = setting.values()
     with pytest.raises(InputError, match=f"{value:g}"):
         Settings(**setting)

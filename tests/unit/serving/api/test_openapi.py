@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -28,7 +30,7 @@ SNAPSHOT = Path(__file__).parents[4] / "docs" / "openapi.json"
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory):
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     family = made.family(tmp_path_factory.mktemp("bundles"))
     service = Service(Encoders.open(family.folders), Settings(threads=1))
     yield create_api(service)
@@ -36,25 +38,25 @@ def app(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def document(app):
+def document(app: Any) -> Any:
     return json.loads(json.dumps(app.openapi()))
 
 
-def walk_routes(routes):
+def walk_routes(routes: Any) -> Iterator[Any]:
     """Routes of included routers, too, however this FastAPI keeps them."""
     for route in routes:
         inner = getattr(route, "routes", None) or getattr(getattr(route, "original_router", None), "routes", None)
         yield from walk_routes(inner) if inner else [route] if getattr(route, "methods", None) else []
 
 
-def walk(node):
+def walk(node: Any) -> Iterator[Any]:
     yield node
     children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     for child in children:
         yield from walk(child)
 
 
-def test_every_reference_leads_somewhere(document):
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
     references = {node["$ref"] for node in walk(document) if isinstance(node, dict) and "$ref" in node}
     assert references
     for reference in references:
@@ -63,7 +65,7 @@ def test_every_reference_leads_somewhere(document):
             found = found[part]
 
 
-def test_the_document_is_the_committed_one(document):
+def test_the_document_is_the_committed_one(document: dict[str, Any]) -> None:
     """docs/openapi.json is what clients are generated from: a change of the contract shows in review.
 
     Renew it with: RENEW=1 pytest tests/unit/serving/api/test_openapi.py
@@ -74,13 +76,13 @@ def test_the_document_is_the_committed_one(document):
     assert json.loads(SNAPSHOT.read_text(encoding="utf-8")) == json.loads(text), "RENEW=1 pytest " + __file__
 
 
-def operations(document):
+def operations(document: dict[str, Any]) -> Iterator[Any]:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield f"{method} {path}", operation
 
 
-def test_every_operation_is_complete(document):
+def test_every_operation_is_complete(document: dict[str, Any]) -> None:
     assert document["openapi"].startswith("3.1")
     seen = set()
     for name, operation in operations(document):
@@ -104,7 +106,7 @@ def test_every_operation_is_complete(document):
     assert {"multipart/form-data", "application/json", "image/jpeg"} <= set(body)
 
 
-def test_every_route_is_documented(app, document):
+def test_every_route_is_documented(app: Any, document: dict[str, Any]) -> None:
     served = {
         f"{method.lower()} {route.path}"
         for route in walk_routes(app.routes)
@@ -114,7 +116,7 @@ def test_every_route_is_documented(app, document):
     assert served <= {name for name, _ in operations(document)} and len(served) >= 18
 
 
-def test_every_conflict_says_what_works(document):
+def test_every_conflict_says_what_works(document: dict[str, Any]) -> None:
     conflicts = 0
     for name, operation in operations(document):
         for answer in (operation["responses"].get("409"),):
@@ -124,7 +126,7 @@ def test_every_conflict_says_what_works(document):
     assert conflicts > 8
 
 
-def test_query_parameters_that_have_parts_are_json(document):
+def test_query_parameters_that_have_parts_are_json(document: dict[str, Any]) -> None:
     """Else a client would write where[site]=north, which no route reads."""
     in_json = set()
     for name, operation in operations(document):
@@ -140,31 +142,31 @@ def test_query_parameters_that_have_parts_are_json(document):
     }  # fmt: skip
 
 
-def test_what_a_download_says_of_ranges(document):
+def test_what_a_download_says_of_ranges(document: dict[str, Any]) -> None:
     answers = document["paths"]["/v1/encoders/{encoder}/artifact"]["get"]["responses"]
     for status in ("206", "416"):
         assert "Content-Range" in answers[status]["headers"]
 
 
-def test_every_operation_but_those_of_operators_refuses_query_parameters(document):
+def test_every_operation_but_those_of_operators_refuses_query_parameters(document: dict[str, Any]) -> None:
     for name, operation in operations(document):
         examples = operation["responses"].get("422", {}).get("content", {}).get("application/problem+json", {})
         assert ("invalid-request" in examples.get("examples", ())) != (name in ("get /healthz", "get /readyz")), name
 
 
-def examples_of(document, type, path, method="post"):
+def examples_of(document: dict[str, Any], type: str, path: str, method: str = "post") -> Iterator[Any]:
     for answer in document["paths"][path][method]["responses"].values():
         for name, example in answer.get("content", {}).get("application/problem+json", {}).get("examples", {}).items():
             if name == type:
                 yield example["value"]
 
 
-def shape(value):
+def shape(value: Any) -> Any:
     """Names of members, not what is in them."""
     return {name: shape(one) for name, one in value.items()} if isinstance(value, dict) else type(value)
 
 
-def test_examples_of_galleries_have_the_members_that_are_answered(document, tmp_path):
+def test_examples_of_galleries_have_the_members_that_are_answered(document: dict[str, Any], tmp_path: Path) -> None:
     fleet = galleries.fleet(tmp_path / "bundles")
     one, all_of_one = "/v1/galleries/{gallery}", "/v1/galleries/{gallery}/subjects/{subject}"
     with galleries.serving(fleet, tmp_path / "store") as client:
@@ -191,7 +193,7 @@ def test_examples_of_galleries_have_the_members_that_are_answered(document, tmp_
             assert shape(example) == shape(body), (path, body)
 
 
-def test_the_documented_problems_exist_with_their_status(document):
+def test_the_documented_problems_exist_with_their_status(document: dict[str, Any]) -> None:
     seen = set()
     for node in walk(document["paths"]):
         for status, answer in node.get("responses", {}).items() if isinstance(node, dict) else ():
@@ -202,7 +204,7 @@ def test_the_documented_problems_exist_with_their_status(document):
     assert seen == set(TYPES) - {"internal", "method-not-allowed"}
 
 
-def test_the_examples_of_bodies_are_valid(document):
+def test_the_examples_of_bodies_are_valid(document: dict[str, Any]) -> None:
     models = {model.__name__: model for model in BODIES}
     checked = set()
     for name, operation in operations(document):
@@ -214,7 +216,7 @@ def test_the_examples_of_bodies_are_valid(document):
     assert len(checked) == 10
 
 
-def test_what_the_router_refuses(tmp_path):
+def test_what_the_router_refuses(tmp_path: Path) -> None:
     family = made.family(tmp_path)
     with made.running(Service(Encoders.open(family.folders), Settings(threads=1))) as client:
         assert client.get("/openapi.json").status_code == 200
@@ -226,7 +228,7 @@ def test_what_the_router_refuses(tmp_path):
             assert (answer.status_code, answer.json()["type"]) == (status, type)
 
 
-def test_serving_reaches_neither_torch_nor_onnx():
+def test_serving_reaches_neither_torch_nor_onnx() -> None:
     """What the import contract says of the source must hold of a running process, too."""
     code = (
         "import sys, pkd.serving.api.app, pkd.serving.cli.serve, pkd.serving.server.server;"
@@ -237,7 +239,7 @@ def test_serving_reaches_neither_torch_nor_onnx():
     assert done.stdout.strip() == "[]"
 
 
-def test_a_generated_client_does_not_state_an_option_twice(document):
+def test_a_generated_client_does_not_state_an_option_twice(document: dict[str, Any]) -> None:
     """openapi-python-client sends every default of a query parameter, also beside a JSON body that states it."""
     for path, operations in document["paths"].items():
         for operation in operations.values():
@@ -247,7 +249,7 @@ def test_a_generated_client_does_not_state_an_option_twice(document):
                     assert "default" not in schema, (path, parameter["name"])
 
 
-def test_streams_have_a_schema_that_generators_read(document):
+def test_streams_have_a_schema_that_generators_read(document: dict[str, Any]) -> None:
     found = [node for node in walk(document) if isinstance(node, dict) and "itemSchema" in node]
     assert len(found) >= 5
     assert all(node["schema"]["type"] == "string" for node in found)
@@ -260,7 +262,9 @@ def test_streams_have_a_schema_that_generators_read(document):
         ("IdentifyBody", [{"target_fpir": 0.1}, {"threshold": 0.5}, {}], "both"),
     ],
 )
-def test_what_excludes_one_another_is_in_the_document(document, model, good, bad):
+def test_what_excludes_one_another_is_in_the_document(
+    document: dict[str, Any], model: Any, good: Any, bad: Any
+) -> None:
     schema = document["components"]["schemas"][model]
     rules = {name: schema[name] for name in ("oneOf", "not") if name in schema}
     both = {"target_fmr": 1e-3, "target_fpir": 0.1, "threshold": 0.5}

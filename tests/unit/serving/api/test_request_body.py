@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -20,7 +21,7 @@ CROP = made.crops(1, seed=3)[0]
 IMAGE = '{"image_b64": "AAAA"}'
 
 
-def written(format):
+def written(format: str) -> Any:
     buffer = io.BytesIO()
     Image.fromarray(CROP).save(buffer, format)
     return buffer.getvalue()
@@ -28,13 +29,13 @@ def written(format):
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WebP", "BMP"])
 @pytest.mark.parametrize("kept", [12, 20, 30, 60, 600])
-def test_a_file_that_was_cut_off_is_called_what_it_is(format, kept):
+def test_a_file_that_was_cut_off_is_called_what_it_is(format: str, kept: Any) -> None:
     with pytest.raises(BadImage) as raised:
         decode(written(format.upper())[:kept])
     assert str(raised.value) == f"the {format} image is cut off or damaged ({kept} bytes). Send the whole file."
 
 
-def test_an_image_of_too_many_pixels_is_not_called_damaged():
+def test_an_image_of_too_many_pixels_is_not_called_damaged() -> None:
     header = bytearray(written("BMP")[:60])
     header[18:26] = struct.pack("<ii", 10_000, 10_000)
     with pytest.raises(ImageTooLarge):
@@ -42,7 +43,7 @@ def test_an_image_of_too_many_pixels_is_not_called_damaged():
 
 
 @pytest.mark.parametrize("data", [b"", b"text", b"RIFF\x10\0\0\0WAVEfmt ", b"RIFF", b"\x89PN"])
-def test_what_is_no_image_is_not_called_one(data):
+def test_what_is_no_image_is_not_called_one(data: Any) -> None:
     with pytest.raises(BadImage, match=r"^(empty image|not a JPEG)"):
         decode(data)
 
@@ -69,14 +70,14 @@ def test_what_is_no_image_is_not_called_one(data):
         (ExportLine, '{"end": true, "subjects": "x"}', ["subjects"]),
     ],
 )  # fmt: skip
-def test_a_field_is_named_as_it_was_sent(model, body, fields):
+def test_a_field_is_named_as_it_was_sent(model: Any, body: Any, fields: Any) -> None:
     """Without pydantic's names for the kinds of a side and of an embedding."""
     with pytest.raises(PkdError) as raised:
         parse(model, body.encode())
     assert sorted(one["field"] for one in raised.value.details["errors"]) == sorted(fields)
 
 
-def test_a_subject_where_none_is_taken():
+def test_a_subject_where_none_is_taken() -> None:
     for model, body, field in (
         (IdentifyBody, '{"query": {"gallery": "g", "subject": "ann"}}', "query"),
         (EnrolBody, f'{{"inputs": [{IMAGE}, {{"subject": "ann"}}]}}', "inputs.1"),

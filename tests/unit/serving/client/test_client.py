@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,7 +23,7 @@ ALIGNED = {"aligned": True}
 
 
 @pytest.fixture(scope="module")
-def client(fleet, tmp_path_factory):
+def client(fleet: made.Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with (
         made.serving(fleet, tmp_path_factory.mktemp("store")) as http,
         Client(str(http.base_url), retries=1) as client,
@@ -29,18 +32,18 @@ def client(fleet, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def slept(monkeypatch):
+def slept(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Nobody waits here; how long it would have been."""
-    seconds = []
-    monkeypatch.setattr(connection.time, "sleep", seconds.append)
+    seconds: list[float] = []
+    monkeypatch.setattr("time.sleep", seconds.append)
     return seconds
 
 
-def device(encoder, index):
+def device(encoder: Any, index: int) -> Any:
     return Embedding(encoder.embed(CROPS[index : index + 1])[0], encoder.info.id)
 
 
-def test_embed_and_verify(client, fleet):
+def test_embed_and_verify(client: Any, fleet: made.Fleet) -> None:
     answer = client.embed(*FILES[:2], **ALIGNED)
     assert [one.encoding for one in answer.data] == ["b64_f16"] * 2
     assert np.allclose(vectors(answer), fleet.teacher.embed(CROPS[:2]), atol=1e-3)
@@ -48,7 +51,7 @@ def test_embed_and_verify(client, fleet):
     assert not client.verify(device(fleet.first, 1), FILES[0], threshold=0.9999, **ALIGNED).match
 
 
-def test_a_gallerys_life(client, fleet):
+def test_a_gallerys_life(client: Any, fleet: made.Fleet) -> None:
     assert client.create_gallery("life").name == "life"
     enrolled = client.enrol("life", "ann", FILES[0], device(fleet.first, 0), attributes={"site": "n"}, **ALIGNED)
     assert len(enrolled.templates) == 2
@@ -67,7 +70,7 @@ def test_a_gallerys_life(client, fleet):
     assert (refused.value.type, refused.value.status, refused.value.exit_code) == ("unknown-gallery", 404, 2)
 
 
-def test_a_refusal_carries_what_works(client, fleet):
+def test_a_refusal_carries_what_works(client: Any, fleet: made.Fleet) -> None:
     client.create_gallery("works")
     with pytest.raises(Refused, match="not-certified") as refused:
         client.enrol("works", "x", device(fleet.rogue, 0))
@@ -75,7 +78,7 @@ def test_a_refusal_carries_what_works(client, fleet):
     assert fleet.teacher.info.id in str(refused.value)
 
 
-def test_many(client, fleet, monkeypatch):
+def test_many(client: Any, fleet: made.Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "CHUNK_LINES", 7)
     client.create_gallery("many")
     unusual = {"attributes": {"n": "a\u2028line separator, \x85 and \n"}}
@@ -97,7 +100,7 @@ def test_many(client, fleet, monkeypatch):
         list(client.enrol_bulk("nowhere", items))
 
 
-def test_migrations_and_the_catalogue(client, fleet, tmp_path):
+def test_migrations_and_the_catalogue(client: Any, fleet: made.Fleet, tmp_path: Path) -> None:
     client.create_gallery("moves")
     new = fleet.following.info.space.id
     client.enrol("moves", "ann", FILES[0], **ALIGNED)
@@ -111,11 +114,11 @@ def test_migrations_and_the_catalogue(client, fleet, tmp_path):
     assert client.encoder("first").artifact.bytes == len(fleet.first.model)
 
 
-def acting(*answers, **options):
+def acting(*answers: Any, **options: Any) -> Any:
     """Make a client whose server gives these answers, one a request; exceptions are raised."""
     left, seen = list(answers), []
 
-    def handle(request):
+    def handle(request: Any) -> Any:
         seen.append(request)
         answer = left.pop(0)
         if isinstance(answer, Exception):
@@ -125,7 +128,7 @@ def acting(*answers, **options):
     return Client("http://server", transport=httpx.MockTransport(handle), **options), seen
 
 
-def busy(status=503, after="7"):
+def busy(status: int = 503, after: Any = "7") -> Any:
     headers = {"retry-after": after} if after else {}
     return httpx.Response(status, json={"type": "draining", "status": status, "detail": "d"}, headers=headers)
 
@@ -133,7 +136,7 @@ def busy(status=503, after="7"):
 GALLERIES = httpx.Response(200, json={"galleries": []})
 
 
-def test_a_busy_server_is_asked_again_when_it_says(slept):
+def test_a_busy_server_is_asked_again_when_it_says(slept: Any) -> None:
     client, seen = acting(busy(429, "3"), busy(503, "2"), busy(503, None), GALLERIES)
     assert client.galleries() == [] and len(seen) == 4
     assert [round(seconds // 1) for seconds in slept[:2]] == [3, 2] and 0.8 <= slept[2] <= 1
@@ -143,7 +146,7 @@ def test_a_busy_server_is_asked_again_when_it_says(slept):
     assert refused.value.status == 503 and refused.value.exit_code == 1 and max(slept) <= 30 * 1.25
 
 
-def test_only_what_is_safe_is_sent_again():
+def test_only_what_is_safe_is_sent_again() -> None:
     client, seen = acting(httpx.ReadError("gone"), GALLERIES)
     assert client.galleries() == [] and len(seen) == 2
     client, seen = acting(httpx.ReadError("gone"))
@@ -159,7 +162,7 @@ def test_only_what_is_safe_is_sent_again():
     assert seen[0].headers["idempotency-key"] == seen[1].headers["idempotency-key"]
 
 
-def test_what_is_no_problem_document_is_refused_all_the_same():
+def test_what_is_no_problem_document_is_refused_all_the_same() -> None:
     client, _ = acting(httpx.Response(502, text="<html>bad gateway</html>"))
     with pytest.raises(Refused, match="bad gateway"):
         client.galleries()
@@ -168,13 +171,13 @@ def test_what_is_no_problem_document_is_refused_all_the_same():
         client.galleries()
 
 
-def test_items_without_an_answer_are_sent_again(slept):
+def test_items_without_an_answer_are_sent_again(slept: Any) -> None:
     """Broken off in the middle, then one item too many for a busy server, then done."""
 
-    def lines(*answers):
+    def lines(*answers: Any) -> Any:
         return httpx.Response(200, content=b"".join(json.dumps(one).encode() + b"\n" for one in answers))
 
-    def done(number):
+    def done(number: Any) -> Any:
         return {"line": number, "templates": ["t"], "sequence": 1, "replayed": False}
 
     full = {"type": "overloaded", "status": 429, "detail": "d"}
@@ -193,21 +196,21 @@ def test_items_without_an_answer_are_sent_again(slept):
         list(client.enrol_bulk("g", items[:1]))
 
 
-def test_an_export_that_was_cut_off():
+def test_an_export_that_was_cut_off() -> None:
     header = json.dumps({"format": "pkd-gallery-1"}).encode() + b"\n"
     client, _ = acting(httpx.Response(200, content=header))
     with pytest.raises(Unreachable, match="cut off"):
         list(client.export("g"))
 
 
-def test_a_download_that_was_damaged(tmp_path):
+def test_a_download_that_was_damaged(tmp_path: Path) -> None:
     client, _ = acting(httpx.Response(200, content=b"abc", headers={"etag": '"00"'}))
     with pytest.raises(PkdError, match="damaged"):
         client.download("e", tmp_path / "encoder.onnx")
     assert not any(tmp_path.iterdir())
 
 
-def test_the_client_needs_no_server_package():
+def test_the_client_needs_no_server_package() -> None:
     """The extra `client` brings httpx alone."""
     code = (
         "import sys\n"

@@ -40,8 +40,8 @@ def test_many_open_as_one_by_one_does() -> None:
     for number, name in enumerate(["ann", "bo", "Zoë"]):
         key, wrapped = gallery.new_subject(name)
         rows.append((name, wrapped, str(number), key.encrypt(name.encode(), str(number), "e")))
-    (ann, key, _, ciphertext) = rows[0]
-    rows += [(ann, key, "9", ciphertext), ("bo", key, "0", ciphertext), (ann, key, "0", b"short")]
+    (ann, key, _, ciphertext) = rows[0]  # type: ignore[assignment]
+    rows += [(ann, key, "9", ciphertext), ("bo", key, "0", ciphertext), (ann, key, "0", b"short")]  # type: ignore[list-item]
     opened = list(gallery.templates(rows, "e"))
     for (name, wrapped, template, data), found in zip(rows, opened, strict=True):
         try:

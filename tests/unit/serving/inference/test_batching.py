@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -26,7 +29,7 @@ CROPS = made.crops(120, seed=7)
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("batching")
     return open_bundle(made.encoder("teacher", made.weights(1)).write(folder / "teacher"))
 
@@ -34,13 +37,13 @@ def real(tmp_path_factory):
 class Watched:
     """The real encoder; notes the size of each batch, can be held, and refuses crops that are all white."""
 
-    def __init__(self, real):
+    def __init__(self, real: Any) -> None:
         self.info, self._real = real.info, real
-        self.batches = []
+        self.batches: list[Any] = []
         self.open = threading.Event()
         self.open.set()
 
-    def embed(self, crops):
+    def embed(self, crops: Any) -> Any:
         self.batches.append(len(crops))
         assert self.open.wait(20)
         if (crops == 255).all(axis=(1, 2, 3)).any():
@@ -49,12 +52,12 @@ class Watched:
 
 
 @pytest.fixture
-def watched(real):
+def watched(real: Any) -> Any:
     return Watched(real)
 
 
 @pytest.fixture
-def batched(watched):
+def batched(watched: Any) -> Iterator[Any]:
     front = Batched(watched)
     yield front
     watched.open.set()
@@ -62,12 +65,12 @@ def batched(watched):
 
 
 @pytest.fixture
-def pool():
+def pool() -> Iterator[Any]:
     with ThreadPoolExecutor(40) as pool:
         yield pool
 
 
-def held(watched, batched, pool):
+def held(watched: Any, batched: Any, pool: Any) -> Any:
     """Occupy the encoder, so that what comes next gathers."""
     watched.open.clear()
     first = pool.submit(batched.embed, CROPS[:1])
@@ -75,18 +78,20 @@ def held(watched, batched, pool):
     return first
 
 
-def until(true):
+def until(true: Any) -> None:
     deadline = time.monotonic() + 20
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-def waiting(batched, count):
+def waiting(batched: Any, count: int) -> None:
     until(lambda: batched._queue.qsize() == count)
 
 
-def test_rows_are_those_of_the_encoder_alone_whatever_they_were_batched_with(real, watched, batched, pool):
+def test_rows_are_those_of_the_encoder_alone_whatever_they_were_batched_with(
+    real: Any, watched: Any, batched: Any, pool: Any
+) -> None:
     parts = [CROPS[start : start + 1 + start % 5] for start in range(0, 100, 5)]
     first = held(watched, batched, pool)
     jobs = [pool.submit(batched.embed, part) for part in parts]
@@ -99,14 +104,14 @@ def test_rows_are_those_of_the_encoder_alone_whatever_they_were_batched_with(rea
     assert len(watched.batches) <= 1 + 1 + sum(map(len, parts)) // (BUCKETS[-1] - 5)  # not one call each
 
 
-def test_more_crops_than_the_largest_batch(real, watched, batched):
+def test_more_crops_than_the_largest_batch(real: Any, watched: Any, batched: Any) -> None:
     assert np.allclose(batched.embed(CROPS), real.embed(CROPS), atol=1e-6)
     assert watched.batches == [32, 32, 32, 32]
     assert batched.embed(CROPS[:0]).shape == (0, made.DIM)
     assert batched.info is real.info
 
 
-def test_an_idle_encoder_waits_for_nobody(watched, batched):
+def test_an_idle_encoder_waits_for_nobody(watched: Any, batched: Any) -> None:
     begun = time.monotonic()
     for count in (1, 2, 5, 9, 17):
         batched.embed(CROPS[:count])
@@ -114,7 +119,7 @@ def test_an_idle_encoder_waits_for_nobody(watched, batched):
     assert time.monotonic() - begun < 2
 
 
-def test_one_bad_item_fails_alone(real, watched, batched, pool):
+def test_one_bad_item_fails_alone(real: Any, watched: Any, batched: Any, pool: Any) -> None:
     first = held(watched, batched, pool)
     white = np.full_like(CROPS[:2], 255)
     jobs = [pool.submit(batched.embed, crops) for crops in (CROPS[1:2], white, CROPS[2:4])]
@@ -129,11 +134,11 @@ def test_one_bad_item_fails_alone(real, watched, batched, pool):
         batched.embed(CROPS[:1, :50])
 
 
-def test_what_was_cancelled_is_never_embedded(watched, batched):
-    async def visit():
-        first = pool.submit(partial(batched.embed, CROPS[:1]))
+def test_what_was_cancelled_is_never_embedded(watched: Any, batched: Any) -> None:
+    async def visit() -> Any:
+        first = pool.submit(partial(batched.embed, CROPS[:1]))  # type: ignore[attr-defined]
         await asyncio.to_thread(until, lambda: watched.batches == [1])
-        jobs = [pool.submit(partial(batched.embed, CROPS[i : i + 1])) for i in range(1, 31)]
+        jobs = [pool.submit(partial(batched.embed, CROPS[i : i + 1])) for i in range(1, 31)]  # type: ignore[attr-defined]
         await asyncio.to_thread(waiting, batched, 30)
         for job in jobs[:28]:
             job.cancel()  # it runs: it waits for the encoder
@@ -149,7 +154,7 @@ def test_what_was_cancelled_is_never_embedded(watched, batched):
     assert watched.batches == [1, 4]
 
 
-def test_a_full_queue_refuses(watched, real):
+def test_a_full_queue_refuses(watched: Any, real: Any) -> None:
     front = Batched(watched, waiting=2)
     watched.open.clear()
     with ThreadPoolExecutor(4) as threads:
@@ -165,7 +170,7 @@ def test_a_full_queue_refuses(watched, real):
     front.close()
 
 
-def test_without_a_gpu_nothing_runs_on_the_cpu_instead(tmp_path):
+def test_without_a_gpu_nothing_runs_on_the_cpu_instead(tmp_path: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("there is a CUDA provider here")
     bundle = made.encoder("teacher", made.weights(1)).write(tmp_path / "teacher")
@@ -173,18 +178,18 @@ def test_without_a_gpu_nothing_runs_on_the_cpu_instead(tmp_path):
         open_bundle(bundle, device="cuda")
 
 
-def test_only_what_runs_on_a_gpu_is_batched(real, tmp_path):
+def test_only_what_runs_on_a_gpu_is_batched(real: Any, tmp_path: Path) -> None:
     bundle = made.encoder("teacher", made.weights(1)).write(tmp_path / "teacher")
     for device, size in (("cpu", "3.0"), ("cuda", "4.0")):
         metrics = Metrics([short(real.info.id)])
-        inference = Inference([Loaded(bundle, real, device=device)], metrics)
+        inference = Inference([Loaded(bundle, real, device=device)], metrics)  # type: ignore[arg-type]
         assert np.allclose(inference.embed(real, CROPS[:3]), real.embed(CROPS[:3]), atol=1e-6)
         inference.close()
         assert f'pkd_batch_size_sum{{encoder="{short(real.info.id)}"}} {size}' in metrics.page().decode()
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_rows_of_the_cpu(real, tmp_path):
+def test_a_gpu_gives_the_rows_of_the_cpu(real: Any, tmp_path: Path) -> None:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has no CUDA provider; install onnxruntime-gpu in its place")
     bundle = made.encoder("teacher", made.weights(1)).write(tmp_path / "teacher")

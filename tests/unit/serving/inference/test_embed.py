@@ -6,8 +6,11 @@ import base64
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from typing import Any
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,7 +34,7 @@ class Squares:
 
     digest = "0" * 64
 
-    def detect(self, image):
+    def detect(self, image: Any) -> Any:
         _, _, stats, _ = cv2.connectedComponentsWithStats((image.max(axis=2) > 32).astype(np.uint8))
         return [
             Face(np.array([x, y, x + w, y + h], np.float32), (TEMPLATE * (w / 112) + (x, y)).astype(np.float32), 0.9)
@@ -40,7 +43,7 @@ class Squares:
         ]
 
 
-def photograph(*squares):
+def photograph(*squares: Any) -> Any:
     """Black uint8 200×400×3 with crops pasted at (x, y, side)."""
     image = np.zeros((200, 400, 3), np.uint8)
     for crop, (x, y, side) in zip(np.maximum(CROPS, 64), squares, strict=False):
@@ -49,20 +52,20 @@ def photograph(*squares):
 
 
 @pytest.fixture(scope="module")
-def client(family):
+def client(family: made.Family) -> Iterator[Any]:
     service = Service(Encoders.open(family.folders), Settings(threads=2), Squares())
     with made.running(service) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def bare(family):
+def bare(family: made.Family) -> Iterator[Any]:
     """Without a detector."""
     with made.running(Service(Encoders.open(family.folders), Settings(threads=1))) as client:
         yield client
 
 
-def problem(answer, status, type):
+def problem(answer: Any, status: int, type: str) -> Any:
     body = answer.json()
     assert (answer.status_code, body["type"], body["status"]) == (status, type, status), body
     assert answer.headers["content-type"] == "application/problem+json"
@@ -70,11 +73,11 @@ def problem(answer, status, type):
     return body
 
 
-def send(client, data, params=ALIGNED, kind="image/png"):
+def send(client: httpx.Client, data: Any, params: Any = ALIGNED, kind: str = "image/png") -> Any:
     return client.post("/v1/embed", content=data, params=params, headers={"content-type": kind})
 
 
-def test_the_three_forms_give_the_same_answer(client, family):
+def test_the_three_forms_give_the_same_answer(client: httpx.Client, family: made.Family) -> None:
     files = [made.png(crop) for crop in CROPS]
     forms = [
         client.post("/v1/embed", params=ALIGNED, files=[("image", ("x", f, "image/png")) for f in files]),
@@ -95,7 +98,7 @@ def test_the_three_forms_give_the_same_answer(client, family):
     assert np.allclose(raw.json()["data"][0]["embedding"], expected[1], atol=1e-6)
 
 
-def test_each_encoding_carries_the_same_vector(client, family):
+def test_each_encoding_carries_the_same_vector(client: httpx.Client, family: made.Family) -> None:
     expected = family.student.embed(CROPS[:1])[0]
     for encoding in ("float", "b64_f32", "b64_f16", "b64_i8"):
         answer = send(client, made.png(CROPS[0]), {**ALIGNED, "encoding": encoding, "encoder": "student"}).json()
@@ -106,7 +109,7 @@ def test_each_encoding_carries_the_same_vector(client, family):
 
 
 @pytest.mark.parametrize("size", [1, 2, 31, 112])
-def test_sharpness_is_the_variance_of_the_laplacian(size):
+def test_sharpness_is_the_variance_of_the_laplacian(size: int) -> None:
     for seed in range(20):
         crop = np.random.default_rng(seed).integers(0, 1 + 13 * seed, (size, size, 3), dtype=np.uint8, endpoint=True)
         grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY).astype(np.float64)
@@ -115,7 +118,7 @@ def test_sharpness_is_the_variance_of_the_laplacian(size):
         assert sharpness(crop) == pytest.approx(np.var(around - 4 * grey), rel=1e-12, abs=1e-9)
 
 
-def test_an_aligned_crop_has_no_box_but_a_sharpness(client):
+def test_an_aligned_crop_has_no_box_but_a_sharpness(client: httpx.Client) -> None:
     one = send(client, made.png(CROPS[0])).json()["data"][0]
     assert (one["box"], one["landmarks"], one["detection_score"]) == (None, None, None)
     assert one["quality"]["sharpness"] == pytest.approx(sharpness(CROPS[0]), abs=0.01)
@@ -123,7 +126,7 @@ def test_an_aligned_crop_has_no_box_but_a_sharpness(client):
     assert send(client, made.png(blurred)).json()["data"][0]["quality"]["sharpness"] < one["quality"]["sharpness"]
 
 
-def test_a_photograph_is_detected_aligned_and_embedded(client, family):
+def test_a_photograph_is_detected_aligned_and_embedded(client: httpx.Client, family: made.Family) -> None:
     image = photograph((30, 40, 112))
     body = send(client, made.png(image), {}).json()
     assert set(body["timing_ms"]) == {"decode", "detect", "queue", "infer"}
@@ -135,7 +138,7 @@ def test_a_photograph_is_detected_aligned_and_embedded(client, family):
     assert np.dot(one["embedding"], expected) > 0.999
 
 
-def test_which_faces(client):
+def test_which_faces(client: httpx.Client) -> None:
     both = made.png(photograph((10, 10, 60), (250, 40, 112)))
     largest = send(client, both, {}).json()["data"]
     assert [one["box"][0] for one in largest] == [250]
@@ -146,14 +149,14 @@ def test_which_faces(client):
     assert len(send(client, one, {"faces": "exactly_one"}).json()["data"]) == 1
 
 
-def test_a_photograph_without_a_face(client):
+def test_a_photograph_without_a_face(client: httpx.Client) -> None:
     empty = made.png(photograph())
     assert problem(send(client, empty, {}), 422, "no-face")["index"] == 0
     assert problem(send(client, empty, {"faces": "exactly_one"}), 422, "no-face")
     assert send(client, empty, {"faces": "all"}).json()["data"] == []
 
 
-def test_exif_orientation_is_applied(client):
+def test_exif_orientation_is_applied(client: httpx.Client) -> None:
     upright = photograph((30, 40, 112))
     buffer = io.BytesIO()
     exif = Image.Exif()
@@ -164,14 +167,14 @@ def test_exif_orientation_is_applied(client):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "BMP"])
-def test_formats(client, format):
+def test_formats(client: httpx.Client, format: str) -> None:
     buffer = io.BytesIO()
     Image.fromarray(CROPS[0]).save(buffer, format)
     assert send(client, buffer.getvalue()).status_code == 200
     assert send(client, buffer.getvalue(), kind="application/octet-stream").status_code == 200
 
 
-def test_the_bytes_count_and_not_the_label(client):
+def test_the_bytes_count_and_not_the_label(client: httpx.Client) -> None:
     assert send(client, made.png(CROPS[0]), kind="image/heic").status_code == 200
 
 
@@ -187,22 +190,22 @@ def test_the_bytes_count_and_not_the_label(client):
     ],
     ids=["empty", "text", "truncated", "jpeg-of-zeros", "webp-header", "heic-header"],
 )
-def test_undecodable_images(client, data):
+def test_undecodable_images(client: httpx.Client, data: bytes) -> None:
     assert problem(send(client, data), 400, "bad-image")["index"] == 0
 
 
 @pytest.mark.parametrize("data", [b"GIF89a" + bytes(50), b"II*\0" + bytes(50)])
-def test_formats_that_are_not_taken(client, data):
+def test_formats_that_are_not_taken(client: httpx.Client, data: bytes) -> None:
     problem(send(client, data), 415, "unsupported-media")
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "video/mp4"])
-def test_media_types_that_are_not_taken(client, kind):
+def test_media_types_that_are_not_taken(client: httpx.Client, kind: str) -> None:
     problem(send(client, made.png(CROPS[0]), kind=kind), 415, "unsupported-media")
 
 
-def png_header(width, height):
-    def chunk(kind, data):
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -212,11 +215,11 @@ def png_header(width, height):
 
 
 @pytest.mark.parametrize(("width", "height"), [(6400, 6400), (12000, 10000), (40000, 40000), (2**31 - 1, 2**31 - 1)])
-def test_too_many_pixels_are_refused_from_the_header(client, width, height):
+def test_too_many_pixels_are_refused_from_the_header(client: httpx.Client, width: int, height: int) -> None:
     problem(send(client, png_header(width, height)), 413, "too-large")
 
 
-def test_bodies_over_the_limit_are_refused_with_and_without_a_stated_length(client):
+def test_bodies_over_the_limit_are_refused_with_and_without_a_stated_length(client: httpx.Client) -> None:
     limit = Settings().max_body
     assert problem(send(client, bytes(limit + 1)), 413, "too-large")["limit"] == limit
     problem(send(client, (bytes(65536) for _ in range(limit // 65536 + 1))), 413, "too-large")
@@ -224,23 +227,23 @@ def test_bodies_over_the_limit_are_refused_with_and_without_a_stated_length(clie
     problem(send(client, bytes(limit)), 400, "bad-image")
 
 
-def test_one_bad_image_is_named_and_none_is_answered(client):
+def test_one_bad_image_is_named_and_none_is_answered(client: httpx.Client) -> None:
     files = [("image", made.png(CROPS[0])), ("image", b"junk"), ("image", made.png(CROPS[1]))]
     assert problem(client.post("/embed", params=ALIGNED, files=files), 400, "bad-image")["index"] == 1
 
 
-def test_a_crop_of_another_size_is_not_aligned(client):
+def test_a_crop_of_another_size_is_not_aligned(client: httpx.Client) -> None:
     body = problem(send(client, made.png(photograph())), 422, "not-aligned")
     assert (body["expected"], body["got"]) == ([112, 112], [400, 200])
 
 
-def test_without_a_detector_only_aligned_crops_are_taken(bare):
+def test_without_a_detector_only_aligned_crops_are_taken(bare: Any) -> None:
     assert send(bare, made.png(CROPS[0])).status_code == 200
     detail = problem(send(bare, made.png(CROPS[0]), {}), 422, "no-detector")["detail"]
     assert "aligned=true" in detail and "--detector" in detail
 
 
-def test_an_unknown_encoder_names_those_that_are_loaded(client, family):
+def test_an_unknown_encoder_names_those_that_are_loaded(client: httpx.Client, family: made.Family) -> None:
     body = problem(send(client, made.png(CROPS[0]), {**ALIGNED, "encoder": "nobody"}), 404, "unknown-encoder")
     assert body["encoders"] == [f.info.id for f in (family.teacher, family.student, family.stranger)]
 
@@ -255,12 +258,12 @@ def test_an_unknown_encoder_names_those_that_are_loaded(client, family):
         ({"image_url": "http://localhost/x"}, "image_url"),
     ],
 )
-def test_options_that_are_wrong_or_misspelt_are_named(client, params, field):
+def test_options_that_are_wrong_or_misspelt_are_named(client: httpx.Client, params: Any, field: Any) -> None:
     body = problem(send(client, made.png(CROPS[0]), params), 422, "invalid-request")
     assert body["errors"][0]["field"] == field
 
 
-def test_an_option_given_twice(client):
+def test_an_option_given_twice(client: httpx.Client) -> None:
     answer = client.post("/embed", params=ALIGNED, json={"aligned": False, "inputs": [{"image_b64": "AAAA"}]})
     assert "twice" in problem(answer, 422, "invalid-request")["detail"]
     problem(client.post("/embed?faces=all&faces=largest", content=b"x"), 415, "unsupported-media")
@@ -272,11 +275,11 @@ def test_an_option_given_twice(client):
     "body",
     [b"", b"{", b"[]", b"null", b'{"inputs": []}', b'{"inputs": [{}]}', b'{"inputs": [{"image_b64": 1}]}', b"[" * 9999],
 )
-def test_json_that_is_not_the_body(client, body):
+def test_json_that_is_not_the_body(client: httpx.Client, body: Any) -> None:
     problem(client.post("/embed", content=body, headers={"content-type": "application/json"}), 422, "invalid-request")
 
 
-def test_base64_that_is_none(client):
+def test_base64_that_is_none(client: httpx.Client) -> None:
     answer = client.post("/embed", json={"aligned": True, "inputs": [{"image_b64": "é!"}]})
     problem(answer, 400, "bad-image")
 
@@ -293,11 +296,11 @@ def test_base64_that_is_none(client):
         ("multipart/form-data; boundary=x", b"--x--\r\n"),
     ],
 )
-def test_multipart_that_is_none(client, kind, body):
+def test_multipart_that_is_none(client: httpx.Client, kind: str, body: Any) -> None:
     problem(client.post("/embed", content=body, headers={"content-type": kind}), 422, "invalid-request")
 
 
-def test_file_fields_are_named_image_and_are_counted(client):
+def test_file_fields_are_named_image_and_are_counted(client: httpx.Client) -> None:
     problem(client.post("/embed", files={"file": made.png(CROPS[0])}), 422, "invalid-request")
     many = [("image", made.png(CROPS[0]))] * 33
     problem(client.post("/embed", params=ALIGNED, files=many), 422, "invalid-request")
@@ -314,13 +317,13 @@ def test_file_fields_are_named_image_and_are_counted(client):
         b'{"inputs": ' + b"[" * 99999,
     ],
 )
-def test_a_flood_of_tiny_values_is_refused_before_it_is_parsed(client, flood):
+def test_a_flood_of_tiny_values_is_refused_before_it_is_parsed(client: httpx.Client, flood: Any) -> None:
     answer = client.post("/embed", content=flood, headers={"content-type": "application/json"})
     assert "limit" in problem(answer, 422, "invalid-request")
 
 
-def test_a_large_form_leaves_no_temporary_file(client, monkeypatch):
-    def refuse(*args, **kwargs):
+def test_a_large_form_leaves_no_temporary_file(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("an image was written to disk")
 
     monkeypatch.setattr("tempfile.SpooledTemporaryFile.rollover", refuse)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,26 +19,26 @@ from tests.support import serving_bundles as made
 
 
 @pytest.fixture(scope="module")
-def encoders(family):
+def encoders(family: made.Family) -> Any:
     return Encoders.open(family.folders)
 
 
-def test_the_first_teacher_is_the_default_wherever_it_stands(family):
+def test_the_first_teacher_is_the_default_wherever_it_stands(family: made.Family) -> None:
     assert Encoders.open(family.folders[::-1]).get(None).encoder.info == family.stranger.info
     assert Encoders.open(family.folders[1::-1]).get(None).encoder.info == family.teacher.info
 
 
-def test_without_a_teacher_the_first_bundle_is_the_default(family):
+def test_without_a_teacher_the_first_bundle_is_the_default(family: made.Family) -> None:
     assert Encoders.open([family.folders[1]]).get(None).encoder.info == family.student.info
 
 
-def test_an_encoder_is_found_by_id_short_id_and_name(encoders, family):
+def test_an_encoder_is_found_by_id_short_id_and_name(encoders: Any, family: made.Family) -> None:
     info = family.student.info
     for spec in (info.id, short(info.id), info.name):
         assert encoders.get(spec).encoder.info.id == info.id
 
 
-def test_a_name_that_two_encoders_share_names_neither(tmp_path):
+def test_a_name_that_two_encoders_share_names_neither(tmp_path: Path) -> None:
     one, two = made.encoder("same", made.weights(1)), made.encoder("same", made.weights(2))
     one.write(tmp_path / "1"), two.write(tmp_path / "2")
     encoders = Encoders.open([tmp_path / "1", tmp_path / "2"])
@@ -48,7 +51,7 @@ def test_a_name_that_two_encoders_share_names_neither(tmp_path):
         encoders.resolve("same")
 
 
-def test_a_name_is_the_loaded_one_s_where_certificates_know_others(tmp_path, family):
+def test_a_name_is_the_loaded_one_s_where_certificates_know_others(tmp_path: Path, family: made.Family) -> None:
     """As targets of a student that were certified, and are not served."""
     other = made.encoder("student", made.weights(9), family.teacher.info.space)
     family.student.write(tmp_path / "student", [made.certificate(family.student.info, other.info)])
@@ -58,7 +61,7 @@ def test_a_name_is_the_loaded_one_s_where_certificates_know_others(tmp_path, fam
         encoders.resolve("student")
 
 
-def test_an_encoder_known_from_a_certificate_alone_can_be_compared_but_not_run(family):
+def test_an_encoder_known_from_a_certificate_alone_can_be_compared_but_not_run(family: made.Family) -> None:
     encoders = Encoders.open([family.folders[1]])
     file = encoders.certificate_file(family.student.info.id, family.teacher.info.id)
     assert file.certificate.query == family.student.info.id
@@ -68,7 +71,7 @@ def test_an_encoder_known_from_a_certificate_alone_can_be_compared_but_not_run(f
     assert isinstance(refused.value, UnknownEncoder)
 
 
-def test_the_order_of_the_pair_counts(encoders, family):
+def test_the_order_of_the_pair_counts(encoders: Any, family: made.Family) -> None:
     student, teacher = family.student.info.id, family.teacher.info.id
     assert encoders.certificate_file(student, teacher).certificate.gallery == teacher
     with pytest.raises(PkdError) as refused:
@@ -79,7 +82,7 @@ def test_the_order_of_the_pair_counts(encoders, family):
     assert {"query": student, "gallery": teacher} in refused.value.details["expected"]
 
 
-def test_different_spaces_are_a_mismatch(encoders, family):
+def test_different_spaces_are_a_mismatch(encoders: Any, family: made.Family) -> None:
     with pytest.raises(PkdError) as refused:
         encoders.certificate_file(family.stranger.info.id, family.teacher.info.id)
     assert isinstance(refused.value, SpaceMismatch)
@@ -95,7 +98,7 @@ def test_different_spaces_are_a_mismatch(encoders, family):
     ],
 )
 @pytest.mark.parametrize("order", [1, -1])
-def test_of_two_certificates_of_a_pair_the_stronger_counts(tmp_path, weak, strong, order):
+def test_of_two_certificates_of_a_pair_the_stronger_counts(tmp_path: Path, weak: Any, strong: Any, order: Any) -> None:
     teacher = made.encoder("teacher", made.weights(1))
     student = made.encoder("student", made.weights(2), teacher.info.space)
     pair = student.info, teacher.info
@@ -106,13 +109,13 @@ def test_of_two_certificates_of_a_pair_the_stronger_counts(tmp_path, weak, stron
     assert {name: getattr(found, name) for name in strong} == strong
 
 
-def test_the_same_encoder_twice_is_refused(family, tmp_path):
+def test_the_same_encoder_twice_is_refused(family: made.Family, tmp_path: Path) -> None:
     family.teacher.write(tmp_path / "copy")
     with pytest.raises(BundleError, match=r"copy: holds teacher@.* as does .*teacher\. Pass one"):
         Encoders.open([family.folders[0], tmp_path / "copy"])
 
 
-def test_a_changed_file_is_refused(tmp_path):
+def test_a_changed_file_is_refused(tmp_path: Path) -> None:
     made.encoder("teacher", made.weights(1)).write(tmp_path / "t")
     with (tmp_path / "t" / "encoder.onnx").open("ab") as file:
         file.write(b"x")
@@ -120,7 +123,9 @@ def test_a_changed_file_is_refused(tmp_path):
         Encoders.open([tmp_path / "t"])
 
 
-def test_with_keys_every_bundle_must_be_signed_and_a_signed_certificate_by_one_of_them(family, tmp_path):
+def test_with_keys_every_bundle_must_be_signed_and_a_signed_certificate_by_one_of_them(
+    family: made.Family, tmp_path: Path
+) -> None:
     ours, theirs = (SigningKey(Ed25519PrivateKey.generate()) for _ in range(2))
     keys = TrustedKeys([ours.private.public_key()])
     own = made.certificate(family.teacher.info, family.teacher.info)
@@ -131,7 +136,7 @@ def test_with_keys_every_bundle_must_be_signed_and_a_signed_certificate_by_one_o
     assert opened.certificates == [own, mixed]
     own_file = opened.certificate_file(own.query, own.gallery)
     mixed_file = opened.certificate_file(mixed.query, mixed.gallery)
-    assert own_file.signature.key == own_file.bundle.key == mixed_file.bundle.key == ours.fingerprint
+    assert own_file.signature.key == own_file.bundle.key == mixed_file.bundle.key == ours.fingerprint  # type: ignore[union-attr]
     assert mixed_file.signature is None
     told = [describe_certificate(opened, file)["signature"] for file in (mixed_file, own_file)]
     assert [(one["covers"], one["verified"]) for one in told] == [("bundle", True), ("certificate", True)]
@@ -151,7 +156,7 @@ def test_with_keys_every_bundle_must_be_signed_and_a_signed_certificate_by_one_o
         Encoders.open([tmp_path / "signed", tmp_path / name])
 
 
-def test_a_zip_is_served_like_its_folder(family, tmp_path):
+def test_a_zip_is_served_like_its_folder(family: made.Family, tmp_path: Path) -> None:
     key = SigningKey(Ed25519PrivateKey.generate())
     zipped = family.teacher.write(tmp_path / "t", sealed=key).pack(tmp_path / "t.zip")
     (loaded,) = Encoders.open([zipped], TrustedKeys([key.private.public_key()])).loaded.values()
@@ -159,7 +164,7 @@ def test_a_zip_is_served_like_its_folder(family, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def rounded(tmp_path_factory):
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Make a student in two precisions, certified in fp16 alone; int8 is so coarse that its self-test fails."""
     folder, matrix = tmp_path_factory.mktemp("targets"), made.weights(1, noise=0.2)
     teacher = made.encoder("teacher", made.weights(1))
@@ -172,7 +177,7 @@ def rounded(tmp_path_factory):
     return folder, student, half
 
 
-def test_a_target_is_served_as_the_encoder_that_it_is(rounded):
+def test_a_target_is_served_as_the_encoder_that_it_is(rounded: Any) -> None:
     folder, student, half = rounded
     paths = [folder / "teacher", folder / "student", folder / "student/targets/onnxruntime-fp16"]
     encoders = Encoders.open(paths)
@@ -188,7 +193,7 @@ def test_a_target_is_served_as_the_encoder_that_it_is(rounded):
     assert refused.value.details["works"]["queries"] == [half.info.id]
 
 
-def test_a_target_is_held_to_its_own_tolerance(rounded):
+def test_a_target_is_held_to_its_own_tolerance(rounded: Any) -> None:
     folder, _, half = rounded
     opened = Encoders.open([folder / f"student/targets/onnxruntime-{p}" for p in ("fp16", "int8")])
     passed, failed = opened.loaded.values()
@@ -198,7 +203,7 @@ def test_a_target_is_held_to_its_own_tolerance(rounded):
         failed.self_test()
 
 
-def test_a_target_that_computes_the_bundles_own_encoder_is_that_encoder(tmp_path):
+def test_a_target_that_computes_the_bundles_own_encoder_is_that_encoder(tmp_path: Path) -> None:
     own = made.encoder("teacher", made.weights(1))
     own.write(tmp_path / "t", targets={"fp32": own})
     with pytest.raises(BundleError, match=r"onnxruntime-fp32: holds teacher@.* as does .*t\. Pass one"):

@@ -8,7 +8,9 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,19 +20,19 @@ from pkd.serving.observability.metrics import Metrics
 
 
 @pytest.fixture
-def metrics():
+def metrics() -> Any:
     return Metrics()
 
 
 @pytest.fixture
-def pool(metrics):
+def pool(metrics: Any) -> Iterator[Any]:
     pool = Pool(1, metrics)
     yield pool
     pool.close()
 
 
-def test_what_a_job_returns_or_raises_is_awaited(pool):
-    async def visit():
+def test_what_a_job_returns_or_raises_is_awaited(pool: Any) -> None:
+    async def visit() -> None:
         assert await pool.submit(lambda: threading.current_thread().name) == "pkd-worker 0"
         with pytest.raises(ValueError, match="seven"):
             await pool.submit(partial(fail, ValueError("seven")))
@@ -41,8 +43,8 @@ def test_what_a_job_returns_or_raises_is_awaited(pool):
     assert current_job() is None
 
 
-def test_jobs_of_one_thread_keep_their_order_and_threads_share_them(metrics):
-    async def visit(pool):
+def test_jobs_of_one_thread_keep_their_order_and_threads_share_them(metrics: Any) -> None:
+    async def visit(pool: Any) -> Any:
         return await asyncio.gather(*(pool.submit(partial(lambda n: n, n)) for n in range(200)))
 
     for threads in (1, 7):
@@ -52,10 +54,11 @@ def test_jobs_of_one_thread_keep_their_order_and_threads_share_them(metrics):
     assert b"pkd_queue_seconds_count 400.0" in metrics.page()
 
 
-def test_what_was_cancelled_while_it_waited_is_never_executed(pool, metrics):
-    gate, ran = threading.Event(), []
+def test_what_was_cancelled_while_it_waited_is_never_executed(pool: Any, metrics: Any) -> None:
+    gate = threading.Event()
+    ran: list[Any] = []
 
-    async def visit():
+    async def visit() -> None:
         busy = pool.submit(partial(gate.wait, 20))
         until(lambda: b"pkd_queue_depth 0.0" in metrics.page())
         kept, dropped = (pool.submit(partial(ran.append, name)) for name in ("kept", "dropped"))
@@ -75,16 +78,16 @@ def test_what_was_cancelled_while_it_waited_is_never_executed(pool, metrics):
     assert b"pkd_queue_seconds_count 2.0" in metrics.page()
 
 
-def test_a_job_that_has_begun_can_see_that_nobody_waits(pool):
+def test_a_job_that_has_begun_can_see_that_nobody_waits(pool: Any) -> None:
     begun, seen = threading.Event(), threading.Event()
 
-    def work():
+    def work() -> None:
         begun.set()
-        until(lambda: current_job().abandoned)
+        until(lambda: current_job().abandoned)  # type: ignore[union-attr]
         seen.set()
         raise ValueError("told to nobody")
 
-    async def visit():
+    async def visit() -> None:
         task = asyncio.ensure_future(pool.submit(work))
         await asyncio.to_thread(begun.wait, 20)
         task.cancel()
@@ -96,10 +99,10 @@ def test_a_job_that_has_begun_can_see_that_nobody_waits(pool):
     assert seen.is_set()
 
 
-def test_a_pool_that_closes_cancels_what_waits_and_finishes_what_runs(metrics):
+def test_a_pool_that_closes_cancels_what_waits_and_finishes_what_runs(metrics: Any) -> None:
     gate, pool = threading.Event(), Pool(1, metrics)
 
-    async def visit():
+    async def visit() -> None:
         busy, late = pool.submit(partial(gate.wait, 20)), pool.submit(print)
         until(lambda: b"pkd_queue_depth 1.0" in metrics.page())
         threading.Timer(0.05, gate.set).start()
@@ -111,23 +114,23 @@ def test_a_pool_that_closes_cancels_what_waits_and_finishes_what_runs(metrics):
     assert b"pkd_queue_depth 0.0" in metrics.page()
 
 
-def test_a_closed_pool_takes_nothing(metrics):
-    async def visit():
+def test_a_closed_pool_takes_nothing(metrics: Any) -> None:
+    async def visit() -> None:
         with pytest.raises(RuntimeError):
-            pool.submit(print)
+            pool.submit(print)  # type: ignore[attr-defined]
 
     pool = Pool(1, metrics)
     pool.close()
     asyncio.run(visit())
 
 
-def test_a_job_outlives_its_event_loop(pool):
+def test_a_job_outlives_its_event_loop(pool: Any) -> None:
     gate = threading.Event()
 
-    async def leave():
+    async def leave() -> None:
         pool.submit(partial(gate.wait, 20))
 
-    async def visit():
+    async def visit() -> Any:
         return await pool.submit(lambda: 5)
 
     asyncio.run(leave())
@@ -135,8 +138,8 @@ def test_a_job_outlives_its_event_loop(pool):
     assert asyncio.run(visit()) == 5
 
 
-def test_a_failure_that_is_dropped_on_purpose_is_no_news(pool, caplog):
-    async def visit():
+def test_a_failure_that_is_dropped_on_purpose_is_no_news(pool: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def visit() -> None:
         job = pool.submit(partial(fail, ValueError("dropped")))
         await pool.submit(lambda: None)
         await asyncio.sleep(0)
@@ -148,22 +151,23 @@ def test_a_failure_that_is_dropped_on_purpose_is_no_news(pool, caplog):
     assert not caplog.records
 
 
-def fail(error):
+def fail(error: Any) -> None:
     raise error
 
 
-def until(true):
+def until(true: Any) -> None:
     deadline = time.monotonic() + 20
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-def test_owners_take_turns(pool, metrics):
+def test_owners_take_turns(pool: Any, metrics: Any) -> None:
     """Whoever submits many jobs does not keep another one's few waiting until all of them are done."""
-    gate, done = threading.Event(), []
+    gate = threading.Event()
+    done: list[Any] = []
 
-    async def visit():
+    async def visit() -> None:
         busy = pool.submit(partial(gate.wait, 20))
         until(lambda: b"pkd_queue_depth 0.0" in metrics.page())
         jobs = []

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import base64
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -23,26 +27,26 @@ IMAGES = [base64.b64encode(made.png(crop)).decode() for crop in CROPS]
 
 
 @pytest.fixture(scope="module")
-def client(family):
+def client(family: made.Family) -> Iterator[Any]:
     with made.running(Service(Encoders.open(family.folders), Settings(threads=2))) as client:
         yield client
 
 
-def image(index, encoder=None):
+def image(index: int, encoder: Any = None) -> Any:
     return {"image_b64": IMAGES[index], "aligned": True, **({"encoder": encoder} if encoder else {})}
 
 
-def embedded(encoder, index, encoding="b64_f16", **more):
-    vector = encode(encoder.embed(CROPS[index : index + 1])[0], encoding)
-    sent = vector.tolist() if encoding == "float" else vector
+def embedded(encoder: Any, index: int, encoding: str = "b64_f16", **more: Any) -> Any:
+    vector = encode(encoder.embed(CROPS[index : index + 1])[0], encoding)  # type: ignore[arg-type]
+    sent = vector.tolist() if encoding == "float" else vector  # type: ignore[union-attr]
     return {"embedding": sent, "encoding": encoding, "encoder": encoder.info.id, **more}
 
 
-def ask(client, a, b, **policy):
+def ask(client: httpx.Client, a: Any, b: Any, **policy: Any) -> Any:
     return client.post("/v1/verify", json={"a": a, "b": b, **({"policy": policy} if policy else {})})
 
 
-def problem(answer, status, type):
+def problem(answer: Any, status: int, type: str) -> Any:
     body = answer.json()
     assert (answer.status_code, body["type"]) == (status, type), body
     assert answer.headers["content-type"] == "application/problem+json"
@@ -50,7 +54,7 @@ def problem(answer, status, type):
 
 
 @pytest.mark.parametrize("encoding", ["float", "b64_f32", "b64_f16", "b64_i8"])
-def test_a_student_embedding_against_a_teacher_image(client, family, encoding):
+def test_a_student_embedding_against_a_teacher_image(client: httpx.Client, family: made.Family, encoding: str) -> None:
     for index, same in ((0, True), (1, False)):
         answer = ask(client, embedded(family.student, index, encoding), image(0))
         body = VerifyAnswer.model_validate_json(answer.content)
@@ -62,17 +66,17 @@ def test_a_student_embedding_against_a_teacher_image(client, family, encoding):
         assert body.certificate.synthetic
 
 
-def test_images_on_both_sides_use_the_default_encoder(client, family):
+def test_images_on_both_sides_use_the_default_encoder(client: httpx.Client, family: made.Family) -> None:
     body = ask(client, image(0), image(0)).json()
     assert body["score"] == pytest.approx(1, abs=1e-6)
     assert body["certificate"]["query"] == body["certificate"]["gallery"] == family.teacher.info.id
     assert client.post("/verify", json={"a": image(0), "b": image(0)}).json()["match"]
 
 
-def test_many_comparisons_do_not_keep_the_event_loop(tmp_path, monkeypatch):
+def test_many_comparisons_do_not_keep_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
 
-    def watched(*given):
+    def watched(*given: Any) -> Any:
         threads.append(threading.current_thread())
         return decide(*given)
 
@@ -92,13 +96,15 @@ def test_many_comparisons_do_not_keep_the_event_loop(tmp_path, monkeypatch):
     assert threads[0] is not threads[1]
 
 
-def test_the_false_match_rate_at_the_score_comes_from_the_calibration(client, family):
+def test_the_false_match_rate_at_the_score_comes_from_the_calibration(
+    client: httpx.Client, family: made.Family
+) -> None:
     body = ask(client, embedded(family.student, 0), image(0)).json()
     assert body["score"] > 0.7  # above the last score whose rate is resolved
     assert body["fmr_at_score"] == 1e-4 and body["fmr_ci95"] == [0.0, 2e-4] and body["fmr_is_upper_bound"] is True
 
 
-def test_policies(client, family):
+def test_policies(client: httpx.Client, family: made.Family) -> None:
     sides = embedded(family.student, 0), image(0)
     assert ask(client, *sides, target_fmr=1e-4).json()["threshold"] == 0.7
     body = ask(client, *sides, threshold=0.999).json()
@@ -108,26 +114,26 @@ def test_policies(client, family):
     problem(client.post("/verify", json={"a": sides[0], "b": sides[1], "policy": {}}), 422, "invalid-request")
 
 
-def test_a_rate_that_the_impostor_pairs_cannot_resolve(client, family):
+def test_a_rate_that_the_impostor_pairs_cannot_resolve(client: httpx.Client, family: made.Family) -> None:
     body = problem(ask(client, embedded(family.student, 0), image(0), target_fmr=1e-5), 422, "unsupported-fmr")
     assert (body["smallest"], body["largest"], body["got"]) == (1e-4, 1e-2, 1e-5)
     assert "300,000 impostor pairs" in body["detail"]
 
 
-def test_the_servers_default_is_never_replaced_in_silence(family):
+def test_the_servers_default_is_never_replaced_in_silence(family: made.Family) -> None:
     service = Service(Encoders.open(family.folders), Settings(threads=1, target_fmr=1e-6))
     with made.running(service) as client:
         problem(ask(client, image(0), image(0)), 422, "unsupported-fmr")
         assert ask(client, image(0), image(0), target_fmr=1e-2).json()["threshold"] == 0.5
 
 
-def test_the_other_order_is_not_certified(client, family):
+def test_the_other_order_is_not_certified(client: httpx.Client, family: made.Family) -> None:
     body = problem(ask(client, image(0), image(0, "student")), 409, "not-certified")
     assert body["got"] == {"query": family.teacher.info.id, "gallery": family.student.info.id}
     assert body["works"]["galleries"] == [family.teacher.info.id]
 
 
-def test_another_space_is_a_mismatch(client, family):
+def test_another_space_is_a_mismatch(client: httpx.Client, family: made.Family) -> None:
     body = problem(ask(client, image(0, "stranger"), image(0)), 409, "space-mismatch")
     assert body["expected"] == {"space": family.teacher.info.space.id}
     wrong = embedded(family.student, 0, space=family.stranger.info.space.id)
@@ -137,19 +143,19 @@ def test_another_space_is_a_mismatch(client, family):
     assert ask(client, right, image(0)).status_code == 200
 
 
-def test_a_refused_pair_costs_no_decoding(client):
+def test_a_refused_pair_costs_no_decoding(client: httpx.Client) -> None:
     junk = {"image_b64": "!!", "aligned": True, "encoder": "stranger"}
     problem(ask(client, junk, image(0)), 409, "space-mismatch")
 
 
-def test_an_unknown_encoder(client, family):
+def test_an_unknown_encoder(client: httpx.Client, family: made.Family) -> None:
     assert problem(ask(client, image(0, "nobody"), image(0)), 404, "unknown-encoder")["got"] == "nobody"
     unknown = {**embedded(family.student, 0), "encoder": "nobody"}
     body = problem(ask(client, unknown, image(0)), 409, "not-certified")
     assert family.student.info.id in body["works"]["queries"]
 
 
-def test_two_embeddings_need_a_certificate_but_no_loaded_encoder(family):
+def test_two_embeddings_need_a_certificate_but_no_loaded_encoder(family: made.Family) -> None:
     with made.running(Service(Encoders.open([family.folders[1]]), Settings(threads=1))) as client:
         assert ask(client, embedded(family.student, 0), embedded(family.teacher, 0)).json()["match"]
         problem(ask(client, embedded(family.student, 0), image(0, family.teacher.info.id)), 404, "unknown-encoder")
@@ -173,7 +179,7 @@ UNIT = [1.0] + [0.0] * (made.DIM - 1)
     ],
 )
 @pytest.mark.parametrize("side", ["a", "b"])
-def test_bad_vectors(client, family, vector, reason, side):
+def test_bad_vectors(client: httpx.Client, family: made.Family, vector: Any, reason: str, side: Any) -> None:
     encoder = {"a": family.student, "b": family.teacher}[side]
     sent = {"embedding": vector, "encoder": encoder.info.id, "encoding": "b64_f32" if vector[:1] == "A" else "float"}
     if isinstance(vector, str):
@@ -185,7 +191,7 @@ def test_bad_vectors(client, family, vector, reason, side):
 
 
 @pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_json_should_not_hold(client, family, literal):
+def test_numbers_that_json_should_not_hold(client: httpx.Client, family: made.Family, literal: Any) -> None:
     numbers = ", ".join([literal] * made.DIM)
     side = f'{{"embedding": [{numbers}], "encoder": "{family.student.info.id}"}}'
     body = f'{{"a": {side}, "b": {side.replace("student", "teacher")}}}'
@@ -208,20 +214,20 @@ def test_numbers_that_json_should_not_hold(client, family, literal):
         [],
     ],
 )
-def test_bodies_that_are_no_comparison(client, body):
+def test_bodies_that_are_no_comparison(client: httpx.Client, body: Any) -> None:
     problem(client.post("/verify", json=body), 422, "invalid-request")
 
 
-def test_what_was_sent_is_not_sent_back(client, family):
+def test_what_was_sent_is_not_sent_back(client: httpx.Client, family: made.Family) -> None:
     answer = ask(client, {"embedding": ["secret"], "encoder": family.student.info.id}, image(0))
     problem(answer, 422, "invalid-request")
     assert "secret" not in answer.text
 
 
-def test_a_bad_image_names_its_side(client):
+def test_a_bad_image_names_its_side(client: httpx.Client) -> None:
     assert problem(ask(client, image(0), {"image_b64": "AAAA", "aligned": True}), 400, "bad-image")["side"] == "b"
     problem(ask(client, image(0), {"image_b64": IMAGES[0]}), 422, "no-detector")
 
 
-def test_only_json_is_taken(client):
+def test_only_json_is_taken(client: httpx.Client) -> None:
     problem(client.post("/verify", content=b"{}", headers={"content-type": "text/plain"}), 415, "unsupported-media")

@@ -7,6 +7,9 @@ import hashlib
 import io
 import json
 import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -18,6 +21,7 @@ from pkd.serving.galleries.sqlite.store import SqliteStore
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.service import Service
 from pkd.serving.observability import logs, telemetry
+from pkd.toolkit.encoders.detector import Face
 from tests.support import serving_bundles as made
 
 SUBJECT = "anna-karenina"
@@ -30,12 +34,12 @@ class Leaky:
 
     digest = "0" * 64
 
-    def detect(self, image):
+    def detect(self, image: Any) -> list[Face]:
         raise RuntimeError(f"{SUBJECT} embedding={1 / 8:.6f}")
 
 
 @pytest.fixture
-def lines(monkeypatch):
+def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Collect what the server says, as JSON lines, with requests; the loggers are put back afterwards."""
     logger = logging.getLogger("pkd.serving")
     before = list(logger.handlers), logger.propagate, logger.level, logs.requests.level
@@ -49,14 +53,14 @@ def lines(monkeypatch):
 
 
 @pytest.fixture
-def spans():
+def spans() -> Iterator[Any]:
     exporter = InMemorySpanExporter()
     finish = telemetry.set_up(exporter)
     yield exporter
     finish()
 
 
-def test_neither_logs_nor_spans_hold_a_vector_a_key_or_a_subject(tmp_path, lines, spans):
+def test_neither_logs_nor_spans_hold_a_vector_a_key_or_a_subject(tmp_path: Path, lines: Any, spans: Any) -> None:
     """A life of a subject, and everything a client can send to a wrong place."""
     scopes = ",".join(SCOPES)
     (tmp_path / "keys").write_text(f"{hashlib.sha256(KEY.encode()).hexdigest()} kiosk {scopes}\n")
@@ -108,7 +112,7 @@ def test_neither_logs_nor_spans_hold_a_vector_a_key_or_a_subject(tmp_path, lines
     assert "DELETE /v1/galleries/{gallery}/subjects/{subject}" in attributes
 
 
-def test_a_span_a_request_that_continues_the_client_s_trace(tmp_path, spans):
+def test_a_span_a_request_that_continues_the_client_s_trace(tmp_path: Path, spans: Any) -> None:
     family = made.family(tmp_path)
     with made.running(Service(Encoders.open(family.folders[:1]), Settings(threads=1))) as client:
         spans.clear()
@@ -126,14 +130,14 @@ def test_a_span_a_request_that_continues_the_client_s_trace(tmp_path, spans):
     assert alone.parent is None
 
 
-def test_text_lines_are_for_people(lines, capsys):
+def test_text_lines_are_for_people(lines: Any, capsys: pytest.CaptureFixture[str]) -> None:
     logs.set_up("text", each_request=False)
     logging.getLogger("pkd.serving").error("keys.txt: No such file.")
     logs.log_request("GET", "/v1/spaces", 200, 0.1, None, None)
     assert capsys.readouterr().err == "keys.txt: No such file.\n"
 
 
-def test_an_exception_is_named_but_not_quoted(lines):
+def test_an_exception_is_named_but_not_quoted(lines: Any) -> None:
     try:
         raise ValueError(SUBJECT)
     except ValueError:

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +19,13 @@ from pkd.serving.observability.metrics import MAX_PENDING, SHARED, Metrics
 ID = "teacher@sha256:" + "ab" * 32
 
 
-def value(page, name):
+def value(page: Any, name: str) -> Any:
     """Read the value of one series, 0 where it is not there."""
     found = re.search(rf"^{re.escape(name)} (\S+)$", page.decode(), re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
-def test_labels_come_from_fixed_sets():
+def test_labels_come_from_fixed_sets() -> None:
     metrics = Metrics(["teacher@abababab"])
     metrics.expect_refusals(TYPES)
     for i in range(50):
@@ -39,7 +41,7 @@ def test_labels_come_from_fixed_sets():
         metrics.decision("verify", "subject-1")
 
 
-def test_durations_and_sizes_fall_into_their_buckets():
+def test_durations_and_sizes_fall_into_their_buckets() -> None:
     metrics = Metrics(["e"])
     metrics.inference("e", 4, 0.003)
     metrics.inference("e", 32, 0.5)
@@ -50,7 +52,7 @@ def test_durations_and_sizes_fall_into_their_buckets():
     assert value(page, 'pkd_inference_seconds_sum{encoder="e"}') == 0.503
 
 
-def test_what_nobody_reads_is_counted_and_does_not_pile_up():
+def test_what_nobody_reads_is_counted_and_does_not_pile_up() -> None:
     metrics = Metrics(["e"])
     for _ in range(3 * MAX_PENDING):
         metrics.waited(0.1)
@@ -58,10 +60,10 @@ def test_what_nobody_reads_is_counted_and_does_not_pile_up():
     assert value(metrics.page(), "pkd_queue_seconds_count") == 3 * MAX_PENDING
 
 
-def test_threads_count_together():
+def test_threads_count_together() -> None:
     metrics = Metrics(["e"])
 
-    def count():
+    def count() -> None:
         for i in range(2000):
             metrics.inference("e", 1, 0.1)
             if i % 100 == 0:
@@ -75,7 +77,7 @@ def test_threads_count_together():
     assert value(metrics.page(), 'pkd_batch_size_sum{encoder="e"}') == 8000
 
 
-def test_galleries_are_counted_together_and_not_by_name():
+def test_galleries_are_counted_together_and_not_by_name() -> None:
     metrics = Metrics(["teacher@ababababab"])
     space = Space(ID, 512)
     galleries = [
@@ -93,7 +95,7 @@ def test_galleries_are_counted_together_and_not_by_name():
     assert b"staff" not in page
 
 
-def test_processes_are_summed_and_a_dead_one_leaves_its_counts_but_not_its_gauges(tmp_path):
+def test_processes_are_summed_and_a_dead_one_leaves_its_counts_but_not_its_gauges(tmp_path: Path) -> None:
     code = (
         "import os; from pkd.serving.observability.metrics import Metrics; m = Metrics(['e'])\n"
         "m.inference('e', 4, 0.25); m.ready.set(1); m.waiting = 3; m.decision('verify', 'match')\n"

@@ -6,6 +6,7 @@ import os
 import pickle
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,17 +19,17 @@ from pkd.toolkit.core.errors import InputError
 ROOT = Path(__file__).resolve().parents[4]
 
 
-def configured(*arguments, **environment):
+def configured(*arguments: Any, **environment: Any) -> Any:
     return configure(make_serve_parser().parse_args(list(arguments)), environment)
 
 
-def test_defaults_are_those_of_the_settings_and_only_this_machine_is_listened_to():
+def test_defaults_are_those_of_the_settings_and_only_this_machine_is_listened_to() -> None:
     made = configured("bundle")
     assert made == Configuration(("bundle",))
     assert (made.host, made.workers, made.settings) == ("127.0.0.1", 1, Settings())
 
 
-def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default():
+def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default() -> None:
     assert configured("b", PKD_QUEUE="7", PKD_HOST="localhost").settings.queue == 7
     assert configured("b", "--queue", "9", PKD_QUEUE="7").settings.queue == 9
     assert configured("b", "--port", "0", PKD_PORT="9000").port == 0
@@ -40,11 +41,11 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default():
 
 
 @pytest.mark.parametrize(("text", "on"), [("1", True), ("true", True), ("YES", True), ("0", False), ("", False)])
-def test_switches(text, on):
+def test_switches(text: str, on: Any) -> None:
     assert configured("b", PKD_LOG_REQUESTS=text).log_requests is on
 
 
-def test_every_option_takes_both_forms_and_gives_the_same():
+def test_every_option_takes_both_forms_and_gives_the_same() -> None:
     texts = {
         "host": "::1",
         "device": "cuda",
@@ -107,14 +108,14 @@ def test_every_option_takes_both_forms_and_gives_the_same():
         ("PKD_API_KEYS", "secret", "PKD_API_KEYS: no such setting; did you mean PKD_API_KEYS_FILE"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(variable, text, said):
+def test_what_cannot_be_is_refused_by_name(variable: str, text: str, said: str) -> None:
     with pytest.raises(InputError, match=said) as refused:
         configured("b", **{variable: text}, **({"PKD_GALLERY": "g"} if "lies with" in said else {}))
     if variable in ("PKD_MASTER_KEY", "PKD_API_KEYS"):
         assert text not in str(refused.value)
 
 
-def test_what_kubernetes_sets_beside_a_service_is_not_ours():
+def test_what_kubernetes_sets_beside_a_service_is_not_ours() -> None:
     links = {
         "PKD_SERVICE_HOST": "10.0.0.1",
         "PKD_SERVICE_PORT_HTTP": "80",
@@ -126,7 +127,7 @@ def test_what_kubernetes_sets_beside_a_service_is_not_ours():
     assert configured("b", **links) == configured("b")
 
 
-def test_nothing_to_serve_and_a_gpu_for_several():
+def test_nothing_to_serve_and_a_gpu_for_several() -> None:
     with pytest.raises(InputError, match="PKD_BUNDLES"):
         configured()
     assert configured("b", "--device", "cuda").settings.threads == config.GPU_THREADS
@@ -135,7 +136,7 @@ def test_nothing_to_serve_and_a_gpu_for_several():
         configured("b", "--device", "cuda", "--workers", "2")
 
 
-def test_workers_are_handed_what_was_configured():
+def test_workers_are_handed_what_was_configured() -> None:
     milvus = ["--gallery", "milvus://localhost:19530", "--master-key", "m"]
     with pytest.raises(InputError, match="--audit FILE"):
         configured("b", *milvus)
@@ -143,6 +144,6 @@ def test_workers_are_handed_what_was_configured():
     assert pickle.loads(pickle.dumps(made)) == made
 
 
-def test_the_page_lists_every_option():
+def test_the_page_lists_every_option() -> None:
     """docs/operations.md holds the table that the code makes: print(config.table())."""
     assert config.table() in (ROOT / "docs/operations.md").read_text(encoding="utf-8")

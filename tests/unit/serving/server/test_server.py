@@ -8,8 +8,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,18 +29,18 @@ BULK = b"POST /v1/galleries/g/templates:bulk HTTP/1.1\r\nHost: localhost\r\nTran
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return made.family(tmp_path_factory.mktemp("bundles")).folders[0]
 
 
 class Endless:
     """Answers every request with pieces and no end, as far as they are taken."""
 
-    def __init__(self, service):
+    def __init__(self, service: Any) -> None:
         self.service = service
         self.inside = 0
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await receive()
             await send({"type": "lifespan.startup.complete"})
@@ -59,7 +61,7 @@ class Endless:
 
 
 @contextmanager
-def endless(folder, monkeypatch, **settings):
+def endless(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Iterator[Any]:
     """Run the real server around such an application: its address, the application, and the thread that serves."""
     service = Service(Encoders.open([folder]), Settings(threads=1, **settings))
     app = Endless(service)
@@ -82,7 +84,7 @@ def endless(folder, monkeypatch, **settings):
     assert not thread.is_alive()
 
 
-def begin(address, request=EXPORT):
+def begin(address: Any, request: Any = EXPORT) -> Any:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
     client.settimeout(10)
@@ -93,7 +95,7 @@ def begin(address, request=EXPORT):
 
 
 @pytest.mark.parametrize("request_", [EXPORT, BULK + b"1\r\nx\r\n"])
-def test_a_client_that_does_not_read_is_dropped(folder, monkeypatch, request_):
+def test_a_client_that_does_not_read_is_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch, request_: Any) -> None:
     with endless(folder, monkeypatch, body_seconds=0.3) as (address, app, _), begin(address, request_) as client:
         assert app.inside == 1
         until(lambda: app.inside == 0, 5)
@@ -101,7 +103,7 @@ def test_a_client_that_does_not_read_is_dropped(folder, monkeypatch, request_):
             pass
 
 
-def test_a_client_that_reads_slowly_is_not(folder, monkeypatch):
+def test_a_client_that_reads_slowly_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with endless(folder, monkeypatch, body_seconds=0.6) as (address, app, _), begin(address) as client:
         end = time.monotonic() + 2
         while time.monotonic() < end:
@@ -110,7 +112,7 @@ def test_a_client_that_reads_slowly_is_not(folder, monkeypatch):
         assert app.inside == 1
 
 
-def test_a_drain_ends_with_its_time_whoever_does_not_read(folder, monkeypatch):
+def test_a_drain_ends_with_its_time_whoever_does_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with endless(folder, monkeypatch) as (address, app, thread), begin(address):
         app.service.state.draining = True  # as after SIGTERM, when the time of requests in progress is over
         thread.join(5)
@@ -119,7 +121,7 @@ def test_a_drain_ends_with_its_time_whoever_does_not_read(folder, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_descriptors_that_run_out_are_logged_once(monkeypatch):
+def test_descriptors_that_run_out_are_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     logged = []
     monkeypatch.setattr(server.logger, "error", lambda message, *values: logged.append(message % values))
     used = len(list(Path("/proc/self/fd").iterdir()))

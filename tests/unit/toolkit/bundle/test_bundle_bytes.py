@@ -211,7 +211,7 @@ def made(tmp_path: Path) -> Bundle:
             graph="targets/openvino-bf16/graph.onnx",
             file=None,
             golden_tolerance=0.01,
-            **checks,
+            **checks,  # type: ignore[arg-type]
         ),
     )
     row = np.array([[0.0, 0.6, 0.8, 0.0]], "<f4").tobytes()

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization as pem
@@ -130,7 +131,7 @@ def test_several_keys_are_trusted_alike(tmp_path: Path) -> None:
         lambda text: b"\xff" * 200,
     ],
 )
-def test_only_one_spelling_is_a_signature_file(change) -> None:  # type: ignore[no-untyped-def]
+def test_only_one_spelling_is_a_signature_file(change: Any) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(NotTrusted, match=r"c\.json\.sig: not a signature file"):
         Signature.parse(change(GOLDEN.encode()), "c.json.sig")
 
@@ -184,7 +185,7 @@ def test_what_cannot_be_trusted_is_refused_with_the_reason(tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("read", [SigningKey.read, lambda path: TrustedKeys.read([path])])
-def test_a_missing_file_and_a_folder_are_named(tmp_path: Path, read) -> None:  # type: ignore[no-untyped-def]
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path, read: Any) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InputError, match=r"none\.pem: No such file"):
         read(tmp_path / "none.pem")
     with pytest.raises(InputError, match="Is a directory"):
@@ -218,7 +219,7 @@ def test_a_passphrase_is_asked_for_on_a_terminal(tmp_path: Path, monkeypatch: py
     path = write(tmp_path / "k.pem", private_pem(ED, b"secret"))
     asked: list[str] = []
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    monkeypatch.setattr("pkd.toolkit.certificates.signing.getpass", lambda prompt: asked.append(prompt) or "secret")
+    monkeypatch.setattr("pkd.toolkit.certificates.signing.getpass", lambda prompt: asked.append(prompt) or "secret")  # type: ignore[func-returns-value]
     assert SigningKey.read(path).private.private_bytes_raw() == ED.private_bytes_raw()
     assert asked == [f"passphrase of {path}: "]
 

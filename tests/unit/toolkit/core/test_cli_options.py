@@ -56,7 +56,7 @@ def read(*argv: str) -> Example:
 
 
 def test_what_is_not_given_is_the_models_default() -> None:
-    assert read("a", "-o", "b") == Example(source=Path("a"), out="b")
+    assert read("a", "-o", "b") == Example(source=Path("a"), out="b")  # type: ignore[call-arg]
 
 
 def test_every_kind_of_value() -> None:

@@ -21,11 +21,11 @@ def test_results_come_in_order_whatever_finishes_first(workers: int) -> None:
 
 def test_no_more_is_begun_than_was_allowed() -> None:
     begun: list[int] = []
-    results = in_order(lambda item: begun.append(item) or item, iter(range(100)), workers=2, ahead=3)
+    results = in_order(lambda item: begun.append(item) or item, iter(range(100)), workers=2, ahead=3)  # type: ignore[func-returns-value]
     assert next(results) == 0
     time.sleep(0.05)
     assert len(begun) <= 5
-    results.close()
+    results.close()  # type: ignore[attr-defined]
     assert len(begun) <= 5
 
 

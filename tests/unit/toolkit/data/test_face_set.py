@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pkd.toolkit.core.errors import BadImage, InputError
-from pkd.toolkit.data.face_set import UNLABELLED, FaceSet, join
+from pkd.toolkit.data.face_set import FaceSet, join
+from pkd.toolkit.data.source import UNLABELLED
 from pkd.toolkit.images.codec import write_rgb
 from tests.support.recordio_writer import insightface_records, write_records
 
@@ -166,10 +167,10 @@ def everywhere(tmp_path: Path) -> dict[str, Path]:
     (tmp_path / "shards").mkdir()
     for i in (0, 2):
         with tarfile.open(tmp_path / f"shards/{i}.tar", "w") as tar:
-            for name, data in ((s[k], s[k + 1]) for s in samples[i : i + 2] for k in (0, 2)):
+            for name, data in ((s[k], s[k + 1]) for s in samples[i : i + 2] for k in (0, 2)):  # type: ignore[assignment]
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+                tar.addfile(member, io.BytesIO(data))  # type: ignore[arg-type]
     return {name: tmp_path / name for name in ("folder", "list.txt", "record", "record/train.rec", "shards")}
 
 

@@ -36,7 +36,7 @@ IMAGES = [image for _, _, image in RECORDS[1:6]]
 
 
 def test_the_writer_of_these_tests_writes_what_mxnet_writes(tmp_path: Path) -> None:
-    rec = write_records(tmp_path / "g.rec", RECORDS)
+    rec = write_records(tmp_path / "g.rec", RECORDS)  # type: ignore[arg-type]
     assert rec.read_bytes() == MXNET_REC
     assert rec.with_suffix(".idx").read_text() == MXNET_IDX
 

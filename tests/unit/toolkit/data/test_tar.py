@@ -110,7 +110,7 @@ def test_a_label_away_from_its_image_is_not_lost_in_silence(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
 def test_a_compressed_tar(tmp_path: Path, mode: str) -> None:
-    with tarfile.open(tmp_path / "x.tar", mode) as tar:
+    with tarfile.open(tmp_path / "x.tar", mode) as tar:  # type: ignore[call-overload]
         tar.addfile(tarfile.TarInfo("1.jpg"))
     with pytest.raises(InputError, match="compressed with"):
         read_tar(tmp_path / "x.tar", labelled=True)

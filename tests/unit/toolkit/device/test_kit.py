@@ -112,7 +112,7 @@ FAULTS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "no EXIF": (
         "decode",
         lambda d: {
-            "decode": lambda data: cv2.imdecode(
+            "decode": lambda data: cv2.imdecode(  # type: ignore[index]
                 np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
             )[:, :, ::-1]
         },

@@ -24,7 +24,7 @@ from tests.support.bundle_factory import DIM, bundle, content, encoder, network,
 def one_node(
     operator: str, shape_in: list[int | str], shape_out: list[int | str], kind: int, **attributes: object
 ) -> bytes:
-    node = helper.make_node(operator, ["x"], ["y"], **attributes)
+    node = helper.make_node(operator, ["x"], ["y"], **attributes)  # type: ignore[arg-type]
     taken = helper.make_tensor_value_info("x", kind, shape_in)
     given = helper.make_tensor_value_info("y", kind, shape_out)
     graph = helper.make_graph([node], "g", [taken], [given])

@@ -43,7 +43,7 @@ def test_sizes_that_are_no_multiple_of_32(spots: str) -> None:
 
 def test_landmarks_of_a_downscaled_photograph_come_back_in_its_own_pixels(spots: str) -> None:
     image = cv2.resize(picture(640, 480, (320, 240)), None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
-    (found,) = open_detector(spots).detect(image)
+    (found,) = open_detector(spots).detect(image)  # type: ignore[arg-type]
     centre = (found.box[:2] + found.box[2:]) / 2
     # the spot covers [1280, 1312) × [960, 992); its centre in pixel-centre coordinates is half a pixel less
     assert np.abs(centre - (1296, 976)).max() <= 4
@@ -51,7 +51,7 @@ def test_landmarks_of_a_downscaled_photograph_come_back_in_its_own_pixels(spots:
 
 def test_a_small_spot_is_found_at_the_larger_side(spots: str) -> None:
     image = cv2.resize(picture(1920, 960, (960, 480)), (3840, 1920), interpolation=cv2.INTER_NEAREST)
-    (found,) = open_detector(spots).detect(image)
+    (found,) = open_detector(spots).detect(image)  # type: ignore[arg-type]
     assert np.abs((found.box[:2] + found.box[2:]) / 2 - (1928, 968)).max() <= 8
 
 
@@ -153,7 +153,7 @@ def test_real_faces_of_many_sizes(shared: Path, file: str) -> None:
         for factor in (0.25, 0.5, 2, 5, 12):
             how = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
             scaled = cv2.resize(image, None, fx=factor, fy=factor, interpolation=how)
-            found = choose(detector.detect(scaled), scaled)
+            found = choose(detector.detect(scaled), scaled)  # type: ignore[arg-type]
             back = (found.landmarks + 0.5) / factor - 0.5
             moved = np.linalg.norm(back - reference.landmarks, axis=1).mean()
             assert moved < 0.1 * width, (path.name, factor)

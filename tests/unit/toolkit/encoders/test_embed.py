@@ -58,7 +58,8 @@ def test_rows_are_in_order_and_counted(faces: FaceSet, jobs: int) -> None:
 def test_each_vector_is_computed_once(faces: FaceSet, tmp_path: Path) -> None:
     cache = tmp_path / "deep/cache"
     embed_faces(Grid(), faces.select(np.arange(10)), cache=cache)
-    encoder, steps = Grid(), []
+    encoder = Grid()
+    steps: list[int] = []
     np.testing.assert_array_equal(embed_faces(encoder, faces, cache=cache, advance=steps.append), direct(faces))
     assert (encoder.seen, sum(steps)) == (60, 70)
     again = Grid()

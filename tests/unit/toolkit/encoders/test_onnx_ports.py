@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ def save(model: onnx.ModelProto, folder: Path) -> Path:
     return folder / "t.onnx"
 
 
-def with_input(kind: int, shape: list[int | str], *before: tuple[str, dict[str, object]]) -> onnx.ModelProto:
+def with_input(kind: int, shape: list[int | str], *before: tuple[str, dict[str, Any]]) -> onnx.ModelProto:
     """Make the tiny network take another input, which the nodes ``before`` bring to its own."""
     model = network()
     names = ["outer", *(f"step{i}" for i in range(len(before) - 1)), "input"]
@@ -41,7 +42,7 @@ def with_input(kind: int, shape: list[int | str], *before: tuple[str, dict[str, 
     return model
 
 
-def with_output(operator: str, kind: int, shape: list[int | str], **options: object) -> onnx.ModelProto:
+def with_output(operator: str, kind: int, shape: list[int | str], **options: Any) -> onnx.ModelProto:
     model = network()
     model.graph.node.append(helper.make_node(operator, ["embedding"], ["outer"], **options))
     del model.graph.output[:]
@@ -126,7 +127,7 @@ def test_a_fixed_batch_of_other_ends_is_freed(batch: int, name: str, tmp_path: P
     )
 
 
-def two_outputs(other: str, kind: str, shape: list[int | str], **options: object) -> onnx.ModelProto:
+def two_outputs(other: str, kind: str, shape: list[int | str], **options: Any) -> onnx.ModelProto:
     model = network()
     model.graph.node.append(helper.make_node(kind, ["embedding"], [other], **options))
     outputs = [onnx.ValueInfoProto.FromString(model.graph.output[0].SerializeToString())]

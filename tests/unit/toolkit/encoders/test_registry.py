@@ -38,17 +38,22 @@ def with_targets(folder: Path) -> Bundle:
             encoder=in_mode(info, p),
             golden_tolerance=tolerance,
             file=f"targets/openvino-{p}/encoder.xml",
-            **made,
+            **made,  # type: ignore[arg-type]
         )
         for p, tolerance in (("fp32", 1e-5), ("bf16", 1e-3))
     ]
     own = in_mode(info, "int8-x")
     targets += [
         Target(
-            runtime="onnxruntime", precision="int8", encoder=own, golden_tolerance=1.0, file="targets/o/e.onnx", **made
+            runtime="onnxruntime",
+            precision="int8",
+            encoder=own,
+            golden_tolerance=1.0,
+            file="targets/o/e.onnx",
+            **made,  # type: ignore[arg-type]
         ),
-        Target(runtime="tensorrt", precision="fp32", encoder=info, golden_tolerance=1e-5, file=None, **made),
-        Target(runtime="future", precision="fp32", encoder=info, golden_tolerance=1e-5, file="encoder.onnx", **made),
+        Target(runtime="tensorrt", precision="fp32", encoder=info, golden_tolerance=1e-5, file=None, **made),  # type: ignore[arg-type]
+        Target(runtime="future", precision="fp32", encoder=info, golden_tolerance=1e-5, file="encoder.onnx", **made),  # type: ignore[arg-type]
     ]
     more = {
         f"targets/openvino-{p}/encoder.{e}": d for p in ("fp32", "bf16") for e, d in (("xml", xml), ("bin", weights))

@@ -58,7 +58,7 @@ def test_a_scaled_and_turned_face_comes_back(scale: float, angle: float) -> None
     side = int(200 * scale)
     forward = np.column_stack([turn, side / 2 - turn @ [56, 56]])
     photo = cv2.warpAffine(face, forward, (side, side), flags=cv2.INTER_CUBIC)
-    crop = warp(photo, apply(forward, TEMPLATE))
+    crop = warp(photo, apply(forward, TEMPLATE))  # type: ignore[arg-type]
     inner = slice(8, -8)
     difference = np.abs(crop[inner, inner].astype(int) - face[inner, inner])
     assert difference.mean() < 2.5

@@ -24,7 +24,7 @@ from pkd.toolkit.synthetic.faces import (
     write_faces,
 )
 from pkd.toolkit.synthetic.head import Head
-from pkd.toolkit.synthetic.scene import TEMPLATE, photograph
+from pkd.toolkit.synthetic.scene import TEMPLATE, photograph  # type: ignore[attr-defined]
 
 AVERAGE = Identity()
 EXTREMES = {
@@ -58,20 +58,20 @@ def test_image_k_of_identity_i_depends_on_nothing_else() -> None:
 
 @pytest.mark.parametrize("factor", [f.name for f in fields(Conditions) if f.name != "occlusion_seed"])
 def test_every_condition_changes_the_image(factor: str) -> None:
-    assert changed(draw(AVERAGE), draw(AVERAGE, replace(Conditions(), **{factor: EXTREMES[factor]}))).mean() > 0.05
+    assert changed(draw(AVERAGE), draw(AVERAGE, replace(Conditions(), **{factor: EXTREMES[factor]}))).mean() > 0.05  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("factor", [f.name for f in fields(Identity)])
 def test_every_factor_of_identity_changes_the_face(factor: str) -> None:
     shorn = replace(AVERAGE, hair_length=-0.8)  # long hair hides the ears
-    low, high = (replace(shorn, **{factor: value}) for value in ((1, 2) if factor == "marks" else (-1.0, 1.0)))
+    low, high = (replace(shorn, **{factor: value}) for value in ((1, 2) if factor == "marks" else (-1.0, 1.0)))  # type: ignore[arg-type]
     assert changed(draw(low), draw(high)).mean() > 0.08
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OCCLUSIONS if kind != "none"])
 def test_an_occlusion_covers_part_of_the_face_in_its_own_way(kind: str) -> None:
     plain = draw(AVERAGE)
-    one, two = (draw(AVERAGE, Conditions(occlusion=kind, occlusion_seed=seed)) for seed in (1, 2))
+    one, two = (draw(AVERAGE, Conditions(occlusion=kind, occlusion_seed=seed)) for seed in (1, 2))  # type: ignore[arg-type]
     assert 0.005 < (changed(plain, one) > 8).mean() < 0.6
     assert changed(one, two).mean() > 0.2
 

@@ -7,7 +7,11 @@ import io
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from pkd.serving.core.options import Settings
@@ -27,7 +31,7 @@ from tests.support.spot_detector import write_spot_detector
 XML, BIN = b"<net/>" * 1000, bytes(range(256)) * 40
 
 
-def with_targets(folder, encoder):
+def with_targets(folder: Path, encoder: Any) -> Any:
     """Write the bundle of ``encoder`` again, with an int8 form for OpenVINO, an unbuilt engine and its own rewrite."""
     bundle = encoder.write(folder / "plain", [made.certificate(encoder.info, encoder.info)])
     files = {name: bundle.read(name) for name in bundle.manifest.files}
@@ -42,16 +46,16 @@ def with_targets(folder, encoder):
             encoder=int8,
             graph=f"{place}/graph.onnx",
             file=f"{place}/encoder.xml",
-            **own,
+            **own,  # type: ignore[arg-type]
         ),
-        Target(runtime="tensorrt", precision="int8", encoder=int8, graph=f"{place}/graph.onnx", file=None, **own),
+        Target(runtime="tensorrt", precision="int8", encoder=int8, graph=f"{place}/graph.onnx", file=None, **own),  # type: ignore[arg-type]
         Target(
             runtime="onnxruntime",
             precision="fp32",
             encoder=encoder.info,
             graph="encoder.onnx",
             file="encoder.onnx",
-            **own,
+            **own,  # type: ignore[arg-type]
         ),
     )
     manifest = bundle.manifest.model_copy(update={"targets": targets})
@@ -59,19 +63,19 @@ def with_targets(folder, encoder):
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Any:
     encoder = made.encoder("device", made.weights(8))
     return with_targets(tmp_path_factory.mktemp("device"), encoder)
 
 
 @pytest.fixture(scope="module")
-def client(family, bundle):
+def client(family: made.Family, bundle: Any) -> Iterator[Any]:
     service = Service(Encoders.open([*family.folders, bundle[0].path]), Settings(threads=1))
     with made.running(service) as client:
         yield client
 
 
-def test_encoders_spaces_certificates(client, family, bundle):
+def test_encoders_spaces_certificates(client: httpx.Client, family: made.Family, bundle: Any) -> None:
     encoders = EncodersAnswer.model_validate_json(client.get("/v1/encoders").content).encoders
     assert [(one.name, one.default) for one in encoders] == [
         ("teacher", True), ("student", False), ("stranger", False), ("device", False),
@@ -89,7 +93,7 @@ def test_encoders_spaces_certificates(client, family, bundle):
         assert {(one.query, one.gallery) for one in answer.certificates} == pairs
 
 
-def test_one_encoder(client, family, bundle):
+def test_one_encoder(client: httpx.Client, family: made.Family, bundle: Any) -> None:
     body = EncoderDetail.model_validate_json(client.get("/v1/encoders/student").content)
     assert (body.id, body.loaded, body.default) == (family.student.info.id, True, False)
     assert body.certificates.as_query_against == [family.teacher.info.id] and not body.certificates.as_gallery_for
@@ -109,11 +113,11 @@ def test_one_encoder(client, family, bundle):
             ("openvino-int8", [f"{place}/encoder.xml", f"{place}/encoder.bin"]), ("tensorrt-int8", []),
         ]  # fmt: skip
         assert body.artifact.name == f"{place}/encoder.xml"
-    body = problem(client.get("/v1/encoders/nobody"), 404, "unknown-encoder")
-    assert int8.id in body["encoders"]
+    body = problem(client.get("/v1/encoders/nobody"), 404, "unknown-encoder")  # type: ignore[assignment]
+    assert int8.id in body["encoders"]  # type: ignore[index]
 
 
-def test_the_etag_is_the_hash_of_the_file(client, family):
+def test_the_etag_is_the_hash_of_the_file(client: httpx.Client, family: made.Family) -> None:
     url = "/v1/encoders/student/artifact"
     answer = client.get(url)
     assert answer.content == family.student.model
@@ -126,7 +130,7 @@ def test_the_etag_is_the_hash_of_the_file(client, family):
     assert client.get(url, headers={"if-none-match": '"other"'}).status_code == 200
 
 
-def test_a_download_that_broke_off_goes_on(client, family):
+def test_a_download_that_broke_off_goes_on(client: httpx.Client, family: made.Family) -> None:
     url, whole = "/v1/encoders/student/artifact", family.student.model
     etag = client.get(url).headers["etag"]
     for sent, expected in (
@@ -149,7 +153,7 @@ LONG = "9" * 5000
 
 
 @pytest.mark.parametrize("sent", ["bytes={size}-", f"bytes={LONG}-", "bytes=-0", f"bytes={LONG}-{LONG},-00"])
-def test_a_range_that_the_file_has_not_got(client, family, sent):
+def test_a_range_that_the_file_has_not_got(client: httpx.Client, family: made.Family, sent: Any) -> None:
     url, size = "/v1/encoders/student/artifact", len(family.student.model)
     whole = client.get(url)
     for extra in ({}, {"if-range": whole.headers["etag"]}, {"if-range": whole.headers["last-modified"]}):
@@ -165,7 +169,7 @@ def test_a_range_that_the_file_has_not_got(client, family, sent):
         "items=0-5", "x", "lines=1-2", "bytes=0-1;2-3", "bytes=+1-2", "bytes=1_0-20", "bytes=" + "0-1," * 101,
     ],
 )  # fmt: skip
-def test_a_range_that_is_none_is_ignored(client, family, sent):
+def test_a_range_that_is_none_is_ignored(client: httpx.Client, family: made.Family, sent: Any) -> None:
     """RFC 9110, 14.2."""
     answer = client.get("/v1/encoders/student/artifact", headers={"range": sent})
     assert (answer.status_code, answer.content) == (200, family.student.model)
@@ -182,7 +186,9 @@ def test_a_range_that_is_none_is_ignored(client, family, sent):
         ("bytes=, 1-2 ,", 1, 2),
     ],
 )
-def test_a_range_is_answered_as_far_as_there_is_something(client, family, sent, first, last):
+def test_a_range_is_answered_as_far_as_there_is_something(
+    client: httpx.Client, family: made.Family, sent: Any, first: Any, last: Any
+) -> None:
     whole = family.student.model
     answer = client.get("/v1/encoders/student/artifact", headers={"range": sent})
     last = len(whole) - 1 if last is None else last
@@ -190,13 +196,13 @@ def test_a_range_is_answered_as_far_as_there_is_something(client, family, sent, 
     assert answer.headers["content-range"] == f"bytes {first}-{last}/{len(whole)}"
 
 
-def test_several_ranges_at_once(client, family):
+def test_several_ranges_at_once(client: httpx.Client, family: made.Family) -> None:
     answer = client.get("/v1/encoders/student/artifact", headers={"range": "bytes=0-9,50-59"})
     assert answer.status_code == 206 and answer.headers["content-type"].startswith("multipart/byteranges")
     assert family.student.model[:10] in answer.content and family.student.model[50:60] in answer.content
 
 
-def test_files_of_a_target(client, bundle):
+def test_files_of_a_target(client: httpx.Client, bundle: Any) -> None:
     device, int8 = bundle
     url = f"/v1/encoders/{device.manifest.encoder.id}/artifact"
     place = "targets/openvino-int8"
@@ -218,12 +224,12 @@ def test_files_of_a_target(client, bundle):
 @pytest.mark.parametrize(
     "name", ["../plain/encoder.onnx", "/etc/passwd", "", ".", "targets", "encoder.onnx\0", "a" * 401]
 )
-def test_only_files_of_the_bundle(client, bundle, name):
+def test_only_files_of_the_bundle(client: httpx.Client, bundle: Any, name: str) -> None:
     answer = client.get(f"/v1/encoders/{bundle[0].manifest.encoder.id}/artifact", params={"file": name})
     assert (answer.status_code, answer.json()["type"]) in ((404, "not-found"), (422, "invalid-request"))
 
 
-def test_the_whole_bundle(client, bundle, tmp_path):
+def test_the_whole_bundle(client: httpx.Client, bundle: Any, tmp_path: Path) -> None:
     device, _ = bundle
     url = f"/v1/encoders/{device.manifest.encoder.id}/artifact"
     answer, again = (client.get(url, params={"as": "bundle"}) for _ in range(2))
@@ -244,7 +250,7 @@ def test_the_whole_bundle(client, bundle, tmp_path):
     assert body["detail"] == "taget: no such query parameter; this route takes as, file, target."
 
 
-def test_a_file_that_changed_on_the_disk_is_not_given_out(tmp_path):
+def test_a_file_that_changed_on_the_disk_is_not_given_out(tmp_path: Path) -> None:
     family = made.family(tmp_path)
     with made.running(Service(Encoders.open(family.folders), Settings(threads=1))) as client:
         url = "/v1/encoders/student/artifact"
@@ -258,7 +264,9 @@ def test_a_file_that_changed_on_the_disk_is_not_given_out(tmp_path):
 
 
 @pytest.mark.parametrize("gone", ["the file", "the folder", "the file's end"])
-def test_a_copy_that_a_cleaner_took_is_made_again(bundle, tmp_path, monkeypatch, gone):
+def test_a_copy_that_a_cleaner_took_is_made_again(
+    bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: Any
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     device, int8 = bundle
     service = Service(Encoders.open([device.pack(tmp_path / "device.zip")]), Settings(threads=1))
@@ -283,7 +291,9 @@ def test_a_copy_that_a_cleaner_took_is_made_again(bundle, tmp_path, monkeypatch,
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
-def test_a_folder_that_somebody_made_in_its_place_is_not_written_to(bundle, tmp_path, monkeypatch):
+def test_a_folder_that_somebody_made_in_its_place_is_not_written_to(
+    bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     packed = bundle[0].pack(tmp_path / "device.zip")
     artifacts = Artifacts(Encoders.open([packed]))
@@ -297,7 +307,7 @@ def test_a_folder_that_somebody_made_in_its_place_is_not_written_to(bundle, tmp_
     artifacts.close()
 
 
-def test_a_bundle_that_is_a_zip_and_a_target_that_is_served(bundle, tmp_path):
+def test_a_bundle_that_is_a_zip_and_a_target_that_is_served(bundle: Any, tmp_path: Path) -> None:
     device, int8 = bundle
     packed = device.pack(tmp_path / "device.zip")
     with made.running(Service(Encoders.open([packed]), Settings(threads=1))) as client:
@@ -312,7 +322,7 @@ def test_a_bundle_that_is_a_zip_and_a_target_that_is_served(bundle, tmp_path):
         assert body["loaded"] and body["default"] and body["artifact"]["name"] == "encoder.onnx"
 
 
-def test_what_a_device_needs(bundle):
+def test_what_a_device_needs(bundle: Any) -> None:
     device, _ = bundle
     openvino, engine, rewrite = device.manifest.targets
     assert [len(needed(device, one)) for one in (openvino, engine, rewrite)] == [2, 0, 1]

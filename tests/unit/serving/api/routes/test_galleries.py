@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import httpx
 import pytest
 
 from pkd.serving.core.gallery_schemas import GalleriesAnswer, GalleryAnswer, ReceiptAnswer
@@ -12,7 +15,7 @@ from tests.support import gallery_fixtures as made
 from tests.support.gallery_fixtures import problem
 
 
-def test_create_read_list_delete(client, fleet):
+def test_create_read_list_delete(client: httpx.Client, fleet: made.Fleet) -> None:
     answer = client.put("/v1/galleries/staff")
     body = GalleryAnswer.model_validate_json(answer.content)
     assert answer.status_code == 201
@@ -33,7 +36,7 @@ def test_create_read_list_delete(client, fleet):
         problem(call("/v1/galleries/staff"), 404, "unknown-gallery")
 
 
-def test_another_space_or_retention_is_a_conflict(client, fleet):
+def test_another_space_or_retention_is_a_conflict(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "guests", space=fleet.following.info.space.id, retention_seconds=3600)
     here, other = fleet.following.info.space.id, fleet.teacher.info.space.id
     body = problem(client.put("/v1/galleries/guests", json={"space": other}), 409, "gallery-conflict")
@@ -46,14 +49,14 @@ def test_another_space_or_retention_is_a_conflict(client, fleet):
     assert client.put("/v1/galleries/guests", json=again).json()["retention_seconds"] == 3600
 
 
-def test_a_space_nobody_embeds_into(client, fleet):
+def test_a_space_nobody_embeds_into(client: httpx.Client, fleet: made.Fleet) -> None:
     body = problem(client.put("/v1/galleries/g", json={"space": "nowhere"}), 409, "space-mismatch")
     assert body["got"] == {"space": "nowhere"}
     assert set(body["works"]["spaces"]) == {fleet.teacher.info.space.id, fleet.following.info.space.id}
 
 
 @pytest.mark.parametrize("name", ["-x", ".hidden", "..", "a b", "a%2Fb", "%2e%2e", "ä", "a" * 129, "a%00b", "a%0A"])
-def test_names_are_no_paths(client, name):
+def test_names_are_no_paths(client: httpx.Client, name: str) -> None:
     answer = client.put(f"/v1/galleries/{name}")
     assert answer.status_code in (404, 405, 422), answer.text
     assert answer.json()["type"] in ("invalid-request", "not-found", "method-not-allowed")
@@ -65,12 +68,12 @@ def test_names_are_no_paths(client, name):
 @pytest.mark.parametrize(
     "body", [[], {"spaces": 1}, {"retention_seconds": 0.5}, {"retention_seconds": -5}, {"retention_seconds": "x"}]
 )
-def test_bodies_that_are_none(client, body):
+def test_bodies_that_are_none(client: httpx.Client, body: Any) -> None:
     problem(client.put("/v1/galleries/g", json=body), 422, "invalid-request")
     problem(client.put("/v1/galleries/g", content=b"{}", headers=made.PNG), 415, "unsupported-media")
 
 
-def test_a_server_without_a_store(fleet):
+def test_a_server_without_a_store(fleet: made.Fleet) -> None:
     service = Service(Encoders.open(fleet.folders[:1]), Settings(threads=1))
     with made.made.running(service) as client:
         for answer in (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -19,17 +21,17 @@ from tests.support.gallery_fixtures import ALIGNED, CROPS, PNG, at, problem
 FILE = made.made.png(CROPS[0])
 
 
-def ask(client, name, query, **more):
+def ask(client: httpx.Client, name: str, query: Any, **more: Any) -> Any:
     return client.post(f"/v1/galleries/{name}/identify", json={"query": query, **more})
 
 
-def found(answer):
+def found(answer: Any) -> Any:
     assert answer.status_code == 200, answer.text
     return IdentifyAnswer.model_validate_json(answer.content)
 
 
 @pytest.fixture(scope="module")
-def mixed(client, fleet):
+def mixed(client: httpx.Client, fleet: made.Fleet) -> Any:
     """Three subjects, each enrolled by another encoder; one of them by two."""
     name = made.gallery(client, "mixed")
     made.enrol(client, name, "t", made.image(0), attributes={"site": "north"})
@@ -40,7 +42,9 @@ def mixed(client, fleet):
 
 
 @pytest.mark.parametrize(("index", "subject"), [(0, "t"), (1, "f"), (2, "s"), (3, "both")])
-def test_generations_side_by_side(client, fleet, mixed, index, subject):
+def test_generations_side_by_side(
+    client: httpx.Client, fleet: made.Fleet, mixed: Any, index: int, subject: str
+) -> None:
     body = found(ask(client, mixed, made.embedded(fleet.second, index), target_fpir=0.1))
     assert (body.decision, body.candidates[0].subject) == ("match", subject)
     assert len({one.subject for one in body.candidates}) == len(body.candidates) == 4
@@ -52,7 +56,7 @@ def test_generations_side_by_side(client, fleet, mixed, index, subject):
         assert one.certificate["query"] == fleet.second.info.id and one.certificate["gallery"] == one.encoder
 
 
-def test_a_query_without_every_certificate(client, fleet, mixed):
+def test_a_query_without_every_certificate(client: httpx.Client, fleet: made.Fleet, mixed: Any) -> None:
     """The first student was never measured against the second."""
     sent = made.embedded(fleet.first, 0)
     body = problem(ask(client, mixed, sent), 409, "not-certified")
@@ -74,7 +78,7 @@ def test_a_query_without_every_certificate(client, fleet, mixed):
     assert body["works"]["queries"] == [fleet.second.info.id]
 
 
-def test_an_empty_gallery_finds_nobody(client, fleet):
+def test_an_empty_gallery_finds_nobody(client: httpx.Client, fleet: made.Fleet) -> None:
     name = made.gallery(client, "empty")
     body = found(ask(client, name, made.embedded(fleet.first, 0)))
     assert (body.decision, body.candidates, body.templates, body.target_fmr) == ("no_match", [], 0, None)
@@ -84,7 +88,7 @@ def test_an_empty_gallery_finds_nobody(client, fleet):
 
 
 @pytest.fixture(scope="module")
-def exact(client, fleet):
+def exact(client: httpx.Client, fleet: made.Fleet) -> Any:
     """Templates at known cosines from the first axis: teacher 0.55 and 0.71, first student 0.72; ten in all."""
     name = made.gallery(client, "exact")
     made.enrol(client, name, "low", made.sent(fleet.teacher, at(0.55, 1)), attributes={"hall": "1"})
@@ -95,11 +99,11 @@ def exact(client, fleet):
     return name
 
 
-def query(fleet):
+def query(fleet: made.Fleet) -> Any:
     return made.sent(fleet.second, at(1, 1))
 
 
-def test_the_threshold_by_hand(client, fleet, exact):
+def test_the_threshold_by_hand(client: httpx.Client, fleet: made.Fleet, exact: Any) -> None:
     """N = 10: FMR = 1 − 0.99^(1/10) = 1.0045e-3, a hair looser than the point at 0.6 (0.7 for the first student).
 
     Between measured scores the next one counts, for nobody knows where between them the rate falls.
@@ -117,7 +121,7 @@ def test_the_threshold_by_hand(client, fleet, exact):
     assert (mid.fmr_at_score, other.fmr_at_score) == (1e-4, 1e-3) and mid.score < other.score, "rates rank, not scores"
 
 
-def test_beyond_what_the_certificate_resolves(client, fleet, exact):
+def test_beyond_what_the_certificate_resolves(client: httpx.Client, fleet: made.Fleet, exact: Any) -> None:
     """FPIR 1e-5 among ten: FMR 1e-6, two decades past the last point, a decade every 0.1."""
     body = found(ask(client, exact, query(fleet), target_fpir=1e-5))
     thresholds = {one.encoder: one.threshold for one in body.searched}
@@ -127,7 +131,9 @@ def test_beyond_what_the_certificate_resolves(client, fleet, exact):
     assert body.decision == "no_match"
 
 
-def test_a_filter_changes_how_many_are_searched_and_so_the_threshold(client, fleet, exact):
+def test_a_filter_changes_how_many_are_searched_and_so_the_threshold(
+    client: httpx.Client, fleet: made.Fleet, exact: Any
+) -> None:
     body = found(ask(client, exact, query(fleet), target_fpir=0.02, where={"hall": "1"}))
     assert body.templates == 2 and body.target_fmr == pytest.approx(1 - 0.98**0.5)
     assert {one.subject for one in body.candidates} == {"low", "mid"}
@@ -138,7 +144,7 @@ def test_a_filter_changes_how_many_are_searched_and_so_the_threshold(client, fle
     assert (nobody.decision, nobody.templates) == ("no_match", 0)
 
 
-def test_a_stated_threshold(client, fleet, exact):
+def test_a_stated_threshold(client: httpx.Client, fleet: made.Fleet, exact: Any) -> None:
     body = found(ask(client, exact, query(fleet), threshold=0.6))
     assert {one.threshold for one in body.searched} == {0.6} and body.target_fpir is None and body.calibrated
     assert [one.subject for one in body.candidates if one.match] == ["mid", "other"]
@@ -146,14 +152,14 @@ def test_a_stated_threshold(client, fleet, exact):
     problem(ask(client, exact, query(fleet), threshold=0.6, target_fpir=0.1), 422, "invalid-request")
 
 
-def test_one_candidate_asked_for_does_not_hide_a_second(client, fleet, exact):
+def test_one_candidate_asked_for_does_not_hide_a_second(client: httpx.Client, fleet: made.Fleet, exact: Any) -> None:
     """Not even where both were enrolled by the same encoder, whose search is asked for the best alone."""
     for where in (None, {"hall": "1"}):
         body = found(ask(client, exact, query(fleet), top_k=1, target_fpir=0.02, where=where))
         assert (len(body.candidates), body.decision) == (1, "ambiguous")
 
 
-def test_a_match_is_never_hidden_by_a_better_resolved_rate(fleet):
+def test_a_match_is_never_hidden_by_a_better_resolved_rate(fleet: made.Fleet) -> None:
     """One subject, two templates past the last score that each certificate resolves: the one that matches counts."""
     coarse, fine = (made.made.certificate(fleet.second.info, one.info) for one in (fleet.teacher, fleet.first))
     c = fine.calibration
@@ -168,15 +174,15 @@ def test_a_match_is_never_hidden_by_a_better_resolved_rate(fleet):
     assert (ann["template"], ann["match"], ann["fmr_is_upper_bound"]) == ("t1", True, True)
 
 
-def test_the_default_rate_is_the_servers(fleet, tmp_path):
+def test_the_default_rate_is_the_servers(fleet: made.Fleet, tmp_path: Path) -> None:
     with made.serving(fleet, tmp_path, target_fpir=0.2) as client:
         name = made.gallery(client, "g")
         made.enrol(client, name, "ann", made.image(0))
         assert found(ask(client, name, {**made.image(0), "aligned": True})).target_fpir == 0.2
 
 
-def test_every_form_of_an_image(client, fleet, mixed):
-    forms = (
+def test_every_form_of_an_image(client: httpx.Client, fleet: made.Fleet, mixed: Any) -> None:
+    forms: tuple[dict[str, Any], ...] = (
         {"json": {"query": {**made.image(0), "aligned": True, "encoder": "second"}, "where": {"site": "north"}}},
         {"content": FILE, "headers": PNG, "params": {**ALIGNED, "encoder": "second", "where": '{"site": "north"}'}},
         {"files": {"image": FILE}, "data": {**ALIGNED, "encoder": "second", "where": '{"site": "north"}'}},
@@ -185,11 +191,11 @@ def test_every_form_of_an_image(client, fleet, mixed):
     assert answers[0] == answers[1] == answers[2]
     assert (answers[0].decision, answers[0].query_encoder) == ("match", fleet.second.info.id)
     assert [one.subject for one in answers[0].candidates] == ["t"]
-    two = {"files": [("image", FILE), ("image", FILE)], "data": {**ALIGNED, "encoder": "second"}}
+    two: dict[str, Any] = {"files": [("image", FILE), ("image", FILE)], "data": {**ALIGNED, "encoder": "second"}}
     problem(client.post(f"/v1/galleries/{mixed}/identify", **two), 422, "invalid-request")
 
 
-def test_options_beside_json_count_and_are_given_once(client, fleet, exact):
+def test_options_beside_json_count_and_are_given_once(client: httpx.Client, fleet: made.Fleet, exact: Any) -> None:
     url = f"/v1/galleries/{exact}/identify"
     body = {"query": query(fleet), "where": {"hall": "1"}}
     beside = found(client.post(url, params={"top_k": 1, "target_fpir": 1e-6}, json=body))
@@ -207,7 +213,7 @@ def test_options_beside_json_count_and_are_given_once(client, fleet, exact):
     assert "either" in problem(both, 422, "invalid-request")["detail"]
 
 
-def test_a_refused_pair_costs_no_decoding(client, mixed):
+def test_a_refused_pair_costs_no_decoding(client: httpx.Client, mixed: Any) -> None:
     junk = {"image_b64": "!!", "aligned": True, "encoder": "first"}
     problem(ask(client, mixed, junk), 409, "not-certified")
     problem(ask(client, mixed, {**junk, "encoder": "second"}), 400, "bad-image")
@@ -215,7 +221,7 @@ def test_a_refused_pair_costs_no_decoding(client, mixed):
 
 
 @pytest.mark.parametrize("reason", made.BAD_VECTORS)
-def test_bad_vectors(client, fleet, mixed, reason):
+def test_bad_vectors(client: httpx.Client, fleet: made.Fleet, mixed: Any, reason: str) -> None:
     body = problem(ask(client, mixed, made.sent(fleet.second, made.BAD_VECTORS[reason])), 422, "bad-vector")
     assert reason in body["detail"]
 
@@ -235,14 +241,14 @@ def test_bad_vectors(client, fleet, mixed, reason):
         {"query": made.image(0), "where": "x"},
     ],
 )
-def test_bodies_that_are_no_search(client, mixed, body):
+def test_bodies_that_are_no_search(client: httpx.Client, mixed: Any, body: Any) -> None:
     problem(client.post(f"/v1/galleries/{mixed}/identify", json=body), 422, "invalid-request")
 
 
 class TestVerifySubject:
     """/v1/verify with an enrolled subject on either side."""
 
-    def test_the_best_template_decides(self, client, fleet, mixed):
+    def test_the_best_template_decides(self, client: httpx.Client, fleet: made.Fleet, mixed: Any) -> None:
         side = {"gallery": mixed, "subject": "both"}
         body = client.post("/v1/verify", json={"a": made.embedded(fleet.second, 3), "b": side}).json()
         assert body["match"] and body["comparisons"] == 2 and body["a"] is None
@@ -251,7 +257,9 @@ class TestVerifySubject:
         templates = client.get(f"/v1/galleries/{mixed}/subjects/both").json()["templates"]
         assert body["b"]["template"] == templates[1]["id"] and body["score"] == pytest.approx(1, abs=1e-5)
 
-    def test_what_is_not_certified_is_left_out_and_said(self, client, fleet, mixed):
+    def test_what_is_not_certified_is_left_out_and_said(
+        self, client: httpx.Client, fleet: made.Fleet, mixed: Any
+    ) -> None:
         side = {"gallery": mixed, "subject": "both"}
         body = client.post("/v1/verify", json={"a": made.embedded(fleet.first, 3), "b": side}).json()
         assert (body["b"]["encoder"], body["comparisons"]) == (fleet.teacher.info.id, 1)
@@ -261,7 +269,7 @@ class TestVerifySubject:
         body = problem(answer, 409, "not-certified")
         assert body["works"]["queries"] == [fleet.second.info.id]
 
-    def test_on_the_query_side_and_on_both(self, client, fleet, mixed):
+    def test_on_the_query_side_and_on_both(self, client: httpx.Client, fleet: made.Fleet, mixed: Any) -> None:
         second, teacher = {"gallery": mixed, "subject": "s"}, {"gallery": mixed, "subject": "t"}
         body = client.post("/v1/verify", json={"a": second, "b": teacher}).json()
         expected = fleet.second.embed(CROPS)[2] @ fleet.teacher.embed(CROPS)[0]
@@ -271,7 +279,7 @@ class TestVerifySubject:
         image = {**made.image(2), "aligned": True, "encoder": "second"}
         assert client.post("/v1/verify", json={"a": second, "b": image}).json()["match"]
 
-    def test_who_is_not_there(self, client, fleet):
+    def test_who_is_not_there(self, client: httpx.Client, fleet: made.Fleet) -> None:
         a = made.embedded(fleet.second, 0)
         for side, type in (
             ({"gallery": "mixed", "subject": "nemo"}, "unknown-subject"),
@@ -282,13 +290,13 @@ class TestVerifySubject:
             client.post("/v1/verify", json={"a": a, "b": {"gallery": "../x", "subject": "t"}}), 422, "invalid-request"
         )
 
-    def test_a_rate_that_only_one_certificate_covers(self, fleet, client, mixed):
+    def test_a_rate_that_only_one_certificate_covers(self, fleet: made.Fleet, client: httpx.Client, mixed: Any) -> None:
         side = {"gallery": mixed, "subject": "both"}
         body = {"a": made.embedded(fleet.second, 3), "b": side, "policy": {"target_fmr": 1e-6}}
         assert problem(client.post("/v1/verify", json=body), 422, "unsupported-fmr")["smallest"] == 1e-4
 
 
-def test_options_in_text_are_json(client, mixed):
+def test_options_in_text_are_json(client: httpx.Client, mixed: Any) -> None:
     for where in ("x", "[]", json.dumps({"a": 1})):
         params = {**ALIGNED, "where": where}
         answer = client.post(f"/v1/galleries/{mixed}/identify", content=FILE, headers=PNG, params=params)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import httpx
+
 from pkd.serving.core.gallery_schemas import MigrationAnswer, MovedAnswer
 from tests.support import gallery_fixtures as made
 from tests.support.gallery_fixtures import problem
 
 
-def search(client, name, encoder, index, **more):
+def search(client: httpx.Client, name: str, encoder: Any, index: int, **more: Any) -> Any:
     body = {"query": made.embedded(encoder, index), "target_fpir": 0.1, **more}
     return client.post(f"/v1/galleries/{name}/identify", json=body)
 
 
-def state(client, name, **params):
+def state(client: httpx.Client, name: str, **params: Any) -> Any:
     return MigrationAnswer.model_validate_json(client.get(f"/v1/galleries/{name}/migrations", params=params).content)
 
 
-def test_end_to_end(client, fleet):
+def test_end_to_end(client: httpx.Client, fleet: made.Fleet) -> None:
     old, new = fleet.teacher.info.space.id, fleet.following.info.space.id
     url = f"/v1/galleries/{made.gallery(client, 'g', space=old)}/migrations"
     people = ["ann", "bob", "eve"]
@@ -57,7 +61,7 @@ def test_end_to_end(client, fleet):
     assert body["works"]["spaces"] == [old]
 
 
-def test_abandon(client, fleet):
+def test_abandon(client: httpx.Client, fleet: made.Fleet) -> None:
     old, new = fleet.teacher.info.space.id, fleet.following.info.space.id
     url = f"/v1/galleries/{made.gallery(client, 'back', space=old)}/migrations"
     made.enrol(client, "back", "ann", made.image(0))
@@ -73,7 +77,7 @@ def test_abandon(client, fleet):
     assert search(client, "back", fleet.second, 0).json()["decision"] == "match"
 
 
-def test_the_second_space_answers_from_the_start(client, fleet):
+def test_the_second_space_answers_from_the_start(client: httpx.Client, fleet: made.Fleet) -> None:
     url = f"/v1/galleries/{made.gallery(client, 'early', space=fleet.teacher.info.space.id)}/migrations"
     made.enrol(client, "early", "ann", made.image(0))
     client.post(url, json={"space": fleet.following.info.space.id}).raise_for_status()
@@ -85,7 +89,7 @@ def test_the_second_space_answers_from_the_start(client, fleet):
     assert search(client, "early", fleet.second, 0).json()["decision"] == "match"
 
 
-def test_what_is_sent_again_is_answered_as_before(client, fleet):
+def test_what_is_sent_again_is_answered_as_before(client: httpx.Client, fleet: made.Fleet) -> None:
     url = f"/v1/galleries/{made.gallery(client, 'again', space=fleet.teacher.info.space.id)}/migrations"
     sent = {"inputs": [made.image(0)], "aligned": True}
     path, headers = "/v1/galleries/again/subjects/ann/templates", {"idempotency-key": "k"}
@@ -95,7 +99,7 @@ def test_what_is_sent_again_is_answered_as_before(client, fleet):
     assert again["replayed"] and again["templates"] == first["templates"]
 
 
-def test_what_is_no_migration(client, fleet):
+def test_what_is_no_migration(client: httpx.Client, fleet: made.Fleet) -> None:
     old, new = fleet.teacher.info.space.id, fleet.following.info.space.id
     url = f"/v1/galleries/{made.gallery(client, 'none', space=old)}/migrations"
     body = problem(client.post(url, json={"space": old}), 409, "gallery-conflict")
@@ -104,8 +108,7 @@ def test_what_is_no_migration(client, fleet):
     problem(client.post(url, json={}), 422, "invalid-request")
     problem(client.post(url, content=b"{}"), 415, "unsupported-media")
     for path in ("", "/finish", "/abandon"):
-        sent = {"json": {"space": new}} if not path else {}
-        answer = client.post(f"/v1/galleries/nowhere/migrations{path}", **sent)
+        answer = client.post(f"/v1/galleries/nowhere/migrations{path}", json=None if path else {"space": new})
         problem(answer, 404, "unknown-gallery")
     client.post(url, json={"space": new}).raise_for_status()
     body = problem(client.post(url, json={"space": old}), 409, "gallery-conflict")

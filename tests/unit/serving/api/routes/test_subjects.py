@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
 
 import cv2
 import httpx
@@ -27,11 +29,11 @@ def client(client: httpx.Client) -> httpx.Client:
     return client
 
 
-def post(client, subject, **request):
+def post(client: httpx.Client, subject: str, **request: Any) -> Any:
     return client.post(f"/v1/galleries/g/subjects/{subject}/templates", **request)
 
 
-def test_every_form(client, fleet):
+def test_every_form(client: httpx.Client, fleet: made.Fleet) -> None:
     forms = (
         {"content": FILE, "headers": PNG, "params": ALIGNED},
         {"files": [("image", FILE), ("image", FILE)], "data": ALIGNED},
@@ -39,7 +41,7 @@ def test_every_form(client, fleet):
     )
     teacher, first = fleet.teacher.info.id, fleet.first.info.id
     for form, encoders in zip(forms, ([teacher], [teacher, teacher], [teacher, first]), strict=True):
-        answer = post(client, "forms", **form)
+        answer = post(client, "forms", **form)  # type: ignore[arg-type]
         assert answer.status_code == 201, answer.text
         body = EnrolAnswer.model_validate_json(answer.content)
         assert [one.encoder for one in body.templates] == encoders
@@ -51,14 +53,14 @@ def test_every_form(client, fleet):
     assert "embedding" not in client.get("/v1/galleries/g/subjects/forms").text
 
 
-def test_what_is_kept_with_a_subject(client, fleet):
+def test_what_is_kept_with_a_subject(client: httpx.Client, fleet: made.Fleet) -> None:
     consent = {"basis": "consent", "reference": "form 17", "given": "2026-05-01"}
     expires = datetime.now(timezone.utc) + timedelta(days=1)
     parts = {"attributes": {"site": "north"}, "consent": consent}
     made.enrol(client, "g", "kept", made.image(0), expires=expires.isoformat(), **parts)
     body = SubjectAnswer.model_validate_json(client.get("/v1/galleries/g/subjects/kept").content)
     assert (body.attributes, body.consent and body.consent.model_dump()) == ({"site": "north"}, consent)
-    assert abs((body.templates[0].expires - expires).total_seconds()) < 0.01
+    assert abs((body.templates[0].expires - expires).total_seconds()) < 0.01  # type: ignore[operator]
     assert abs(body.templates[0].created.timestamp() - time.time()) < 60
     texts = {name: json.dumps(value) for name, value in parts.items()}
     for form in ({"content": FILE, "headers": PNG, "params": {**ALIGNED, **texts}}, {
@@ -69,7 +71,7 @@ def test_what_is_kept_with_a_subject(client, fleet):
     assert body.attributes == {"site": "north"} and body.consent
 
 
-def test_retention_is_the_default_of_expires(client):
+def test_retention_is_the_default_of_expires(client: httpx.Client) -> None:
     made.gallery(client, "short", retention_seconds=100)
     made.enrol(client, "short", "ann", made.image(0))
     (template,) = client.get("/v1/galleries/short/subjects/ann").json()["templates"]
@@ -77,7 +79,7 @@ def test_retention_is_the_default_of_expires(client):
     assert left.total_seconds() == pytest.approx(100)
 
 
-def test_an_idempotency_key(client):
+def test_an_idempotency_key(client: httpx.Client) -> None:
     key = {"idempotency-key": "k-1"}
     first = post(client, "once", content=FILE, headers={**PNG, **key}, params=ALIGNED)
     again = post(client, "once", content=FILE, headers={**PNG, **key}, params=ALIGNED)
@@ -98,7 +100,7 @@ def test_an_idempotency_key(client):
         problem(post(client, "once", content=FILE, headers={**PNG, "idempotency-key": bad}), 422, "invalid-request")
 
 
-def test_only_what_can_be_searched_is_enrolled(client, fleet):
+def test_only_what_can_be_searched_is_enrolled(client: httpx.Client, fleet: made.Fleet) -> None:
     """The rogue student lies in the right space, but no certificate has it on the gallery side."""
     for encoder in (fleet.rogue, "nobody"):
         sent = made.embedded(fleet.rogue, 0)
@@ -114,7 +116,7 @@ def test_only_what_can_be_searched_is_enrolled(client, fleet):
     problem(client.get("/v1/galleries/g/subjects/x"), 404, "unknown-subject")
 
 
-def test_only_the_gallerys_space_is_taken(client, fleet):
+def test_only_the_gallerys_space_is_taken(client: httpx.Client, fleet: made.Fleet) -> None:
     here, other = fleet.teacher.info.space.id, fleet.following.info.space.id
     body = problem(post(client, "x", json={"inputs": [made.embedded(fleet.following, 0)]}), 409, "space-mismatch")
     assert body["expected"] == {"spaces": [here]} and body["got"]["space"] == other
@@ -125,14 +127,14 @@ def test_only_the_gallerys_space_is_taken(client, fleet):
     assert post(client, "y", json={"inputs": [made.embedded(fleet.first, 0, space=here)]}).status_code == 201
 
 
-def test_images_go_to_an_encoder_of_the_gallerys_space(client, fleet):
+def test_images_go_to_an_encoder_of_the_gallerys_space(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "next", space=fleet.following.info.space.id)
     done = made.enrol(client, "next", "ann", made.image(0))
     assert [one["encoder"] for one in done["templates"]] == [fleet.following.info.id]
 
 
 @pytest.mark.parametrize("reason", made.BAD_VECTORS)
-def test_bad_vectors(client, fleet, reason):
+def test_bad_vectors(client: httpx.Client, fleet: made.Fleet, reason: str) -> None:
     sent = made.sent(fleet.first, made.BAD_VECTORS[reason])
     body = problem(post(client, "bad", json={"inputs": [made.embedded(fleet.first, 0), sent]}), 422, "bad-vector")
     assert reason in body["detail"] and body["index"] == 1
@@ -157,24 +159,24 @@ def test_bad_vectors(client, fleet, reason):
         {"inputs": [made.image(0)], "nonsense": 1},
     ],
 )
-def test_bodies_that_are_no_enrolment(client, body):
+def test_bodies_that_are_no_enrolment(client: httpx.Client, body: Any) -> None:
     problem(post(client, "x", json=body), 422, "invalid-request")
 
 
-def test_options_that_are_none(client):
+def test_options_that_are_none(client: httpx.Client) -> None:
     for params in ({"attributes": "{"}, {"attributes": "[]"}, {"consent": "1"}, {"quality": '{"sharp": 1}'}):
         problem(post(client, "x", content=FILE, headers=PNG, params={**ALIGNED, **params}), 422, "invalid-request")
     problem(post(client, "x", content=b"abc", headers=PNG, params=ALIGNED), 400, "bad-image")
     problem(post(client, "x", content=b"abc", headers={"content-type": "text/plain"}), 415, "unsupported-media")
 
 
-def test_all_or_nothing(client, fleet):
+def test_all_or_nothing(client: httpx.Client, fleet: made.Fleet) -> None:
     inputs = [made.embedded(fleet.first, 0), {"image_b64": "AAAA"}]
     assert problem(post(client, "x", json={"inputs": inputs, "aligned": True}), 400, "bad-image")["index"] == 1
     problem(client.get("/v1/galleries/g/subjects/x"), 404, "unknown-subject")
 
 
-def test_a_floor_of_quality(client, fleet, tmp_path):
+def test_a_floor_of_quality(client: httpx.Client, fleet: made.Fleet, tmp_path: Path) -> None:
     """Of the request first; the operator's cannot be undercut."""
     asked = {"quality": {"sharpness": 1e5}}
     body = problem(post(client, "x", json={"inputs": [made.image(0)], "aligned": True, **asked}), 422, "low-quality")
@@ -197,11 +199,12 @@ def test_a_floor_of_quality(client, fleet, tmp_path):
         problem(post(strict, "x", content=none, headers=PNG), 422, "no-face")
 
 
-def test_pages_of_subjects(client, fleet):
+def test_pages_of_subjects(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "pages")
     for name in ("c", "a", "b", "B"):
         made.enrol(client, "pages", name, made.embedded(fleet.first, 0))
-    seen, after = [], ""
+    seen: list[str] = []
+    after = ""
     while after is not None:
         page = client.get("/v1/galleries/pages/subjects", params={"after": after, "limit": 3}).json()
         assert len(page["subjects"]) <= 3
@@ -211,7 +214,7 @@ def test_pages_of_subjects(client, fleet):
         problem(client.get("/v1/galleries/pages/subjects", params={"limit": limit}), 422, "invalid-request")
 
 
-def test_deletion_gives_a_receipt(client, fleet):
+def test_deletion_gives_a_receipt(client: httpx.Client, fleet: made.Fleet) -> None:
     made.enrol(client, "g", "gone", made.image(0), made.embedded(fleet.first, 0))
     receipt = ReceiptAnswer.model_validate_json(client.delete("/v1/galleries/g/subjects/gone").content)
     assert (receipt.gallery, receipt.subject, receipt.templates) == ("g", "gone", 2)
@@ -225,7 +228,7 @@ def test_deletion_gives_a_receipt(client, fleet):
     assert "gone" not in [one["subject"] for one in found["candidates"]]
 
 
-def test_vectors_are_kept_to_a_millionth(client, fleet):
+def test_vectors_are_kept_to_a_millionth(client: httpx.Client, fleet: made.Fleet) -> None:
     """float16 in the store; the score of the same crop against itself says how much that costs."""
     made.enrol(client, "g", "exact", made.image(3))
     query = made.sent(fleet.teacher, fleet.teacher.embed(CROPS[3:4])[0])
@@ -235,7 +238,7 @@ def test_vectors_are_kept_to_a_millionth(client, fleet):
 
 
 @pytest.mark.shared
-def test_a_real_photograph_is_good_enough(fleet, shared, tmp_path):
+def test_a_real_photograph_is_good_enough(fleet: made.Fleet, shared: Path, tmp_path: Path) -> None:
     """The real detector, the default floor; the encoder is the small one of these tests."""
     detector = open_detector(str(shared / "models" / "yunet_n_dynamic.onnx"), 0.5)
     photograph = next((shared / "faces/lfw/raw-devtest").rglob("*.jpg"))
@@ -247,7 +250,7 @@ def test_a_real_photograph_is_good_enough(fleet, shared, tmp_path):
         quality = answer.json()["templates"][0]["quality"]
         assert quality["detection_score"] > floor.enrol_detection_score and 40 < quality["face_pixels"] < 250
         assert floor.enrol_sharpness < quality["sharpness"]
-        blurred = cv2.GaussianBlur(cv2.imread(str(photograph)), (0, 0), 6)
+        blurred = cv2.GaussianBlur(cv2.imread(str(photograph)), (0, 0), 6)  # type: ignore[arg-type]
         sent = cv2.imencode(".jpg", blurred)[1].tobytes()
         body = problem(
             post(client, "blurred", content=sent, headers={"content-type": "image/jpeg"}), 422, "low-quality"

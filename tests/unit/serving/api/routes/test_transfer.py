@@ -7,8 +7,11 @@ import json
 import re
 import threading
 import time
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -24,29 +27,29 @@ from tests.support.gallery_fixtures import CROPS, NDJSON, problem
 
 
 @pytest.fixture(scope="module")
-def client(fleet, tmp_path_factory):
+def client(fleet: made.Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with made.serving(fleet, tmp_path_factory.mktemp("store"), max_body=200_000) as client:
         yield client
 
 
-def lines(*items):
+def lines(*items: Any) -> Any:
     return b"".join(item if isinstance(item, bytes) else json.dumps(item).encode() + b"\n" for item in items)
 
 
-def bulk(client, name, content, route="templates:bulk"):
+def bulk(client: httpx.Client, name: str, content: Any, route: str = "templates:bulk") -> Any:
     answer = client.post(f"/v1/galleries/{name}/{route}", content=content, headers=NDJSON)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/x-ndjson"
     return [BulkAnswer.model_validate_json(line) for line in filter(None, answer.content.split(b"\n"))]
 
 
-def test_a_line_out_for_a_line_in(client, fleet):
+def test_a_line_out_for_a_line_in(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "g")
     sent = [
         {"subject": f"s{i:03}", "inputs": [made.embedded(fleet.first, i % 6)], "attributes": {"n": str(i)}}
         for i in range(2 * BATCH + 5)
     ]
-    sent.append({"subject": "image", "inputs": [made.image(0), made.image(1)], "aligned": True})
+    sent.append({"subject": "image", "inputs": [made.image(0), made.image(1)], "aligned": True})  # type: ignore[dict-item]
     told = bulk(client, "g", lines(*sent))
     assert [(one.line, one.subject) for one in told] == [(i + 1, one["subject"]) for i, one in enumerate(sent)]
     assert all(one.problem is None and one.templates and not one.replayed for one in told)
@@ -57,7 +60,7 @@ def test_a_line_out_for_a_line_in(client, fleet):
     assert sequences == sorted(sequences)
 
 
-def test_bad_lines_do_not_stop_the_good_ones(client, fleet):
+def test_bad_lines_do_not_stop_the_good_ones(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "bad")
     good = {"inputs": [made.embedded(fleet.first, 0)]}
     strict = {"aligned": True, "quality": {"sharpness": 1e6}}
@@ -92,11 +95,13 @@ def test_bad_lines_do_not_stop_the_good_ones(client, fleet):
     assert client.get("/v1/galleries/bad").json()["subjects"] == len(wrong)
 
 
-def test_what_nobody_foresaw_stops_no_other_line(client, fleet, monkeypatch, caplog):
+def test_what_nobody_foresaw_stops_no_other_line(
+    client: httpx.Client, fleet: made.Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     made.gallery(client, "poison")
     real, sent, unforeseen = Pipeline.run, made.image(3)["image_b64"], RuntimeError("secret numbers")
 
-    def run(self, image, *rest):
+    def run(self: Pipeline, image: Any, *rest: Any) -> Any:
         if image == sent:
             raise unforeseen
         return real(self, image, *rest)
@@ -111,7 +116,7 @@ def test_what_nobody_foresaw_stops_no_other_line(client, fleet, monkeypatch, cap
     assert "secret" not in caplog.text
 
 
-def test_empty_lines_count_and_the_last_needs_no_end(client, fleet):
+def test_empty_lines_count_and_the_last_needs_no_end(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "gaps")
     item = lines({"subject": "a", "inputs": [made.embedded(fleet.first, 0)]})
     told = bulk(client, "gaps", b"\n\r\n" + item.rstrip() + b"\r\n \n" + item.rstrip())
@@ -119,7 +124,7 @@ def test_empty_lines_count_and_the_last_needs_no_end(client, fleet):
     assert bulk(client, "gaps", b"") == []
 
 
-def test_resumed_by_keys(client, fleet):
+def test_resumed_by_keys(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "keys")
     items = [{"subject": f"s{i}", "key": f"k{i}", "inputs": [made.embedded(fleet.first, i)]} for i in range(4)]
     first = bulk(client, "keys", lines(*items[:2]))
@@ -133,11 +138,11 @@ def test_resumed_by_keys(client, fleet):
     assert client.get("/v1/galleries/keys").json()["templates"] == {fleet.first.info.id: 5}
 
 
-def test_what_was_enrolled_before_is_not_embedded_again(client):
+def test_what_was_enrolled_before_is_not_embedded_again(client: httpx.Client) -> None:
     made.gallery(client, "cheap")
     items = [{"subject": f"s{i}", "key": f"k{i}", "inputs": [made.image(i)], "aligned": True} for i in range(6)]
 
-    def crops_embedded():
+    def crops_embedded() -> Any:
         page = client.get("/metrics").text
         return sum(float(found) for found in re.findall(r"^pkd_batch_size_sum\{.*\} (\S+)", page, re.MULTILINE))
 
@@ -152,12 +157,12 @@ def test_what_was_enrolled_before_is_not_embedded_again(client):
     assert crops_embedded() - begun == 7
 
 
-def test_an_item_is_answered_while_the_body_is_still_coming(client, fleet):
+def test_an_item_is_answered_while_the_body_is_still_coming(client: httpx.Client, fleet: made.Fleet) -> None:
     """Whoever sends the next line only after the answer to the last one gets them all: nothing waits for the end."""
     made.gallery(client, "live")
     item = lines({"subject": "a", "inputs": [made.embedded(fleet.first, 0)]})
 
-    async def talk():
+    async def talk() -> Any:
         host, port = client.base_url.host, client.base_url.port
         reader, writer = await asyncio.open_connection(host, port)
         writer.write(
@@ -179,7 +184,7 @@ def test_an_item_is_answered_while_the_body_is_still_coming(client, fleet):
     assert [one["line"] for one in told] == [1, 2, 3] and b"{" not in rest
 
 
-def test_a_body_may_be_larger_than_one_request(client, fleet):
+def test_a_body_may_be_larger_than_one_request(client: httpx.Client, fleet: made.Fleet) -> None:
     """Streamed: only a line has the limit of a body."""
     made.gallery(client, "large")
     item = lines({"subject": "a", "inputs": [{"image_b64": "A" * 150_000}], "aligned": True})
@@ -189,7 +194,7 @@ def test_a_body_may_be_larger_than_one_request(client, fleet):
     problem(answer, 413, "too-large")
 
 
-def test_who_may_not(client, fleet):
+def test_who_may_not(client: httpx.Client, fleet: made.Fleet) -> None:
     for route in ("templates:bulk", "import"):
         problem(client.post(f"/v1/galleries/nowhere/{route}", content=b"", headers=NDJSON), 404, "unknown-gallery")
         made_json = client.post(f"/v1/galleries/nowhere/{route}", json={})
@@ -197,12 +202,12 @@ def test_who_may_not(client, fleet):
     problem(client.get("/v1/galleries/nowhere/export"), 404, "unknown-gallery")
 
 
-def test_a_gallery_that_is_deleted_meanwhile(client, fleet):
+def test_a_gallery_that_is_deleted_meanwhile(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "doomed")
     item = lines({"subject": "a", "inputs": [made.embedded(fleet.first, 0)]})
     gone = threading.Event()
 
-    def slowly():
+    def slowly() -> Iterator[Any]:
         yield item
         time.sleep(0.3)
         client.delete("/v1/galleries/doomed").raise_for_status()
@@ -214,7 +219,7 @@ def test_a_gallery_that_is_deleted_meanwhile(client, fleet):
     assert told[1].problem and told[1].problem["type"] == "unknown-gallery"
 
 
-def test_export_and_import(client, fleet):
+def test_export_and_import(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "from", retention_seconds=1e8)
     consent = {"basis": "contract", "reference": "7", "given": "2026-01-01"}
     for i in range(70):  # more than one piece
@@ -249,8 +254,8 @@ def test_export_and_import(client, fleet):
         assert kept == [{k: t[k] for k in ("encoder", "space", "expires", "embedding")} for t in one["templates"]]
 
 
-def test_an_import_adds_what_is_not_there_and_nothing_twice(client, fleet):
-    def templates(name):
+def test_an_import_adds_what_is_not_there_and_nothing_twice(client: httpx.Client, fleet: made.Fleet) -> None:
+    def templates(name: str) -> Any:
         exported = [json.loads(line) for line in client.get(f"/v1/galleries/{name}/export").text.splitlines()[1:-1]]
         return {one["subject"]: [template["embedding"] for template in one["templates"]] for one in exported}
 
@@ -275,7 +280,9 @@ def test_an_import_adds_what_is_not_there_and_nothing_twice(client, fleet):
     assert templates("follows") == templates("grows")
 
 
-def test_an_import_leaves_out_what_has_expired_and_names_the_line_it_cannot_read(client, fleet):
+def test_an_import_leaves_out_what_has_expired_and_names_the_line_it_cannot_read(
+    client: httpx.Client, fleet: made.Fleet
+) -> None:
     made.gallery(client, "old")
     for subject in ("ann", "bob"):
         made.enrol(client, "old", subject, made.embedded(fleet.first, 0), made.embedded(fleet.first, 1))
@@ -290,7 +297,7 @@ def test_an_import_leaves_out_what_has_expired_and_names_the_line_it_cannot_read
     assert [one.problem and one.problem["type"] for one in told] == [None, "invalid-request"]
 
 
-def test_an_import_that_was_cut_off_says_so(client, fleet):
+def test_an_import_that_was_cut_off_says_so(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "half")
     made.enrol(client, "half", "a", made.embedded(fleet.first, 0))
     made.enrol(client, "half", "b", made.embedded(fleet.first, 1))
@@ -301,7 +308,7 @@ def test_an_import_that_was_cut_off_says_so(client, fleet):
         assert all(one.problem is None for one in told[:-1])
 
 
-def test_an_import_into_another_space(client, fleet):
+def test_an_import_into_another_space(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "source")
     made.enrol(client, "source", "a", made.embedded(fleet.first, 0))
     made.gallery(client, "elsewhere", space=fleet.following.info.space.id)
@@ -311,7 +318,7 @@ def test_an_import_into_another_space(client, fleet):
 
 
 @pytest.mark.parametrize("reason", made.BAD_VECTORS)
-def test_bad_vectors_in_lines(client, fleet, reason):
+def test_bad_vectors_in_lines(client: httpx.Client, fleet: made.Fleet, reason: str) -> None:
     name = f"v-{reason.replace(chr(32), chr(45))}"
     made.gallery(client, name)
     sent = made.sent(fleet.first, made.BAD_VECTORS[reason])
@@ -324,10 +331,10 @@ def test_bad_vectors_in_lines(client, fleet, reason):
     assert client.get(f"/v1/galleries/{name}").json()["subjects"] == 0
 
 
-def test_writers_beside_one_another(client, fleet):
+def test_writers_beside_one_another(client: httpx.Client, fleet: made.Fleet) -> None:
     made.gallery(client, "busy")
 
-    def send(worker):
+    def send(worker: Any) -> Any:
         items = [{"subject": f"w{worker}-{i}", "inputs": [made.embedded(fleet.first, i % 6)]} for i in range(20)]
         return bulk(client, "busy", lines(*items))
 
@@ -338,11 +345,11 @@ def test_writers_beside_one_another(client, fleet):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_lines_however_they_are_cut(size):
+def test_lines_however_they_are_cut(size: int) -> None:
     body = b"one\n\ntwo two\r\n" + b"x" * 30 + b"\nlast"
 
-    async def collect():
-        async def pieces():
+    async def collect() -> Any:
+        async def pieces() -> AsyncIterator[Any]:
             for start in range(0, len(body), size):
                 yield body[start : start + size]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,8 @@ def test_an_error_is_raised_to_those_who_asked_and_the_next_are_answered() -> No
 
 
 def test_steady_searching_does_not_keep_a_change_out() -> None:
-    stop, searches = threading.Event(), []
+    stop = threading.Event()
+    searches: list[Any] = []
 
     def work(items: Sequence[int]) -> Sequence[int]:
         time.sleep(0.001)

@@ -17,7 +17,7 @@ from tests.support.head_data import Float, clusters, unit, write_shards
 
 CLASSES, DIM = 37, 16
 NAMES = tuple(f"p{i:02}" for i in range(CLASSES))
-WEIGHT: Float = class_means(*clusters(CLASSES, 3, DIM), NAMES).centres.numpy() * 3.5  # trained rows are not unit
+WEIGHT: Float = class_means(*clusters(CLASSES, 3, DIM), NAMES).centres.numpy() * 3.5  # type: ignore[assignment]  # trained rows are not unit
 
 
 def read(path: Path | list[str], **more: Any) -> Head:

@@ -16,7 +16,7 @@ def planted(classes: int, dim: int, pairs: int, cosine: float, seed: int = 0) ->
     random = np.random.default_rng(seed)
     rows = unit(random.normal(size=(classes, dim)))
     aside = random.normal(size=(pairs, dim))
-    aside = unit(aside - np.sum(aside * rows[:pairs], axis=1, keepdims=True) * rows[:pairs])
+    aside = unit(aside - np.sum(aside * rows[:pairs], axis=1, keepdims=True) * rows[:pairs])  # type: ignore[assignment]
     rows[classes - pairs :] = cosine * rows[:pairs] + np.sqrt(1 - cosine**2) * aside
     return torch.from_numpy(rows)
 
@@ -81,7 +81,7 @@ def test_groups_keep_the_distance_they_promise() -> None:
         members = np.flatnonzero(done.classes == new)
         assert cosines[np.ix_(members, members)].min() >= 0.7 - 1e-6
     for m in done.merged:
-        members = [int(n[1:]) for n in (m.identity, *m.others)]
+        members = [int(n[1:]) for n in (m.identity, *m.others)]  # type: ignore[assignment]
         assert m.least_cosine == pytest.approx(cosines[np.ix_(members, members)].min(), abs=1e-6)
     assert sum(len(m.others) for m in done.merged) == 240 - len(done.identities)
     for low, high in zip(*np.nonzero(np.triu(cosines, 1) >= 0.7), strict=True):  # what stays apart has a reason

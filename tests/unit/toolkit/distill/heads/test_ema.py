@@ -11,7 +11,7 @@ from pkd.toolkit.distill.heads.ema import EmaHead
 def make(count: int = 4, dim: int = 8) -> tuple[EmaHead, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     head = EmaHead(normalize(torch.randn(3, dim, dtype=torch.float64)))
-    return head, *(normalize(torch.randn(count, dim, dtype=torch.float64)) for _ in range(2))
+    return head, *(normalize(torch.randn(count, dim, dtype=torch.float64)) for _ in range(2))  # type: ignore[return-value]
 
 
 def test_one_image_moves_its_centre_by_the_published_formula() -> None:

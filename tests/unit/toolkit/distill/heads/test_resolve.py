@@ -61,7 +61,7 @@ def test_spelling() -> None:
 
 
 def test_one_name_or_several_in_the_config() -> None:
-    assert DistillConfig(out="r", faces=("f",), head="means").head == ("means",)
+    assert DistillConfig(out="r", faces=("f",), head="means").head == ("means",)  # type: ignore[arg-type]
     for bad in (0, 1, -0.5):
         with pytest.raises(InputError, match="--merge-duplicates"):
             DistillConfig(out="r", faces=("f",), teacher="t", merge_duplicates=bad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.support.loss_inputs import make_inputs
 LABELS = [0, 4, 3, 3]
 
 
-def arcface_loss(embeddings, centres, labels, margins, scale):  # type: ignore[no-untyped-def]
+def arcface_loss(embeddings: Any, centres: Any, labels: Any, margins: Any, scale: Any) -> Any:  # type: ignore[no-untyped-def]
     """Mean margin softmax in numpy, one image at a time."""
     losses = []
     for x, y, m in zip(embeddings, labels, margins, strict=True):
@@ -32,7 +33,7 @@ def arcface_loss(embeddings, centres, labels, margins, scale):  # type: ignore[n
 
 
 @pytest.mark.parametrize("loss", [proxylesskd, own_classifier])
-def test_margin_softmax_against_numpy(loss) -> None:  # type: ignore[no-untyped-def]
+def test_margin_softmax_against_numpy(loss: Any) -> None:  # type: ignore[no-untyped-def]
     inputs = make_inputs(LABELS, dtype=torch.float64)
     assert inputs.head is not None and inputs.trained is not None
     centres = inputs.head.centres if loss is proxylesskd else inputs.trained
@@ -95,7 +96,7 @@ def test_adadistill_classifies_against_the_moved_centres() -> None:
 
 @pytest.mark.parametrize("loss", [proxylesskd, kd, margindistillation, own_classifier])
 @pytest.mark.parametrize("margin", ["softmax", "cosface:0.35", "arcface:0.5"])
-def test_gradients(loss, margin: str) -> None:  # type: ignore[no-untyped-def]
+def test_gradients(loss: Any, margin: str) -> None:  # type: ignore[no-untyped-def]
     inputs = make_inputs(LABELS, dtype=torch.float64, margin=margin)
     start = inputs.embeddings.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: loss(replace(inputs, embeddings=x)), (start,))

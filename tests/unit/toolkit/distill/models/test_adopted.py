@@ -107,7 +107,7 @@ class Graph:
 
 
 def f(*shape: int) -> NDArray[np.float32]:
-    return (RANDOM.normal(size=shape) / np.sqrt(max(1, np.prod(shape[1:])))).astype(np.float32)
+    return (RANDOM.normal(size=shape) / np.sqrt(max(1, np.prod(shape[1:])))).astype(np.float32)  # type: ignore[call-overload]
 
 
 def norm(channels: int) -> tuple[NDArray[np.float32], ...]:

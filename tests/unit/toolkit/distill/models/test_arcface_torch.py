@@ -76,7 +76,7 @@ def published_forward(state: State, depths: tuple[int, ...], x: Tensor) -> Tenso
 
     def norm(name: str, x: Tensor) -> Tensor:
         kept = [state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
-        return functional.batch_norm(x, *kept, eps=1e-5)
+        return functional.batch_norm(x, *kept, eps=1e-5)  # type: ignore[arg-type, misc]
 
     def conv(name: str, x: Tensor, stride: int, padding: int) -> Tensor:
         return functional.conv2d(x, state[f"{name}.weight"], stride=stride, padding=padding)

@@ -65,8 +65,8 @@ def norm(channels: int) -> list[Array]:
 
 Case = tuple[str, tuple[int, ...], list[Array | None], dict[str, Any]]
 CASES: list[Case] = [
-    *(("BatchNormalization", (4, 3, *size), norm(3), {"epsilon": 0.01}) for size in [(), (5,), (5, 6), (3, 4, 5)]),
-    *(
+    *(("BatchNormalization", (4, 3, *size), norm(3), {"epsilon": 0.01}) for size in [(), (5,), (5, 6), (3, 4, 5)]),  # type: ignore[list-item]
+    *(  # type: ignore[list-item]
         ("Conv", (2, 4, *[9] * n), [f(6, 2, *[3] * n), f(6)], {"group": 2, "strides": [2] * n, "dilations": [2] * n})
         for n in (1, 2, 3)
     ),
@@ -74,15 +74,15 @@ CASES: list[Case] = [
     ("Conv", (2, 4, 9, 10), [f(6, 4, 3, 2), f(6)], {"auto_pad": "SAME_UPPER", "strides": [2, 2]}),
     ("Conv", (2, 4, 9, 10), [f(6, 4, 4, 2), f(6)], {"auto_pad": "SAME_LOWER"}),
     ("Conv", (2, 4, 9, 10), [f(6, 4, 3, 2), f(6)], {"auto_pad": "VALID"}),
-    *(("PRelu", (2, 3, 4, 5), [slope], {}) for slope in (f(3, 1, 1), f(1, 3, 1, 1), f(1), f(5), f(3, 4, 5), f(1, 4, 1))),
-    *(("PRelu", shape, [slope], {}) for shape, slope in (((2, 3), f(3)), ((2, 3, 4), f(3, 1)), ((2, 3), f(1)))),
+    *(("PRelu", (2, 3, 4, 5), [slope], {}) for slope in (f(3, 1, 1), f(1, 3, 1, 1), f(1), f(5), f(3, 4, 5), f(1, 4, 1))),  # type: ignore[list-item]
+    *(("PRelu", shape, [slope], {}) for shape, slope in (((2, 3), f(3)), ((2, 3, 4), f(3, 1)), ((2, 3), f(1)))),  # type: ignore[list-item]
     ("PRelu", (2, 3, 4, 5, 6), [f(3, 1, 1, 1)], {}),
     ("Gemm", (2, 3), [f(3, 4), f(4)], {"alpha": 0.5, "beta": 2.0}),
     ("Gemm", (2, 3), [f(4, 3), f(1, 4)], {"transB": 1}),
     ("Gemm", (2, 3), [f(4, 3), f(1)], {"transB": 1, "alpha": 3.0}),
     ("Gemm", (2, 3), [f(4, 3)], {"transB": 1}),
     ("Gemm", (2, 3), [f(3, 4), f(2, 4)], {"beta": 0.25}),
-    *(("MatMul", (2, *size, 3), [f(3, 4)], {}) for size in [(), (5,), (5, 6)]),
+    *(("MatMul", (2, *size, 3), [f(3, 4)], {}) for size in [(), (5,), (5, 6)]),  # type: ignore[list-item]
     ("MatMul", (2, 5, 6, 3), [f(5, 3, 4)], {}),
     *(("Flatten", (2, *size), [], {}) for size in [(3,), (3, 4), (3, 4, 5)]),
     ("Flatten", (2, 3, 1), [], {"axis": -2}),
@@ -120,8 +120,8 @@ CASES: list[Case] = [
     ("LeakyRelu", (2, 3), [], {"alpha": 0.3}),
     ("Elu", (2, 3), [], {"alpha": 0.3}),
     ("HardSigmoid", (2, 3), [], {"alpha": 1 / 6, "beta": 0.4}),
-    *((kind, (2, 3, 4, 5), [c], {}) for kind in ("Add", "Sub", "Mul", "Div") for c in (positive(3, 1, 1), positive(1), positive(5))),
-    *((kind, (2, 3), [positive(3)], {}) for kind in ("Add", "Sub", "Mul", "Div")),
+    *((kind, (2, 3, 4, 5), [c], {}) for kind in ("Add", "Sub", "Mul", "Div") for c in (positive(3, 1, 1), positive(1), positive(5))),  # type: ignore[list-item]
+    *((kind, (2, 3), [positive(3)], {}) for kind in ("Add", "Sub", "Mul", "Div")),  # type: ignore[list-item]
     ("Pow", (2, 3), [np.float32(2)], {}),
     ("Pow", (2, 3), [np.float32(3)], {}),
     ("Max", (2, 3), [np.float32(0.1)], {}),
@@ -145,7 +145,7 @@ CASES: list[Case] = [
         for shape, axes in (((2, 3), [1]), ((2, 3, 4, 5), [2, 3]), ((2, 3, 4), [-1]))
         for keep in (0, 1)
     ),
-    *(("ReduceSum", (2, 3, 4), [axes], {"keepdims": 0}) for axes in (ints(1), ints(1, 2))),
+    *(("ReduceSum", (2, 3, 4), [axes], {"keepdims": 0}) for axes in (ints(1), ints(1, 2))),  # type: ignore[list-item]
     *(("LpNormalization", shape, [], {"axis": axis, "p": p}) for shape, axis in (((2, 3), 1), ((2, 3, 4), -1)) for p in (1, 2)),
     ("LayerNormalization", (2, 3, 4), [f(4), f(4)], {"axis": -1}),
     ("LayerNormalization", (2, 3, 4), [f(4)], {"axis": 2, "epsilon": 0.1}),
@@ -159,7 +159,7 @@ OLD: list[tuple[int, Case]] = [
     (11, ("Unsqueeze", (2, 3), [], {"axes": [2]})),
     (11, ("ReduceSum", (2, 3, 4), [], {"axes": [2]})),
     (12, ("Softmax", (2, 3), [], {})),
-    (8, ("BatchNormalization", (4, 3), norm(3), {"momentum": 0.9})),
+    (8, ("BatchNormalization", (4, 3), norm(3), {"momentum": 0.9})),  # type: ignore[list-item]
     (9, ("Dropout", (2, 3), [], {"ratio": 0.4})),
     (18, ("Pad", (2, 3, 4, 5), [ints(1, 2), None, ints(-1)], {})),
     (18, ("ReduceMean", (2, 3, 4), [ints(2)], {"keepdims": 0})),

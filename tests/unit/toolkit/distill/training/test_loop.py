@@ -109,7 +109,7 @@ def test_a_teacher_is_trained_with_its_classifier_and_a_student_inherits_it(tmp_
 def test_the_frozen_head_stays_and_the_others_move(tmp_path: Path, faces: Path, teacher: TorchEncoder) -> None:
     def centres(trainer: Trainer) -> torch.Tensor:
         kept = (trainer.head and trainer.head.centres, trainer.ema_head and trainer.ema_head.units, trainer.own)
-        return next(tensor for tensor in kept if tensor is not None).detach().clone()
+        return next(tensor for tensor in kept if tensor is not None).detach().clone()  # type: ignore[union-attr]
 
     for method, moves in (("proxylesskd", False), ("adadistill", True), ("none", True)):
         config = make_config(tmp_path, faces, method=method)

@@ -48,7 +48,7 @@ BAD = {
 def test_a_bad_file_is_one_clear_line(tmp_path: Path, name: str) -> None:
     text, said = BAD[name]
     with pytest.raises(InputError, match=said) as refused:
-        read_labels(write(tmp_path, text))
+        read_labels(write(tmp_path, text))  # type: ignore[arg-type]
     assert "\n" not in str(refused.value)
 
 

@@ -153,8 +153,8 @@ def test_no_number_on_the_page_is_missing_in_report_json() -> None:
         near = [abs(scale * n - number) <= half * (1 + 1e-9) for n in known for scale in (1, 100)]
         inverse = [abs(1 / n - number) <= half for n in known if n]
         assert any(near) or any(inverse) or abs(number) in METHOD, f"{word} is not in report.json"
-    for number in ("4,711", "1,234", "0.457", "0.321", "0.00125"):
-        assert number in told
+    for figure in ("4,711", "1,234", "0.457", "0.321", "0.00125"):
+        assert figure in told
 
 
 def test_a_number_that_report_json_lacks_would_be_found() -> None:
