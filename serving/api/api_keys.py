@@ -70,7 +70,7 @@ class ApiKey:
     rate: float | None
     """Requests a second; None: as many as there are."""
     token: Token | None = None
-    """Where a request came with a token of the key: that, and ``scopes`` and ``rate`` are the token's."""
+    """Token of the key that a request came with, if any; ``scopes`` and ``rate`` are then the token's."""
 
 
 def token_of(request: HTTPConnection) -> Token | None:

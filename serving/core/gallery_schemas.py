@@ -92,8 +92,8 @@ class QualityLimits(Sent):
 class LivenessDemand(Sent):
     """Say for what a gallery asks proof that a living person is shown: a detector's signed verdict."""
 
-    enrol: bool = Field(default=False, description="For every enrolment, of embeddings, too")
-    query: bool = Field(default=False, description="For every search of it and comparison with its subjects")
+    enrol: bool = Field(default=False, description="Demanded of every enrolment, of embeddings, too")
+    query: bool = Field(default=False, description="Demanded of every search of it and comparison with its subjects")
     max_apcer: Number | None = Field(default=None, ge=0, le=1, description="Largest measured APCER of the detector")
 
 

@@ -50,7 +50,7 @@ class Expected:
     issuer: str
     audience: str
     leeway_seconds: float
-    """How far the issuer's clock and this one may be apart, seconds."""
+    """Most that the issuer's clock and this one may be apart, seconds."""
     required: tuple[str, ...] = ("exp", "iat", "iss", "aud", "sub")
 
 

@@ -42,9 +42,9 @@ class LivenessConfig(Sent):
     max_age_seconds: Number = Field(default=60, gt=0, le=3600)
     """Longest time from a verdict's ``iat`` to its use."""
     leeway_seconds: Number = Field(default=5, ge=0, le=300)
-    """How far the issuer's clock and this one may be apart."""
+    """Most that the issuer's clock and this one may be apart, seconds."""
     detectors: dict[str, Evidence] = Field(default={})
-    """What was measured of each detector, by the name in its verdicts; empty: any is believed as it is."""
+    """Measurements of each detector, by the name in its verdicts; empty: any is believed as it is."""
 
 
 class Evidence(Sent):
@@ -62,7 +62,7 @@ class Verdict(Sent):
     verdict: Literal["live", "attack"]
     detector: str = Field(default="", max_length=200)
     sha256: list[Digest] = Field(min_length=1, max_length=64)
-    """Of each picture as it is sent, or of each embedding's bytes: what the verdict is about."""
+    """Digest of each picture as it is sent, or of each embedding's bytes: the verdict is about these."""
 
 
 LivenessConfig.model_rebuild()

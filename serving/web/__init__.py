@@ -6,4 +6,4 @@ It holds no Python but the line that says where it lies, and imports nothing of 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-"""Where the files lie: beside the code, also in an installed wheel."""
+"""Folder of the files: beside the code, also in an installed wheel."""

@@ -24,7 +24,7 @@ class TokenAnswer(BaseModel):
     """Answer POST /v1/tokens."""
 
     token: str = Field(description="Sent as `Authorization: Bearer TOKEN`; kept nowhere on the server")
-    fragment: str = Field(description="What to append to the address of the page, which takes it out at once")
+    fragment: str = Field(description="Text to append to the address of the page, which takes it out at once")
     id: str = Field(description="A line `revoked ID` in the file of keys ends the token before its time")
     scopes: list[TokenScope]
     gallery: str
