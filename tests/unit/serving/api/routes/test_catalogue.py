@@ -329,7 +329,7 @@ def test_what_a_device_needs(bundle: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def detecting(family, tmp_path_factory):
+def detecting(family: made.Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, bytes]]:
     """Run a server with a detector; yield a client and the file that it is to give out."""
     file = write_spot_detector(tmp_path_factory.mktemp("spots") / "yunet.onnx", "yunet")
     service = Service(Encoders.open(family.folders[:1]), Settings(threads=1), open_detector(str(file)))
@@ -340,19 +340,19 @@ def detecting(family, tmp_path_factory):
 class TestDetector:
     """The download of the detector."""
 
-    def test_is_given_out_with_its_sizes_free(self, detecting):
+    def test_is_given_out_with_its_sizes_free(self, detecting: tuple[httpx.Client, bytes]) -> None:
         client, wanted = detecting
         answer = client.get("/v1/detector")
         assert answer.content == wanted
         assert answer.headers["etag"] == f'"{hashlib.sha256(wanted).hexdigest()}"'
         assert answer.headers["cache-control"] == "private, no-cache"
 
-    def test_is_not_sent_again_to_who_has_it(self, detecting):
+    def test_is_not_sent_again_to_who_has_it(self, detecting: tuple[httpx.Client, bytes]) -> None:
         client, _ = detecting
         etag = client.get("/v1/detector").headers["etag"]
         again = client.get("/v1/detector", headers={"if-none-match": f'"other", W/{etag}'})
         assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
         assert client.get("/v1/detector", headers={"if-none-match": '"other"'}).status_code == 200
 
-    def test_of_a_server_without_one(self, client):
+    def test_of_a_server_without_one(self, client: httpx.Client) -> None:
         assert "--detector yunet.onnx" in problem(client.get("/v1/detector"), 404, "not-found")["detail"]
