@@ -48,7 +48,7 @@ class OidcConfig(Sent):
     name_claim: str = Field(default="sub", min_length=1)
     """Claim whose value names the holder in logs and in the audit log."""
     leeway_seconds: Number = Field(default=30, ge=0, le=300)
-    """How far the issuer's clock and this one may be apart."""
+    """Most that the issuer's clock and this one may be apart, seconds."""
     rate: Number | None = Field(default=None, gt=0, le=1e6)
     """Requests a second of each holder; null: any number."""
     require_type: Literal["at+jwt"] | None = None

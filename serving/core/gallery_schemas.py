@@ -436,7 +436,7 @@ class IdentifyAnswer(BaseModel):
     target_fpir: float | None
     target_fmr: float | None = Field(description="Per comparison: 1 − (1 − target_fpir)^(1 / templates)")
     assurance: Assurance | None = Field(
-        description="What target_fmr was asked as; null where the request stated a threshold"
+        description="Assurance that target_fmr was asked for with; null where the request stated a threshold"
     )
     templates: int = Field(description="Templates searched, over all encoders")
     calibrated: bool = Field(description="False where any threshold is extrapolated")

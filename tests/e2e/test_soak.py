@@ -119,8 +119,8 @@ def visit(url: str, fleet: made.Fleet, number: int, stop: threading.Event, answe
             f"{url}/v1/embed", content=chance.choice(BODIES), headers={"content-type": chance.choice(TYPES)}
         ),
     }
-    for name, deed in costly.items():
-        deeds[name] = lambda client, *_, deed=deed: deed(client)  # type: ignore[misc]
+    for name, act in costly.items():
+        deeds[name] = lambda client, *_, act=act: act(client)  # type: ignore[misc]
     weights = [1.0 if name not in costly else 0.04 for name in deeds]
     with Client(url) as client:
         while not stop.is_set():

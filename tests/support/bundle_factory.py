@@ -98,7 +98,7 @@ def bundle(folder: Path, name: str = "bundle", preprocess: Preprocess | None = N
 
 def certificate(query: str, gallery: str, space: str, *, data_name: str = "test") -> Certificate:
     """Make a well-formed certificate of the ordered pair."""
-    rate = {
+    rate: dict[str, Any] = {
         "fmr_ci95": (0.0, 0.02),
         "prediction95": (0.0, 0.03),
         "raw_threshold": 0.31,

@@ -27,7 +27,7 @@ PLOT_BINS = 128
 STEP = 1.05
 """About the quotient of neighbouring rates of the calibration."""
 BEYOND = 12.0
-"""How far below the smallest resolved rate scores are kept for thresholds that assure it."""
+"""Factor below the smallest resolved rate to which scores are kept for thresholds that assure it."""
 MARGIN = 4e-6
 """Distance of a threshold from the impostor below it. It is more than a cosine of float32 vectors, as here, differs
 from the same one in float64, as in a server: scores that tie do not part over their last places."""

@@ -105,7 +105,7 @@ class Suspects(Record):
     share: float
     """Share of the false matches that are theirs."""
     tar_gain: float
-    """How much larger the balanced TAR is without them, for the threshold falls."""
+    """Rise of the balanced TAR without them, for the threshold falls."""
 
 
 class Planned(Record):
@@ -113,7 +113,7 @@ class Planned(Record):
 
     fmr: float
     people: tuple[int, ...]
-    """With images of their own to compare, as balanced TAR counts them."""
+    """People with images of their own to compare, as balanced TAR counts them."""
     fmr_high: tuple[float, ...]
     """Upper end of the interval of the FMR over the rate itself."""
     tar_width: tuple[float, ...]
@@ -153,7 +153,7 @@ class Comparison(Record):
     """People who take part in most false matches at the smallest point."""
     suspects: Suspects | None = None
     planned: tuple[Planned, ...] = ()
-    """What other numbers of people would give, one per point."""
+    """Results that other numbers of people would give, one per point."""
     certificate: str | None = None
     """File in ``certificates/``; None where this cell is not certified."""
     demographics: tuple[Attribute, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ CERTIFICATE = made.certificate(INFO, INFO)
 """0.5, 0.6, 0.7 at FMR 1e-2, 1e-3, 1e-4."""
 
 
-def curve(scores, rates):
+def curve(scores: Any, rates: Any) -> Any:
     fmr = tuple(rates)
     return Calibration(score=tuple(scores), fmr=fmr, low=fmr, high=fmr, point=fmr, bound=fmr)
 
@@ -74,7 +75,7 @@ def test_less_than_a_decade_is_followed_as_far_as_it_goes() -> None:
 
 
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (0.0, 0.0)])
-def test_a_flat_curve_leads_nowhere(rates):
+def test_a_flat_curve_leads_nowhere(rates: Any) -> None:
     flat = curve((-1.0, 0.7), rates)
     assert extrapolated(flat, 1e-6) is None
     with pytest.raises(UnsupportedFmr, match="no tail"):
@@ -82,6 +83,6 @@ def test_a_flat_curve_leads_nowhere(rates):
 
 
 @given(st.lists(st.floats(-9, -0.1), min_size=2, max_size=12))
-def test_it_never_falls_as_the_rate_falls(exponents):
+def test_it_never_falls_as_the_rate_falls(exponents: Any) -> None:
     thresholds = [threshold_for(CERTIFICATE, 10**exponent).score for exponent in sorted(exponents, reverse=True)]
     assert all(a <= b + 1e-12 for a, b in pairwise(thresholds))
