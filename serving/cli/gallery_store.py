@@ -18,7 +18,7 @@ class StoreOptions(Options):
     """Name the store of galleries, and what opens it."""
 
     store: Annotated[str, Argument("DIR|milvus[+tls]://HOST:PORT", positional=True)]
-    """What pkd-serve --gallery was given."""
+    """Store that pkd-serve --gallery was given."""
     master_key: Annotated[Path, Argument("FILE")]
     """Master key of the store."""
     audit: Annotated[str | None, Argument("FILE")] = None

@@ -31,7 +31,7 @@ class ReviewOptions(GalleryOptions):
     certificates: Annotated[tuple[Path, ...], Argument("BUNDLE|EVAL|FILE", repeatable=True)]
     """Bundle, evaluation or certificate that covers the gallery's templates against one another; repeatable."""
     expected_false: float = Field(default=1.0, gt=0, le=1e6)
-    """How many pairs of different people the list may hold by chance."""
+    """Pairs of different people that the list may hold by chance."""
     own_fmr: float = Field(default=1e-3, gt=0, lt=1)
     """False match rate, a fraction, of the threshold below which a template is no match of its subject's others."""
     limit: int = Field(default=50, ge=1)

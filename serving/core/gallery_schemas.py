@@ -68,8 +68,8 @@ Attributes = Annotated[dict[AttributeName, AttributeValue], Field(max_length=16)
 class ConsentBody(Sent):
     """State on what ground a subject is enrolled. It is recorded and given back, not judged."""
 
-    basis: str = Field(min_length=1, max_length=64, description="For example `consent` or `contract`")
-    reference: str = Field("", max_length=256, description="Where the paper lies")
+    basis: str = Field(min_length=1, max_length=64, description="Legal basis, for example `consent` or `contract`")
+    reference: str = Field("", max_length=256, description="Place where the paper lies")
     given: str = Field("", max_length=40, description="When, ISO 8601")
 
 
@@ -114,17 +114,15 @@ class OwnRule(Sent):
 class GalleryPolicy(Sent):
     """Hold what the operator demands of one gallery, in the file of --policies."""
 
-    quality: QualityLimits = Field(default=QualityLimits(), description="Of photographs that are enrolled")
+    quality: QualityLimits = Field(default=QualityLimits(), description="Limits of photographs that are enrolled")
     query_quality: QualityLimits = Field(
-        default=QualityLimits(), description="Of photographs that it is searched for, or compared with its subjects"
+        default=QualityLimits(), description="Limits of photographs it is searched for or compared with its subjects"
     )
     liveness: LivenessDemand = Field(default=LivenessDemand(), description="Proof that a living person is shown")
     duplicates: DuplicateRule | None = Field(
-        default=None, description="What becomes of an enrolment whose face matches another subject"
+        default=None, description="Fate of an enrolment whose face matches another subject"
     )
-    own: OwnRule | None = Field(
-        default=None, description="What becomes of one that matches none of its subject's templates"
-    )
+    own: OwnRule | None = Field(default=None, description="Fate of one that matches none of its subject's templates")
     promised_fmr: Number | None = Field(
         default=None, gt=0, lt=1, description="False match rate that certificates of mapped templates must resolve"
     )
@@ -150,7 +148,7 @@ class MoveBody(Sent):
 class EnrolOptions(Sent):
     """Say how to enrol: JSON fields, form fields or query parameters; in the latter two what has parts is JSON."""
 
-    encoder: str | None = Field(None, max_length=300, description="For images; the teacher by default")
+    encoder: str | None = Field(None, max_length=300, description="Encoder of images; the teacher by default")
     aligned: bool = Field(False, description="The images are aligned crops already")
     faces: Literal["exactly_one", "largest"] = Field(
         "exactly_one", description="`largest` enrols whoever is in front where a photograph shows several"
@@ -247,7 +245,7 @@ class GalleryAnswer(BaseModel):
     retention_seconds: float | None
     subjects: int
     templates: dict[str, int] = Field(description="Encoder id → how many templates it made")
-    policy: GalleryPolicy = Field(GalleryPolicy(), description="What the operator demands of it")
+    policy: GalleryPolicy = Field(GalleryPolicy(), description="Demands of the operator")
     maps: dict[str, MapOriginAnswer] = Field({}, description="Encoder of mapped templates → their origin")
     staged: list[str] = Field([], description="Mapped encoders whose templates are not all there: no search sees them")
 
@@ -286,8 +284,8 @@ class DoubtAnswer(BaseModel):
 
     kind: Literal["duplicate", "unlike"]
     action: Literal["refuse", "flag"]
-    index: int = Field(description="Which input")
-    subject: str = Field(description="Whom it matches; of `unlike` the subject that it does not match")
+    index: int = Field(description="Number of the input")
+    subject: str = Field(description="Subject that it matches; of `unlike` the one that it does not match")
     score: float = Field(description="Cosine similarity, the highest to that subject")
     threshold: float
     rate: float = Field(description="FPIR of the rule; of `unlike` the FMR that its threshold belongs to")
@@ -300,9 +298,9 @@ class EnrolAnswer(BaseModel):
     gallery: str
     subject: str
     templates: list[EnrolledTemplate]
-    sequence: int = Field(description="Of the change; a later one is larger")
+    sequence: int = Field(description="Number of the change; a later one is larger")
     replayed: bool = Field(description="True: the idempotency key had been used, nothing was enrolled")
-    doubts: list[DoubtAnswer] = Field(default=[], description="Why the enrolment is flagged, by the gallery's policy")
+    doubts: list[DoubtAnswer] = Field(default=[], description="Reasons for the flag, by the gallery's policy")
 
 
 class TemplateAnswer(BaseModel):
@@ -377,8 +375,8 @@ class ReceiptAnswer(BaseModel):
     subject: str | None
     templates: int
     rows: int = Field(description="Rows removed from the durable store, keys included")
-    covers: list[str] = Field(description="Where nothing is left")
-    sequence: int = Field(description="Of the audit record")
+    covers: list[str] = Field(description="Places where nothing is left")
+    sequence: int = Field(description="Number of the audit record")
     hash: str = Field(description="SHA-256 of the audit record")
 
 
@@ -389,8 +387,8 @@ class MoveAnswer(BaseModel):
     subject: str
     into: str
     templates: list[str] = Field(description="Ids that they have now")
-    sequence: int = Field(description="Of the audit record of their arrival")
-    receipt: ReceiptAnswer = Field(description="What left `subject`, who is gone where no template is left")
+    sequence: int = Field(description="Number of the audit record of their arrival")
+    receipt: ReceiptAnswer = Field(description="Templates that left `subject`, who is gone where no template is left")
 
 
 class Candidate(BaseModel):
@@ -398,11 +396,11 @@ class Candidate(BaseModel):
 
     subject: str
     template: str
-    encoder: str = Field(description="That made the template")
+    encoder: str = Field(description="Encoder that made the template")
     score: float = Field(description="Cosine similarity")
     fmr_at_score: float
     fmr_is_upper_bound: bool
-    threshold: float = Field(description="For this template's encoder")
+    threshold: float = Field(description="Threshold of this template's encoder")
     match: bool
 
 
@@ -468,14 +466,14 @@ class MovedAnswer(BaseModel):
 class BulkAnswer(BaseModel):
     """Answer one line of a bulk enrolment: durable by the time it is sent, or refused."""
 
-    line: int | None = Field(description="Which line of the request, from 1; null: about the body as a whole")
+    line: int | None = Field(description="Number of the line of the request, from 1; null: about the body as a whole")
     subject: str | None = None
     key: str | None = None
     templates: list[str] | None = Field(None, description="Ids")
     sequence: int | None = None
     replayed: bool | None = None
-    doubts: list[DoubtAnswer] | None = Field(None, description="Why it is flagged, by the gallery's policy")
-    problem: dict[str, Any] | None = Field(None, description="Why this item was refused; the others go on")
+    doubts: list[DoubtAnswer] | None = Field(None, description="Reasons why it is flagged, by the gallery's policy")
+    problem: dict[str, Any] | None = Field(None, description="Reason why this item was refused; the others go on")
 
 
 class ExportHeader(Sent):
@@ -485,7 +483,7 @@ class ExportHeader(Sent):
     gallery: str
     space: SpaceAnswer
     moving_to: SpaceAnswer | None = None
-    retention_seconds: float | None = Field(None, description="Of the gallery it was; absent where it keeps templates")
+    retention_seconds: float | None = Field(None, description="Retention of the gallery; absent where it keeps them")
     subjects: int
 
 

@@ -172,7 +172,7 @@ class VerifyFiles(Sent):
     faces: Literal["largest", "exactly_one"] = "largest"
     target_fmr: Number | None = Field(None, gt=0, lt=1, description="False match rate, a fraction")
     threshold: Number | None = Field(None, ge=-1, le=1, description="Cosine similarity, instead of target_fmr")
-    liveness: str | None = Field(None, max_length=8192, description="As in JSON")
+    liveness: str | None = Field(None, max_length=8192, description="Verdict, as in JSON")
 
     @model_validator(mode="after")
     def _one(self) -> VerifyFiles:
@@ -397,9 +397,9 @@ class DriftPoint(BaseModel):
     fmr: float = Field(description="The operating point's")
     threshold: float
     observations: int = Field(description="Decisions that could tell")
-    reached: int = Field(description="Of these, those in which an impostor, or a refused face, reached the threshold")
-    expected: float = Field(description="How many would, by the certificate's own rate")
-    at_most: float = Field(description="How many at most, with the allowance for the people of the gallery")
+    reached: int = Field(description="Those of them in which an impostor, or a refused face, reached the threshold")
+    expected: float = Field(description="Number that would, by the certificate's own rate")
+    at_most: float = Field(description="Most that would, with the allowance for the people of the gallery")
 
 
 class DriftAnswer(BaseModel):

@@ -49,7 +49,7 @@ Action = Literal[
     "purge",
     "rekey",
 ]
-"""What is recorded. ``purge``: what was deleted of the gallery before has left the files of a store that only marks it
+"""Events that are recorded. ``purge``: what was deleted of the gallery has left the files of a store that only marks it
 at first. ``enrol-doubtful``: enrolled against the gallery's rules; ``refuse``: not enrolled because of them.
 ``rekey``: all gallery keys were wrapped by another master key."""
 DELETIONS: tuple[Action, ...] = (
@@ -65,7 +65,7 @@ CREATE TABLE IF NOT EXISTS audit (
 ) STRICT
 """
 FIRST = bytes(32)
-"""What stands in the place of a previous hash in the first record."""
+"""Bytes in the place of a previous hash in the first record."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Head:
     """Name the newest record: what to note outside."""
 
     sequence: int
-    """0 where the log is empty."""
+    """Number of the last record; 0 if the log is empty."""
     hash: str
     """Hex."""
 
@@ -89,9 +89,9 @@ class Record:
     gallery: str
     subject: bytes | None
     templates: int
-    """How many templates were added or deleted."""
+    """Number of templates that were added or deleted."""
     rows: int
-    """How many rows were deleted."""
+    """Number of rows that were deleted."""
     previous: bytes
     hash: bytes
 

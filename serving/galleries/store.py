@@ -164,9 +164,9 @@ class Moved:
     templates: tuple[str, ...]
     """Ids that they have now."""
     sequence: int
-    """Of the audit record of their arrival."""
+    """Number of the audit record of their arrival."""
     receipt: Receipt
-    """What left ``subject``, who is gone where no template is left."""
+    """Templates that left ``subject``, who is gone where no template is left."""
 
 
 @dataclass(frozen=True)

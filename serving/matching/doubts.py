@@ -33,9 +33,9 @@ class Doubt:
     kind: Literal["duplicate", "unlike"]
     action: Action
     index: int
-    """Which template of the enrolment."""
+    """Number of the template in the enrolment."""
     subject: str
-    """Whom it matches; of ``unlike`` the subject that it does not match."""
+    """Subject that it matches; of ``unlike`` the one that it does not match."""
     score: float
     """Cosine similarity: to that subject, the highest there is."""
     threshold: float

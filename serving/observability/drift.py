@@ -36,9 +36,9 @@ class Sums:
     observed: float = 0.0
     exceeded: float = 0.0
     expected: float = 0.0
-    """How often it would have been reached by the certificate's own rate."""
+    """Times that it would have been reached by the certificate's own rate."""
     promised: float = 0.0
-    """How often at most, by what the certificate allows."""
+    """Most times, by what the certificate allows."""
     logs: list[float] = field(default_factory=lambda: [0.0] * len(RATIOS))
 
     def add(self, seen: Observation) -> None:

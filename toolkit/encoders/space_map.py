@@ -53,14 +53,14 @@ class MapReport(Record):
 
     images: int
     people: int
-    """0 where nobody was named."""
+    """Number of people; 0 if nobody was named."""
     data: str
     """Name of the faces."""
     data_digest: str
     kind: str
     """``ridge`` or ``procrustes``."""
     penalty: float | None
-    """λ of the ridge."""
+    """Penalty λ of the ridge."""
     held_out_by: str
     """``people``, or ``images`` where nobody was named."""
     held_out_images: int
