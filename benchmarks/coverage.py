@@ -1,17 +1,14 @@
 """How often 95 % intervals hold the truth: simulated people who differ as real ones do.
 
-Run as: python benchmarks/coverage.py                      (hours of a core for 1,000 trials; resumes where it stopped)
-        python benchmarks/coverage.py --scenarios wolves --people 120 --trials 200
+Run as: python benchmarks/coverage.py                      (an hour of a core; goes on where it stopped)
+        python benchmarks/coverage.py --scenarios wolves --people 120 --trials 1000 --tar-trials 200
 
 People are centres on a sphere with images about them; how far differs from person to person (log-normal).
-``SCENARIOS`` says how they differ otherwise. The truth is measured on ``TRUTH`` sets of 1,200 people, the threshold
-of a rate too. Every trial draws fresh people and computes the intervals of pkd-evaluate and, from the same resamples,
-those of other methods: ``before``, percentiles moved outwards for true accept rates, and t of all people for false
-match rates; ``exact``, the exact binomial interval of as many trials as there are effective people; ``bayesian``,
-percentiles of a Bayesian bootstrap (Rubin 1981), for balanced TAR at the own threshold; ``jackknife``, Student's t on
-the logit of balanced TAR. A prediction is right where as many fresh people measure an FMR inside it, at the threshold
-of the trial's own people. Paired p-values are of two encoders that are equally good. Trials are kept in
-benchmarks/results/coverage.json as sums.
+``SCENARIOS`` says how they differ otherwise. Every trial draws fresh people. The truth is what all trials of a row
+measure together: the FMR at a threshold that is fixed beforehand, the true rate of each trial's own thresholds, and the
+true accept rates where the FMR is the target. A prediction is right where the next trial's people measure an FMR inside
+it, at the threshold of the trial's own people. ``benchmarks/interval_methods.py`` has the other methods. True accept
+rates need resamples, so that they get fewer trials; paired p-values are of two encoders that are equally good.
 """
 
 from __future__ import annotations
@@ -20,28 +17,30 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from interval_methods import Seen, before, drawn_again, fay_feuer, gamma_exact, jackknife, tail_model
 
-from pkd.toolkit.certificates.certificate import Interval
-from pkd.toolkit.evaluation.metrics.bootstrap import Bootstrap, bootstrap, fmr_variance, interval
+from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, fmr_variance, interval
 from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, matching, rates, smallest_fmr
-from pkd.toolkit.evaluation.metrics.intervals import TRIALS_PER_PERSON, proportion_intervals, student_quantile
-from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
+from pkd.toolkit.evaluation.metrics.intervals import proportion_intervals, small_rate_interval, student_quantile
+from pkd.toolkit.evaluation.metrics.pair_scores import BINS, PairScores
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Pairing
 from pkd.toolkit.evaluation.metrics.resamples import paired_difference
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
-FMRS = np.array([1e-1, 1e-2])
-DIM, TRUTH, TRUTH_PEOPLE = 16, 6, 1200
-KEPT = 0.2
-"""Highest share of the impostors that is kept: the rates of interest lie above, and resamples take less time."""
-AVERAGE = 4
-FMR_TRIALS = 5
-"""Trials of FMR and prediction for one of true accept rates: they need no resamples."""
+RATES = {60: (1e-1, 1e-2), 120: (1e-1, 1e-2), 400: (1e-2, 1e-3), 2000: (1e-3, 1e-4)}
+"""False match rates by number of people, who resolve them."""
+DIM, AVERAGE, PILOTS = 16, 4, 12
+GRID = np.linspace(-1, 1, 4001)
+STEP = 2048
+COMPARED = 400
+"""Most people with which the other methods are compared."""
 
 
 @dataclass(frozen=True)
@@ -76,42 +75,33 @@ SCENARIOS = {
     "cameras": Scenario(cameras=True),
     "labels": Scenario(mislabelled=0.01),
 }
-STATISTICS = ("FMR", "prediction", "TAR", "raw TAR")
+Sums = dict[str, list[float]]
+"""``statistic/rate/method`` → times that it held, sum of its widths (or values), trials."""
 
 
 def main() -> int:
     """Simulate, resume and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    parser.add_argument("--people", type=int, nargs="+", default=[60, 120, 400])
-    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--people", type=int, nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--trials", type=int, default=240, help="of FMR and prediction")
+    parser.add_argument("--tar-trials", type=int, default=40, help="of true accept rates and p-values")
     parser.add_argument("--resamples", type=int, default=200)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    found = json.loads(args.results.read_text()) if args.results.exists() else {"cells": {}, "truth": {}}
+    found = json.loads(args.results.read_text()) if args.results.exists() else {"cells": {}}
     found["resamples"] = args.resamples
-    for name in args.scenarios:
-        for people in args.people:
-            place = f"{name}/{people}" if SCENARIOS[name].families else name
-            if place not in found["truth"]:
-                found["truth"][place] = {key: v.tolist() for key, v in truth(SCENARIOS[name], people).items()}
-            known = {key: np.array(value) for key, value in found["truth"][place].items()}
-            cell = found["cells"].setdefault(f"{name}/{people}", {"trials": 0, "sums": {}})
-            for kind, wanted in (("fmr_trials", FMR_TRIALS * args.trials), ("trials", args.trials)):
-                while cell.setdefault(kind, 0) < wanted:
-                    seed = cell[kind]
-                    made = (
-                        fmr_trial(SCENARIOS[name], people, seed, known)
-                        if kind == "fmr_trials"
-                        else trial(SCENARIOS[name], people, seed, known, args.resamples)
-                    )
-                    for key, (held, width) in made.items():
-                        sums = cell["sums"].setdefault(key, [0, 0.0, 0])
-                        cell["sums"][key] = [sums[0] + held, sums[1] + width, sums[2] + 1]
-                    cell[kind] += 1
-                    if cell[kind] % 20 == 0 or cell[kind] == wanted:
-                        args.results.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    for people in args.people:
+        for name in args.scenarios:
+            cell = found["cells"].setdefault(f"{name}/{people}", {"trials": 0, "tar_trials": 0})
+            if cell["trials"] < args.trials:
+                sums, truth = fmr_row(name, people, args.trials)
+                cell |= {"trials": args.trials, "fmr": sums, "truth": truth, "tar_trials": 0}
+            if cell["tar_trials"] < args.tar_trials:
+                cell["tar"] = tar_row(name, people, args.tar_trials, args.resamples, cell["truth"])
+                cell["tar_trials"] = args.tar_trials
+            args.results.write_text(json.dumps(found, indent=1) + "\n")
+    print(tables(found))
     return 0
 
 
@@ -151,227 +141,323 @@ def embeddings(scenario: Scenario, people: int, seed: int, *, encoder: int = 0) 
     return vectors.astype(np.float32), labels.astype(np.int64)
 
 
-def simulate(scenario: Scenario, people: int, seed: int) -> PairScores:
-    """Score all pairs of fresh people."""
-    return scored(*embeddings(scenario, people, seed))
-
-
-def scored(vectors: Floats, labels: Ints) -> PairScores:
-    """Score all pairs and keep the highest impostors: no rate of interest lies below them."""
-    files = np.arange(len(labels))
-    scores = score_pairs(Pairing(labels, labels, files, files, int(labels.max()) + 1, unordered=True), vectors, vectors)
-    kept = int(np.searchsorted(np.cumsum(scores.weight), KEPT * scores.pairing.impostor_pairs)) + 1
-    return replace(
-        scores,
-        impostor=scores.impostor[:kept],
-        impostor_query=scores.impostor_query[:kept],
-        impostor_gallery=scores.impostor_gallery[:kept],
-        weight=scores.weight[:kept],
+def scored(vectors: Floats, labels: Ints, lowest: float) -> PairScores:
+    """Score all pairs and keep the impostors at or above ``lowest``: no rate of interest lies below them."""
+    order = np.argsort(labels, kind="stable")
+    vectors, labels = vectors[order], labels[order]
+    files, parts = np.arange(len(labels)), []
+    for top in range(0, len(labels), STEP):
+        scores = vectors[top : top + STEP] @ vectors[top:].T
+        same = labels[top : top + STEP, None] == labels[top:]
+        row, column = np.divmod(np.flatnonzero((scores >= lowest) | same), scores.shape[1])
+        later = row < column
+        parts.append((scores[row[later], column[later]], top + row[later], top + column[later]))
+    kept, first, second = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(-kept, kind="stable")
+    kept, first, second = kept[order], first[order].astype(np.int32), second[order].astype(np.int32)
+    same = labels[first] == labels[second]
+    return PairScores(
+        pairing=Pairing(labels, labels, files, files, int(labels.max()) + 1, unordered=True),
+        genuine=kept[same],
+        genuine_query=first[same],
+        genuine_gallery=second[same],
+        impostor=kept[~same],
+        impostor_query=first[~same],
+        impostor_gallery=second[~same],
+        weight=np.ones(np.count_nonzero(~same)),
+        cut=-np.inf,
+        histogram=np.zeros(BINS, np.int64),
     )
 
 
-def truth(scenario: Scenario, people: int) -> dict[str, Doubles]:
-    """Measure thresholds and rates of everyone like these.
+def seeds(name: str, people: int, trials: int) -> Iterator[int]:
+    """List the seeds of a row's trials; no two rows share people."""
+    base = zlib.crc32(f"{name}/{people}".encode()) * 10**5
+    yield from range(base, base + trials)
 
-    Where a fifth have a relative in the sample, relatives are the fewer of all pairs the larger it is: there the truth
-    is that of samples of ``people``.
+
+def pilot(name: str, people: int) -> tuple[Doubles, float]:
+    """Choose thresholds near the target rates, and a score below all of interest, from other people."""
+    found = [
+        rates(scored(*embeddings(SCENARIOS[name], people, seed), 0.3 if people > COMPARED else -0.2), targets(people))
+        for seed in seeds(f"pilot {name}", people, PILOTS)
+    ]
+    thresholds = np.array([each.threshold for each in found])
+    lowest = min(thresholds.min(), min(each.raw_threshold.min() for each in found))
+    return thresholds.mean(axis=0), float(lowest) - 0.08
+
+
+def targets(people: int) -> Doubles:
+    """Return the false match rates of a row."""
+    return np.array(RATES[people])
+
+
+def fmr_row(name: str, people: int, trials: int, *, others: bool = True) -> tuple[Sums, dict[str, list[float]]]:
+    """Simulate one row: FMR, prediction, and what thresholds as a point and as a bound lead to.
+
+    ``others``: also compute the intervals of the other methods.
     """
-    size = people if scenario.families else TRUTH_PEOPLE
-    sets = [simulate(scenario, size, 10**7 + i) for i in range(TRUTH * TRUTH_PEOPLE // size)]
-    threshold = np.mean([rates(scores, FMRS).threshold for scores in sets], axis=0)
-    found = [rates(scores, FMRS) for scores in sets]
-    return {
-        "threshold": threshold,
-        "FMR": np.mean([fmr_at(scores, threshold) for scores in sets], axis=0),
-        "TAR": np.mean([each.tar_balanced for each in found], axis=0),
-        "raw TAR": np.mean([each.tar for each in found], axis=0),
-    }
-
-
-def fmr_trial(scenario: Scenario, people: int, seed: int, known: dict[str, Doubles]) -> dict[str, tuple[int, float]]:
-    """Tell for FMR and prediction whether the interval holds the truth, and how wide it is. Needs no resamples."""
-    scores = simulate(scenario, people, seed)
-    own = rates(scores, FMRS).threshold
-    fresh = fmr_at(simulate(scenario, people, 10**6 + seed), own)
-    everyone = float(np.count_nonzero(scores.pairing.identity_pairs_per_identity))
-    made: dict[str, tuple[int, float]] = {}
-    for statistic, thresholds, real, times in (
-        ("FMR", known["threshold"], known["FMR"], 1),
-        ("prediction", own, fresh, 2),
-    ):
-        observed = fmr_at(scores, thresholds)
-        variance = fmr_variance(scores, matching(scores.impostor, thresholds))
-        for k, fmr in enumerate(FMRS):
-            if fmr < smallest_fmr(scores.pairing) or observed[k] == 0:
-                continue
-            deviation = math.sqrt(times * variance.total[k]) / observed[k]
-            for method, effective_people in (("before", everyone), ("now", float(variance.people[k]))):
-                factor = math.exp(student_quantile(effective_people) * deviation)
-                low, high = observed[k] / factor, min(1.0, observed[k] * factor)
-                made[f"{statistic}/{fmr:g}/{method}"] = (int(low <= real[k] <= high), high - low)
-            if statistic == "prediction":
-                made[f"rate at the threshold/{fmr:g}/now"] = (0, float(fresh[k] / fmr))
-    return made
-
-
-def trial(
-    scenario: Scenario, people: int, seed: int, known: dict[str, Doubles], resamples: int
-) -> dict[str, tuple[int, float]]:
-    """Tell for true accept rates by every method whether the interval holds the truth, and how wide it is."""
-    scores = simulate(scenario, people, seed)
-    own = rates(scores, FMRS)
-    drawn = bootstrap(scores, FMRS, np.empty(0), resamples=resamples, seed=seed)
-    noisy = scored(*embeddings(scenario, people, seed, encoder=1))
-    other = rates(noisy, FMRS)
-    drawn_other = bootstrap(noisy, FMRS, np.empty(0), resamples=resamples, seed=seed)
-    made: dict[str, tuple[int, float]] = {}
-    for k, fmr in enumerate(FMRS):
-        if fmr < smallest_fmr(scores.pairing):
-            continue
-        for statistic, methods in _intervals(scores, drawn, k).items():
-            for method, (low, high) in methods.items():
-                held = low <= known[statistic][k] <= high
-                made[f"{statistic}/{fmr:g}/{method}"] = (int(held), high - low)
-        paired = paired_difference(
-            drawn.tar_balanced[:, k],
-            drawn_other.tar_balanced[:, k],
-            observed=float(own.tar_balanced[k] - other.tar_balanced[k]),
+    scenario, goal = SCENARIOS[name], targets(people)
+    fixed, lowest = pilot(name, people)
+    sums: Sums = {}
+    pooled = Pooled()
+    observed: list[Doubles] = []
+    held, own = [], []
+    last: tuple[Doubles, list[dict[str, tuple[float, float]]]] | None = None
+    for seed in seeds(name, people, trials + 1):
+        scores = scored(*embeddings(scenario, people, seed), lowest)
+        if last is not None:
+            for fmr, fresh, methods in zip(goal, fmr_at(scores, last[0]), last[1], strict=True):
+                for method, (low, high) in methods.items():
+                    add(sums, f"prediction/{fmr:g}/{method}", low <= fresh <= high, high - low)
+        if len(observed) == trials:
+            break
+        pooled.add(scores)
+        at_fixed = fmr_at(scores, fixed)
+        variance = fmr_variance(scores, matching(scores.impostor, fixed))
+        observed.append(at_fixed)
+        held.append(
+            [_intervals(scores, float(fixed[k]), k, at_fixed, variance, seed, others) for k in range(len(goal))]
         )
-        made[f"p < 0.05/{fmr:g}/now"] = (int(paired.p < 0.05), paired.p)
-    return made
+        measured = rates(scores, goal).threshold
+        own_variance = fmr_variance(scores, matching(scores.impostor, measured))
+        own_rate = fmr_at(scores, measured)
+        predicted = []
+        for k in range(len(goal)):
+            seen = own_rate[k], own_variance.total[k], own_variance.people[k]
+            factor = math.exp(student_quantile(float(seen[2])) * math.sqrt(2 * seen[1]) / seen[0])
+            r, v, effective = map(float, seen)
+            now = small_rate_interval(r, v, effective, float(own_variance.largest[k]), samples=2)
+            predicted.append({"now": now, "before": (seen[0] / factor, seen[0] * factor)})
+        last = measured, predicted
+        own.append([_assured(scores, float(goal[k]), float(measured[k]), own_rate, own_variance, k) for k in range(2)])
+    real = np.mean(observed, axis=0)
+    for row in held:
+        for fmr, truth, methods in zip(goal, real, row, strict=True):
+            for method, (low, high) in methods.items():
+                add(sums, f"FMR/{fmr:g}/{method}", low <= truth <= high, high - low)
+    for row in own:
+        for fmr, thresholds in zip(goal, row, strict=True):
+            for kind, (threshold, tar) in thresholds.items():
+                rate = pooled.fmr(threshold)
+                add(sums, f"rate over target/{fmr:g}/{kind}", rate <= fmr, rate / fmr)
+                add(sums, f"TAR at/{fmr:g}/{kind}", False, tar)
+    return sums, pooled.truth(goal)
 
 
-def _intervals(scores: PairScores, drawn: Bootstrap, k: int) -> dict[str, dict[str, Interval]]:
-    raw_people, people = drawn.people
-    fractions = _per_person(scores, float(rates(scores, FMRS[k : k + 1]).threshold[0]))
-    return {
-        "TAR": {
-            "before": interval(drawn.tar_balanced[:, k], people),
-            **_binomial(float(drawn.observed_tar_balanced[k]), float(drawn.tar_balanced[:, k].var()), people),
-            "bayesian": _bayesian(fractions),
-            "jackknife": _jackknife(fractions, people),
-        },
-        "raw TAR": {
-            "before": interval(drawn.tar[:, k], raw_people),
-            **_binomial(float(drawn.observed_tar[k]), float(drawn.tar[:, k].var()), raw_people),
-        },
+class Pooled:
+    """Add up the curves of all trials of a row."""
+
+    def __init__(self) -> None:
+        self._curves = {key: np.zeros(len(GRID)) for key in ("FMR", "TAR", "raw FMR", "raw TAR")}
+        self._totals = dict.fromkeys(self._curves, 0.0)
+
+    def add(self, scores: PairScores) -> None:
+        """Add one set of people."""
+        p = scores.pairing
+        has = p.genuine_per_identity > 0
+        own = 1 / p.genuine_per_identity[scores.genuine_identity]
+        for key, values, weight, total in (
+            ("FMR", scores.impostor, scores.share, p.identity_pairs),
+            ("raw FMR", scores.impostor, scores.weight, p.impostor_pairs),
+            ("TAR", scores.genuine, own, np.count_nonzero(has)),
+            ("raw TAR", scores.genuine, np.ones(len(own)), p.genuine_pairs),
+        ):
+            self._curves[key] += np.append(0.0, np.cumsum(weight))[matching(values, GRID)]
+            self._totals[key] += total
+
+    def _rate(self, key: str) -> Doubles:
+        rate: Doubles = self._curves[key] / self._totals[key]
+        return rate
+
+    def fmr(self, threshold: float) -> float:
+        """Return the true FMR of a threshold."""
+        return float(np.interp(threshold, GRID, self._rate("FMR")))
+
+    def truth(self, goal: Doubles) -> dict[str, list[float]]:
+        """Return the true accept rates where the FMR is that of the target, balanced and raw."""
+        found = {}
+        for tar, fmr in (("TAR", "FMR"), ("raw TAR", "raw FMR")):
+            at = np.interp(goal, self._rate(fmr)[::-1], GRID[::-1])
+            found[tar] = np.interp(at, GRID, self._rate(tar)).tolist()
+        return found
+
+
+def add(sums: Sums, key: str, held: bool, width: float) -> None:
+    """Count one trial."""
+    one = sums.setdefault(key, [0, 0.0, 0])
+    sums[key] = [one[0] + bool(held), one[1] + float(width), one[2] + 1]
+
+
+def _intervals(
+    scores: PairScores, threshold: float, k: int, rate: Doubles, variance: Any, seed: int, others: bool
+) -> dict[str, tuple[float, float]]:
+    """Compute the interval of the FMR by every method; none where nothing matches."""
+    if rate[k] == 0:
+        return {}
+    n = scores.pairing.identities
+    seen = [float(x) for x in (rate[k], variance.total[k], variance.people[k], variance.largest[k])]
+    made = {"now": small_rate_interval(*seen)}
+    if not others or n > 1.2 * COMPARED:
+        return made | {"before": before(Seen(*seen, np.empty((0, 0), np.float32)))}
+    matched = np.zeros((n, n), np.float32)
+    here = slice(0, int(matching(scores.impostor, np.array([threshold]))[0]))
+    a, b = (side[here] for side in scores.impostor_identities)
+    np.add.at(matched, (a, b), scores.share[here])
+    s = Seen(*seen, matched + matched.T)
+    people = scores.impostor_identities
+    return made | {
+        "before": before(s),
+        "gamma": gamma_exact(s),
+        "gamma and one more person": fay_feuer(s),
+        "jackknife": jackknife(s),
+        "exponential tail": tail_model(
+            scores.impostor, scores.share, people, threshold, float(scores.pairing.identity_pairs)
+        ),
+        **drawn_again(s, seed),
     }
 
 
-def _binomial(rate: float, variance: float, people: float) -> dict[str, Interval]:
-    """Compute the interval of pkd, that of one trial a person, and those of more trials a person."""
-    trials = (TRIALS_PER_PERSON, TRIALS_PER_PERSON, 4.0, 1e9)
-    variances = np.array([variance, rate * (1 - rate) / people, variance, variance])
-    low, high = proportion_intervals(np.full(4, rate), variances, people, trials_per_person=np.array(trials))
-    names = ("now", "exact", "4 trials a person", "any trials a person")
-    return dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
+def _assured(
+    scores: PairScores, fmr: float, measured: float, rate: Doubles, variance: Any, k: int
+) -> dict[str, tuple[float, float]]:
+    """Find the thresholds for a rate as measured, as a point and as a bound, and the balanced TAR at each."""
+    p, v = float(rate[k]), float(variance.total[k])
+    bound = small_rate_interval(p, v, float(variance.people[k]), float(variance.largest[k]), probability=0.95)[1]
+    point, kept = rates(scores, np.array([fmr / (1 + v / p**2), fmr * fmr / max(bound, fmr)])).threshold
+    own = 1 / scores.pairing.genuine_per_identity[scores.genuine_identity]
+    total = own.sum()
+    return {
+        kind: (float(t), float(own[: matching(scores.genuine, np.array([t]))[0]].sum() / total))
+        for kind, t in (("measured", measured), ("point", point), ("bound", kept))
+    }
 
 
-def _per_person(scores: PairScores, threshold: float) -> Doubles:
-    """Compute the fraction of each person's genuine pairs that match."""
-    pairs = scores.pairing.genuine_per_identity
-    matched = np.bincount(scores.genuine_identity[scores.genuine >= threshold], minlength=len(pairs))
-    fractions: Doubles = matched[pairs > 0] / pairs[pairs > 0]
-    return fractions
+def tar_row(name: str, people: int, trials: int, resamples: int, truth: dict[str, list[float]]) -> Sums:
+    """Simulate one row of true accept rates and of paired p-values."""
+    scenario, goal = SCENARIOS[name], targets(people)
+    _, lowest = pilot(name, people)
+    sums: Sums = {}
+    for seed in seeds(name, people, trials):
+        sets = [scored(*embeddings(scenario, people, seed, encoder=e), lowest) for e in (0, 1)]
+        drawn = [bootstrap(s, goal, np.empty(0), resamples=resamples, seed=seed % 2**32) for s in sets]
+        first, other = drawn
+        for k, fmr in enumerate(goal):
+            if fmr < smallest_fmr(sets[0].pairing):
+                continue
+            for key, rate, samples, size in (
+                ("TAR", first.observed_tar_balanced, first.tar_balanced, first.people[1]),
+                ("raw TAR", first.observed_tar, first.tar, first.people[0]),
+            ):
+                low, high = proportion_intervals(rate[k : k + 1], samples[:, k : k + 1].var(axis=0), size)
+                add(sums, f"{key}/{fmr:g}/now", low[0] <= truth[key][k] <= high[0], high[0] - low[0])
+                low_before, high_before = interval(samples[:, k], size)
+                held = low_before <= truth[key][k] <= high_before
+                add(sums, f"{key}/{fmr:g}/before", held, high_before - low_before)
+            observed = float(first.observed_tar_balanced[k] - other.observed_tar_balanced[k])
+            paired = paired_difference(first.tar_balanced[:, k], other.tar_balanced[:, k], observed=observed)
+            add(sums, f"p < 0.05/{fmr:g}/now", paired.p < 0.05, paired.p)
+    return sums
 
 
-def _bayesian(fractions: Doubles) -> Interval:
-    weights = np.random.default_rng(0).dirichlet(np.ones(len(fractions)), 400)
-    low, high = np.percentile(weights @ fractions, (2.5, 97.5))
-    return float(low), float(high)
-
-
-def _jackknife(fractions: Doubles, people: float) -> Interval:
-    """Compute Student's t interval on the logit scale, the variance from leaving out one person at a time."""
-    mean = float(fractions.mean())
-    if not 0 < mean < 1:
-        return mean, mean
-    deviation = float(fractions.std(ddof=1)) / math.sqrt(len(fractions)) / (mean * (1 - mean))
-    logit, reach = math.log(mean / (1 - mean)), student_quantile(people) * deviation
-    return 1 / (1 + math.exp(reach - logit)), 1 / (1 + math.exp(-reach - logit))
-
-
-def table(found: dict[str, Any]) -> str:
-    """Markdown: coverage before and now, mean widths, and what other methods would give."""
-    return "\n\n".join([coverage_table(found), width_table(found), method_table(found)])
+def tables(found: dict[str, Any]) -> str:
+    """Write every table in Markdown."""
+    return "\n\n".join([coverage_table(found), method_table(found), assurance_table(found)])
 
 
 def coverage_table(found: dict[str, Any]) -> str:
-    """Markdown: percent of the trials in which an interval held the truth, before and now."""
-    trials = sorted({cell["trials"] for cell in found["cells"].values()})
-    fmr_trials = sorted({cell["fmr_trials"] for cell in found["cells"].values()})
-    error = 100 * math.sqrt(0.95 * 0.05 / trials[0])
+    """Write the percent of the trials in which an interval held the truth, and its width, row by row."""
+    cells = found["cells"]
+    counted, tar = ({cell[key] for cell in cells.values()} for key in ("trials", "tar_trials"))
     lines = [
-        f"Percent of {' or '.join(map(str, trials))} trials in which a 95 % interval ({found['resamples']} resamples) "
-        f"held the truth, before → now, at FMR {FMRS[0]:g}; {FMRS[1]:g}. By chance ± {error:.1f} (one standard error, "
-        f"{trials[0]} trials). FMR and prediction: of {' or '.join(map(str, fmr_trials))} trials. p: percent of paired "
-        "comparisons of two equally good encoders with p < 0.05. Simulated people: a test of intervals, not networks.",
+        f"Percent of {_or(counted)} trials (FMR, prediction) and of {_or(tar)} (TAR, raw TAR, p) in which a 95 % "
+        "interval held the truth, before → now, at the first; the second rate of the row. One standard error: "
+        f"{_error(max(counted))} points of {max(counted)} trials, {_error(max(tar))} of {max(tar)}. Width: of the "
+        "FMR's interval over the rate, and of the TAR's in points. p: percent of paired comparisons of two equally "
+        "good encoders with p < 0.05.",
         "",
-        "| people | scenario | trials | " + " | ".join(STATISTICS) + " | p |",
-        "| ---: | --- | ---: |" + " ---: |" * (len(STATISTICS) + 1),
+        "| people | scenario | at FMR | FMR | width | prediction | TAR | width | raw TAR | p |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for key, cell in found["cells"].items():
+    for key, cell in cells.items():
         name, _, people = key.partition("/")
-        held = [
-            "; ".join(
-                " → ".join(f"{100 * _mean(cell, f'{s}/{fmr:g}/{method}', 0):.0f}" for method in ("before", "now"))
-                if f"{s}/{fmr:g}/now" in cell["sums"]
-                else "not resolved"
-                for fmr in FMRS
-            )
-            for s in STATISTICS
-        ]
-        chances = [key for fmr in FMRS if (key := f"p < 0.05/{fmr:g}/now") in cell["sums"]]
-        p = "; ".join(f"{100 * _mean(cell, key, 0):.0f}" for key in chances)
-        lines.append(f"| {people} | {name} | {cell['trials']} | {' | '.join(held)} | {p} |")
-    return "\n".join(lines)
+        goal = [f"{fmr:g}" for fmr in RATES[int(people)]]
+        both = cell.get("fmr", {}) | cell.get("tar", {})
 
-
-def width_table(found: dict[str, Any]) -> str:
-    """Markdown: mean widths in points, before and now."""
-    lines = [
-        "Mean width of these intervals in points, before → now:",
-        "",
-        "| people | scenario | " + " | ".join(STATISTICS) + " |",
-        "| ---: | --- |" + " ---: |" * len(STATISTICS),
-    ]
-    for key, cell in found["cells"].items():
-        name, _, people = key.partition("/")
-        widths = [
-            "; ".join(
-                " → ".join(f"{100 * _mean(cell, f'{s}/{fmr:g}/{method}', 1):.2g}" for method in ("before", "now"))
-                for fmr in FMRS
-                if f"{s}/{fmr:g}/now" in cell["sums"]
+        def held(statistic: str, both: Sums = both, goal: list[str] = goal) -> str:
+            return "; ".join(
+                " → ".join(
+                    f"{100 * _mean(both[k], 0):.0f}" for m in ("before", "now") if (k := f"{statistic}/{f}/{m}") in both
+                )
+                for f in goal
             )
-            for s in STATISTICS
-        ]
-        lines.append(f"| {people} | {name} | {' | '.join(widths)} |")
+
+        widths = ["; ".join(f"{_mean(both[f'FMR/{f}/now'], 1) / float(f):.2f}" for f in goal)]
+        widths += ["; ".join(f"{100 * _mean(both[k], 1):.1f}" for f in goal if (k := f"TAR/{f}/now") in both)]
+        lines.append(
+            f"| {people} | {name} | {'; '.join(goal)} | {held('FMR')} | {widths[0]} | {held('prediction')} | "
+            f"{held('TAR')} | {widths[1]} | {held('raw TAR')} | {held('p < 0.05')} |"
+        )
     return "\n".join(lines)
 
 
 def method_table(found: dict[str, Any]) -> str:
-    """Markdown: every method over all scenarios and sizes."""
+    """Write for every method of the FMR's interval its coverage and width, over rows of the same size."""
     lines = [
-        "Every method for the true accept rates, over all rows and rates above:",
+        f"Intervals of the FMR by every method, over the rows of up to {COMPARED} people:",
         "",
-        "| statistic | method | mean coverage, % | lowest coverage, % | mean width, points |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| method | mean coverage, % | lowest of a row | mean width over the rate |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    for statistic in ("TAR", "raw TAR"):
-        by_method: dict[str, list[tuple[float, float]]] = {}
-        for cell in found["cells"].values():
-            for key in cell["sums"]:
-                if key.startswith(f"{statistic}/"):
-                    by_method.setdefault(key.split("/")[2], []).append((_mean(cell, key, 0), _mean(cell, key, 1)))
-        for method, pairs in by_method.items():
-            held, widths = 100 * np.array(pairs).T
-            lines.append(f"| {statistic} | {method} | {held.mean():.1f} | {held.min():.0f} | {widths.mean():.1f} |")
+    by_method: dict[str, list[tuple[float, float]]] = {}
+    for key, cell in found["cells"].items():
+        for name, one in cell.get("fmr", {}).items() if int(key.partition("/")[2]) <= COMPARED else ():
+            statistic, fmr, method = name.split("/")
+            if statistic == "FMR":
+                by_method.setdefault(method, []).append((_mean(one, 0), _mean(one, 1) / float(fmr)))
+    for method, pairs in by_method.items():
+        covered, width = np.array(pairs).T
+        lines.append(f"| {method} | {100 * covered.mean():.1f} | {100 * covered.min():.0f} | {width.mean():.2f} |")
     return "\n".join(lines)
 
 
-def _mean(cell: dict[str, Any], key: str, place: int) -> float:
-    sums = cell["sums"][key]
-    return float(sums[place] / sums[2])
+def assurance_table(found: dict[str, Any]) -> str:
+    """Write what thresholds as measured, as a point and as a bound lead to, by number of people."""
+    lines = [
+        "Thresholds for a target, over all scenarios: mean true rate over the target, percent of trials in which the "
+        "true rate is no more than the target, and the balanced TAR that the threshold costs, in points:",
+        "",
+        "| people | target | measured | as a point | as a bound |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for people in RATES:
+        for fmr in RATES[people]:
+            texts = []
+            for kind in ("measured", "point", "bound"):
+                rows = [c["fmr"] for k, c in found["cells"].items() if k.endswith(f"/{people}") and "fmr" in c]
+                if not rows:
+                    break
+                rate = np.array([[_mean(r[f"rate over target/{fmr:g}/{kind}"], i) for i in (0, 1)] for r in rows])
+                tar = np.mean(
+                    [_mean(r[f"TAR at/{fmr:g}/measured"], 1) - _mean(r[f"TAR at/{fmr:g}/{kind}"], 1) for r in rows]
+                )
+                cost = "" if kind == "measured" else f", −{100 * tar:.1f}"
+                texts.append(f"{rate[:, 1].mean():.3f}, {100 * rate[:, 0].mean():.0f} %{cost}")
+            if texts:
+                lines.append(f"| {people} | {fmr:g} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _mean(one: list[float], place: int) -> float:
+    return float(one[place] / max(one[2], 1))
+
+
+def _or(counts: set[int]) -> str:
+    return " or ".join(map(str, sorted(counts)))
+
+
+def _error(trials: int) -> str:
+    return f"{100 * math.sqrt(0.95 * 0.05 / max(trials, 1)):.1f}"
 
 
 if __name__ == "__main__":

@@ -235,8 +235,8 @@ def identify(
 
 INTERVALS = (
     "identities resampled, pairs between copies of one identity left out: exact binomial for as many trials as vary as "
-    "much for true accept rates (Korn and Graubard 1998), log-normal with the noise of pairs counted once for false "
-    "match rates"
+    "much for true accept rates (Korn and Graubard 1998), log-normal with the noise of pairs counted once and one more "
+    "influential person at the upper end for false match rates (Fay and Feuer 1997)"
 )
 """Method of bootstrap.py in words."""
 

@@ -120,6 +120,22 @@ def test_a_rate_that_the_impostor_pairs_cannot_resolve(client: httpx.Client, fam
     assert "300,000 impostor pairs" in body["detail"]
 
 
+def test_a_rate_is_asked_as_a_point_or_as_a_bound(client: httpx.Client, family: made.Family) -> None:
+    sides = embedded(family.student, 0), image(0)
+    point, bound = (ask(client, *sides, target_fmr=1e-2, assurance=one).json() for one in ("point", "bound"))
+    assert [(one["threshold"], one["assurance"]) for one in (point, bound)] == [(0.5, "point"), (0.6, "bound")]
+    assert ask(client, *sides, target_fmr=1e-2).json()["assurance"] == "point"
+    assert ask(client, *sides, threshold=0.5).json()["assurance"] is None
+    body = problem(ask(client, *sides, target_fmr=1e-4, assurance="bound"), 422, "unsupported-fmr")
+    assert (body["smallest"], body["got"]) == (2e-4, 1e-4) and "with 95 % confidence" in body["detail"]
+    for policy in ({"threshold": 0.5, "assurance": "bound"}, {"target_fmr": 1e-2, "assurance": "surely"}):
+        problem(ask(client, *sides, **policy), 422, "invalid-request")
+    service = Service(Encoders.open(family.folders), Settings(threads=1, target_fmr=1e-2, assurance="bound"))
+    with made.running(service) as strict:
+        assert ask(strict, *sides).json()["threshold"] == 0.6
+        assert ask(strict, *sides, target_fmr=1e-2, assurance="point").json()["threshold"] == 0.5
+
+
 def test_the_servers_default_is_never_replaced_in_silence(family: made.Family) -> None:
     service = Service(Encoders.open(family.folders), Settings(threads=1, target_fmr=1e-6))
     with made.running(service) as client:

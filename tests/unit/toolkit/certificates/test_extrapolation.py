@@ -38,6 +38,17 @@ def test_within_the_points_it_is_the_certificates() -> None:
         assert threshold_for(CERTIFICATE, fmr) == (CERTIFICATE.threshold(fmr), True)
 
 
+def test_a_bound_is_as_much_stricter_as_at_the_last_resolved_rate() -> None:
+    """Each bound is twice the rate, so that it costs what half the rate does."""
+    assert threshold_for(CERTIFICATE, 1e-2, "bound") == (0.6, True)
+    for fmr in (1e-5, 1e-7):
+        assert threshold_for(CERTIFICATE, fmr, "bound").score == pytest.approx(
+            threshold_for(CERTIFICATE, fmr / 2).score
+        )
+        assert not threshold_for(CERTIFICATE, fmr, "bound").calibrated
+    assert threshold_for(CERTIFICATE, 1e-4, "bound").score >= threshold_for(CERTIFICATE, 2e-4, "bound").score
+
+
 def test_a_larger_rate_gets_the_largest_that_was_measured() -> None:
     assert threshold_for(CERTIFICATE, 0.5) == (0.5, True)
 

@@ -181,6 +181,14 @@ def test_the_default_rate_is_the_servers(fleet: made.Fleet, tmp_path: Path) -> N
         assert found(ask(client, name, {**made.image(0), "aligned": True})).target_fpir == 0.2
 
 
+def test_a_search_is_stricter_as_a_bound(client: httpx.Client, fleet: made.Fleet, exact: str) -> None:
+    point, bound = (found(ask(client, exact, query(fleet), target_fpir=0.1, assurance=a)) for a in ("point", "bound"))
+    assert (point.assurance, bound.assurance) == ("point", "bound") and point.target_fmr == bound.target_fmr
+    for one, other in zip(point.searched, bound.searched, strict=True):
+        assert one.threshold is None or (other.threshold is not None and one.threshold < other.threshold)
+    assert found(ask(client, exact, query(fleet), threshold=0.5)).assurance is None
+
+
 def test_every_form_of_an_image(client: httpx.Client, fleet: made.Fleet, mixed: Any) -> None:
     forms: tuple[dict[str, Any], ...] = (
         {"json": {"query": {**made.image(0), "aligned": True, "encoder": "second"}, "where": {"site": "north"}}},
