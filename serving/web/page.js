@@ -191,6 +191,7 @@ async function toggleCamera() {
     $("camera").textContent = "Stop the camera";
   } catch (error) {
     showLive(false);
+    $("stage").hidden = true;
     hint(error.message, true);
   } finally {
     $("camera").disabled = false;
@@ -292,7 +293,7 @@ function askFault(error) {
   if (error.name === "TypeError") {
     return "The server cannot be reached. The photograph was embedded here all the same; only the question failed.";
   }
-  if (error.type === "auth") return "The token has run out. Open a new link.";
+  if (error.type === "auth") return "The token is not valid any more. Open a new link.";
   if (error.type === "rate-limited" || error.type === "overloaded") return "Too many questions at once. Wait a moment.";
   if (error.type === "unknown-subject") return `Nobody is enrolled as ${$("subject").value.trim()}.`;
   return error.message;
@@ -310,6 +311,16 @@ $("reference").addEventListener("change", (event) => takeReference(event.target.
 $("camera").addEventListener("click", toggleCamera);
 for (const one of document.getElementsByName("mode")) one.addEventListener("change", changeMode);
 for (const id of ["gallery", "subject", "rate"]) $(id).addEventListener("change", question);
+addEventListener("hashchange", () => {
+  const token = takeToken(); // a link with a new token, opened in the tab that is here already
+  if (!token) return;
+  stopCamera();
+  Object.assign(state, { token, embedding: null, reference: null });
+  $("work").hidden = true;
+  $("start").hidden = false;
+  $("start-says").className = "";
+  start();
+});
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
   event.preventDefault();

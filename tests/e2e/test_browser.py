@@ -145,6 +145,12 @@ def choose_mode(page: Page, mode: str) -> None:
     page.run(f"document.querySelector('[name=mode][value={mode}]').click()")
 
 
+def choose_rate(page: Page, rate: str) -> None:
+    """Choose how often the answer may be wrong."""
+    page.run(f"document.querySelector('#rate').value = '{rate}'")
+    page.run("document.querySelector('#rate').dispatchEvent(new Event('change'))")
+
+
 def offline(page: Page, off: bool) -> None:
     """Take the network away, or give it back."""
     rates = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
@@ -156,6 +162,10 @@ def test_match_and_non_match_are_right(place: Place, page: Page) -> None:
     assert take(page, place.photographs[ANN][1]) == f"This is {ANN}."
     assert page.run("document.querySelector('.verdict').className") == "verdict match"
     assert "measured on 60 people" in page.text("#evidence")
+    choose_rate(page, "0.0001")  # rarer than 60 people can resolve
+    page.until("document.querySelector('#evidence').className.includes('amber')")
+    assert "extrapolated: its rate was not measured" in page.text("#evidence")
+    choose_rate(page, "0.01")
     assert take(page, place.photographs[BOB][0]) == "Nobody in staff."
     choose_mode(page, "claim")
     page.run(f"document.querySelector('#subject').value = '{ANN}'")
@@ -302,3 +312,11 @@ def test_a_token_in_the_fragment_opens_the_page_and_leaves_the_address(
         assert take(page, place.photographs[ANN][0]) == "guests is empty."
         kept = "Object.keys(localStorage).length + Object.keys(sessionStorage).length + document.cookie.length"
         assert page.run(kept) == 0
+        again = server.ask("POST", "/v1/tokens", json=body).json()
+        page.run(f"location.hash = {json.dumps(again['fragment'])}")
+        page.until("location.hash === '' && document.querySelector('#work').hidden")
+        page.until(READY)
+        page.requests.clear()
+        assert take(page, place.photographs[ANN][0]) == "guests is empty."
+        headers = {name.lower(): value for name, value in page.requests[0]["headers"].items()}
+        assert headers["authorization"] == f"Bearer {again['token']}"
