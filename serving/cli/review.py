@@ -76,10 +76,11 @@ def review_gallery(options: ReviewOptions, console: Console) -> Result:
 def move(options: MoveOptions, console: Console) -> Result:
     """Move templates from one subject to another; returns the receipt."""
     with closing(options.open()) as store:
+        there = store.subject(options.gallery, options.subject)
         done = store.move(
             options.gallery, options.subject, options.into, "pkd-gallery", templates=options.template, new=options.new
         )
-        left = options.subject in store.subjects(options.gallery, limit=1_000_000)
+        left = len(done.templates) < len(there.templates)
     console.print(
         f"{len(done.templates):,} templates of {options.subject} belong to {options.into} now"
         f"{'' if left else f', and {options.subject} is gone'}. Audit record {done.receipt.sequence}: "

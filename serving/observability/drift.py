@@ -89,6 +89,8 @@ class DriftLedger:
         """Add what is pending to the file; returns which certificates it concerns. What fails is tried again later."""
         with self._lock:
             pending, self._pending, self._count = self._pending, {}, 0
+            if not pending:
+                return set()
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 for (certificate, kind, fmr), sums in pending.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
@@ -31,7 +32,7 @@ from pkd.toolkit.bundle.bundle import NOT_GATED
 from pkd.toolkit.certificates.certificate import Certificate, usefulness
 from pkd.toolkit.certificates.signing import TrustedKeys
 from pkd.toolkit.core.encoder_info import short
-from pkd.toolkit.core.errors import UnsupportedFmr
+from pkd.toolkit.core.errors import InputError, UnsupportedFmr
 from pkd.toolkit.encoders.detector import open_detector
 from pkd.toolkit.images.alignment import ALIGNED_TO
 
@@ -67,7 +68,7 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
             stack.callback(store.close)
         policies = Policies(Path(configuration.policies) if configuration.policies else None)
         liveness = Liveness.read(Path(configuration.liveness)) if configuration.liveness else None
-        ledger = DriftLedger(_ledger_of(configuration))
+        ledger = open_ledger(configuration)
         service = Service(encoders, settings, detector, store, policies, liveness, ledger)
         stack.callback(service.close)
         if configuration.traces:
@@ -105,12 +106,19 @@ def run_worker(
         serve(it.service, listener, it.keys, lambda: None, swept_store=swept, link=link, page=page)
 
 
-def _ledger_of(configuration: Configuration) -> Path | None:
-    """Name the file in which processes add up what they see of certificates: beside galleries, or their audit log."""
+def open_ledger(configuration: Configuration) -> DriftLedger:
+    """Open the file in which processes add up what they see of certificates: beside galleries, or their audit log.
+
+    Without galleries, and where the disk is full or read-only, it is in memory: a server that can search does so.
+    """
     if configuration.gallery is None:
-        return None
+        return DriftLedger()
     beside = Path(configuration.audit) if configuration.audit else Path(configuration.gallery) / "drift.db"
-    return beside.with_name("drift.db")
+    try:
+        return DriftLedger(beside.with_name("drift.db"))
+    except InputError as error:
+        logging.getLogger("pkd.serving").warning("%s Until the next start drift is watched in memory.", error)
+        return DriftLedger()
 
 
 def open_store(configuration: Configuration) -> GalleryStore | None:

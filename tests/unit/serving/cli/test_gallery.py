@@ -21,6 +21,7 @@ from pkd.serving.galleries.sqlite.store import SqliteStore
 from pkd.serving.galleries.store import Consent
 from pkd.serving.matching import transfer
 from tests.support.gallery_examples import ALICE, ENCODER, NEW, NEXT, OLD, STUDENT, enrolled, one, unit
+from tests.support.serving_bundles import certificate, encoder, weights
 
 
 @pytest.fixture
@@ -212,3 +213,29 @@ def test_verify_holds_while_a_server_writes(folder: Path, key: Path, capsys: pyt
     finally:
         stop.set()
         thread.join(10)
+
+
+def test_who_is_enrolled_twice_is_found_and_merged(
+    folder: Path, key: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(SqliteStore(folder, MasterKey.read(key))) as store:
+        enrolled(store.enrol("staff", [one("ann-2", unit(1)[0]), one("s007", unit(900)[0])], ALICE))
+    info = encoder("teacher", weights(1)).info.model_copy(update={"id": ENCODER})
+    evidence = tmp_path / "certificate.json"
+    evidence.write_text(certificate(info, info).model_dump_json())
+    asked = (folder, "staff", "--master-key", key)
+    file = tmp_path / "doubts.csv"
+    found = answered(capsys, "review", *asked, "--certificates", evidence, "--csv", file)
+    # s001 has the same vector as ann by this fixture's making.
+    assert {frozenset((pair["subject"], pair["other"])) for pair in found["pairs"]} >= {frozenset(("ann", "ann-2"))}
+    assert {outlier["subject"] for outlier in found["outliers"]} == {"s007"} and found["not_compared"]
+    rows = file.read_text().splitlines()
+    assert len(rows) == 1 + len(found["pairs"]) + len(found["outliers"]) and rows[0].startswith("kind,subject")
+    assert file.stat().st_mode & 0o077 == 0
+    moved = answered(capsys, "move", *asked, "ann-2", "ann")
+    assert moved["receipt"]["templates"] == 1
+    again = answered(capsys, "review", *asked, "--certificates", evidence)
+    assert not {"ann-2"} & {name for pair in again["pairs"] for name in (pair["subject"], pair["other"])}
+    assert "has no subject nemo" in failed(capsys, 2, "move", *asked, "ann", "nemo")
+    assert "no certificates there" in failed(capsys, 2, "review", *asked, "--certificates", folder)
+    assert answered(capsys, "verify", folder, "--master-key", key)["subjects"] == 301
