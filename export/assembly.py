@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pkd.export.checks.gate import GateResults
+from pkd.export.checks.parity import onnx_runner
 from pkd.export.draft import Draft
 from pkd.export.formats.registry import BuildResults
 from pkd.toolkit.bundle.bundle import NOT_GATED, Manifest, require_about
@@ -13,6 +14,9 @@ from pkd.toolkit.certificates.certificate import CertificateFile
 from pkd.toolkit.certificates.signing import SUFFIX
 from pkd.toolkit.core.encoder_info import EncoderInfo, short
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.device.kit import IN_BUNDLE, make_kit
+from pkd.toolkit.encoders.base import NetEncoder
+from pkd.toolkit.encoders.detector import Detector
 
 
 def assemble(
@@ -41,6 +45,15 @@ def assemble(
         if name not in stale and (name in needed or not name.startswith(gone))
     }
     return manifest, {**older, **built.files, **evidence}
+
+
+def device_kit(encoder: EncoderInfo, graph: bytes, detector: Detector | None) -> dict[str, bytes]:
+    """Compute the conformance kit of ``encoder``, whose ``encoder.onnx`` is ``graph`` → name in the bundle to content.
+
+    ``detector``: its landmarks are added.
+    """
+    net = NetEncoder(encoder, onnx_runner(graph, lambda crops: crops, "encoder.onnx"))
+    return {IN_BUNDLE + name: data for name, data in make_kit(net, detector).items()}
 
 
 def collect_certificates(sources: Sequence[Path], *encoders: EncoderInfo) -> dict[str, bytes]:

@@ -26,6 +26,7 @@ EXAMPLES = """
   pkd-export runs/student -o bundles/student --trt --precision fp16      # without a GPU: the graph, and exit code 3
   pkd-export --from-bundle bundles/student --trt --precision fp16        # later, on the machine with the GPU
   pkd-export runs/student -o bundles/student --sign release.pem --zip    # also bundles/student.zip, to hand out
+  pkd-export runs/student -o bundles/student --device-kit --kit-detector yunet.onnx   # for whoever writes a client
   pkd-export runs/student -o bundles/student --float-nchw student.onnx   # loads in insightface's model_zoo, too
 """
 

@@ -13,8 +13,10 @@ from pkd.toolkit.core.cli_options import Argument, Options
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.models import Record
 
-Precision = Literal["fp32", "fp16", "int8", "bf16"]
+Precision = Literal["fp32", "fp16", "int8", "w8a16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+CALIBRATED: tuple[Precision, ...] = ("int8", "w8a16")
+"""Precisions whose value ranges are chosen on real crops."""
 RangeMethod = Literal["minmax", "percentile", "entropy"]
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod)
 
@@ -60,15 +62,19 @@ class ExportOptions(Options):
     out: Annotated[Path | None, Argument("BUNDLE", flags=("-o",))] = None
     """Bundle folder to write."""
     format: Annotated[tuple[str, ...], Argument("F")] = ()
-    """Runtimes of the targets: onnx (default), openvino, ncnn, executorch, npu, trt, trt-rtx, your MODULE:NAME."""
+    """Runtimes of the targets: onnx (default), openvino, ncnn, executorch, litert, npu, trt, trt-rtx, MODULE:NAME."""
     trt: bool = False
     """Build TensorRT targets: short for --format trt."""
     precision: Annotated[tuple[Precision, ...], Argument("P")] = ("fp32",)
-    """Precisions of the targets, of fp32, fp16, int8 and bf16; each format makes those that it has."""
+    """Precisions of the targets, of fp32, fp16, int8, w8a16 and bf16; each format makes those that it has."""
     certificates: Annotated[tuple[Path, ...], Argument("EVAL", repeatable=True)] = ()
     """Folder that pkd-evaluate wrote (its --out), whose certificates and report go into the bundle; repeatable."""
     licence: Annotated[str, Argument("TEXT")] = "not stated"
     """Licence of the weights, for the manifest."""
+    device_kit: bool = False
+    """Put the conformance kit for devices into the bundle: photographs, expected results and tolerances, 3 MB."""
+    kit_detector: Annotated[str | None, Argument("YUNET.onnx")] = None
+    """Face detector whose landmarks the kit of --device-kit holds, too, for devices that run the same one."""
     bench: bool = False
     """Measure the CPU time, size and memory of every target on this machine, into bench.json in the bundle."""
     float_nchw: Annotated[Path | None, Argument("FILE.onnx")] = None
@@ -146,6 +152,8 @@ class ExportOptions(Options):
         if self.teacher_preprocess and not self.teacher:
             raise InputError("--teacher-preprocess goes with --teacher; a run knows its preprocessing. Leave it out.")
         parse_batches(self.batch)
+        if self.kit_detector and not self.device_kit:
+            raise InputError("--kit-detector belongs to the kit of --device-kit. Pass that, too.")
         if self.gate is None and given & {"gate_teacher", "gate_teacher_preprocess", "gate_fmr", "max_tar_drop"}:
             raise InputError("--gate DIR|LIST is missing: the faces that the gate is measured on.")
         if self.gate and self.run and not self.gate_teacher:

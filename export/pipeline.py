@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pkd.export.assembly import assemble, collect_certificates
+from pkd.export.assembly import assemble, collect_certificates, device_kit
 from pkd.export.checks.bench import BENCH, ROUNDS, bench, bench_table, size_on_disk
 from pkd.export.checks.gate import Gate, GateResults, gate_table, require_passed
 from pkd.export.checks.parity import ParityRow, measure, parity_table, require_parity
@@ -19,7 +19,7 @@ from pkd.export.formats.registry import BuildResults, TargetBuilder, TargetReque
 from pkd.export.graph.build import precision_of
 from pkd.export.graph.precision_variants import PrecisionVariants
 from pkd.export.int8_recovery import Retrainer, recover_int8
-from pkd.export.options import ExportOptions, GateOptions
+from pkd.export.options import CALIBRATED, ExportOptions, GateOptions
 from pkd.export.quantization.ranges import Calibration, read_calibration
 from pkd.toolkit.bundle.archive import zip_path
 from pkd.toolkit.bundle.bundle import Bundle, Manifest, write_bundle
@@ -27,11 +27,13 @@ from pkd.toolkit.certificates.signing import SigningKey
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.encoder_info import EncoderInfo, in_mode
 from pkd.toolkit.core.progress import Progress
+from pkd.toolkit.encoders.detector import open_detector
 
 
 def export(options: ExportOptions, console: Console, progress: Progress, *, bench_rounds: int = ROUNDS) -> Result:
     """Make a bundle, or more targets for one, as ``options`` say. Raises PkdError before anything is written."""
     key = SigningKey.read(options.sign) if options.sign else None
+    detector = open_detector(options.kit_detector) if options.kit_detector else None
     requests = target_requests(options.formats, options.precision)
     warn_of_missing_packages(requests, console)
 
@@ -50,6 +52,9 @@ def export(options: ExportOptions, console: Console, progress: Progress, *, benc
     built, gated = gate_targets(requests, built, builder, retrainer, options.gate_options, draft, console)
 
     manifest, files = assemble(draft, built, gated, options.certificates)
+    if options.device_kit:
+        with progress("computing the device kit"):
+            files |= device_kit(manifest.encoder, files["encoder.onnx"], detector)
     if options.bench:
         files |= measure_cost(files, manifest, bench_rounds, console, progress)
     with written_with(draft.extra_files):
@@ -77,8 +82,8 @@ def read_draft(options: ExportOptions) -> Draft:
 
 
 def require_certificates_fit(sources: Sequence[Path], manifest: Manifest, precisions: Sequence[str]) -> None:
-    """Refuse foreign certificates before anything slow. INT8's own encoder is known only once it is made."""
-    if "int8" not in precisions:
+    """Refuse foreign certificates before anything slow. A quantised encoder is known only once it is made."""
+    if not set(CALIBRATED) & set(precisions):
         derived = [in_mode(manifest.encoder, precision) for precision in precisions]
         collect_certificates(sources, *manifest.encoders.values(), *derived)
 
@@ -99,8 +104,8 @@ def show_parity(rows: Sequence[ParityRow], console: Console) -> None:
 
 
 def sample_crops(options: ExportOptions, encoder: EncoderInfo, progress: Progress) -> Calibration | None:
-    """Read the real crops that INT8 ranges are chosen on, where INT8 is wanted and crops were given."""
-    if options.calib is None or "int8" not in options.precision:
+    """Read the real crops that value ranges are chosen on, where such a precision is wanted and crops were given."""
+    if options.calib is None or not set(CALIBRATED) & set(options.precision):
         return None
     with progress(f"reading {options.calib}"):
         return read_calibration(options.calib, encoder.preprocess.size, options.calib_method)

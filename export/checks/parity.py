@@ -52,6 +52,7 @@ LIMITS: dict[str, Limits] = {
     "fp32": Limits(max_abs=5e-5, worst_cosine=1 - 1e-6, norm_error=1e-5),  # rounding: 1e-6 to 1e-5 in deep networks
     "fp16": Limits(max_abs=2e-2, worst_cosine=0.999, norm_error=1e-5),  # 2^-11 a rounding; the length is in float32
     "bf16": Limits(max_abs=0.1, worst_cosine=0.98, norm_error=2e-2),  # 2^-8, also of the length
+    "w8a16": Limits(max_abs=0.3, worst_cosine=0.8, norm_error=1e-5),  # weights alone are coarse
     "int8": Limits(max_abs=0.5, worst_cosine=0.5, norm_error=1e-5),
 }
 

@@ -47,7 +47,7 @@ class Format:
     runtime: str
     """Name of the runtime in manifests: letters, digits and underscores. With the precision it names the target."""
     precisions: tuple[str, ...]
-    """Some of fp32, fp16, int8 and bf16."""
+    """Some of fp32, fp16, int8, w8a16 and bf16."""
     form: GraphForm
     """Form in which the graph is written for this runtime."""
     build: Callable[[Variant, str, BuildOptions, Tell], Built]

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from pkd.export.checks.parity import GOLDEN_COUNT, GOLDEN_TOLERANCE, ParityRow, measure, onnx_runner
-from pkd.export.formats import executorch, ncnn, npu, openvino, tensorrt
+from pkd.export.formats import executorch, litert, ncnn, npu, openvino, tensorrt
 from pkd.export.formats.base import ORT, Built, Embed, Format, Tell
 from pkd.export.graph.precision_variants import GraphForm, PrecisionVariants, Variant
 from pkd.export.graph.rewrite import decompose_prelu, split_prelu
@@ -30,10 +30,13 @@ def _onnx(graph: Variant, precision: str, options: BuildOptions, tell: Tell) -> 
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format("onnxruntime", ("fp32", "fp16", "int8"), GraphForm("u8s8", decompose_prelu, split_prelu), _onnx),
+    "onnx": Format(
+        "onnxruntime", ("fp32", "fp16", "int8", "w8a16"), GraphForm("u8s8", decompose_prelu, split_prelu), _onnx
+    ),
     "openvino": openvino.FORMAT,
     "ncnn": ncnn.FORMAT,
     "executorch": executorch.FORMAT,
+    "litert": litert.FORMAT,
     "npu": npu.FORMAT,
     "trt": tensorrt.FORMAT,
     "trt-rtx": tensorrt.FORMAT_RTX,

@@ -116,6 +116,8 @@ class PrecisionVariants:
     def _make(self, precision: str, form: GraphForm) -> Variant:
         if precision == "int8":
             return self._quantised(form)
+        if precision == "w8a16":
+            return self._wide(form)
         graph = form.float_rewrite(self.plain) if form.float_rewrite else self.plain
         if precision == "fp16":
             graph = shorten_names(to_half(graph))
@@ -139,6 +141,21 @@ class PrecisionVariants:
         digest = hashlib.sha256(data).hexdigest()  # another calibration is another encoder
         return Variant(data, in_mode(state.weights.encoder, f"int8-{form.int8}-{digest[:16]}"), settings)
 
+    def _wide(self, form: GraphForm) -> Variant:
+        """Make the graph of 8-bit weights and 16-bit activations: of so many steps none has to be saved by clipping."""
+        calibration = self._require_calibration()
+        with self.progress("calibrate w8a16", len(calibration.crops)) as advance:
+            ranges = calibrate(self.plain, calibration.crops, "minmax", advance)
+        made = quantise(self.plain, ranges, "u16s8")
+        data = serialise(shorten_names(form.int8_rewrite(made) if form.int8_rewrite else made))
+        held = calibration.held_out
+        settings: Settings = {
+            "int8": "u16s8",
+            "calibration": f"minmax on {len(calibration.crops)} crops of {calibration.name}",
+            "similarity_rms": round(similarity_rms(embeddings(made, held), embeddings(self.plain, held)), 5),
+        }
+        return Variant(data, in_mode(self.encoder, f"w8a16-{hashlib.sha256(data).hexdigest()[:16]}"), settings)
+
     def _state(self, form: GraphForm) -> _Int8State:
         if form not in self._int8:
             self._int8[form] = self._measured(form, Int8Weights(self.plain, self.encoder), "")
@@ -161,5 +178,5 @@ class PrecisionVariants:
 
     def _require_calibration(self) -> Calibration:
         if self.calibration is None:
-            raise InputError("--precision int8 needs real crops to find the ranges on: pass --calib DIR or LIST.")
+            raise InputError("--precision int8 and w8a16 need real crops for their ranges: pass --calib DIR or LIST.")
         return self.calibration

@@ -22,6 +22,7 @@ from pkd.serving.api.middleware import Middleware
 from pkd.serving.api.problems import TYPES, MethodNotAllowed, RouteNotFound, problem_response
 from pkd.serving.api.routes import (
     catalogue,
+    devices,
     galleries,
     health,
     matching,
@@ -80,7 +81,7 @@ def create_api(service: Service, keys: ApiKeys | None = None, *, page: bool = Tr
     app.add_exception_handler(Exception, _unforeseen)
 
     makers = [matching.routes, matching.search_routes]
-    makers += [one.routes for one in (galleries, subjects, people, transfer, migrations, catalogue)]
+    makers += [one.routes for one in (galleries, subjects, people, transfer, migrations, catalogue, devices)]
     routers = [*(make(service) for make in makers), tokens.routes(service, keys)]
     for router in routers:
         app.include_router(router, dependencies=[Depends(known_query)])

@@ -75,6 +75,7 @@ ARTIFACT: Examples = {
     "not-found": {"got": "openvino-int4", "targets": ["openvino-int8"]},
     "range": {"bytes": 5242880},
 }
+DEVICE_CLASS: Examples = {"not-found": {"got": "watch", "classes": ["phone"]}}
 IMAGE: Examples = {
     "not-live": {"reason": "missing"},
     "low-quality": {"low": ["yaw"], "measured": {"yaw": -41.0}, "required": {"yaw": 30}},

@@ -30,7 +30,10 @@ MOST_SECONDS = 86_400
 """Longest life of a token, seconds."""
 TokenScope = Literal["verify", "embed"]
 ROUTES: dict[str, tuple[TokenScope | None, re.Pattern[str]]] = {
-    "GET catalogue": (None, re.compile(r"/v1/(encoders(/[^/]+(/artifact)?)?|detector|spaces|certificates)")),
+    "GET catalogue": (
+        None,
+        re.compile(r"/v1/(encoders(/[^/]+(/artifact)?)?|detector|devices/[^/]+/latest|spaces|certificates)"),
+    ),
     "GET gallery": ("verify", re.compile(r"/v1/galleries/(?P<gallery>[^/]+)")),
     "POST verify": ("verify", re.compile(r"(/v1)?/verify|/v1/galleries/(?P<gallery>[^/]+)/identify")),
     "POST embed": ("embed", re.compile(r"(/v1)?/embed")),

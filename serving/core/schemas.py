@@ -378,6 +378,21 @@ class EncoderDetail(EncoderListed):
     targets: list[TargetAnswer]
 
 
+class DeviceLatest(BaseModel):
+    """Say what a class of devices is to run now."""
+
+    device_class: str
+    encoder: str = Field(description="Id under which the device sends its embeddings")
+    space: SpaceAnswer
+    numeric_mode: str
+    target: str | None = Field(description="Form of the encoder; null: `encoder.onnx`")
+    runtime: str
+    golden_tolerance: float = Field(description="Largest allowed 1 − cosine over the bundle's golden crops")
+    certified_against: list[str] = Field(description="Encoders of templates that its queries may be compared with")
+    bundle_encoder: str = Field(description="Encoder of the bundle that holds the files: `/v1/encoders/{id}/artifact`")
+    files: list[FileAnswer] = Field(description="The file to load first, manifest, golden crops, certificates")
+
+
 class SpaceListed(SpaceAnswer):
     """Describe a space and the loaded encoders that embed into it."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from pkd.serving.galleries.store import GalleryStore, SearchResult
 from pkd.serving.inference.artifacts import Artifacts
 from pkd.serving.inference.batching import Inference
 from pkd.serving.inference.decoding import Undecoded
+from pkd.serving.inference.device_classes import DeviceClasses
 from pkd.serving.inference.pipeline import Embedded, Pipeline, Timing
 from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.serving.inference.thread_pool import Pool
@@ -79,6 +81,7 @@ class Service:
         policies: Policies | None = None,
         liveness: Liveness | None = None,
         ledger: DriftLedger | None = None,
+        device_classes: Path | None = None,
     ) -> None:
         self.encoders, self.settings, self._store = encoders, settings, store
         self.policies, self.liveness = policies or Policies(), liveness
@@ -87,6 +90,7 @@ class Service:
         self.inference = Inference(encoders.loaded.values(), self.state.metrics)
         self.pipeline = Pipeline(detector, self.inference)
         self.artifacts = Artifacts(encoders)
+        self.device_classes = DeviceClasses(self.artifacts, device_classes)
         self._self_testing: asyncio.Task[None] | None = None
         self._workers = Pool(settings.threads, self.state.metrics)
         self._store_reads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="pkd-store-read")

@@ -158,6 +158,12 @@ class Configuration:
         "JSON that names an OpenID Connect issuer whose access tokens are taken beside keys",
         "none: keys alone",
     )
+    device_classes: str | None = _option(
+        None,
+        "FILE",
+        "JSON of the encoder that each class of devices is to run; read again when it changes",
+        "none: there are no device classes",
+    )
     insecure_no_keys: bool = _option(
         False, "yes", "listen beyond loopback without keys, for anyone to use", "off", _switch
     )

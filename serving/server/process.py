@@ -20,6 +20,7 @@ from pkd.serving.api.tokens import Tokens
 from pkd.serving.galleries.crypto import MasterKey
 from pkd.serving.galleries.open import StoreUrl
 from pkd.serving.galleries.store import GalleryStore
+from pkd.serving.inference.device_classes import DeviceClasses
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.liveness import Liveness
 from pkd.serving.matching.policies import Policies
@@ -71,6 +72,8 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
         ledger = open_ledger(configuration)
         service = Service(encoders, settings, detector, store, policies, liveness, ledger)
         stack.callback(service.close)
+        if configuration.device_classes:
+            service.device_classes = DeviceClasses(service.artifacts, Path(configuration.device_classes))
         if configuration.traces:
             stack.callback(telemetry.set_up())
         yield Opened(service, keys, store)

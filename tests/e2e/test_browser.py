@@ -16,7 +16,8 @@ from PIL import Image
 
 from pkd.serving.api.api_keys import new_key
 from pkd.toolkit.bundle.bundle import Bundle
-from pkd.toolkit.device.kit import STEPS, grade, read_kit, read_report, write_kit
+from pkd.toolkit.device.grading import grade
+from pkd.toolkit.device.kit import STEPS, read_kit, read_report, write_kit
 from pkd.toolkit.encoders.base import Encoder, open_bundle
 from pkd.toolkit.encoders.detector import Detector, choose, open_detector
 from pkd.toolkit.images.alignment import warp
@@ -243,10 +244,9 @@ def test_what_is_no_face_and_no_picture_is_told(place: Place, page: Page, tmp_pa
 
 
 def test_the_module_passes_the_conformance_kit(place: Place, module: Page, tmp_path: Path) -> None:
-    bundle = Bundle.open(place.student)
-    write_kit(bundle, tmp_path / "kit", place.detector)
+    write_kit(place.encoder, tmp_path / "kit", place.detector)
     (tmp_path / "report.json").write_text(browser_device.report_kit(module, tmp_path / "kit"))
-    grades = grade(tmp_path / "kit", read_kit(tmp_path / "kit"), read_report(tmp_path / "report.json"), place.encoder)
+    grades = grade(read_kit(tmp_path / "kit"), read_report(tmp_path / "report.json"), place.encoder)
     assert {one.step for one in grades} == set(STEPS)
     assert [one for one in grades if one.result != "ok"] == []
     assert all(one.deviation == 0 for one in grades if one.step == "decode"), "every decoded pixel is equal"

@@ -12,9 +12,9 @@ class Target(Record):
     """Describe what a device loads instead of ``encoder.onnx``. Its name is ``<runtime>-<precision>``."""
 
     runtime: str
-    """onnxruntime, openvino, ncnn, executorch, tensorrt or tensorrt_rtx."""
+    """onnxruntime, openvino, ncnn, executorch, litert, tensorrt or tensorrt_rtx."""
     precision: str
-    """fp32, fp16, bf16 or int8."""
+    """fp32, fp16, bf16, int8 or w8a16."""
     encoder: EncoderInfo
     """The bundle's own in fp32, however it was rewritten; another numeric mode is another encoder of the same space."""
     graph: str

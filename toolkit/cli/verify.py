@@ -26,6 +26,7 @@ EXAMPLES = """
   pkd-verify evaluation bundles/student bundles/student.zip --trust-key evidence.pub.pem
   pkd-verify bundles/student --device-kit kit                    # photographs and expected results for a device
   pkd-verify bundles/student --device-kit kit --device-report phone.json
+  pkd-verify bundles/student --device-report phone.json          # the kit is in the bundle: pkd-export --device-kit
   pkd-verify evaluation/certificates/student@…__teacher@….json --trust-key evidence.pub.pem
 """
 COLOUR = {"ok": "green", "failed": "bold red", "not checked": "yellow"}
@@ -41,9 +42,10 @@ class VerifyOptions(Options):
     new_key: Annotated[Path | None, Argument("FILE")] = None
     """Write a new private key to FILE and, beside it, its public half."""
     device_kit: Annotated[Path | None, Argument("DIR")] = None
-    """Write the one given bundle's conformance kit for devices into DIR; with --device-report, read it from there."""
+    """Write the conformance kit of the one given BUNDLE, or BUNDLE/targets/NAME, into DIR; with --device-report, read
+    it from there."""
     device_report: Annotated[Path | None, Argument("REPORT.json")] = None
-    """Grade what a device computed for the kit of --device-kit."""
+    """Grade what a device computed for the kit of --device-kit; without that, for the kit within the bundle."""
     detector: Annotated[str | None, Argument("YUNET.onnx")] = None
     """Face detector whose landmarks a new kit holds, too, for devices that run the same one."""
 
@@ -98,12 +100,14 @@ def _run(options: VerifyOptions, console: Console, failed: list[Check]) -> Resul
 
 
 def _device(options: VerifyOptions, console: Console, failed: list[Check]) -> Result:
-    if options.device_kit is None or len(options.targets) != 1 or options.new_key or options.trust_key:
+    wanted = options.device_kit or options.device_report
+    if wanted is None or len(options.targets) != 1 or options.new_key or options.trust_key:
         raise InputError(
-            "a device kit is made of one bundle: pkd-verify BUNDLE --device-kit DIR [--device-report FILE]."
+            "a device kit is of one bundle: pkd-verify BUNDLE --device-kit DIR, or BUNDLE --device-report FILE."
         )
     (bundle,) = options.targets
     if options.device_report is None:
+        assert options.device_kit
         return write_device_kit(bundle, options.device_kit, options.detector, console)
     if options.detector:
         raise InputError("--detector belongs to writing a kit. Leave it out where a report is graded.")

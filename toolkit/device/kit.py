@@ -1,24 +1,24 @@
-"""Write the conformance kit of a bundle, and grade what a device made of it.
+"""Make the conformance kit of an encoder, and read kits and what devices made of them.
 
-The kit is a folder of JSON and raw bytes that needs no Python to read (docs/device.md). Each step takes the *given*
-output of the step before it, so that a wrong result names its own step::
+The kit is a folder, on its own or within a bundle, of JSON and raw bytes that need no Python to be read
+(docs/device.md). Each step takes the *given* output of the step before it, so that a wrong result names its own step::
 
     photograph ─decode→ RGB ─(landmarks given)→ matrix ─→ crop ─→ embedding ─→ encodings ─→ request body
 
-A device writes one JSON file with what it computed (``DeviceReport``); ``grade`` says for every picture which step
-deviates first, and by how much. The detector is the device's own choice: where it reports landmarks, its embedding of
-the whole way is compared with pkd's own from those landmarks; they themselves are compared with pkd's YuNet only if
-the kit was written with a detector.
+A device writes one JSON file with what it computed (``DeviceReport``); ``grading.grade`` says for every picture which
+step deviates first, and by how much. The detector is the device's own choice: where it reports landmarks, its
+embedding of the whole way is compared with pkd's own from those landmarks; they themselves are compared with pkd's
+YuNet only if the kit was written with a detector.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,12 +30,14 @@ from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.models import Record
 from pkd.toolkit.device.photographs import photographs
-from pkd.toolkit.encoders.base import Encoder, open_bundle
+from pkd.toolkit.encoders.base import Encoder
 from pkd.toolkit.encoders.detector import Detector, choose
 from pkd.toolkit.images.alignment import SIZE, TEMPLATE, similarity, warp
 from pkd.toolkit.images.codec import Rgb, decode_rgb
 
 KIT = "kit.json"
+IN_BUNDLE = "device-kit/"
+"""Folder of the kit within a bundle."""
 SCHEMA = 1
 Step = Literal["decode", "landmarks", "matrix", "crop", "embedding", "encoding", "request", "whole"]
 STEPS: tuple[Step, ...] = ("decode", "matrix", "crop", "embedding", "encoding", "request", "landmarks", "whole")
@@ -137,28 +139,26 @@ class DeviceReport(Record):
     """Name of the kit's case → what was computed."""
 
 
-class Grade(Record):
-    """Grade one step of one photograph. ``deviation`` and ``allowed`` are in the unit of the step's tolerance."""
+@dataclass(frozen=True)
+class OpenKit:
+    """Hold a kit and the way to its files."""
 
-    case: str
-    step: Step
-    result: Literal["ok", "deviates", "not reported"]
-    deviation: float | None = None
-    allowed: float | None = None
-    detail: str = ""
+    kit: Kit
+    read: Callable[[str], bytes]
+    """Name of a file that the kit states → its bytes."""
 
 
-def write_kit(bundle: Bundle, folder: Path, detector: Detector | None = None) -> Kit:
-    """Write the kit of a bundle's encoder into ``folder``, which must not exist or be empty. Raises InputError.
+def make_kit(
+    encoder: Encoder, detector: Detector | None = None, *, tolerance: float = Tolerances().embedding
+) -> dict[str, bytes]:
+    """Compute the kit of ``encoder`` → file name to content, ``kit.json`` among them.
 
-    ``detector``: its landmarks are added, for devices that run the same one.
+    ``detector``: its landmarks are added, for devices that run the same one. ``tolerance``: 1 − cosine that a device's
+    embedding of a given crop may be away; end to end ten times as much, where that is little.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: is not empty. Give a new folder for the device kit.")
-    encoder = open_bundle(bundle)
     info = encoder.info
     size = info.preprocess.size
-    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, bytes] = {}
     cases = []
     for photograph in photographs():
         name = photograph.name
@@ -166,14 +166,12 @@ def write_kit(bundle: Bundle, folder: Path, detector: Detector | None = None) ->
         matrix = similarity(photograph.landmarks, template(size))
         crop = warp(rgb, photograph.landmarks, size)
         embedding = encoder.embed(crop[None])[0]
-        files = {
+        files |= {
             name: photograph.data,
             f"{name}.rgb.gz": gzip.compress(rgb.tobytes(), 9, mtime=0),
             f"{name}.crop.rgb": crop.tobytes(),
             f"{name}.embedding.f32": embedding.astype("<f4").tobytes(),
         }
-        for file, data in files.items():
-            (folder / file).write_bytes(data)
         cases.append(
             Case(
                 name=name,
@@ -193,17 +191,36 @@ def write_kit(bundle: Bundle, folder: Path, detector: Detector | None = None) ->
                 request=request_body(embedding, info.id),
             )
         )
+    usual = Tolerances()
     kit = Kit(
         encoder=info.id,
         space=info.space.id,
         dim=info.space.dim,
         size=size,
         template=_points(template(size)),
-        tolerances=Tolerances(),
+        tolerances=Tolerances(embedding=max(usual.embedding, tolerance), whole=max(usual.whole, tolerance)),
         cases=tuple(cases),
     )
-    (folder / KIT).write_text(kit.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return kit
+    return {KIT: (kit.model_dump_json(indent=1) + "\n").encode(), **files}
+
+
+def write_kit(
+    encoder: Encoder,
+    folder: Path,
+    detector: Detector | None = None,
+    *,
+    tolerance: float = Tolerances().embedding,
+) -> Kit:
+    """Write the kit of ``encoder`` into ``folder``, which must not exist or be empty. Raises InputError.
+
+    The other arguments are those of ``make_kit``.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: is not empty. Give a new folder for the device kit.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in make_kit(encoder, detector, tolerance=tolerance).items():
+        (folder / name).write_bytes(data)
+    return read_kit(folder).kit
 
 
 def template(size: int) -> NDArray[np.float64]:
@@ -227,15 +244,38 @@ def request_body(embedding: NDArray[np.float32], encoder: str) -> dict[str, obje
     }
 
 
-def read_kit(folder: Path) -> Kit:
-    """Read ``kit.json``. Raises InputError where it is missing, broken or of another schema."""
-    path = folder / KIT
+def read_kit(folder: Path) -> OpenKit:
+    """Read the kit in a folder. Raises InputError where it is missing, broken or of another schema."""
+
+    def read(name: str) -> bytes:
+        try:
+            return (folder / name).read_bytes()
+        except OSError as error:
+            raise InputError(f"{folder / name}: {error.strerror or error}. Write the device kit anew.") from None
+
+    return OpenKit(_parse(read(KIT), folder / KIT), read)
+
+
+def kit_of(bundle: Bundle) -> OpenKit:
+    """Read the kit within a bundle. Raises InputError for a bundle without one, or as ``read_kit``."""
+    if IN_BUNDLE + KIT not in bundle.manifest.files:
+        raise InputError(
+            f"{bundle.path}: holds no device kit. Pass --device-kit DIR, or put one in: pkd-export … --device-kit."
+        )
+
+    def read(name: str) -> bytes:
+        return bundle.read(IN_BUNDLE + name)
+
+    return OpenKit(_parse(read(KIT), bundle.path / IN_BUNDLE / KIT), read)
+
+
+def _parse(data: bytes, path: Path) -> Kit:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("schema_version") != SCHEMA:
-            raise InputError(f"{path}: schema {data.get('schema_version')}, not {SCHEMA}. Write the kit anew.")
-        return Kit.model_validate(data)
-    except (OSError, ValueError, AttributeError, ValidationError) as error:
+        stated = json.loads(data)
+        if stated.get("schema_version") != SCHEMA:
+            raise InputError(f"{path}: schema {stated.get('schema_version')}, not {SCHEMA}. Write the kit anew.")
+        return Kit.model_validate(stated)
+    except (ValueError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read as a device kit ({_first(error)}). Write it anew.") from None
 
 
@@ -247,112 +287,6 @@ def read_report(path: Path) -> DeviceReport:
         raise InputError(f"{path}: {error.strerror or error}.") from None
     except ValidationError as error:
         raise InputError(f"{path}: is no device report ({_first(error)}). docs/device.md shows one.") from None
-
-
-def grade(folder: Path, kit: Kit, report: DeviceReport, encoder: Encoder) -> list[Grade]:
-    """Compare a device's report with the kit, step by step, in the order of the pipeline.
-
-    ``encoder``: the bundle's own, which embeds from the landmarks that the device found. Raises InputError where the
-    report is of another encoder or names a photograph that the kit has not.
-    """
-    if report.encoder != kit.encoder:
-        raise InputError(
-            f"the device ran {report.encoder}, the kit is of {kit.encoder}. Update the student, or use its own kit."
-        )
-    unknown = sorted(set(report.cases) - {case.name for case in kit.cases})
-    if unknown:
-        raise InputError(f"the report names {unknown[0]}, which is not in the kit. Its first is {kit.cases[0].name}.")
-    grades: list[Grade] = []
-    for case in kit.cases:
-        made = report.cases.get(case.name, DeviceCase())
-        found = {g.step: g for g in _grades(folder, kit, case, made, encoder)}
-        grades += [found.get(step, Grade(case=case.name, step=step, result="not reported")) for step in STEPS]
-    return grades
-
-
-def _grades(folder: Path, kit: Kit, case: Case, made: DeviceCase, encoder: Encoder) -> Iterator[Grade]:
-    allowed = kit.tolerances
-    if made.rgb_sha256 is not None or made.rgb_base64 is not None:
-        yield _decoded(folder, case, made, allowed.decode_mean)
-    if made.matrix is not None:
-        wanted, got = np.array(case.matrix), np.array(made.matrix)
-        scale = float(np.hypot(wanted[0, 0], wanted[1, 0]))
-        off = np.abs(got - wanted) / np.array([scale, scale, kit.size])
-        yield _judge(case, "matrix", float(off.max()), allowed.matrix)
-    if made.crop_base64 is not None:
-        crop = _bytes(made.crop_base64, "crop_base64", case.name)
-        yield _pixels(case, "crop", crop, (folder / case.crop).read_bytes(), float(allowed.crop), worst=True)
-    vector = np.frombuffer((folder / case.embedding).read_bytes(), "<f4").astype(np.float64)
-    if made.embedding is not None:
-        yield _vector(case, "embedding", np.array(made.embedding), vector, allowed.embedding, allowed.norm)
-    if made.encodings:
-        wrong = sorted(name for name, text in made.encodings.items() if case.encodings.get(name) != text)
-        yield _judge(case, "encoding", float(len(wrong)), 0.0, f"differ: {', '.join(wrong)}" if wrong else "")
-    if made.request is not None:
-        different = [
-            key for key in sorted({*case.request, *made.request}) if case.request.get(key) != made.request.get(key)
-        ]
-        yield _judge(
-            case, "request", float(len(different)), 0.0, f"differ: {', '.join(different)}" if different else ""
-        )
-    if made.landmarks is None:
-        return
-    points = np.array(made.landmarks, np.float64)
-    if points.shape != (len(case.landmarks), 2):
-        yield _refuse(case, "landmarks", f"{len(points)} points, not {len(case.landmarks)}")
-        return
-    if case.detected is not None:
-        far = float(np.linalg.norm(points - np.array(case.detected), axis=1).max())
-        yield _judge(case, "landmarks", far, allowed.landmarks)
-    if made.whole is not None:
-        rgb = np.frombuffer(gzip.decompress((folder / case.rgb).read_bytes()), np.uint8)
-        crop = warp(rgb.reshape(case.height, case.width, 3), points, kit.size)
-        wanted = encoder.embed(crop[None])[0].astype(np.float64)
-        yield _vector(case, "whole", np.array(made.whole), wanted, allowed.whole, allowed.norm)
-
-
-def _judge(case: Case, step: Step, deviation: float, allowed: float, detail: str = "") -> Grade:
-    result: Literal["ok", "deviates"] = "ok" if deviation <= allowed else "deviates"  # NaN deviates
-    return Grade(case=case.name, step=step, result=result, deviation=deviation, allowed=allowed, detail=detail)
-
-
-def _refuse(case: Case, step: Step, detail: str) -> Grade:
-    return Grade(case=case.name, step=step, result="deviates", detail=detail)
-
-
-def _decoded(folder: Path, case: Case, made: DeviceCase, allowed: float) -> Grade:
-    if made.rgb_sha256 == case.rgb_sha256:
-        return _judge(case, "decode", 0.0, allowed)
-    if made.rgb_base64 is None:
-        return _refuse(case, "decode", "other pixels; report rgb_base64, too, to learn by how much")
-    pixels = _bytes(made.rgb_base64, "rgb_base64", case.name)
-    return _pixels(case, "decode", pixels, gzip.decompress((folder / case.rgb).read_bytes()), allowed, worst=False)
-
-
-def _pixels(case: Case, step: Step, got: Rgb, wanted: bytes, allowed: float, *, worst: bool) -> Grade:
-    """Compare pixels by their largest difference, or by its mean."""
-    if got.size != len(wanted):
-        return _refuse(case, step, f"{got.size:,} bytes, not {len(wanted):,}")
-    off = np.abs(got.astype(int) - np.frombuffer(wanted, np.uint8))
-    return _judge(case, step, float(off.max() if worst else off.mean()), allowed)
-
-
-def _vector(
-    case: Case, step: Step, got: NDArray[np.float64], wanted: NDArray[np.float64], allowed: float, norm_allowed: float
-) -> Grade:
-    if got.shape != wanted.shape:
-        return _refuse(case, step, f"{got.size:,} numbers, not {wanted.size:,}")
-    norm = float(np.linalg.norm(got))
-    if not abs(norm - 1) <= norm_allowed:
-        return _judge(case, step, abs(norm - 1), norm_allowed, f"its length is {norm:.4g}, not 1")
-    return _judge(case, step, max(0.0, 1 - float(got @ wanted) / (norm * float(np.linalg.norm(wanted)))), allowed)
-
-
-def _bytes(text: str, field: str, case: str) -> Rgb:
-    try:
-        return np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
-    except (binascii.Error, ValueError):
-        raise InputError(f"the report's {field} of {case} is not base64.") from None
 
 
 def _points(points: NDArray[np.floating]) -> tuple[tuple[float, float], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from dataclasses import dataclass
 
 import cv2
@@ -46,7 +47,9 @@ class _Scene:
     orientation: int = 1
     """EXIF orientation, 1–8: the file holds the picture turned, with the tag that turns it back."""
     mode: str = "RGB"
-    """RGB, L (grey) or RGBA, as Pillow names them."""
+    """RGB, L (grey), RGBA or P (palette), as Pillow names them; or ``16``: RGB of 16 bits a channel."""
+    profile: bytes = b""
+    """ICC profile that the file says its numbers are in."""
 
 
 def photographs() -> list[Photograph]:
@@ -73,7 +76,38 @@ def _background(number: int, scene: _Scene) -> Rgb:
     return np.asarray(cv2.resize(coarse, (scene.width, scene.height), interpolation=cv2.INTER_CUBIC)).astype(np.uint8)
 
 
+def display_p3() -> bytes:
+    """Build an ICC profile (version 2, matrix and curves) of Display P3's primaries with a gamma of 2.2."""
+
+    def xyz(x: float, y: float, z: float) -> bytes:
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in (x, y, z)))
+
+    name = b"Display P3\0"
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256)) + b"\0\0"
+    tags = {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + bytes(78 + 1),
+        b"cprt": b"text\0\0\0\0none\0\0\0\0",
+        b"wtpt": xyz(0.9642, 1, 0.8249),  # of D50, which the three columns below are adapted to
+        b"rXYZ": xyz(0.5151, 0.2412, -0.0011),
+        b"gXYZ": xyz(0.2919, 0.6922, 0.0419),
+        b"bXYZ": xyz(0.1572, 0.0666, 0.7841),
+        **{channel + b"TRC": curve for channel in (b"r", b"g", b"b")},
+    }
+    offset, table, body = 128 + 4 + 12 * len(tags), b"", b""
+    for tag, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += tag + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    content = struct.pack(">I", len(tags)) + table + body
+    stamp = struct.pack(">6H", 2020, 1, 1, 0, 0, 0)
+    head = struct.pack(">I4sI", 128 + len(content), bytes(4), 0x02400000) + b"mntrRGB XYZ " + stamp + b"acsp"
+    return head.ljust(68, b"\0") + xyz(0.9642, 1, 0.8249)[8:] + bytes(48) + content
+
+
 def _file(picture: Rgb, scene: _Scene) -> bytes:
+    if scene.mode == "16":  # every low byte is 255: rounding to the nearest byte would be off by one
+        deep = picture[:, :, ::-1].astype(np.uint16) * 256 + 255
+        return bytes(cv2.imencode(".png", deep)[1])
     image = Image.fromarray(picture)
     turned = {
         3: Image.Transpose.ROTATE_180,
@@ -89,10 +123,10 @@ def _file(picture: Rgb, scene: _Scene) -> bytes:
         alpha = np.linspace(0, 255, image.width).round().astype(np.uint8)
         image.putalpha(Image.fromarray(np.tile(alpha, (image.height, 1))))
     else:
-        image = image.convert(scene.mode)
+        image = image.convert(scene.mode)  # colours of a palette are web-safe ones, dithered
     form = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[scene.name.rpartition(".")[2]]
     buffer = io.BytesIO()
-    image.save(buffer, form, exif=exif, **({} if form == "PNG" else {"quality": 92}))
+    image.save(buffer, form, exif=exif, icc_profile=scene.profile or None, **({} if form == "PNG" else {"quality": 92}))
     return buffer.getvalue()
 
 
@@ -111,4 +145,7 @@ SCENES = (
     _Scene("exif7.jpg", "EXIF orientation 7, mirrored", 260, 300, 1.2, 3, (0.5, 0.5), orientation=7),
     _Scene("grey.jpg", "one channel", 280, 300, 1.3, 0, (0.5, 0.5), mode="L"),
     _Scene("alpha.png", "alpha is dropped, not blended", 280, 300, 1.3, 0, (0.5, 0.5), mode="RGBA"),
+    _Scene("palette.png", "a palette", 270, 290, 1.3, 6, (0.5, 0.5), mode="P"),
+    _Scene("deep.png", "16 bits a channel", 250, 290, 1.2, -4, (0.5, 0.5), mode="16"),
+    _Scene("p3.jpg", "the profile of Display P3 is ignored", 290, 300, 1.3, 8, (0.5, 0.5), profile=display_p3()),
 )

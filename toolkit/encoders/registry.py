@@ -10,6 +10,7 @@ from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.errors import BundleError, PkdError, TargetUnavailable, plain_reason
 from pkd.toolkit.encoders.base import Encoder, open_graph
 from pkd.toolkit.encoders.executorch import open_executorch
+from pkd.toolkit.encoders.litert import open_litert
 from pkd.toolkit.encoders.ncnn import open_ncnn
 from pkd.toolkit.encoders.openvino import open_openvino
 from pkd.toolkit.encoders.tensorrt import open_tensorrt
@@ -62,6 +63,7 @@ RUNTIMES: dict[str, Open] = {
     "openvino": open_openvino,
     "ncnn": open_ncnn,
     "executorch": open_executorch,
+    "litert": open_litert,
     "tensorrt": open_tensorrt,
     "tensorrt_rtx": open_tensorrt,
 }

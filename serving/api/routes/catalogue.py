@@ -86,7 +86,7 @@ def routes(service: Service) -> APIRouter:
             chosen = await run_in_threadpool(artifacts.choose, offer, target, file)
             name, kind = f"{stem}-{chosen.name.replace('/', '-')}", "application/octet-stream"
         headers = {"ETag": f'"{chosen.sha256}"', "Cache-Control": "private, no-cache"}
-        if _known(request, headers["ETag"]):
+        if known_etag(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
         return _Download(chosen.path, headers=headers, media_type=kind, filename=name, stat_result=chosen.checked)
 
@@ -105,7 +105,7 @@ def routes(service: Service) -> APIRouter:
             raise UnknownFile("this server has no YuNet detector to give out. Start it with --detector yunet.onnx.")
         data = await run_in_threadpool(lambda: detector.device_file)
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Cache-Control": "private, no-cache"}
-        if _known(request, headers["ETag"]):
+        if known_etag(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
         headers["Content-Disposition"] = 'attachment; filename="detector.onnx"'
         return Response(data, headers=headers, media_type="application/octet-stream")
@@ -174,7 +174,8 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _known(request: Request, etag: str) -> bool:
+def known_etag(request: Request, etag: str) -> bool:
+    """Tell whether the client has this version already, by If-None-Match."""
     sent = [one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")]
     return etag in sent or "*" in sent
 

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from shutil import rmtree
 
+import numpy as np
 import pytest
 from onnx import helper
 
 from pkd.export.cli import main
 from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.certificates.signing import TrustedKeys, new_key
+from pkd.toolkit.cli.verify import main as verify
 from pkd.toolkit.core.errors import BadVector
+from pkd.toolkit.device.kit import kit_of, read_kit
 from tests.support.bundle_factory import bundle, certificate, network, teacher_file
 
 STATED = "channels=rgb,mean=127.5,std=127.5"
@@ -176,3 +179,35 @@ def test_signing_and_packing(teacher: list[str], capsys: pytest.CaptureFixture[s
     again = made_by(capsys, [*teacher, "-o", "made", "--force", *sign])
     assert Bundle.open("made.zip", keys).data == Bundle.open("made", keys).data
     assert again["encoder"] == result["encoder"]
+
+
+def test_the_device_kit_lies_in_the_bundle_and_stays(teacher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device-kit" in refusal(capsys, [*teacher, "-o", "made", "--kit-detector", "yunet.onnx"])
+    made_by(capsys, [*teacher, "-o", "made", "--device-kit", "--zip"])
+    made_by(capsys, ["--from-bundle", "made", "--precision", "fp16", "--json"])
+    kit = kit_of(Bundle.open("made"))
+    assert kit.kit.encoder == Bundle.open("made").manifest.encoder.id
+    embeddings = {case.name: np.frombuffer(kit.read(case.embedding), "<f4").tolist() for case in kit.kit.cases}
+    report = {"device": "x", "encoder": kit.kit.encoder, "cases": {n: {"embedding": e} for n, e in embeddings.items()}}
+    Path("report.json").write_text(json.dumps(report))
+    for source in ("made", "made.zip"):
+        assert verify([source, "--device-report", "report.json", "--json"]) == 0
+        grades = json.loads(capsys.readouterr().out)["grades"]
+        assert [one["result"] for one in grades if one["step"] == "embedding"] == ["ok"] * len(embeddings) != []
+    made_by(capsys, [*teacher, "-o", "bare"])
+    assert verify(["bare", "--device-report", "report.json"]) == 2
+    assert "holds no device kit" in capsys.readouterr().err
+
+
+def test_a_target_in_another_precision_has_a_kit_of_its_own(
+    teacher: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_by(capsys, [*teacher, "-o", "made", "--precision", "fp16"])
+    assert verify(["made/targets/onnxruntime-fp16", "--device-kit", "kit"]) == 0
+    kit, target = read_kit(Path("kit")), Bundle.open("made").manifest.targets[0]
+    assert kit.kit.encoder == target.encoder.id
+    assert kit.kit.tolerances.embedding == target.golden_tolerance
+    Path("report.json").write_text(json.dumps({"device": "x", "encoder": target.encoder.id, "cases": {}}))
+    capsys.readouterr()
+    assert verify(["made", "--device-kit", "kit", "--device-report", "report.json"]) == 2
+    assert "Give the kit's own bundle" in capsys.readouterr().err

@@ -91,21 +91,24 @@ def test_prelu_stays_in_the_bundles_graph_and_is_decomposed_for_onnxruntime(caps
 def test_every_precision_on_the_cpu_opens_passes_and_has_its_own_id(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("openvino")
     result = export(
-        capsys, *STATED, "-o", "made", "--format", "onnx", "openvino", "--precision", "fp32", "fp16", *INT8[1:]
+        capsys, *STATED, "-o", "made", "--format", "onnx", "openvino", "--precision", "fp32", "fp16", "w8a16", *INT8[1:]
     )
     bundle = Bundle.open("made")
-    names = ["onnxruntime-fp32", "onnxruntime-fp16", "onnxruntime-int8", "openvino-fp32", "openvino-int8"]
+    runtimes = {"onnxruntime": ("fp32", "fp16", "w8a16", "int8"), "openvino": ("fp32", "int8")}
+    names = [f"{runtime}-{precision}" for runtime, precisions in runtimes.items() for precision in precisions]
     assert [target["name"] for target in result["targets"]] == names  # type: ignore[attr-defined, index]
     for name in names:
         target = bundle.manifest.target(name)
         assert target is not None
         assert self_test(bundle, open_target(bundle, name).embed, target) <= target.golden_tolerance
         assert (target.encoder.id == bundle.manifest.encoder.id) == (target.precision == "fp32")
-    assert len(bundle.manifest.encoders) == 4, "fp32, fp16 and two forms of int8"
+    assert len(bundle.manifest.encoders) == 5, "fp32, fp16, w8a16 and two forms of int8"
     assert {target.encoder.space for target in bundle.manifest.targets} == {bundle.manifest.encoder.space}
     settings = bundle.manifest.target("onnxruntime-int8").settings  # type: ignore[union-attr]
     assert settings["calibration"] == "percentile on 32 crops of faces"
     assert 0 < settings["similarity_rms"] < 0.05  # type: ignore[operator]
+    wide = bundle.manifest.target("onnxruntime-w8a16").settings  # type: ignore[union-attr]
+    assert 0 < wide["similarity_rms"] < settings["similarity_rms"]  # type: ignore[operator]
     checks = verify(bundle.path, None).checks
     assert {c.file for c in checks if "golden" in c.question} >= {f"targets/{name}" for name in names}
     assert not [check for check in checks if check.result == "failed"]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from pkd.serving.web import FOLDER
-from pkd.toolkit.device.kit import STEPS, encodings, grade, read_kit, read_report, write_kit
+from pkd.toolkit.device.grading import grade
+from pkd.toolkit.device.kit import STEPS, encodings, read_kit, read_report, write_kit
 from pkd.toolkit.encoders.base import open_bundle
 from pkd.toolkit.encoders.detector import open_detector
 from tests.support import bundle_factory
@@ -37,10 +38,10 @@ def node(script: str, *arguments: object) -> str:
 def run_kit(tmp_path: Path, detector: Path) -> dict[str, list[str]]:
     """Let Node compute the kit of a small encoder → step → results of all its photographs."""
     bundle = bundle_factory.bundle(tmp_path / "made")
-    write_kit(bundle, tmp_path / "kit", open_detector(str(detector)))
+    write_kit(open_bundle(bundle), tmp_path / "kit", open_detector(str(detector)))
     report = tmp_path / "report.json"
     node("conformance.mjs", bundle.path, detector, tmp_path / "kit", report)
-    grades = grade(tmp_path / "kit", read_kit(tmp_path / "kit"), read_report(report), open_bundle(bundle))
+    grades = grade(read_kit(tmp_path / "kit"), read_report(report), open_bundle(bundle))
     return {step: [one.result for one in grades if one.step == step] for step in STEPS}
 
 
@@ -49,7 +50,7 @@ def test_node_passes_the_conformance_kit(tmp_path: Path, shared: Path) -> None:
     results = run_kit(tmp_path, shared / "models" / "yunet_n_dynamic.onnx")
     assert set(results.pop("decode")) == {"not reported"}, "Node has no decoder; the browser's test reports it"
     assert {step: set(found) for step, found in results.items()} == {step: {"ok"} for step in results}
-    assert len(results["whole"]) == 14
+    assert len(results["whole"]) == 17
 
 
 def spots(rng: np.random.Generator, width: int, height: int) -> np.ndarray:

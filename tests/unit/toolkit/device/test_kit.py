@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image, ImageCms
 
 from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.cli.verify import main
 from pkd.toolkit.core.errors import InputError
-from pkd.toolkit.device.kit import DeviceCase, DeviceReport, grade, read_kit, read_report, write_kit
+from pkd.toolkit.device.grading import grade
+from pkd.toolkit.device.kit import DeviceCase, DeviceReport, read_kit, read_report, write_kit
 from pkd.toolkit.encoders.base import open_bundle
 from pkd.toolkit.images.codec import decode_rgb
 from tests.support import bundle_factory
@@ -42,7 +45,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module")
 def kit(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kit") / "kit"
-    write_kit(bundle, folder)
+    write_kit(open_bundle(bundle), folder)
     return folder
 
 
@@ -69,7 +72,7 @@ def graded(kit: Path, bundle: Bundle, device: Any) -> dict[str, str]:
     """Case → the first step that deviates."""
     report = DeviceReport.model_validate(example().report(device, kit, "test"))
     first: dict[str, str] = {}
-    for one in grade(kit, read_kit(kit), report, open_bundle(bundle)):
+    for one in grade(read_kit(kit), report, open_bundle(bundle)):
         if one.result == "deviates":
             first.setdefault(one.case, one.step)
     return first
@@ -81,9 +84,9 @@ def test_the_reference_client_passes_every_case(kit: Path, bundle: Bundle, devic
 
 def test_every_step_of_every_case_was_checked(kit: Path, bundle: Bundle, device: Any) -> None:
     report = DeviceReport.model_validate(example().report(device, kit, "test"))
-    grades = grade(kit, read_kit(kit), report, open_bundle(bundle))
+    grades = grade(read_kit(kit), report, open_bundle(bundle))
     assert {one.result for one in grades if one.step != "landmarks"} == {"ok"}
-    assert len(grades) == 8 * len(read_kit(kit).cases)
+    assert len(grades) == 8 * len(read_kit(kit).kit.cases)
 
 
 def stretched(device: Any) -> Callable[..., Any]:
@@ -152,11 +155,25 @@ def test_a_stale_student_is_refused(kit: Path, bundle: Bundle, device: Any) -> N
         graded(kit, bundle, device)
 
 
+def test_a_converted_profile_is_named(kit: Path, bundle: Bundle, device: Any) -> None:
+    """A device that converts Display P3 to sRGB has other pixels than the file."""
+
+    def converted(data: bytes) -> Any:
+        with Image.open(io.BytesIO(data)) as picture:
+            if "icc_profile" not in picture.info:
+                return decode_rgb(data)
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+            return np.asarray(ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB")))
+
+    device.decode = converted
+    assert graded(kit, bundle, device) == {"p3.jpg": "decode"}
+
+
 def test_a_case_that_is_not_in_the_kit_is_refused(kit: Path, bundle: Bundle) -> None:
     stated = read_kit(kit)
-    report = DeviceReport(device="x", encoder=stated.encoder, cases={"other.png": DeviceCase()})
+    report = DeviceReport(device="x", encoder=stated.kit.encoder, cases={"other.png": DeviceCase()})
     with pytest.raises(InputError, match=r"other\.png"):
-        grade(kit, stated, report, open_bundle(bundle))
+        grade(stated, report, open_bundle(bundle))
 
 
 def test_the_kit_is_readable_without_python(kit: Path) -> None:
@@ -209,6 +226,6 @@ def test_the_client_passes_with_its_own_detector(bundle: Bundle, shared: Path, t
 
     yunet = shared / "models" / "yunet_n_dynamic.onnx"
     folder = tmp_path / "kit"
-    write_kit(bundle, folder, open_detector(str(yunet)))
+    write_kit(open_bundle(bundle), folder, open_detector(str(yunet)))
     device = example().Device(Path(bundle.path), yunet)
     assert graded(folder, bundle, device) == {}

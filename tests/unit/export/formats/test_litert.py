@@ -1,0 +1,136 @@
+"""LiteRT files give the graph's embeddings, INT8 in integers; what is not translated is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper
+
+from pkd.export.checks.parity import synthetic_crops
+from pkd.export.cli import main
+from pkd.export.formats.litert import to_litert
+from pkd.export.graph.build import serialise, torch_network, uint8_graph
+from pkd.export.quantization.quantize import calibrate, embeddings, quantise
+from pkd.toolkit.bundle.bundle import Bundle, self_test
+from pkd.toolkit.core.errors import BundleError, InputError
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.encoders.litert import LiteRtNet
+from pkd.toolkit.encoders.registry import open_target
+from tests.support.bundle_factory import DIM, network, teacher_file
+
+pytest.importorskip("ai_edge_litert")
+torch = pytest.importorskip("torch")
+CROPS = synthetic_crops(3, 112)
+
+
+def same(graph: onnx.ModelProto) -> None:
+    np.testing.assert_allclose(LiteRtNet(to_litert(serialise(graph)), 1)(CROPS), embeddings(graph, CROPS), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        Preprocess(),
+        Preprocess(mean=0, std=255),
+        Preprocess(channels="bgr", mean=(91.5, 103.9, 131.1), std=(57, 58, 59)),
+    ],
+    ids=str,
+)
+def test_any_preprocessing(preprocess: Preprocess) -> None:
+    same(uint8_graph(network(), preprocess, DIM))
+
+
+@pytest.mark.parametrize("spec", ["mobilefacenet:0.25", "mobilefacenet-relu:0.25", "repvit:0.25"])
+def test_backbones(spec: str) -> None:
+    from pkd.toolkit.distill.models.backbones import build
+
+    torch.manual_seed(0)
+    same(uint8_graph(torch_network(build(spec, DIM).eval(), 112), Preprocess(), DIM))
+
+
+def test_every_operator_and_every_padding() -> None:
+    """A padding that LiteRT has no word for, groups, a multiplier, dilation, poolings, a clip, rows from pictures."""
+    from torch import nn
+
+    from tests.support.every_operator import every_operator
+
+    same(uint8_graph(every_operator(), Preprocess(), DIM))
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=1),
+        nn.ReLU6(),
+        nn.Conv2d(6, 12, 3, padding=(2, 0), groups=6),
+        nn.Hardtanh(-0.5, 0.5),
+        nn.Conv2d(12, 8, 3, stride=3, groups=2),
+        nn.Tanh(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+        nn.Hardswish(),
+        nn.AvgPool2d(3, 2),
+        nn.BatchNorm2d(8),
+        nn.PReLU(),
+        nn.Flatten(),
+        nn.Linear(128, DIM),
+    )
+    same(uint8_graph(torch_network(module.eval(), 112), Preprocess(), DIM))
+
+
+def test_int8_is_computed_in_integers() -> None:
+    from tests.support.every_operator import every_operator
+
+    plain = uint8_graph(every_operator(), Preprocess(), DIM)
+    graph = quantise(plain, calibrate(plain, synthetic_crops(8, 112), "minmax", lambda count: None), "s8s8a")
+    data = to_litert(serialise(graph))
+    net = LiteRtNet(data, 1)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (expected,) = onnxruntime.InferenceSession(graph.SerializeToString(), options).run(None, {"crops": CROPS})
+    made = net(CROPS)
+    rounding = 1 - np.sum(made * expected, axis=1)
+    quantisation = 1 - np.sum(expected * embeddings(plain, CROPS), axis=1)
+    assert rounding.max() < min(1e-3, quantisation.max())
+    assert len(data) < 0.5 * len(to_litert(serialise(plain)))
+
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data))
+    tensors, codes = model.subgraphs[0].tensors, [code.builtinCode for code in model.operatorCodes]
+    kinds = schema.BuiltinOperator
+    linear = {kinds.CONV_2D, kinds.DEPTHWISE_CONV_2D, kinds.FULLY_CONNECTED, kinds.ADD}
+    found = [one for one in model.subgraphs[0].operators if codes[one.opcodeIndex] in linear]
+    whole = [
+        one for one in found if all(tensors[i].type == schema.TensorType.INT8 for i in (*one.inputs[:2], *one.outputs))
+    ]
+    floats = [one for one in found if one not in whole]
+    assert len(whole) == 5  # three convolutions, the shortcut and the last layer
+    assert [codes[one.opcodeIndex] for one in floats] == [kinds.ADD]  # of the normalisation that is not folded
+
+
+def test_a_target_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    teacher_file(tmp_path / "t.onnx")
+    stated = "channels=rgb,mean=127.5,std=127.5"
+    assert main(["--teacher", "t.onnx", "--teacher-preprocess", stated, "-o", "made", "--format", "litert"]) == 0
+    bundle = Bundle.open("made")
+    (target,) = bundle.manifest.targets
+    assert (target.name, target.file) == ("litert-fp32", "targets/litert-fp32/encoder.tflite")
+    assert target.encoder == bundle.manifest.encoder and "litert" in target.checked_with
+    assert self_test(bundle, open_target(bundle, target.name).embed, target) < 1e-6
+
+
+def test_a_file_that_is_none() -> None:
+    with pytest.raises(BundleError, match="cannot read the file"):
+        LiteRtNet(b"\x1c\0\0\0TFL3 no model", 1)
+
+
+def test_what_is_not_translated_is_named() -> None:
+    made = network()
+    made.graph.node[-1].output[0] = "row"
+    made.graph.node.append(helper.make_node("Erf", ["row"], ["embedding_out"], name="bell"))
+    made.graph.output[0].name = "embedding_out"
+    with pytest.raises(InputError, match=r"LiteRT: Erf \(net/bell\) is not translated\. Leave --format litert out"):
+        to_litert(serialise(uint8_graph(made, Preprocess(), DIM)))
