@@ -19,7 +19,7 @@ from pkd.toolkit.core.encoder_info import EncoderInfo, describe, name_of
 from pkd.toolkit.core.errors import BadVector, BundleError, InputError, TargetUnavailable
 from pkd.toolkit.core.gpu import Device
 from pkd.toolkit.core.preprocess import Preprocess
-from pkd.toolkit.encoders.onnx_ports import Ports, choose_output, flat_rows, read_input
+from pkd.toolkit.encoders.onnx_ports import Ports, choose_output, flat_rows, load_refusal, read_input
 from pkd.toolkit.images.codec import Rgb
 
 Embeddings = NDArray[np.float32]
@@ -118,7 +118,7 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
     try:
         session = make_session(data, threads)
     except Exception as error:  # onnxruntime's own errors share no public base class
-        raise InputError(f"{path}: onnxruntime cannot load it: {ort_reason(error)}") from None
+        raise InputError(f"{path}: {load_refusal(error)}") from None
     size, taken = preprocess.size, read_input(session, preprocess, path)
     probe = np.zeros((taken.batch or 1, size, size, 3), np.uint8)
     names = [port.name for port in session.get_outputs()]

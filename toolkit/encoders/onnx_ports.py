@@ -6,6 +6,7 @@ N×D×1×1 or give more than the embedding. What is unambiguous is obeyed; the r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.errors import InputError, plain_reason
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.images.codec import Rgb
 
@@ -94,6 +95,30 @@ def choose_output(outputs: Mapping[str, NDArray[np.generic]], crops: int, source
             f'onnx.utils.extract_model("{source.name}", "one.onnx", ["INPUT"], ["{next(iter(fitting))}"]).'
         )
     return next(iter(fitting))
+
+
+def load_refusal(error: Exception) -> str:
+    """Say why onnxruntime does not load a file, and what to do, in words of our own: its are C++ and protobuf."""
+    text = str(error)
+    if found := re.search(r"No Op registered for (\S+) with domain_version of (\d+)", text):
+        return (
+            f"its operator {found[1]} is none of opset {found[2]} that this onnxruntime knows. Export it with standard "
+            "operators, or upgrade onnxruntime."
+        )
+    if found := re.search(r"(\S+?)\(-?\d+\) is not a registered function/op", text):
+        return f"its operator {found[1]} is unknown to this onnxruntime. Export it with standard operators."
+    if found := re.search(r"[Oo]pset (\d+) is under development.*?till opset (\d+)", text, re.DOTALL):
+        return (
+            f"its opset {found[1]} is newer than {found[2]}, the last that this onnxruntime reads. Export it with that."
+        )
+    if found := re.search(r"IR version: (\d+), max supported IR version: (\d+)", text):
+        return (
+            f"its IR version {found[1]} is newer than {found[2]}, the last that is read. Export it with an older onnx."
+        )
+    if "protobuf" in text or "No graph" in text:
+        return "it is no whole ONNX file. Export it again, or copy it again."
+    remedy = "Check it with onnx.checker.check_model, and export it again."
+    return f"onnxruntime cannot load it: {plain_reason(error)} {remedy}"
 
 
 def flat_rows(values: NDArray[np.generic]) -> NDArray[np.float32]:
