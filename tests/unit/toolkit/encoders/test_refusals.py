@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,7 +39,7 @@ def reshaped(shape: list[int | str], kind: int = TensorProto.FLOAT) -> bytes:
 
 
 def one_node(
-    operator: str, shape: list[int | str], out: list[int | str], kind: int = TensorProto.FLOAT, **more: int
+    operator: str, shape: list[int | str], out: list[int | str], kind: int = TensorProto.FLOAT, **more: Any
 ) -> bytes:
     graph = helper.make_graph(
         [helper.make_node(operator, ["x"], ["y"], **more)],
