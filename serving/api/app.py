@@ -21,6 +21,7 @@ from pkd.serving.api.api_keys import ApiKeys
 from pkd.serving.api.middleware import Middleware
 from pkd.serving.api.problems import TYPES, MethodNotAllowed, RouteNotFound, problem_response
 from pkd.serving.api.routes import (
+    audit,
     catalogue,
     devices,
     galleries,
@@ -81,7 +82,7 @@ def create_api(service: Service, keys: ApiKeys | None = None, *, page: bool = Tr
     app.add_exception_handler(Exception, _unforeseen)
 
     makers = [matching.routes, matching.search_routes]
-    makers += [one.routes for one in (galleries, subjects, people, transfer, migrations, catalogue, devices)]
+    makers += [one.routes for one in (galleries, subjects, people, audit, transfer, migrations, catalogue, devices)]
     routers = [*(make(service) for make in makers), tokens.routes(service, keys)]
     for router in routers:
         app.include_router(router, dependencies=[Depends(known_query)])

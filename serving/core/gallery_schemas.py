@@ -463,6 +463,36 @@ class MovedAnswer(BaseModel):
     receipt: ReceiptAnswer
 
 
+class AuditRecord(BaseModel):
+    """Describe one change of a gallery, as the audit log has it."""
+
+    sequence: int
+    time: datetime
+    actor: str = Field(description="Name of the key that asked for it; retention and pkd-gallery act, too")
+    action: str
+    gallery: str
+    subject: str | None = Field(description="Pseudonym, hex: the log names nobody")
+    templates: int
+    rows: int
+    hash: str = Field(description="SHA-256, which the next record holds")
+
+
+class AuditAnswer(BaseModel):
+    """List a page of the audit log, newest first."""
+
+    records: list[AuditRecord]
+    next: int | None = Field(description="Pass it as `before` for older records; null: these are the first")
+
+
+class ChainAnswer(BaseModel):
+    """Tell whether the audit log's chain of hashes is whole."""
+
+    whole: bool
+    sequence: int | None = Field(description="Number of the newest record; null where the chain is broken")
+    hash: str | None = Field(description="Hash of the newest record: note both outside, and pass them another time")
+    fault: str | None = Field(description="The first record that is missing or was changed")
+
+
 class BulkAnswer(BaseModel):
     """Answer one line of a bulk enrolment: durable by the time it is sent, or refused."""
 

@@ -141,6 +141,13 @@ def records(db: sqlite3.Connection, after: int = 0) -> Iterator[Record]:
     return (Record(*row) for row in rows)
 
 
+def newest(db: sqlite3.Connection, before: int | None, limit: int) -> list[Record]:
+    """List at most ``limit`` records before that sequence, newest first; the newest of all for None."""
+    last = 2**63 - 1 if before is None else before
+    rows = db.execute("SELECT * FROM audit WHERE sequence < ? ORDER BY sequence DESC LIMIT ?", (last, limit))
+    return [Record(*row) for row in rows]
+
+
 def verify(db: sqlite3.Connection, noted: Head | None = None) -> Head:
     """Walk the chain and return its head; raises NotTrusted that names the first broken record.
 
@@ -216,6 +223,11 @@ class AuditFile:
         """Walk the chain and return its head; raises NotTrusted."""
         with self._transaction("DEFERRED") as db:  # servers go on writing meanwhile
             return verify(db, noted)
+
+    def newest(self, before: int | None, limit: int) -> list[Record]:
+        """List at most ``limit`` records before that sequence, newest first."""
+        with self._transaction("DEFERRED") as db:
+            return newest(db, before, limit)
 
     def check(self) -> None:
         """Raise StoreUnavailable unless it can be written to right now."""

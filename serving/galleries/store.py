@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.serving.galleries.audit import Action, Head
+from pkd.serving.galleries.audit import Action, Head, Record
 from pkd.serving.galleries.crypto import MasterKey
 from pkd.serving.galleries.mapping_state import NOTHING_MAPPED, MappingState
 from pkd.toolkit.core.errors import PkdError
@@ -297,6 +297,12 @@ class GalleryStore(Protocol):
 
         ``noted``: a head of the audit log that was kept outside.
         """
+
+    def audit_records(self, before: int | None = None, limit: int = 100) -> Sequence[Record]:
+        """List records of the audit log before that sequence, newest first."""
+
+    def verify_audit(self, noted: Head | None = None) -> Head:
+        """Walk the chain of the audit log alone and return its head. Raises NotTrusted, as ``audit.verify`` does."""
 
     def rekey(self, master: MasterKey) -> int:
         """Wrap every gallery's key with another master key; returns how many were. No server may run meanwhile."""

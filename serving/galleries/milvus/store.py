@@ -18,7 +18,7 @@ from functools import partial
 from typing import TypeVar
 
 from pkd.serving.core.errors import GalleryConflict, ServingError, UnknownSubject
-from pkd.serving.galleries.audit import Action, AuditFile, Head
+from pkd.serving.galleries.audit import Action, AuditFile, Head, Record
 from pkd.serving.galleries.crypto import DecryptionError, MasterKey
 from pkd.serving.galleries.failures import explained
 from pkd.serving.galleries.mapping_state import MappingState
@@ -376,6 +376,14 @@ class MilvusStore:
         """Look at everything that is kept; say what was found, and what is wrong."""
         again = self._options.recheck_seconds
         return inspection.inspect(self._connection, self._catalogue, self._log, self._master, noted, progress, again)
+
+    def audit_records(self, before: int | None = None, limit: int = 100) -> Sequence[Record]:
+        """List records of this machine's audit log before that sequence, newest first."""
+        return self._log.newest(before, limit)
+
+    def verify_audit(self, noted: Head | None = None) -> Head:
+        """Walk the chain of this machine's audit log and return its head. Raises NotTrusted."""
+        return self._log.verify(noted)
 
     def rekey(self, master: MasterKey) -> int:
         """Wrap every gallery's key with another master key; returns how many were. May be run again.

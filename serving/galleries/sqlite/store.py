@@ -437,6 +437,16 @@ class SqliteStore:
         finally:
             follower.close()
 
+    def audit_records(self, before: int | None = None, limit: int = 100) -> Sequence[audit.Record]:
+        """List records of the audit log before that sequence, newest first."""
+        with self._file.reading() as db:
+            return audit.newest(db, before, limit)
+
+    def verify_audit(self, noted: audit.Head | None = None) -> audit.Head:
+        """Walk the chain of the audit log alone and return its head. Raises NotTrusted."""
+        with self._file.reading() as db:
+            return audit.verify(db, noted)
+
     def rekey(self, master: MasterKey) -> int:
         """Wrap every gallery's key with another master key, in one step; returns how many were."""
         return self._file.rekey(master)
