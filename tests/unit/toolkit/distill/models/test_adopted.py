@@ -16,14 +16,17 @@ pytest.importorskip("torch")
 import torch
 from torch import Tensor, nn
 
+from pkd.export.cli import main as export
 from pkd.export.graph.build import torch_network
+from pkd.toolkit.bundle.bundle import Bundle, write_bundle
 from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.distill.models.adopted import Adopted, adopt, build_adopted
 from pkd.toolkit.distill.models.backbones import build
+from pkd.toolkit.distill.models.open_encoder import open_encoder
 from pkd.toolkit.distill.models.student import load_student, save_student, weights_digest
-from pkd.toolkit.encoders.base import open_onnx, unit_rows
+from pkd.toolkit.encoders.base import open_bundle, open_onnx, unit_rows
 from tests.support.real_data import HAS_SHARED, NO_SHARED, SHARED
 
 SIZE = 32
@@ -173,9 +176,9 @@ def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def in_torch(student: Adopted, network: nn.Module) -> NDArray[np.float32]:
+def in_torch(student: Adopted, network: nn.Module, crops: NDArray[np.uint8] = CROPS) -> NDArray[np.float32]:
     with torch.no_grad():
-        return unit_rows(network(torch.from_numpy(student.info.preprocess(CROPS))).numpy())
+        return unit_rows(network(torch.from_numpy(student.info.preprocess(crops))).numpy())
 
 
 def test_equals_onnxruntime_and_trains(foreign: Path) -> None:
@@ -243,6 +246,40 @@ def test_a_backbone_of_the_zoo_is_adopted_from_its_run(tmp_path: Path) -> None:
     assert sum(isinstance(m, nn.BatchNorm2d) for m in network.trunk.modules()) == sum(
         isinstance(m, nn.BatchNorm2d) for m in module.modules()
     ), "its own batch normalisation is kept"
+
+
+def test_a_bundle_is_adopted_as_the_network_inside_and_only_if_it_shows_it(tmp_path: Path) -> None:
+    torch_old(tmp_path / "m.onnx")
+    stated = ["--teacher", str(tmp_path / "m.onnx"), "--teacher-preprocess", STATED]
+    assert export([*stated, "-o", str(tmp_path / "bundle")]) == 0
+    student = adopt(str(tmp_path / "bundle"), None, CROPS)
+    file = adopt(str(tmp_path / "m.onnx"), STATED, CROPS)
+    assert (student.width, student.info.id) == (file.width, file.info.id)
+    bundle = Bundle.open(tmp_path / "bundle")
+    expected = open_bundle(bundle).embed(CROPS)
+    np.testing.assert_allclose(in_torch(student, student.network(12).eval()), expected, atol=1e-5)
+
+    files = {name: bundle.read(name) for name in bundle.manifest.files}
+    model = onnx.load_model_from_string(files["encoder.onnx"])
+    for node in model.graph.node:
+        node.name = ""
+    write_bundle(tmp_path / "nameless", {**files, "encoder.onnx": model.SerializeToString()}, bundle.manifest)
+    with pytest.raises(InputError, match=r"was not made by pkd-export\. Give the model that it was made from"):
+        adopt(str(tmp_path / "nameless"), None)
+
+
+@pytest.mark.filterwarnings("ignore")  # insightface's own
+def test_the_recogniser_of_an_insightface_pack_is_adopted(tmp_path: Path) -> None:
+    pytest.importorskip("insightface", reason="insightface is not installed")
+    torch.manual_seed(4)
+    layers = [nn.Conv2d(3, 8, 7, 8), nn.PReLU(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(8, 12)]
+    pixels = torch.zeros(1, 3, 112, 112)
+    torch.onnx.export(nn.Sequential(*layers).eval(), (pixels,), tmp_path / "w600k.onnx", dynamo=False, opset_version=13)
+    crops = RANDOM.integers(0, 256, (3, 112, 112, 3), np.uint8)
+    student = adopt(f"insightface:{tmp_path}", None, crops)
+    assert (student.width, student.info.space.dim, student.info.preprocess.size) == (8, 12, 112)
+    expected = open_encoder(f"insightface:{tmp_path}").embed(crops)
+    np.testing.assert_allclose(in_torch(student, student.network(12).eval(), crops), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("spec", ["mobilefacenet:0.125", "mobilefacenet-relu:0.35", "repvit:0.5"])
