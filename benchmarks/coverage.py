@@ -368,7 +368,7 @@ def tables(found: dict[str, Any]) -> str:
 def coverage_table(found: dict[str, Any]) -> str:
     """Write the percent of the trials in which an interval held the truth, and its width, row by row."""
     cells = found["cells"]
-    counted, tar = ({cell[key] for cell in cells.values()} for key in ("trials", "tar_trials"))
+    counted, tar = ({cell[key] for cell in cells.values() if cell[key]} for key in ("trials", "tar_trials"))
     lines = [
         f"Percent of {_or(counted)} trials (FMR, prediction) and of {_or(tar)} (TAR, raw TAR, p) in which a 95 % "
         "interval held the truth, before → now, at the first; the second rate of the row. One standard error: "
@@ -385,15 +385,11 @@ def coverage_table(found: dict[str, Any]) -> str:
         both = cell.get("fmr", {}) | cell.get("tar", {})
 
         def held(statistic: str, both: Sums = both, goal: list[str] = goal) -> str:
-            return "; ".join(
-                " → ".join(
-                    f"{100 * _mean(both[k], 0):.0f}" for m in ("before", "now") if (k := f"{statistic}/{f}/{m}") in both
-                )
-                for f in goal
-            )
+            keys = [[k for m in ("before", "now") if (k := f"{statistic}/{f}/{m}") in both] for f in goal]
+            return "; ".join(" → ".join(f"{100 * _mean(both[k], 0):.0f}" for k in row) for row in keys if row) or "–"
 
         widths = ["; ".join(f"{_mean(both[f'FMR/{f}/now'], 1) / float(f):.2f}" for f in goal)]
-        widths += ["; ".join(f"{100 * _mean(both[k], 1):.1f}" for f in goal if (k := f"TAR/{f}/now") in both)]
+        widths += ["; ".join(f"{100 * _mean(both[k], 1):.1f}" for f in goal if (k := f"TAR/{f}/now") in both) or "–"]
         lines.append(
             f"| {people} | {name} | {'; '.join(goal)} | {held('FMR')} | {widths[0]} | {held('prediction')} | "
             f"{held('TAR')} | {widths[1]} | {held('raw TAR')} | {held('p < 0.05')} |"
