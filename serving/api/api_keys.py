@@ -124,6 +124,8 @@ class ApiKeys:
         self._revoked: frozenset[str] = frozenset()
         self.tokens: Tokens | None = None
         """Reads and makes tokens; None: this server has no galleries, and so no tokens."""
+        self.open_metrics = False
+        """Whether /metrics is answered without a key, as Prometheus asks whom nobody gave one."""
         self.access_tokens: AccessTokens | None = None
         """Takes what an OpenID Connect issuer has signed; None: keys and tokens of this server alone."""
         self._buckets: dict[bytes, Bucket] = {}

@@ -32,6 +32,7 @@ from pkd.serving.observability.state import State
 from pkd.serving.observability.telemetry import span
 from pkd.toolkit.core.errors import PkdError
 
+METRICS = "/metrics"
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 """Paths that are answered without a key, beside pages: nothing in them depends on a person or an encoder."""
 UNCOUNTED = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -101,7 +102,9 @@ class Middleware:
         works = scope["method"] not in ("GET", "HEAD")
         if scope["path"] not in OPEN_PATHS and not is_page(scope["path"]):
             headers = Headers(scope=scope)
-            if self.keys:
+            if self.keys and self.keys.open_metrics and scope["path"] == METRICS:
+                pass
+            elif self.keys:
                 scope[IN_SCOPE] = key = await self.keys.identify(headers.get("authorization"))
                 self.keys.take(key)
                 if key.token:

@@ -168,6 +168,9 @@ class Configuration:
         False, "yes", "listen beyond loopback without keys, for anyone to use", "off", _switch
     )
     no_page: bool = _option(False, "yes", "serve no page for browsers at /", "off", _switch)
+    open_metrics: bool = _option(
+        False, "yes", "answer /metrics without a key; keep it from strangers by the proxy", "off", _switch
+    )
     trust_key: tuple[str, ...] = _option(
         (),
         "list",

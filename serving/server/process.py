@@ -63,6 +63,8 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
         if configuration.oidc:
             keys = keys or ApiKeys(())
             keys.access_tokens = Oidc.read(Path(configuration.oidc))
+        if keys:
+            keys.open_metrics = configuration.open_metrics
         if keys and configuration.master_key:
             keys.tokens = Tokens(MasterKey.read(Path(configuration.master_key)).derive("tokens"))
         if store:

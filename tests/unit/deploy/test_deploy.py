@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -81,6 +82,44 @@ def test_a_pod_gets_as_long_as_a_drain_may_take() -> None:
         assert pod["terminationGracePeriodSeconds"] > Settings().drain_seconds + 5 + pause
         assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
         assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
+
+
+def test_the_autoscaler_alone_says_how_many_there_are() -> None:
+    scaled = {one["spec"]["scaleTargetRef"]["name"] for one in resources() if one["kind"] == "HorizontalPodAutoscaler"}
+    for resource, _, _ in pods():
+        if resource["kind"] == "StatefulSet":
+            assert resource["metadata"]["name"] in scaled and "replicas" not in resource["spec"]
+
+
+def test_every_claim_that_is_mounted_is_there_and_the_ingress_keeps_metrics_in() -> None:
+    claims = {one["metadata"]["name"] for one in resources() if one["kind"] == "PersistentVolumeClaim"}
+    for _, pod, _ in pods():
+        for volume in pod["volumes"]:
+            assert volume.get("persistentVolumeClaim", {"claimName": "pkd-bundles"})["claimName"] in claims
+    (ingress,) = [one for one in resources() if one["kind"] == "Ingress"]
+    paths = [(one["path"], one["pathType"]) for rule in ingress["spec"]["rules"] for one in rule["http"]["paths"]]
+    assert ("/v1", "Prefix") in paths and ("/", "Exact") in paths and ingress["spec"]["tls"]
+    assert not any("/metrics".startswith(path) for path, kind in paths if kind == "Prefix")
+
+
+def test_a_copy_of_the_galleries_is_made_by_the_very_program_of_the_manifest(tmp_path: Path) -> None:
+    (backup,) = [one for _, pod, _ in pods() for one in pod["containers"] if one["name"] == "backup"]
+    (tmp_path / "galleries").mkdir()
+    (tmp_path / "backup").mkdir()
+    with sqlite3.connect(tmp_path / "galleries" / "galleries.db") as db:
+        db.execute("CREATE TABLE t (x)")
+        db.execute("INSERT INTO t VALUES (7)")
+    for number in range(9):
+        (tmp_path / "backup" / f"galleries-2020010{number}T000000.db").touch()
+    program = backup["args"][0].replace("/backup", str(tmp_path / "backup")).replace("/var/lib/pkd", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("time.sleep(86400)", "break")], timeout=60, check=False
+    )
+    assert done.returncode == 0
+    kept = sorted((tmp_path / "backup").iterdir())
+    assert len(kept) == 7
+    with sqlite3.connect(kept[-1]) as db:
+        assert db.execute("SELECT x FROM t").fetchone() == (7,)
 
 
 def test_one_sqlite_server_at_a_time() -> None:

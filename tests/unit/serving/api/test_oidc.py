@@ -224,3 +224,13 @@ def test_the_files_name_what_is_wrong_with_them(tmp_path: Path) -> None:
         (tmp_path / "jwks.json").write_text(json.dumps({"keys": keys}))
         with pytest.raises(InputError, match=r"jwks\.json: (no JWKS|holds no public key)"):
             Oidc.read(tmp_path / "oidc.json")
+
+
+def test_metrics_are_open_only_where_the_operator_says_so(fleet: Any, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(OWN["line"] + "\n")
+    keys = ApiKeys.read(tmp_path / "keys.txt")
+    with made.serving(fleet, tmp_path / "store", keys) as client:
+        problem(client.get("/metrics"), 401, "auth")
+        keys.open_metrics = True
+        assert client.get("/metrics").status_code == 200
+        problem(client.get("/v1/galleries"), 401, "auth")
