@@ -330,44 +330,6 @@ class SubjectsAnswer(BaseModel):
     next: str | None = Field(description="Pass it as `after` for the next page; null: this is the last one")
 
 
-class PairAnswer(BaseModel):
-    """Describe two subjects who may be one person."""
-
-    subject: str
-    other: str
-    template: str
-    other_template: str
-    encoders: list[str]
-    score: float
-    expected_false: float = Field(description="Pairs of different people that reach such a score here by chance")
-    calibrated: bool = Field(description="False: the rate is extrapolated beyond what was measured")
-
-
-class OutlierAnswer(BaseModel):
-    """Describe a template that matches none of its subject's others."""
-
-    subject: str
-    template: str
-    encoder: str
-    score: float = Field(description="To the most similar of the others")
-    threshold: float
-    others: int = Field(description="Templates that it was compared with")
-    genuine_below: float = Field(description="Share of genuine pairs that score as low, by the certificate")
-    nearest: str | None = Field(description="Subject whom it matches instead")
-
-
-class ReviewAnswer(BaseModel):
-    """Answer a review: the most doubtful first."""
-
-    gallery: str
-    subjects: int
-    templates: int
-    compared: int = Field(description="Pairs of templates of different subjects")
-    pairs: list[PairAnswer]
-    outliers: list[OutlierAnswer]
-    not_compared: dict[str, int] = Field(description="Encoder → templates that no certificate covers")
-
-
 class ReceiptAnswer(BaseModel):
     """Prove a deletion: what was removed, and the place of its record in the audit log."""
 
@@ -378,17 +340,6 @@ class ReceiptAnswer(BaseModel):
     covers: list[str] = Field(description="Places where nothing is left")
     sequence: int = Field(description="Number of the audit record")
     hash: str = Field(description="SHA-256 of the audit record")
-
-
-class MoveAnswer(BaseModel):
-    """Answer a move."""
-
-    gallery: str
-    subject: str
-    into: str
-    templates: list[str] = Field(description="Ids that they have now")
-    sequence: int = Field(description="Number of the audit record of their arrival")
-    receipt: ReceiptAnswer = Field(description="Templates that left `subject`, who is gone where no template is left")
 
 
 class Candidate(BaseModel):

@@ -498,8 +498,3 @@ class Conformance(PeopleConformance):
         assert enrolled(again.enrol("staff", [asked], ALICE)) == [replace(answer, replayed=True)]
         (found,) = again.search("staff", ENCODER, unit(1), 1, {"site": "a"})
         assert found.hits[0].template == answer.templates[0]
-
-    def test_a_check_passes_and_changes_nothing(self, store: GalleryStore) -> None:
-        before = store.get("staff")
-        store.check()
-        assert store.get("staff") == before

@@ -150,3 +150,8 @@ class PeopleConformance:
         store.delete_subject("staff", "student", ALICE)
         store.end_migration("staff", ALICE)
         assert store.get("staff").space == NEW and store.get("staff").templates == {id: 6, native: 1}
+
+    def test_a_check_passes_and_changes_nothing(self, store: GalleryStore) -> None:
+        before = store.get("staff")
+        store.check()
+        assert store.get("staff") == before

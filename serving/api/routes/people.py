@@ -16,7 +16,8 @@ from pkd.serving.api.responses import json_response
 from pkd.serving.api.routes.galleries import describe_receipt
 from pkd.serving.api.routes.parameters import GalleryName, SubjectId
 from pkd.serving.core.errors import TooLarge
-from pkd.serving.core.gallery_schemas import MoveAnswer, MoveBody, ReviewAnswer
+from pkd.serving.core.gallery_schemas import MoveBody
+from pkd.serving.core.review_schemas import MoveAnswer, ReviewAnswer
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.review import Review, review
 from pkd.serving.galleries.store import Subject

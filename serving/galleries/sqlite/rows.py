@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -17,6 +18,7 @@ from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, N
 from pkd.serving.galleries.templates import (
     STORED,
     check_enrolment,
+    choose_templates,
     not_migrating,
     unknown_gallery,
     unknown_subject,
@@ -118,6 +120,29 @@ def delete_subject(db: sqlite3.Connection, id: int) -> tuple[int, int]:
     answers = db.execute("DELETE FROM answers WHERE subject = ?", (id,)).rowcount
     db.execute("DELETE FROM subjects WHERE id = ?", (id,))
     return templates, templates + answers + 1
+
+
+def remove(
+    db: sqlite3.Connection,
+    key: GalleryKey,
+    subject: str,
+    templates: Sequence[str],
+    actor: str,
+    action: audit.Action,
+) -> tuple[int, int, audit.Head, bool]:
+    """Delete templates of a subject, all for none; returns how many, how many rows, the record, and whether all."""
+    row = subject_row(db, key.gallery, subject)
+    found = read_subject(db, key, row, False)
+    chosen = choose_templates(key.gallery, found, templates)
+    last = len(chosen) == len(found.templates)
+    if last:
+        removed, rows = delete_subject(db, row[0])
+    else:
+        db.executemany("DELETE FROM templates WHERE id = ?", [(int(one.id, 16),) for one in chosen])
+        removed = rows = len(chosen)
+    pseudonym = key.pseudonym(subject)
+    head = audit.append(db, actor, action, key.gallery, subject=pseudonym, templates=removed, rows=rows)
+    return removed, rows, head, last
 
 
 class Enrolling:

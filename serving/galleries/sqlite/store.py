@@ -42,6 +42,7 @@ from pkd.serving.galleries.sqlite.rows import (
     read_gallery,
     read_mapping,
     read_subject,
+    remove,
     replayed,
     subject_row,
     without,
@@ -263,7 +264,7 @@ class SqliteStore:
     ) -> Receipt:
         """Delete some templates of a subject, and the subject with the last of them."""
         with self._file.writing() as db:
-            removed, rows, head, last = self._remove(db, gallery, subject, templates, actor, action)
+            removed, rows, head, last = remove(db, self._key(db, gallery), subject, templates, actor, action)
         covers = self._erased(*(("key",) if last else ()))
         return Receipt(gallery, subject, removed, rows, covers, head.sequence, head.hash)
 
@@ -280,7 +281,7 @@ class SqliteStore:
             enrolling = Enrolling(db, read_gallery(db, gallery), id, key, actor)
             arrived = [enrolling.enrol(one) for one in enrolments_again(into, chosen, "move-in")]
             ids = [one.id for one in chosen]
-            removed, rows, head, last = self._remove(db, gallery, subject, ids, actor, "move-out")
+            removed, rows, head, last = remove(db, key, subject, ids, actor, "move-out")
         covers = self._erased(*(("key",) if last else ()))
         receipt = Receipt(gallery, subject, removed, rows, covers, head.sequence, head.hash)
         moved = tuple(one for each in arrived for one in each.templates)
@@ -301,29 +302,6 @@ class SqliteStore:
         """Record in the audit log what changed nothing, such as a refusal."""
         with self._file.writing() as db:
             return audit.append(db, actor, action, gallery, subject=self._key(db, gallery).pseudonym(subject))
-
-    def _remove(
-        self,
-        db: sqlite3.Connection,
-        gallery: str,
-        subject: str,
-        templates: Sequence[str],
-        actor: str,
-        action: audit.Action,
-    ) -> tuple[int, int, audit.Head, bool]:
-        """Delete templates in a transaction; returns how many, how many rows, the record, and whether all are gone."""
-        key, row = self._key(db, gallery), subject_row(db, gallery, subject)
-        found = read_subject(db, key, row, False)
-        chosen = choose_templates(gallery, found, templates)
-        last = len(chosen) == len(found.templates)
-        if last:
-            removed, rows = delete_subject(db, row[0])
-        else:
-            db.executemany("DELETE FROM templates WHERE id = ?", [(int(one.id, 16),) for one in chosen])
-            removed = rows = len(chosen)
-        pseudonym = key.pseudonym(subject)
-        head = audit.append(db, actor, action, gallery, subject=pseudonym, templates=removed, rows=rows)
-        return removed, rows, head, last
 
     def search(
         self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None
