@@ -239,16 +239,16 @@ def test_a_file_that_could_not_be_read_is_read_once_it_can_be(tmp_path: Path, mo
     """As after chmod: its content and the time of its last change are as they were."""
     clock, path = Clock(), tmp_path / "keys"
     keys = limited(path, clock, 9)
-    read = Path.read_text
+    read = Path.read_bytes
 
     def refused(self: Path, *args: Any, **named: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     write(path, f"{hashed('two')} phone embed,admin").chmod(0)
-    monkeypatch.setattr(Path, "read_text", refused)  # who runs the tests may be root, who may read everything
+    monkeypatch.setattr(Path, "read_bytes", refused)  # who runs the tests may be root, who may read everything
     clock.now += 1.1
     assert keys.check("Bearer one").name == "kiosk"
-    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(Path, "read_bytes", read)
     time.sleep(0.02)  # file systems have a clock that ticks every 10 ms or faster
     path.chmod(0o600)
     clock.now += 1.1
