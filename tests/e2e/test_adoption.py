@@ -96,6 +96,20 @@ def test_training_begins_with_the_map_and_is_checked(place: Path, capsys: pytest
     assert "BatchNormalization" not in kinds
 
 
+def test_a_training_that_loses_against_the_map_leaves_the_map(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--steps", "12", "--batch", "32", "--lr", "3", "--precision", "fp32")
+    assert distill(place, "lost", *more) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "The map is kept: the training lost against it. l2kd: mean cosine" in said
+    report = json.loads((place / "lost" / "report.json").read_text())
+    assert report["check"]["tar"] == pytest.approx(report["map_check"]["tar"], abs=0.02)
+    kept = load_student(place / "lost")
+    assert kept.training["method"] == "map"
+    assert kept.info.name == "mobile-map"
+    assert cosine(place, "lost") > 0.5
+    assert "BatchNormalization" not in [node.op_type for node in _exported(place, "lost").graph.node]
+
+
 def test_a_shortened_student_is_trained_exported_and_smaller(place: Path) -> None:
     more = ("--shorten", "0.8", "--map-rank", "8", "--steps", "60", "--batch", "32", "--lr", "0.02", "--seed", "1")
     assert distill(place, "short", *more) == 0

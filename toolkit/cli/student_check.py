@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.encoders.base import Embeddings, Encoder
-from pkd.toolkit.encoders.embed import embed_faces, embed_stored
+from pkd.toolkit.encoders.embed import embed_stored
 from pkd.toolkit.evaluation.metrics.operating_points import measure
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
@@ -84,7 +84,8 @@ def student_report(
         from pkd.toolkit.distill.models.student import load_student
 
         expected = embed_stored(teacher, held_out, cache=cache)[:]
-        student = embed_faces(load_student(run), held_out)
+        kept = load_student(run)
+        student = embed_stored(kept, held_out, cache=cache)[:]
         check: dict[str, Any] = {"images": len(held_out), "people": len(held_out.identities)}
         check |= check_student(student, expected, held_out.labels, teacher.info)
         check["cosine"] = float(np.einsum("nd,nd->n", student, expected).mean())
@@ -93,7 +94,11 @@ def student_report(
         if start:
             content["map_check"] = check_student(start.mapped(held_out), expected, held_out.labels, teacher.info)
             lines.append(f"the map that it began with, {_describe({**check, 'cosine': None, **content['map_check']})}")
-        content["advice"] = advice(check, content.get("map_check"), _gain(run / "log.csv"))
+        if lost := kept.training.get("lost"):
+            content["lost"] = lost
+            lines.append(f"The map is kept: the training lost against it. {lost}. Give more images, or less time.")
+        gain = None if lost else _gain(run / "log.csv")
+        content["advice"] = advice(check, content.get("map_check"), gain)
         lines += [content["advice"]] if content["advice"] else []
     if content:
         (run / REPORT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
