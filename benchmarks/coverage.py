@@ -101,7 +101,7 @@ def main() -> int:
                 cell["tar"] = tar_row(name, people, args.tar_trials, args.resamples, cell["truth"])
                 cell["tar_trials"] = args.tar_trials
             args.results.write_text(json.dumps(found, indent=1) + "\n")
-    print(tables(found))
+    print(table(found))
     return 0
 
 
@@ -360,7 +360,7 @@ def tar_row(name: str, people: int, trials: int, resamples: int, truth: dict[str
     return sums
 
 
-def tables(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any]) -> str:
     """Write every table in Markdown."""
     return "\n\n".join([coverage_table(found), method_table(found), assurance_table(found)])
 

@@ -51,10 +51,8 @@ def decode(image: Undecoded) -> Rgb:
     if foreign := NOT_READ.get(image[:4]):
         raise UnsupportedMedia(f"this is a {foreign} file. JPEG, PNG, WebP, BMP, AVIF and HEIC images are taken.")
     check_work(image)
-    if image.startswith(PNG):
-        image = _pixels_only(image)
     try:
-        return decode_rgb(image)
+        return decode_rgb(_pixels_only(image) if image.startswith(PNG) else image)
     except ImageTooLarge:
         raise
     except MissingDecoder as error:

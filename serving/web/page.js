@@ -158,6 +158,7 @@ async function takeFile(file) {
   stopCamera();
   hint("Looking for a face…");
   state.embedding = null;
+  state.asking += 1; // an answer that is still under way is about the picture before
   clearAnswer();
   try {
     const { faces } = await take(file, file.size);

@@ -171,7 +171,7 @@ def test_match_and_non_match_are_right(place: Place, page: Page) -> None:
     choose_mode(page, "claim")
     page.run(f"document.querySelector('#subject').value = '{ANN}'")
     page.run("document.querySelector('#subject').dispatchEvent(new Event('change'))")
-    assert page.until("document.querySelector('.verdict.no')?.textContent") == f"No, this is not {ANN}."
+    page.until(f"document.querySelector('.verdict.no')?.textContent === 'No, this is not {ANN}.'")
     assert take(page, place.photographs[ANN][1]) == f"Yes, this is {ANN}."
     assert page.run("document.querySelector('#needle title').textContent").startswith("similarity 0.")
     assert page.run("getComputedStyle(document.querySelector('#needle')).display") != "none"

@@ -152,7 +152,7 @@ def test_what_cannot_be_served(family: made.Family, tmp_path: Path, capsys: pyte
 
 def test_a_default_that_no_certificate_covers_is_said_at_the_start(family: made.Family) -> None:
     with serving(family.folders[1], "--target-fmr", "1e-6") as server:
-        assert any("FMR 1e-06 not covered" in line and "0.0001 to 0.01" in line for line in server.said)
+        assert any("FMR 1e-06 as a point not covered" in line and "0.0001 to 0.01" in line for line in server.said)
 
 
 @pytest.mark.shared

@@ -223,7 +223,7 @@ def test_bad_usage_is_one_clear_line(world: Path, tmp_path: Path, capsys: Out) -
 
 
 def test_a_certificate_that_is_none_is_not_trusted(world: Path, tmp_path: Path, capsys: Out) -> None:
-    for data in (b"", b"{}", b"[]", b"\xff\xfe", b'{"schema_version": 1}', b'{"schema_version": 3}'):
+    for data in (b"", b"{}", b"[]", b"\xff\xfe", b'{"schema_version": 1}', b'{"schema_version": 4}'):
         (tmp_path / "c.json").write_bytes(data)
         assert checked(tmp_path / "c.json") == 4
     assert "Upgrade pkd" in capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_what_it_throws_is_one_line_with_a_remedy(module: Path, capsys: pytest.C
         ("theirs:build", ("", ""), "is a function. It must be a pkd.export.formats.base.Format"),
         ("theirs:FORMAT", ('"zipped"', '"onnxruntime"'), "its runtime onnxruntime is that of --format onnx"),
         ("theirs:FORMAT", ('"zipped"', '"zip ped"'), "must be letters, digits and underscores"),
-        ("theirs:FORMAT", ('"fp16")', '"fp8")'), "must be some of fp32, fp16, int8, bf16"),
+        ("theirs:FORMAT", ('"fp16")', '"fp8")'), "must be some of fp32, fp16, int8, w8a16, bf16"),
         (
             "theirs:FORMAT",
             ("SCALE = 1", "SCALE = 1 / 0"),

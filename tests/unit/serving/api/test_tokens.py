@@ -182,6 +182,7 @@ def test_every_other_route_is_closed(server: Server) -> None:
                 opened.add(f"{method} {path}")
     assert opened == {
         "get /v1/encoders", "get /v1/encoders/{encoder}", "get /v1/encoders/{encoder}/artifact", "get /v1/detector",
+        "get /v1/devices/{device_class}/latest",
         "get /v1/spaces", "get /v1/certificates", "get /v1/galleries/{gallery}", "post /v1/verify", "post /v1/embed",
         "post /v1/galleries/{gallery}/identify",
     }  # fmt: skip

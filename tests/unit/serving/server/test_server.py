@@ -68,7 +68,7 @@ def endless(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> I
     monkeypatch.setattr(
         server,
         "create_app",
-        lambda service, keys, local: Middleware(app, service.settings, service.state, keys, local=local),
+        lambda service, keys, local, page: Middleware(app, service.settings, service.state, keys, local=local),
     )
     listener = server.listen("127.0.0.1", 0)
     ready = threading.Event()

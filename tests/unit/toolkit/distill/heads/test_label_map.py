@@ -46,7 +46,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_no_file_and_no_text(tmp_path: Path) -> None:
-    (tmp_path / "noise").write_bytes(b"\xff\xfe\x00\x81")
+    (tmp_path / "noise").write_bytes(b"\x81\xff\xfe\x00")
     for name in ("missing", "noise", "."):
         with pytest.raises(BadHead, match="--head-labels"):
             read_label_map(tmp_path / name)
