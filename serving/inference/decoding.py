@@ -51,8 +51,9 @@ def decode(image: Undecoded) -> Rgb:
     if foreign := NOT_READ.get(image[:4]):
         raise UnsupportedMedia(f"this is a {foreign} file. JPEG, PNG, WebP, BMP, AVIF and HEIC images are taken.")
     check_work(image)
+    read = _pixels_only(image) if image.startswith(PNG) else image
     try:
-        return decode_rgb(_pixels_only(image) if image.startswith(PNG) else image)
+        return decode_rgb(read)
     except ImageTooLarge:
         raise
     except MissingDecoder as error:

