@@ -36,7 +36,7 @@ OTHERWISE = {"CMYK JPEG"}
 
 @dataclass
 class Place:
-    """What all tests here share."""
+    """Hold what all tests here share."""
 
     server: Server
     browser: Browser

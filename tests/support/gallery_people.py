@@ -1,4 +1,4 @@
-"""What every GalleryStore promises of mappings, and of templates that are removed, moved and mapped."""
+"""Ask of every GalleryStore what it promises of mappings, and of templates that are removed, moved and mapped."""
 
 from __future__ import annotations
 

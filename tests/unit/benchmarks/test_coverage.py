@@ -31,7 +31,7 @@ def coverage(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 @pytest.mark.soak
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_intervals_of_the_fmr_hold_the_truth(coverage: ModuleType, name: str, soak: bool) -> None:
-    """Of 30 trials 24 are seen where 19 of 20 hold; the long form tells 91 % from 95 %."""
+    """See 24 of 30 trials hold where 19 of 20 should; the long form tells 91 % from 95 %."""
     people, trials, least = (120, 600, 0.92) if soak else (60, 30, 0.8)
     sums, _ = coverage.fmr_row(name, people, trials, others=soak)
     for fmr in coverage.RATES[people]:
@@ -46,7 +46,7 @@ def test_intervals_of_the_fmr_hold_the_truth(coverage: ModuleType, name: str, so
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["near one", "wolves"])
 def test_intervals_of_the_tar_hold_the_truth(coverage: ModuleType, name: str, soak: bool) -> None:
-    """Where nearly everyone passes no interval is without width, and two equally good encoders seldom differ."""
+    """Give every interval a width where nearly everyone passes, and see two equally good encoders seldom differ."""
     people, trials, least = (120, 200, 0.91) if soak else (60, 8, 0.6)
     _, truth = coverage.fmr_row(name, people, 200 if soak else 20, others=False)
     sums = coverage.tar_row(name, people, trials, 200 if soak else 60, truth)

@@ -1,4 +1,4 @@
-"""What is kept of a certificate's observations: sums of all processes, over restarts, and neither scores nor names."""
+"""Keep the sums of a certificate's observations, of all processes and over restarts, and neither scores nor names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is vendored is what the lock file names, and lies as it was made."""
+"""Compare what is vendored with what the lock file names, and with its hashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training saw is known again, by image and by name, and nothing else can be read from the file."""
+"""Know again what a training saw, by image and by name; nothing else can be read from the file."""
 
 from __future__ import annotations
 
