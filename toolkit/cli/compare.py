@@ -14,7 +14,7 @@ from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.evaluation.comparison.compare import Ranking, rank
 from pkd.toolkit.evaluation.comparison.load import read_runs
-from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict, write_ranking_figures
+from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict
 from pkd.toolkit.evaluation.report.compare_plots import probability, what
 from pkd.toolkit.evaluation.report.drawing import require_plots
 from pkd.toolkit.evaluation.report.page import points
@@ -63,11 +63,9 @@ def compare(options: CompareOptions, console: Console) -> Result:
     if (out / "report.json").exists():
         raise InputError(f"{out}: is the folder of an evaluation. Give another --out.")
     found = rank(read_runs(options.runs), by=options.by, cell=options.cell, at=options.fmr)
-    page = render_ranking(found)
-    out.mkdir(parents=True, exist_ok=True)
+    page = render_ranking(found, out / "figures")
     (out / "compare.json").write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (out / "compare.html").write_text(page, encoding="utf-8")
-    write_ranking_figures(found, out / "figures")
     _show(console, found, out)
     summary: dict[str, Any] = found.model_dump(mode="json", exclude={"runs": {"__all__": {"comparison"}}})
     return {"out": str(out), "verdict": verdict(found), **summary}

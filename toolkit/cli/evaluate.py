@@ -37,7 +37,8 @@ from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOption
 from pkd.toolkit.evaluation.protocols.pair_list import pair_list_accuracy
 from pkd.toolkit.evaluation.protocols.registry import find_protocol
 from pkd.toolkit.evaluation.protocols.templates import template_matching
-from pkd.toolkit.evaluation.report.evaluation_page import render, render_worst, require_plots, verdicts, write_figures
+from pkd.toolkit.evaluation.report.drawing import require_plots
+from pkd.toolkit.evaluation.report.evaluation_page import render, render_worst, verdicts
 from pkd.toolkit.evaluation.results.schema import Evaluation
 
 EXAMPLES = """
@@ -301,12 +302,11 @@ def _write(out: Path, result: ProtocolResult, key: SigningKey | None) -> None:
         write_signed(folder / certificate.file_name, (certificate.model_dump_json(indent=2) + "\n").encode(), key)
     write_resample_values(out, result.resample_values)
     write_signed(out / "report.json", (result.evaluation.model_dump_json(indent=2) + "\n").encode(), key)
-    (out / "report.html").write_text(render(result.evaluation), encoding="utf-8")
+    (out / "report.html").write_text(render(result.evaluation, out / "figures"), encoding="utf-8")
     if worst := render_worst(result.evaluation):
         (out / "worst.html").write_text(worst, encoding="utf-8")
     else:
         (out / "worst.html").unlink(missing_ok=True)
-    write_figures(result.evaluation, out / "figures")
 
 
 def _show(console: Console, evaluation: Evaluation, out: Path) -> None:

@@ -6,32 +6,23 @@ from pathlib import Path
 
 from pkd.toolkit.evaluation.comparison.compare import Ranking
 from pkd.toolkit.evaluation.report.compare_plots import LEVEL, pictures, probability, what
-from pkd.toolkit.evaluation.report.drawing import as_svg, write_png
+from pkd.toolkit.evaluation.report.drawing import draw
 from pkd.toolkit.evaluation.report.page import points, render_page
 
 
-def render_ranking(r: Ranking) -> str:
-    """Render the whole page. Raises MissingExtra without matplotlib or jinja2."""
+def render_ranking(r: Ranking, figures: Path | None = None) -> str:
+    """Render the whole page; ``figures`` gets its pictures as PNG. Raises MissingExtra without matplotlib or jinja2."""
     return render_page(
         "comparison.html",
         r=r,
         title=f"{len(r.runs)} runs by {what(r)}",
         synthetic=r.synthetic,
         verdict=verdict(r),
-        drawn={name: as_svg(picture) for name, picture in pictures(r).items()},
+        drawn=draw(pictures(r), figures),
         errors=r.by == "tar" and any(run.comparison for run in r.runs),
         unreachable=_too_few(r) if r.smallest_p >= LEVEL else "",
         level=f"{LEVEL:g}",
     )
-
-
-def write_ranking_figures(r: Ranking, folder: Path) -> None:
-    """Write the page's pictures as ``folder/<name>.png``; those of an earlier run are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.png"):
-        stale.unlink()
-    for picture in pictures(r).values():
-        write_png(picture, folder)
 
 
 def verdict(r: Ranking) -> str:

@@ -1,11 +1,11 @@
-"""Draw one figure as inline SVG for the page or as a PNG file. matplotlib is imported when one is drawn."""
+"""Draw figures as inline SVG for a page and as PNG files. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,43 @@ def require_plots() -> None:
         raise MissingExtra("matplotlib", "evaluate") from None
 
 
-def as_svg(picture: Picture) -> str:
-    """Draw an ``<svg>`` element that scales with its surroundings and whose text stays text."""
-    buffer = io.StringIO()
-    _save(picture, buffer, {"svg.hashsalt": f"pkd {picture.name}"}, format="svg", transparent=True)
-    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+def draw(pictures: Mapping[str, Picture], folder: Path | None = None) -> dict[str, str]:
+    """Draw each picture as an ``<svg>`` element that scales with its surroundings and whose text stays text.
+
+    ``folder`` gets each as ``<name>.png``, too, on white, ``PNG_DPI`` dots an inch; PNG files there before are removed.
+    Raises MissingExtra without matplotlib.
+    """
+    require_plots()
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*.png"):
+            stale.unlink()
+    return {key: _draw(picture, folder) for key, picture in pictures.items()}
+
+
+def _draw(picture: Picture, folder: Path | None) -> str:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({**STYLE, "svg.hashsalt": f"pkd {picture.name}"}):
+        figure = Figure(figsize=picture.size, layout="constrained")
+        FigureCanvasAgg(figure)
+        picture.draw(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is found, and would be looked for in every file again
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    if folder:
+        with rc_context({**STYLE, "font.sans-serif": ["DejaVu Sans"]}):
+            path = folder / f"{picture.name}.png"
+            figure.savefig(path, format="png", dpi=PNG_DPI, facecolor="#ffffff", metadata={"Software": None})
+    return _for_page(buffer.getvalue(), picture)
+
+
+def _for_page(svg: str, picture: Picture) -> str:
+    """Turn a whole SVG file into an element whose ids no other picture of the page has."""
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bd="[^"]*"', _coarser, svg)
     # Two figures of one page must not share an id: a clip path of one would cut the other.
@@ -78,29 +110,6 @@ def as_svg(picture: Picture) -> str:
     return re.sub(r'^<svg width="[^"]*" height="[^"]*"|^<svg ', lambda _: opening, svg, count=1)
 
 
-def write_png(picture: Picture, folder: Path) -> Path:
-    """Write ``folder/<name>.png`` on white, ``PNG_DPI`` dots an inch."""
-    path = folder / f"{picture.name}.png"
-    with path.open("wb") as file:
-        _save(picture, file, {"font.family": "DejaVu Sans"}, format="png", dpi=PNG_DPI, facecolor="#ffffff")
-    return path
-
-
 def _coarser(path: re.Match[str]) -> str:
     """Round a path to a hundredth of a point, which is finer than any screen or printer."""
     return re.sub(r"(\d+\.\d\d)\d+", r"\1", path.group())
-
-
-def _save(picture: Picture, target: Any, style: dict[str, Any], **how: Any) -> None:
-    require_plots()
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    settings: Any = {**STYLE, **style}
-    with rc_context(settings):
-        figure = Figure(figsize=picture.size, layout="constrained")
-        FigureCanvasAgg(figure)
-        picture.draw(figure)
-        nameless = {"Date": None, "Creator": None} if how["format"] == "svg" else {"Software": None}
-        figure.savefig(target, metadata=nameless, **how)

@@ -7,12 +7,10 @@ from pathlib import Path
 
 from pkd.toolkit.certificates.certificate import OperatingPoint, usefulness
 from pkd.toolkit.evaluation.metrics.error_rates import EXPECTED
-from pkd.toolkit.evaluation.report.drawing import as_svg, require_plots, write_png
+from pkd.toolkit.evaluation.report.drawing import draw
 from pkd.toolkit.evaluation.report.page import percent, render_page
 from pkd.toolkit.evaluation.report.plots import pictures
 from pkd.toolkit.evaluation.results.schema import Comparison, Evaluation
-
-__all__ = ["render", "require_plots", "write_figures"]
 
 HEADLINE = 1e-3
 """False match rate that the page leads with, or the smallest above it that is resolved."""
@@ -31,8 +29,8 @@ WORST = ("S–T", "T–S", "T–T")
 """Encoder pairs whose worst pairs of images are on worst.html; report.json has those of all."""
 
 
-def render(e: Evaluation) -> str:
-    """Render the whole page. Raises MissingExtra without matplotlib or jinja2."""
+def render(e: Evaluation, figures: Path | None = None) -> str:
+    """Render the whole page; ``figures`` gets its pictures as PNG. Raises MissingExtra without matplotlib or jinja2."""
     fmr = headline(e.comparisons)
     by_name = {c.name: c for c in e.comparisons}
     infos = (
@@ -47,7 +45,7 @@ def render(e: Evaluation) -> str:
         title=f"{f'{e.student.name} against {e.teacher.name}' if e.student else e.teacher.name} on {e.data.name}",
         synthetic=e.synthetic,
         compared=_compared(e),
-        drawn={name: as_svg(picture) for name, picture in pictures(e).items()},
+        drawn=draw(pictures(e), figures),
         fmr=fmr,
         fmrs=sorted(
             {p.fmr for c in e.comparisons for p in c.points} | {x.fmr for c in e.comparisons for x in c.refused},
@@ -90,15 +88,6 @@ def verdicts(e: Evaluation) -> list[str]:
             why = "Chance does as well." if verdict == "useless" else "That is less than half."
             said.append(f"{verdict.capitalize()}: {accepted}. {why}")
     return said
-
-
-def write_figures(e: Evaluation, folder: Path) -> None:
-    """Write the page's pictures as ``folder/<name>.png``; those of an earlier run are removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.png"):
-        stale.unlink()
-    for picture in pictures(e).values():
-        write_png(picture, folder)
 
 
 def headline(comparisons: Sequence[Comparison]) -> float | None:

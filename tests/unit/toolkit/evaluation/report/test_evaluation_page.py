@@ -18,7 +18,7 @@ from pkd.toolkit.evaluation.metrics.operating_points import histogram, measure
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
 from pkd.toolkit.evaluation.report.drawing import require_plots
-from pkd.toolkit.evaluation.report.evaluation_page import render, render_worst, verdicts, write_figures
+from pkd.toolkit.evaluation.report.evaluation_page import render, render_worst, verdicts
 from pkd.toolkit.evaluation.results.schema import (
     Agreement,
     Comparison,
@@ -198,7 +198,7 @@ def test_a_pair_that_is_no_better_than_chance_is_called_so() -> None:
 
 def test_pictures_are_written_and_those_of_an_earlier_run_go(tmp_path: Path) -> None:
     (tmp_path / "scores-X-Y.png").write_bytes(b"old")
-    write_figures(evaluation(), tmp_path)
+    render(evaluation(), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         f"{n}.png"
