@@ -77,8 +77,8 @@ class Catalogue:
         self._delete(row.id)
         if row.id not in seen:
             raise StoreUnavailable(
-                f"Milvus acknowledged the row of gallery {row.name} and does not give it: its query nodes do not follow."
-                " Look at Milvus' log and restart it."
+                f"Milvus acknowledged the row of gallery {row.name} and does not give it: its query nodes do not "
+                "follow. Look at Milvus' log and restart it."
             )
         return False
 

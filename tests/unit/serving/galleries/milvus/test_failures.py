@@ -73,7 +73,7 @@ def comes_back(store: MilvusStore, seconds: float = 120) -> None:
 
 @pytest.fixture
 def killed_server(milvus_server: MilvusServer) -> Iterator[MilvusServer]:
-    """A server that a test may kill: the tests after it get a new one."""
+    """Give a server that a test may kill: the tests after it get a new one."""
     yield milvus_server
     milvus_server.renew()
 
