@@ -46,10 +46,10 @@ check: $(READY) ## everything but tests, under a minute: lint, format, types, im
 	REFERENCE=false NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test-fast: $(READY) ## the tests to run while you work, two minutes: nothing slow, no Milvus
-	$(BIN)/pytest -n auto --dist loadfile -m "not slow and not milvus and not gpu and not network" tests/unit
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not milvus and not gpu and not network" tests/unit
 
 test: check ## what CI runs: check, then every test
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 docs: $(READY) ## the documentation with its API reference: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

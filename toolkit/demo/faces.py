@@ -58,7 +58,7 @@ def split_groups(folder: Path, source: Path) -> Groups:
     if len(several) < LEAST_PEOPLE:
         raise InputError(
             f"{source}: {len(several)} identities have two or more images; the demo trains, measures and tries on "
-            "different people and needs at least {LEAST_PEOPLE}. Give more people."
+            f"different people and needs at least {LEAST_PEOPLE}. Give more people."
         )
     several = np.random.default_rng(SEED).permutation(several)
     visitors = set(several[: _within(len(several) // 8, LEAST_VISITORS, MOST_VISITORS)].tolist())
