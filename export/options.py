@@ -62,7 +62,8 @@ class ExportOptions(Options):
     out: Annotated[Path | None, Argument("BUNDLE", flags=("-o",))] = None
     """Bundle folder to write."""
     format: Annotated[tuple[str, ...], Argument("F")] = ()
-    """Runtimes of the targets: onnx (default), openvino, ncnn, executorch, litert, npu, trt, trt-rtx, MODULE:NAME."""
+    """Runtimes of the targets: onnx (default), openvino, ncnn, executorch, litert, coreml, npu, trt, trt-rtx, or
+    MODULE:NAME."""
     trt: bool = False
     """Build TensorRT targets: short for --format trt."""
     precision: Annotated[tuple[Precision, ...], Argument("P")] = ("fp32",)

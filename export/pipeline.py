@@ -207,7 +207,7 @@ def result(
                 "encoder": target.encoder.id,
                 "graph": target.graph,
                 "file": target.file,
-                "bytes": size_on_disk(bundle, target.file),
+                "bytes": size_on_disk(bundle, target),
                 "golden_tolerance": target.golden_tolerance,
                 "settings": target.settings,
             }

@@ -26,6 +26,7 @@ from rich.table import Table
 from pkd.export.checks.bench_worker import BASELINE, INSIGHTFACE
 from pkd.export.graph.build import float_graph, network_of, serialise
 from pkd.toolkit.bundle.bundle import Bundle, Manifest, write_bundle
+from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.errors import PkdError
 from pkd.toolkit.core.models import Record
 
@@ -90,7 +91,7 @@ def bench(files: Mapping[str, bytes], manifest: Manifest, rounds: int, advance: 
     with TemporaryDirectory(prefix="pkd-bench-") as folder, ExitStack() as stack:
         bundle = write_bundle(Path(folder) / "bundle", files, manifest)
         sizes = {BASELINE: len(files[BASELINE])}
-        sizes |= {target.name: size_on_disk(bundle, target.file) for target in manifest.targets if target.file}
+        sizes |= {target.name: size_on_disk(bundle, target) for target in manifest.targets if target.file}
         floats = Path(folder) / "floats.onnx"
         with skipping(INSIGHTFACE, skipped):
             sizes[INSIGHTFACE] = floats.write_bytes(_floats(bundle))
@@ -132,10 +133,13 @@ def bench_table(found: Bench) -> Table:
     return table
 
 
-def size_on_disk(bundle: Bundle, file: str | None) -> int:
-    """Count the bytes of a target's file and of the weights beside it."""
+def size_on_disk(bundle: Bundle, target: Target) -> int:
+    """Count the bytes of a target's file and of the weights beside it, or of its whole package."""
+    file = target.file
     if file is None:
         return 0
+    if target.package:
+        return sum(len(bundle.read(name)) for name in bundle.manifest.files if name.startswith(target.package))
     stem = file.rpartition(".")[0]
     parts = [file] if file.endswith(".onnx") else [n for n in bundle.manifest.files if n.startswith(f"{stem}.")]
     return sum(len(bundle.read(name)) for name in parts if name == file or not name.endswith(".onnx"))

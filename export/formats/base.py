@@ -57,6 +57,9 @@ class Format:
     """
     unavailable: Callable[[], str | None] = lambda: None
     """Says, before anything slow, why this machine cannot build the format; None where it can."""
+    elsewhere: bool = False
+    """True where pkd can never measure the runtime itself: the target is an encoder of its own, in the numeric mode
+    ``<precision>-<runtime>``. No certificate of another one is claimed for it, and the gate leaves it out."""
 
 
 def need_packages(extra: str, *packages: str) -> Callable[[], str | None]:

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from pkd.export.checks.parity import GOLDEN_COUNT, GOLDEN_TOLERANCE, ParityRow, measure, onnx_runner
-from pkd.export.formats import executorch, litert, ncnn, npu, openvino, tensorrt
+from pkd.export.formats import coreml, executorch, litert, ncnn, npu, openvino, tensorrt
 from pkd.export.formats.base import ORT, Built, Embed, Format, Tell
 from pkd.export.graph.precision_variants import GraphForm, PrecisionVariants, Variant
 from pkd.export.graph.rewrite import decompose_prelu, split_prelu
@@ -17,6 +17,7 @@ from pkd.export.options import PRECISIONS, BuildOptions
 from pkd.toolkit.bundle.golden import Golden
 from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.cli_support import tool_version
+from pkd.toolkit.core.encoder_info import in_mode
 from pkd.toolkit.core.errors import InputError, PkdError, TargetUnavailable, plain_reason
 from pkd.toolkit.core.extensions import load_object
 from pkd.toolkit.core.progress import Progress
@@ -37,6 +38,7 @@ FORMATS: dict[str, Format] = {
     "ncnn": ncnn.FORMAT,
     "executorch": executorch.FORMAT,
     "litert": litert.FORMAT,
+    "coreml": coreml.FORMAT,
     "npu": npu.FORMAT,
     "trt": tensorrt.FORMAT,
     "trt-rtx": tensorrt.FORMAT_RTX,
@@ -117,7 +119,8 @@ class BuildResults:
     missing: dict[str, MissingTarget] = field(default_factory=dict)
     """Target name → why it was not built."""
     encoders: dict[str, Encoder] = field(default_factory=dict)
-    """Target name → the target as an encoder, or its graph in onnxruntime where the target cannot run here."""
+    """Target name → the target as an encoder, or its graph in onnxruntime where the target cannot run here. Formats
+    that are computed ``elsewhere`` have none."""
 
     def replaced(self, newer: BuildResults) -> BuildResults:
         """Return these results with the targets of ``newer`` in the place of those of the same name."""
@@ -180,7 +183,11 @@ class TargetBuilder:
         crops, expected = self.standard.crops, self.standard.embeddings
         limits = self.source_precision if precision == "fp32" else precision
         results.parity += measure(name, expected, crops, embed, limits, built=bool(built.files))
-        results.encoders[name] = NetEncoder(graph.encoder, embed)
+        encoder = graph.encoder
+        if request.format.elsewhere:
+            encoder = in_mode(self.variants.encoder, f"{precision}-{request.format.runtime}")
+        else:
+            results.encoders[name] = NetEncoder(encoder, embed)
 
         plain = self.variants.get("fp32", GraphForm("")).data
         stored = "encoder.onnx" if graph.data == plain else f"targets/{name}/encoder.onnx"
@@ -192,7 +199,7 @@ class TargetBuilder:
             Target(
                 runtime=request.format.runtime,
                 precision=precision,
-                encoder=graph.encoder,
+                encoder=encoder,
                 graph=stored,
                 file=opened and (stored if built.files[opened] == graph.data else f"targets/{name}/{opened}"),
                 golden_tolerance=_tolerance(embed, crops[:GOLDEN_COUNT], expected[:GOLDEN_COUNT]),

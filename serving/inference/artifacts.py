@@ -198,6 +198,8 @@ def needed(bundle: Bundle, target: Target) -> list[str]:
     """
     if target.file is None:
         return []
+    if target.package:
+        return [target.file, *(n for n in bundle.manifest.files if n.startswith(target.package) and n != target.file)]
     main = PurePosixPath(target.file)
     companions = [
         name

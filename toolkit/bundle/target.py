@@ -12,7 +12,7 @@ class Target(Record):
     """Describe what a device loads instead of ``encoder.onnx``. Its name is ``<runtime>-<precision>``."""
 
     runtime: str
-    """onnxruntime, openvino, ncnn, executorch, litert, tensorrt or tensorrt_rtx."""
+    """onnxruntime, openvino, ncnn, executorch, litert, coreml, npu, tensorrt or tensorrt_rtx."""
     precision: str
     """fp32, fp16, bf16, int8 or w8a16."""
     encoder: EncoderInfo
@@ -25,11 +25,18 @@ class Target(Record):
     """Largest allowed 1 − cosine between a golden embedding and what this target makes of its crop."""
     checked_with: str
     """Program and version that embedded the golden crops before this was written: the runtime, or onnxruntime with
-    ``graph`` where the runtime needs a device that was not there."""
+    ``graph`` where the runtime needs a device that was not there. For Core ML torch, with the operators of the file."""
     made_with: str
     """Converter and version."""
     settings: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Dependencies of the file: pinned precision, GPU architecture, batch sizes, calibration."""
+
+    @property
+    def package(self) -> str | None:
+        """Return the folder that the runtime loads as one thing, with a ``/`` behind it; None where it loads files."""
+        parts = (self.file or "").split("/")
+        inside = [i for i, part in enumerate(parts[:-1]) if part.endswith(".mlpackage")]
+        return "/".join(parts[: inside[0] + 1]) + "/" if inside else None
 
     @property
     def name(self) -> str:

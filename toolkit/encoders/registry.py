@@ -58,12 +58,20 @@ def _onnxruntime(bundle: Bundle, target: Target, file: str, threads: int) -> Enc
     return open_graph(bundle, target.encoder, file, threads=threads)
 
 
+def _coreml(bundle: Bundle, target: Target, file: str, threads: int) -> Encoder:
+    raise TargetUnavailable(
+        f"{bundle.path}: {target.name}: Core ML computes on Apple's systems only. Prove it there with the kit: "
+        f"pkd-verify {bundle.path}/targets/{target.name} --device-kit kit (docs/device.md)."
+    )
+
+
 RUNTIMES: dict[str, Open] = {
     "onnxruntime": _onnxruntime,
     "openvino": open_openvino,
     "ncnn": open_ncnn,
     "executorch": open_executorch,
     "litert": open_litert,
+    "coreml": _coreml,
     "tensorrt": open_tensorrt,
     "tensorrt_rtx": open_tensorrt,
 }
