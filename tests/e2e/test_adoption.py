@@ -16,10 +16,12 @@ from pkd.export.cli import main as export
 from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.cli.distill import main
 from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.distill.models.backbones import parameters
 from pkd.toolkit.distill.models.student import load_student
 from pkd.toolkit.encoders.base import open_bundle
 from tests.support.training_data import SIZE, write_patterns, write_teacher
 from tests.unit.toolkit.distill.models.test_adopted import torch_old
+from tests.unit.toolkit.distill.models.test_shrinking import bottlenecks
 
 STATED = f"mean=127.5,std=127.5,size={SIZE},template=none"
 
@@ -110,16 +112,19 @@ def test_a_training_that_loses_against_the_map_leaves_the_map(place: Path, capsy
     assert "BatchNormalization" not in [node.op_type for node in _exported(place, "lost").graph.node]
 
 
-def test_a_shortened_student_is_trained_exported_and_smaller(place: Path) -> None:
-    more = ("--shorten", "0.8", "--map-rank", "8", "--steps", "60", "--batch", "32", "--lr", "0.02", "--seed", "1")
-    assert distill(place, "short", *more) == 0
-    report = json.loads((place / "short" / "report.json").read_text())
+def test_a_shrunk_student_is_trained_exported_and_smaller(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bottlenecks(place / "blocks.onnx")
+    more = ("--student", str(place / "blocks.onnx"), "--shrink", "5000", "--map-rank", "8", "--freeze", "0.6")
+    training = ("--steps", "60", "--batch", "32", "--lr", "0.005", "--seed", "1")
+    assert distill(place, "small", *more, *training) == 0
+    report = json.loads((place / "small" / "report.json").read_text())
     assert report["check"]["cosine"] > report["map"]["held_out"]["cosine"]
-    student = load_student(place / "short")
-    assert student.training["shorten"] == 0.8
-    _exported(place, "short")
+    student = load_student(place / "small")
+    assert student.training["shrink"] == 5000
+    assert parameters(student.module) <= 5000 + 200  # batch normalisation, which export folds
+    _exported(place, "small")
     crops = FaceSet.read(place / "crops").load(range(5), SIZE)
-    found = open_bundle(Bundle.open(place / "short-bundle")).embed(crops)
+    found = open_bundle(Bundle.open(place / "small-bundle")).embed(crops)
     np.testing.assert_allclose(found, student.embed(crops), atol=1e-5)
 
 
@@ -134,8 +139,8 @@ def _exported(place: Path, run: str) -> onnx.ModelProto:
         (("--method", "map+l2kd"), "--method map+l2kd: map stands alone"),
         (("--student", "mobilefacenet:0.5", "--method", "map"), "map stands alone, for --student FILE.onnx"),
         (("--student-preprocess", f"mean=127.5,std=127.5,size={SIZE}"), "Adopt a model of the same alignment"),
-        (("--shorten", "0.8", "--method", "map"), "the head of a shortened student is new. Use l2kd"),
-        (("--shorten", "0.01"), "no layer up to which so little is done. Keep more"),
+        (("--shrink", "10"), "are left when all channels inside its blocks are gone that can be"),
+        (("--shrink", "0"), "a number of parameters for --student FILE.onnx"),
         (("--student", "nowhere.onnx"), "nowhere.onnx: no such file"),
     ],
 )

@@ -51,9 +51,9 @@ class DistillConfig(Record):
     """Scaling of an adopted student's pixels, in the form of --teacher-preprocess."""
     map_rank: int | None = None
     """Number of values between two halves of an adopted student's last layer, for a smaller file; none: one layer."""
-    shorten: float | None = None
-    """Share, 0 to 1, of an adopted student's arithmetic that is kept, from its first layer on; a small new head comes
-    behind it, which must be trained. For a smaller and faster student."""
+    shrink: int | None = None
+    """Number of parameters to which an adopted student is shrunk, its map included: channels inside its blocks are
+    removed and the rest fitted anew, in closed form. For a smaller and faster student, which training then mends."""
     init: str | None = None
     """Initial weights of the student: a run or FILE.pth of arcface_torch with the same backbone."""
     dim: int | None = None
@@ -192,12 +192,8 @@ class DistillConfig(Record):
             raise InputError(f"--freeze {self.freeze}: a share of the student's arithmetic, for example 0.9, or 0.")
         if self.freeze and not self.adopts:
             raise InputError(f"--freeze {self.freeze}: needs an adopted student, --student FILE.onnx.")
-        if self.shorten is not None and not (0 < self.shorten < 1 and self.adopts):
-            raise InputError(
-                f"--shorten {self.shorten}: a share of the arithmetic of --student FILE.onnx, for example 0.6."
-            )
-        if self.shorten is not None and self.method == "map":
-            raise InputError("--method map: trains no layer, and the head of a shortened student is new. Use l2kd.")
+        if self.shrink is not None and not (self.shrink > 0 and self.adopts):
+            raise InputError(f"--shrink {self.shrink}: a number of parameters for --student FILE.onnx, say 400000.")
         if self.freeze and any(getattr(self, name) for name in VIEWS):
             raise InputError(
                 f"--freeze {self.freeze}: frozen layers see each image as it is. Leave out --augment, --views, "

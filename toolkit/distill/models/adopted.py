@@ -211,7 +211,7 @@ class Adopted:
 
     def up_to(self, tensor: str) -> onnx.ModelProto:
         """Return the graph that computes a tensor of the trunk, for any number of images."""
-        return _free_batch(_cut(self.trunk, self.trunk.graph.input[0].name, tensor))
+        return free_batch(_cut(self.trunk, self.trunk.graph.input[0].name, tensor))
 
     def network(self, dim: int) -> AdoptedNetwork:
         """Make a trainable network with ``dim`` outputs; its map is that of the model's own embedding where it fits."""
@@ -266,7 +266,7 @@ def adopt_graph(model: onnx.ModelProto, encoder: Encoder, spec: str, crops: Rgb 
     bias, weight = rows[0], rows[1:] - rows[0]
     digest = hashlib.sha256(f"{encoder.info.id} features {front or end}".encode()).hexdigest()
     own = describe(f"{encoder.info.name}-features", "teacher", digest, encoder.info.preprocess, width)
-    found = Adopted(encoder.info, spec, trunk, width, weight, bias, Features(own, _free_batch(trunk)))
+    found = Adopted(encoder.info, spec, trunk, width, weight, bias, Features(own, free_batch(trunk)))
     found.network(weight.shape[1])  # what cannot be translated is refused here
     if crops is not None:
         _require_equal(found, encoder, crops)
@@ -441,7 +441,7 @@ def _cut(model: onnx.ModelProto, start: str, end: str) -> onnx.ModelProto:
     return Extractor(shaped).extract_model([start], [end])
 
 
-def _free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+def free_batch(model: onnx.ModelProto) -> onnx.ModelProto:
     """Let the first dimension of a graph that was cut at a batch of one vary."""
     made = onnx.ModelProto()
     made.CopyFrom(model)

@@ -164,7 +164,7 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
         "optimizer": config.optimizer,
         "ema": config.ema,
         "freeze": config.freeze,
-        "shorten": config.shorten,
+        "shrink": config.shrink,
         "views": config.views,
         "teacher_live": config.teacher_live,
         "mix": config.mix,
@@ -185,7 +185,7 @@ def _lost(trainer: Trainer, student: Encoder, teacher: Encoder) -> str | None:
     than TAR. A student that lost is not kept.
     """
     config, start, held_out = trainer.config, trainer.prepared.start, trainer.prepared.held_out
-    if start is None or held_out is None or config.shorten is not None:
+    if start is None or held_out is None:
         return None
     cache = Path(config.cache) if config.cache else default_cache()
     expected, found = (embed_stored(each, held_out, cache=cache, jobs=config.threads)[:] for each in (teacher, student))

@@ -43,8 +43,9 @@ Measure = Callable[[Embeddings, Embeddings, NDArray[np.int64]], Mapping[str, Any
 """Student's rows, teacher's rows and labels of held-out images → what is reported of them."""
 CHECKED = 512
 """Real crops that measure the statistics of batch normalisation; some of them check the adoption."""
-FROZEN, MOST_FROZEN = 0.9, 100_000
-"""Share of an adopted student that is frozen by default, and for how many images at most."""
+FROZEN, FROZEN_SHRUNK, MOST_FROZEN = 0.9, 0.75, 100_000
+"""Share of an adopted student that is frozen by default, less where all layers were shrunk, and for how many images at
+most."""
 FEWEST_PEOPLE, MOST_PEOPLE = 100, 500
 """People with two images from which on some are held out, and how many of them at most."""
 
@@ -140,7 +141,7 @@ def prepare(
     held_out = None
     if method.aligns and method.names != ("map",) and (choice is None or choice.kind in {"means", "fit", "images"}):
         faces, held_out = _set_aside(faces, config.held_out)
-    student = _adopt(config, teacher, faces) if config.adopts and teacher else None
+    student = _adopt(config, teacher, faces, console) if config.adopts and teacher else None
     if student and teacher and method.stages:
         stages = _plan(config, teacher, method.stages, student)
     doubt = check_preprocessing(teacher, faces, reopener(config.teacher)) if teacher and config.teacher else None
@@ -163,8 +164,8 @@ def prepare(
     )  # fmt: skip
 
 
-def _adopt(config: DistillConfig, teacher: Encoder, faces: FaceSet) -> Adopted:
-    """Open the student, check it on some of the faces and shorten it. Raises InputError for one of other alignment."""
+def _adopt(config: DistillConfig, teacher: Encoder, faces: FaceSet, console: Console) -> Adopted:
+    """Open the student, check it on some of the faces, and shrink it. Raises InputError for one of other alignment."""
     from pkd.toolkit.distill.models.adopted import adopt
 
     size = teacher.info.preprocess.size
@@ -175,11 +176,15 @@ def _adopt(config: DistillConfig, teacher: Encoder, faces: FaceSet) -> Adopted:
             f"--student {config.student}: takes {student.info.preprocess.name} crops, the teacher "
             f"{teacher.info.preprocess.name}. Adopt a model of the same alignment and crop size."
         )
-    if config.shorten is None:
+    if config.shrink is None:
         return student
-    from pkd.toolkit.distill.models.cutting import shorten
+    from pkd.toolkit.distill.models.shrinking import shrink
 
-    return shorten(student, config.shorten, config.seed)
+    some = faces.load(_some(config, faces), size)
+    with ConsoleProgress(console)("shrinking", None) as advance:
+        return shrink(
+            student, config.shrink, some, teacher.embed(some), config.map_rank, threads=config.threads, advance=advance
+        )
 
 
 def _some(config: DistillConfig, faces: FaceSet) -> NDArray[np.int64]:
@@ -220,7 +225,9 @@ def _frozen_share(config: DistillConfig, faces: FaceSet) -> float:
     if config.freeze is not None:
         return config.freeze
     asked = WeightedSum.parse(config.method).stages or config.method == "map"
-    return 0.0 if asked or torch.cuda.is_available() or len(faces) > MOST_FROZEN else FROZEN
+    if asked or torch.cuda.is_available() or len(faces) > MOST_FROZEN:
+        return 0.0
+    return FROZEN if config.shrink is None else FROZEN_SHRUNK
 
 
 def _freeze(

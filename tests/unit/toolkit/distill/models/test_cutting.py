@@ -1,21 +1,18 @@
-"""Adopted networks are cut where one tensor is alive, and kept short under a new head."""
+"""Adopted networks are cut where one tensor is alive."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 import torch
 
-from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.distill.models.adopted import Adopted, adopt
-from pkd.toolkit.distill.models.backbones import parameters
-from pkd.toolkit.distill.models.cutting import choose_cut, shorten
+from pkd.toolkit.distill.models.cutting import choose_cut
 from tests.support.training_data import SIZE
-from tests.unit.toolkit.distill.models.test_adopted import CROPS, Graph, f, torch_old
+from tests.unit.toolkit.distill.models.test_adopted import Graph, f, torch_old
 
 STATED = f"mean=127.5,std=127.5,size={SIZE},template=none"
 
@@ -67,47 +64,3 @@ def test_the_cut_leaves_at_least_what_was_asked_for_to_train(mobile: Adopted) ->
     assert all(found <= limit for found, limit in zip(shares, asked, strict=True))
     assert shares == sorted(set(shares))
     assert choose_cut(network, 0.1) is None
-
-
-def test_a_short_student_keeps_the_first_layers_and_has_a_head_that_torch_and_onnxruntime_agree_on(
-    mobile: Adopted,
-) -> None:
-    short = shorten(mobile, 0.8)
-    whole, network = mobile.network(16).eval(), short.network(16).eval()
-    cut = choose_cut(whole, 0.8)
-    assert cut is not None and short.width == 2 * cut.shape[0]
-    pixels = torch.from_numpy(mobile.info.preprocess(CROPS))
-    seen: list[torch.Tensor] = []
-    for each in (whole, network):
-        getattr(each.trunk, cut.step).register_forward_hook(lambda *given: seen.append(given[2]))
-        with torch.no_grad():
-            each(pixels)
-    torch.testing.assert_close(seen[0], seen[1])
-    with torch.no_grad():
-        rows = network.flatten(network.trunk(pixels)).numpy()
-    np.testing.assert_allclose(short.features.embed(CROPS), rows, rtol=1e-4, atol=1e-5)
-    assert short.features.info.id != mobile.features.info.id  # or one's stored features were taken for the other's
-    assert shorten(mobile, 0.8, seed=1).features.info.id != short.features.info.id
-
-
-def test_the_head_is_what_its_docstring_says(mobile: Adopted) -> None:
-    short = shorten(mobile, 0.8)
-    stem = 8 * 3 * 9 + 8 + 8  # convolution, bias, PReLU
-    head = 8 * 9 + 8 + 16 * 8 + 16 + 16 * (SIZE // 4) ** 2
-    assert parameters(short.network(16)) == stem + head + 16 * 16 + 16
-    kinds = [node.op_type for node in short.trunk.graph.node]
-    assert kinds[-5:] == ["Conv", "PRelu", "Conv", "PRelu", "Conv"]
-
-
-def test_a_network_that_cannot_be_cut_there_is_refused(mobile: Adopted, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Keep more"):
-        shorten(mobile, 0.1)
-    g = Graph()
-    g.add("Conv", f(6, 3, 16, 16), strides=[16, 16])
-    g.add("Relu")
-    g.add("Conv", f(9, 6, 1, 1))
-    g.add("GlobalAveragePool")
-    g.add("Flatten")
-    g.save(tmp_path / "coarse.onnx", 1, [9], 13)
-    with pytest.raises(InputError, match=r"only 2×2 positions are left there\. Keep less"):
-        shorten(adopt(str(tmp_path / "coarse.onnx"), STATED), 0.999)
