@@ -3,7 +3,7 @@
 pkd writes the file itself, operator by operator, from the ONNX graph: a student's graph has twenty kinds of them, and
 the converters that there are bring TensorFlow or replace torch. LiteRT keeps pictures channels-last, so every tensor
 that is N×C×H×W in ONNX is N×H×W×C here. INT8 has the very steps that pkd measured (the form ``s8s8a``): convolutions,
-products and sums in integers, activations between them in float32.
+products and sums in integers, activations between them in float32. w8a16 is LiteRT's 16x8: the same in 16 bits.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class _Held:
     last: bool
     """True: N×C×H×W in ONNX, N×H×W×C in the file."""
     int8: bool = False
+    """True: it is held in integers, of 16 bits in w8a16."""
 
 
 def to_litert(model: bytes) -> bytes:
@@ -52,19 +53,28 @@ def to_litert(model: bytes) -> bytes:
     """
     graph = onnx.load_model_from_string(model)
     graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    for node in graph.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.domain:  # of 16 bits, before opset 21
+            node.domain = ""
+            graph.opset_import[0].version = max(graph.opset_import[0].version, 21)
     return _Translation(shape_inference.infer_shapes(graph, data_prop=True).graph).write()
 
 
 class _Translation:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.graph, self.file = graph, LiteRtFile()
-        self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        self.constants: dict[str, Numbers] = {
+            tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer
+        }
         values = [*graph.input, *graph.value_info, *graph.output]
         self.shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
+        wide = any(values.dtype == np.int16 for values in self.constants.values())
+        self.whole, self.sums = ("int16", np.int64) if wide else ("int8", np.int32)
+        """Types of what is computed in integers, and of its biases."""
         self.held: dict[str, _Held] = {}
         self.floats: dict[int, _Held] = {}
         self.steps: dict[str, tuple[Numbers, Scale]] = {}
@@ -126,14 +136,14 @@ class _Translation:
         name = after.output[0] if after else node.output[0]
         shape = _shape_of(self.shapes[node.output[0]], last, node)
         scale = self._scale(after) if after else None
-        made = self.file.tensor(shape, "int8" if after else "float32", quantised=scale)
+        made = self.file.tensor(shape, self.whole if after else "float32", quantised=scale)
         self.file.operator(kind, inputs, made, options, **values)
         self.held[name] = _Held(made, last, after is not None)
 
     def _scale(self, node: onnx.NodeProto) -> Scale:
         """Read scale and offset of a QuantizeLinear or DequantizeLinear; unsigned bytes are moved by 128."""
         scale, zero = self.constants[node.input[1]], self.constants[node.input[2]]
-        if zero.dtype not in (np.uint8, np.int8) or np.any(zero != zero.reshape(-1)[0]):
+        if zero.dtype not in (np.uint8, np.int8, np.int16) or np.any(zero != zero.reshape(-1)[0]):
             raise _unknown(node, f"is of {zero.dtype}, or has several offsets")
         return Scale(np.asarray(scale, np.float32), int(zero.reshape(-1)[0]) - (128 if zero.dtype == np.uint8 else 0))
 
@@ -141,7 +151,7 @@ class _Translation:
         if node.output[0] in self.held:  # by the operator before it
             return
         taken = self._float(node.input[0])
-        made = self.file.tensor(self.file.shape(taken.tensor), "int8", quantised=self._scale(node))
+        made = self.file.tensor(self.file.shape(taken.tensor), self.whole, quantised=self._scale(node))
         self.file.operator("QUANTIZE", [taken.tensor], made, "Quantize")
         self.held[node.output[0]] = _Held(made, taken.last, True)
 
@@ -199,7 +209,8 @@ class _Translation:
             inputs = [self.held[i].tensor for i in node.input]
         else:
             inputs = [self._operand(i, last, node) for i in node.input]
-        self._emit(node, kind, inputs, last, name)
+        values = {"potScaleInt16": False} if kind == "ADD" else {}
+        self._emit(node, kind, inputs, last, name, **values)
 
     def unary(self, node: onnx.NodeProto, options: dict[str, Any]) -> None:
         found = self.held[node.input[0]] if self._in_integers(node) else self._float(node.input[0])
@@ -281,7 +292,7 @@ class _Translation:
         n, height, width, c = self.file.shape(found.tensor)
         shape = [n, height + pads[0] + pads[2], width + pads[1] + pads[3], c]
         source = self.file.tensors[found.tensor]
-        made = self.file.tensor(shape, "int8" if found.int8 else "float32")
+        made = self.file.tensor(shape, self.whole if found.int8 else "float32")
         self.file.tensors[made].quantization = source.quantization
         sides = np.array([[0, 0], [pads[0], pads[2]], [pads[1], pads[3]], [0, 0]], np.int32)
         self.file.operator("PAD", [found.tensor, self.file.constant(sides)], made, "Pad")
@@ -295,7 +306,7 @@ class _Translation:
         if taken is None or scale is None:
             return self.file.constant(bias.astype(np.float32))
         step = float(self.file.tensors[taken].quantization.scale[0]) * scale.scale.astype(np.float64)
-        return self.file.constant(np.rint(bias / step).astype(np.int32), Scale(step.astype(np.float32)))
+        return self.file.constant(np.rint(bias / step).astype(self.sums), Scale(step.astype(np.float32)))
 
     def dense(self, node: onnx.NodeProto, options: dict[str, Any]) -> None:
         whole = self._in_integers(node)
@@ -351,13 +362,15 @@ class _Translation:
         tensor = found.tensor if whole else self._float(node.input[0]).tensor
         if found.last and before[2] * before[3] > 1:
             n, h, w, c = self.file.shape(tensor)
-            made = self.file.tensor([n, c, h, w], "int8" if whole else "float32")
+            made = self.file.tensor([n, c, h, w], self.whole if whole else "float32")
             self.file.tensors[made].quantization = self.file.tensors[tensor].quantization
             order = self.file.constant(np.array([0, 3, 1, 2], np.int32))
             self.file.operator("TRANSPOSE", [tensor, order], made, "Transpose")
             tensor = made
         name = whole.output[0] if whole else node.output[0]
-        row = self.file.tensor(after, "int8" if whole else "float32", quantised=self._scale(whole) if whole else None)
+        row = self.file.tensor(
+            after, self.whole if whole else "float32", quantised=self._scale(whole) if whole else None
+        )
         shape = self.file.constant(np.array(after, np.int32))
         self.file.operator("RESHAPE", [tensor, shape], row, "Reshape", newShape=np.array(after, np.int32))
         self.held[name] = _Held(row, False, whole is not None)
@@ -414,8 +427,8 @@ def _build(graph: Variant, precision: str, options: BuildOptions, tell: Tell) ->
 
 FORMAT = Format(
     "litert",
-    ("fp32", "int8"),
-    GraphForm("s8s8a"),
+    ("fp32", "int8", "w8a16"),
+    GraphForm("s8s8a", wide="s16s8"),
     _build,
     need_packages("litert", "ai_edge_litert", "flatbuffers"),
 )

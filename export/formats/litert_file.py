@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TYPES = {"float32": "FLOAT32", "int8": "INT8", "uint8": "UINT8", "int32": "INT32"}
+TYPES = {"float32": "FLOAT32", "int8": "INT8", "uint8": "UINT8", "int32": "INT32", "int16": "INT16", "int64": "INT64"}
 """Numpy's names of types → the schema's."""
 VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 5, "ADD": 2, "PAD": 2, "MEAN": 2}
 """Version of an operator on int8, where it is another than that on float32, which is 1."""
 VERSIONS |= {"DEQUANTIZE": 2, "TRANSPOSE": 2, "MAX_POOL_2D": 2}
+WIDE_VERSIONS = {"CONV_2D": 4, "DEPTHWISE_CONV_2D": 5, "FULLY_CONNECTED": 7, "ADD": 4, "PAD": 3, "MEAN": 3}
+"""Version of an operator on int16."""
+WIDE_VERSIONS |= {"DEQUANTIZE": 3, "TRANSPOSE": 4, "MAX_POOL_2D": 3, "QUANTIZE": 2}
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,10 @@ class LiteRtFile:
 
     def operator(self, kind: str, inputs: Sequence[int], output: int, options: str = "", **values: Any) -> None:
         """Add an operator. ``options``: name of its options in the schema, without ``Options``, set to ``values``."""
-        whole = any(self.tensors[i].type == self.schema.TensorType.INT8 for i in (*inputs, output) if i >= 0)
-        key = kind, VERSIONS.get(kind, 1) if whole else 1
+        types = {self.tensors[i].type for i in (*inputs, output) if i >= 0}
+        versions = VERSIONS if self.schema.TensorType.INT8 in types else {}
+        versions = WIDE_VERSIONS if self.schema.TensorType.INT16 in types else versions
+        key = kind, versions.get(kind, 1)
         made = self.schema.OperatorT()
         made.opcodeIndex = self.codes.setdefault(key, len(self.codes))
         made.inputs, made.outputs = np.array(inputs, np.int32), np.array([output], np.int32)

@@ -44,6 +44,8 @@ class GraphForm:
     """Rewrite of graphs in float; None: they stay as they are."""
     int8_rewrite: Rewrite | None = None
     """Rewrite of a graph after it was quantised, whose own sums are not to be rounded."""
+    wide: str = "u16s8"
+    """Type of w8a16: ``u16s8`` or ``s16s8``."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +148,11 @@ class PrecisionVariants:
         calibration = self._require_calibration()
         with self.progress("calibrate w8a16", len(calibration.crops)) as advance:
             ranges = calibrate(self.plain, calibration.crops, "minmax", advance)
-        made = quantise(self.plain, ranges, "u16s8")
+        made = quantise(self.plain, ranges, form.wide)
         data = serialise(shorten_names(form.int8_rewrite(made) if form.int8_rewrite else made))
         held = calibration.held_out
         settings: Settings = {
-            "int8": "u16s8",
+            "int8": form.wide,
             "calibration": f"minmax on {len(calibration.crops)} crops of {calibration.name}",
             "similarity_rms": round(similarity_rms(embeddings(made, held), embeddings(self.plain, held)), 5),
         }

@@ -35,10 +35,12 @@ INT8_TYPES: dict[str, tuple[QuantType, dict[str, bool]]] = {
     "s8s8": (QuantType.QInt8, {**COMMON, "ActivationSymmetric": True}),
     "s8s8a": (QuantType.QInt8, COMMON),
     "u16s8": (QuantType.QUInt16, COMMON),
+    "s16s8": (QuantType.QInt16, {**COMMON, "ActivationSymmetric": True}),
 }
 """Name → type of the activations, and options. ``u8s8``: unsigned with an offset, what x86 has instructions for.
 ``s8s8``: signed without offset, the only one that TensorRT takes. ``s8s8a``: signed with an offset, LiteRT's own.
-``u16s8``: activations of 16 bits with an offset, the weights as in the others; the precision ``w8a16``."""
+``u16s8``: activations of 16 bits with an offset, the weights as in the others; the precision ``w8a16``.
+``s16s8``: the same without an offset, LiteRT's 16x8."""
 
 
 class LayerCost(Record):

@@ -110,6 +110,27 @@ def test_int8_is_computed_in_integers() -> None:
     assert [codes[one.opcodeIndex] for one in floats] == [kinds.ADD]  # of the normalisation that is not folded
 
 
+def test_16x8_is_computed_in_integers_and_nearly_exact() -> None:
+    from ai_edge_litert import schema_py_generated as schema
+
+    from tests.support.every_operator import every_operator
+
+    plain = uint8_graph(every_operator(), Preprocess(), DIM)
+    ranges = calibrate(plain, synthetic_crops(8, 112), "minmax", lambda count: None)
+    graph = quantise(plain, ranges, "s16s8")
+    data = to_litert(serialise(graph))
+    made, expected = LiteRtNet(data, 1)(CROPS), embeddings(graph, CROPS)
+    assert (1 - np.sum(made * expected, axis=1)).max() < 1e-6
+    assert len(data) < 0.5 * len(to_litert(serialise(plain)))
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data))
+    tensors, codes = model.subgraphs[0].tensors, [code.builtinCode for code in model.operatorCodes]
+    types = schema.TensorType
+    convolved = [
+        one for one in model.subgraphs[0].operators if codes[one.opcodeIndex] == schema.BuiltinOperator.CONV_2D
+    ]
+    assert [[tensors[i].type for i in one.inputs] for one in convolved] == [[types.INT16, types.INT8, types.INT64]] * 2
+
+
 def test_a_target_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     teacher_file(tmp_path / "t.onnx")
