@@ -29,8 +29,8 @@ from pkd.toolkit.evaluation.metrics.error_rates import matching, require_resolve
 from pkd.toolkit.evaluation.metrics.intervals import proportion_intervals
 from pkd.toolkit.evaluation.metrics.operating_points import measure
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
+from pkd.toolkit.evaluation.metrics.paired import paired
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats
-from pkd.toolkit.evaluation.metrics.resamples import paired_difference
 from pkd.toolkit.evaluation.protocols.all_pairs import certify, pair_up
 from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, common
 from pkd.toolkit.evaluation.results.schema import Comparison, Evaluation, PairedDifference
@@ -55,11 +55,15 @@ class GateRow(Record):
     """TAR of the fp32 encoder, macro: every identity weighs the same."""
     tar: float
     drop: PairedDifference
-    """Loss of TAR, paired over the same bootstrap resamples of people."""
+    """Loss of TAR, paired over the same people."""
     level: float
     """Level of the interval that it is judged by: 0.95, and more for each of several tries."""
     most: float
-    """The upper end of that interval."""
+    """Upper end of that interval, or the exact bound for so few people where that is more."""
+    people: int
+    """People with several images, whom the exact bound is for."""
+    bounded: bool
+    """True where the exact bound decides."""
     passed: bool
 
 
@@ -85,7 +89,7 @@ class GateResults:
 @dataclass(frozen=True)
 class _Measured:
     tar: float
-    resamples: Doubles
+    values: dict[str, Doubles]
     accepted: Doubles
     """Share of each person's genuine pairs that match, of the people who have some."""
     vectors: Floats
@@ -109,16 +113,22 @@ class Gate:
             self._gallery = embed_faces(self._teacher, self._faces, cache=self._evaluation.cache, advance=advance)
         self._plain = self._measure("fp32", reference)
 
+    @property
+    def _statistic(self) -> str:
+        return f"S–T/tar_balanced/{self._options.fmr:g}"
+
     def judge(self, targets: Mapping[str, Encoder], tried: str = "", level: float = LEVEL) -> list[GateResult]:
         """Judge every target that is an encoder of its own. ``targets``: name → encoder."""
         judged = []
         for target, encoder in _own(self._reference, targets).items():
             found = self._measure(target, encoder)
             lost = self._plain.tar - found.tar
-            drop = paired_difference(self._plain.resamples, found.resamples, observed=lost)
+            drop = paired(self._plain.values, found.values, (self._statistic,) * 2, observed=lost)
             most = drop.ci95[1]
             if level != LEVEL:
-                most = max(lost, float(np.quantile(self._plain.resamples - found.resamples, (1 + level) / 2)))
+                judged_by = paired(self._plain.values, found.values, (self._statistic,) * 2, observed=lost, level=level)
+                most = judged_by.ci95[1]
+            reach = most
             if float(np.einsum("nd,nd->n", self._plain.vectors, found.vectors).min()) < ALIKE:
                 most = max(most, lost + unseen(self._plain.accepted - found.accepted, level))
             row = GateRow(
@@ -131,6 +141,8 @@ class Gate:
                 drop=drop,
                 level=level,
                 most=most,
+                people=len(found.accepted),
+                bounded=most > reach,
                 passed=most <= self._options.max_drop,
             )
             assert found.certificate is not None
@@ -159,8 +171,7 @@ class Gate:
         accepted = np.bincount(matched, minlength=len(pairs))[pairs > 0] / pairs[pairs > 0]
         encoder_set = EncoderSet(self._teacher, encoder)
         certificate = None if encoder is self._teacher else self._certificate(comparison, encoder_set, options)
-        drawn = values[f"S–T/tar_balanced/{self._options.fmr:g}"]
-        return _Measured(point.tar_balanced, drawn, accepted, query, certificate)
+        return _Measured(point.tar_balanced, values, accepted, query, certificate)
 
     def _compare(self, scores: PairScores, encoder: Encoder) -> tuple[Comparison, dict[str, Doubles]]:
         options = self._evaluation
@@ -242,9 +253,11 @@ def gate_table(rows: Sequence[GateRow]) -> Table:
             f"{100 * row.reference:.1f}",
             f"{100 * row.tar:.1f}",
             _lost(row.drop),
-            _most(row),
+            f"{_most(row)}{'*' if row.bounded else ''}",
             "passed" if row.passed else "failed",
         )
+    if bounded := [row for row in rows if row.bounded]:
+        table.caption, table.caption_justify = f"* {_why_bounded(bounded[0].people)}", "left"
     return table
 
 
@@ -265,8 +278,17 @@ def _most(row: GateRow) -> str:
     return f"{100 * row.most:+.1f} ({100 * row.level:.3g} %)"
 
 
+def _why_bounded(people: int) -> str:
+    return (
+        f"more than the interval's end: of {people:,} people too few lose anything to show what others may lose, so "
+        "the exact bound for so many people decides. More people lower it."
+    )
+
+
 def _sentence(row: GateRow, tries: int) -> str:
     said = f"{row.target} loses {_lost(row.drop)} points of {100 * row.reference:.1f} %"
     if row.tried:
         said += f", at most {_most(row)}, in try {tries} on these people: {row.tried}"
+    elif row.bounded:
+        said += f", at most {_most(row)} by the exact bound for {row.people:,} people"
     return said if row.passed else f"{said}, too much"

@@ -13,7 +13,8 @@ from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.models import Record
 from pkd.toolkit.evaluation.comparison.load import Run
-from pkd.toolkit.evaluation.metrics.resamples import holm, paired_difference
+from pkd.toolkit.evaluation.metrics.paired import FLIPS, Contributions, paired
+from pkd.toolkit.evaluation.metrics.resamples import holm
 from pkd.toolkit.evaluation.results.schema import Comparison, Data, Evaluation, PairedDifference, Training
 
 
@@ -78,7 +79,7 @@ class Ranking(Record):
     pairs: tuple[Versus, ...]
     """Every two runs."""
     smallest_p: float
-    """The smallest adjusted p-value that so many resamples and comparisons can give."""
+    """The smallest adjusted p-value that so many draws and comparisons can give."""
 
 
 ByTarget = dict[float | None, tuple[Measured, Measured | None]]
@@ -173,15 +174,18 @@ def rank(runs: Sequence[Run], *, by: str | None = None, cell: str | None = None,
     order = sorted(runs, key=lambda run: sign * measured[run.name][0].value)
     pairs = list(combinations(order, 2))
     differences = [
-        paired_difference(
-            a.resample_values.values[key],
-            b.resample_values.values[key],
+        paired(
+            a.resample_values.values,
+            b.resample_values.values,
+            (key, key),
             observed=measured[a.name][0].value - measured[b.name][0].value,
         )
         for a, b in pairs
     ]
     adjusted = holm([d.p for d in differences])
     best = order[0]
+    signs = all(Contributions.find(run.resample_values.values, key) for run in runs)
+    smallest = 1 / (FLIPS + 1) if signs else 2 / (len(best.resample_values.values[key]) + 1)
     behind = {
         b.name: (_turned(difference), p)
         for (a, b), difference, p in zip(pairs, differences, adjusted, strict=True)
@@ -204,7 +208,7 @@ def rank(runs: Sequence[Run], *, by: str | None = None, cell: str | None = None,
             Versus(a=a.name, b=b.name, difference=difference, p_adjusted=p)
             for (a, b), difference, p in zip(pairs, differences, adjusted, strict=True)
         ),
-        smallest_p=min(1.0, len(pairs) * 2 / (len(best.resample_values.values[key]) + 1)),
+        smallest_p=min(1.0, len(pairs) * smallest),
     )
 
 

@@ -20,6 +20,7 @@ from pkd.toolkit.evaluation.metrics.error_rates import (
 )
 from pkd.toolkit.evaluation.metrics.influence import planned
 from pkd.toolkit.evaluation.metrics.pair_scores import BINS, Ids, PairScores, bin_edges, bin_of
+from pkd.toolkit.evaluation.metrics.paired import tar_contributions
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Pairing
 from pkd.toolkit.evaluation.results.schema import Comparison, Det, Distances, Histogram, PairOfFiles, Refusal, Worst
 
@@ -48,7 +49,7 @@ def measure(
 ) -> tuple[Comparison, dict[str, Doubles]]:
     """Measure operating points at those of ``fmrs`` that are resolved, calibration and DET curve, with intervals.
 
-    Returns the values of every resample, too, by name, for ``ResampleValues``.
+    Returns the values of every resample and what people contribute, too, by name, for ``ResampleValues``.
     """
     pairing = scores.pairing
     refused = [r for fmr in sorted(fmrs, reverse=True) if (r := _refusal(pairing, fmr))]
@@ -85,6 +86,12 @@ def measure(
         for statistic, samples in (("tar_balanced", drawn.tar_balanced), ("tar", drawn.tar))
         for k in places
     }
+    for k in places:
+        rate, variance = float(drawn.observed_fmr[k + 1]), float(drawn.variance.total[k + 1])
+        contributed = tar_contributions(
+            scores, float(grid[k]), float(full.threshold[k]), np.sqrt(variance) / rate if rate > 0 else 1.0
+        )
+        values |= contributed.named(f"{name}/tar_balanced/{grid[k]:g}")
     return comparison, values
 
 

@@ -32,7 +32,9 @@ class ResampleValues:
     source: dict[str, str]
     """Source of the resamples: data digest, protocol, resamples, seed. Equal for evaluations that can be paired."""
     values: dict[str, Doubles] = field(default_factory=dict)
-    """``<encoder pair>/<statistic>[/<target>]``, as ``S–T/tar_balanced/0.001`` → float64, one entry per resample."""
+    """``<encoder pair>/<statistic>[/<target>]``, as ``S–T/tar_balanced/0.001`` → float64, one entry per resample.
+
+    After the name of a statistic that knows pairs of people: ``Contributions`` (paired.py), one array each."""
 
     @property
     def key(self) -> str:
@@ -72,7 +74,7 @@ def read_resample_values(folder: Path) -> ResampleValues:
     return ResampleValues(source, values)
 
 
-def paired_difference(a: Doubles, b: Doubles, *, observed: float) -> PairedDifference:
+def paired_difference(a: Doubles, b: Doubles, *, observed: float, level: float = 0.95) -> PairedDifference:
     """Compare a statistic of A and of B, from the values of the same resamples in the same order.
 
     ``a``, ``b``: float64, R each. ``observed``: A − B over all people. The p-value is the smallest level at which the
@@ -88,10 +90,10 @@ def paired_difference(a: Doubles, b: Doubles, *, observed: float) -> PairedDiffe
     difference = a - b
     none = np.count_nonzero(difference == 0)
     tail = min(np.count_nonzero(difference < 0), np.count_nonzero(difference > 0)) + none / 2
-    low, high = interval(difference)
+    low, high = interval(difference) if level == 0.95 else np.quantile(difference, ((1 - level) / 2, (1 + level) / 2))
     return PairedDifference(
         difference=observed,
-        ci95=(min(low, observed), max(high, observed)),
+        ci95=(min(float(low), observed), max(float(high), observed)),
         p=float(min(1.0, 2 * (tail + 1) / (len(difference) + 1))),
     )
 

@@ -21,8 +21,8 @@ from pkd.toolkit.encoders.linear_maps import (
     fit_ridge,
     moments,
 )
+from pkd.toolkit.evaluation.metrics.paired import paired
 from pkd.toolkit.evaluation.metrics.pairing import Doubles
-from pkd.toolkit.evaluation.metrics.resamples import paired_difference
 from pkd.toolkit.evaluation.protocols.common import EncoderSet, EvaluationOptions, describe_data, embed
 from pkd.toolkit.evaluation.results.schema import Comparison, Control, Gain, LinearMap, MappingCost
 
@@ -95,9 +95,10 @@ def gains(comparisons: Sequence[Comparison], values: Mapping[str, Doubles]) -> t
         Gain(
             baseline=name,
             fmr=fmr,
-            difference=paired_difference(
-                values[f"S–T/tar_balanced/{fmr:g}"],
-                values[f"{name}/tar_balanced/{fmr:g}"],
+            difference=paired(
+                values,
+                values,
+                (f"S–T/tar_balanced/{fmr:g}", f"{name}/tar_balanced/{fmr:g}"),
                 observed=rate - tar_balanced[name][fmr],
             ),
         )
@@ -117,9 +118,10 @@ def mapping_costs(comparisons: Sequence[Comparison], values: Mapping[str, Double
             fmr=fmr,
             native_tar_balanced=tar[native][fmr],
             mapped_tar_balanced=rate,
-            difference=paired_difference(
-                values[f"{pair}/tar_balanced/{fmr:g}"],
-                values[f"{native}/tar_balanced/{fmr:g}"],
+            difference=paired(
+                values,
+                values,
+                (f"{pair}/tar_balanced/{fmr:g}", f"{native}/tar_balanced/{fmr:g}"),
                 observed=rate - tar[native][fmr],
             ),
         )

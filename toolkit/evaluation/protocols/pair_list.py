@@ -8,6 +8,7 @@ from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.encoders.base import Embeddings
 from pkd.toolkit.evaluation.datasets.pair_list import PairList
 from pkd.toolkit.evaluation.metrics.bootstrap import accuracy_interval, resampled_accuracies
+from pkd.toolkit.evaluation.metrics.paired import ScoredList, accuracy_contributions, shifted_accuracies
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Mask
 from pkd.toolkit.evaluation.metrics.resamples import ResampleValues, resampled_from
 from pkd.toolkit.evaluation.protocols.common import (
@@ -62,7 +63,16 @@ def pair_list_accuracy(
         labels = pairs.faces.labels
         per_fold = np.bincount(pairs.fold, right) / np.bincount(pairs.fold)
         decided = (right, pairs.same, labels[pairs.first], labels[pairs.second])
-        values[f"{q}–{g}/accuracy"] = resampled_accuracies(*decided, resamples=options.resamples, seed=options.seed)
+        name_of = f"{q}–{g}/accuracy"
+        values[name_of] = resampled_accuracies(*decided, resamples=options.resamples, seed=options.seed)
+        listed = _listed(pairs, scores)
+        origin = (
+            _listed(threshold_pairs, _pair_scores(threshold_pairs, other[q], other[g]))
+            if other and threshold_pairs
+            else listed
+        )
+        shifted = shifted_accuracies(listed, origin, resamples=options.resamples, seed=options.seed)
+        values |= accuracy_contributions(right, listed.first, listed.second, shifted).named(name_of)
         found.append(
             PairAccuracy(
                 name=f"{q}–{g}",
@@ -92,6 +102,11 @@ def pair_list_accuracy(
 def _pair_scores(pairs: PairList, query: Embeddings, gallery: Embeddings) -> Floats:
     scores: Floats = np.einsum("nd,nd->n", query[pairs.first], gallery[pairs.second])
     return scores
+
+
+def _listed(pairs: PairList, scores: Floats) -> ScoredList:
+    labels = pairs.faces.labels
+    return ScoredList(scores, pairs.same, labels[pairs.first], labels[pairs.second])
 
 
 def best_threshold(scores: Floats, same: Mask) -> float:

@@ -40,7 +40,8 @@ def verdict(r: Ranking) -> str:
 
 
 def _too_few(r: Ranking) -> str:
+    by_resamples = r.by in ("rank-1", "fnir")  # the others draw signs (paired.py)
     return (
-        f"With {r.resamples:,} resamples and {len(r.pairs):,} comparisons no adjusted p-value can be below "
-        f"{probability(r.smallest_p)}: evaluate with a larger --bootstrap, or compare fewer runs."
+        f"With {len(r.pairs):,} comparisons no adjusted p-value can be below {probability(r.smallest_p)}: "
+        f"{'evaluate with a larger --bootstrap, or ' if by_resamples else ''}compare fewer runs."
     )

@@ -17,9 +17,10 @@ class PairedDifference(Record):
     difference: float
     """Difference that was observed over all people."""
     ci95: Interval
-    """95 % interval over people: both sides measured on the same drawn people."""
+    """95 % interval over people: both sides measured on the same people."""
     p: float
-    """Two-sided bootstrap p-value of the hypothesis that there is no difference; never below 2 / (resamples + 1)."""
+    """Two-sided p-value of the hypothesis that there is no difference: by random signs of what people contribute
+    (paired.py), or by resamples for ranks and FNIR; never below 1 / 5,000, or 2 / (resamples + 1)."""
 
 
 class Data(Record):
@@ -295,7 +296,7 @@ class Gain(Record):
     """``R–T``, ``P–T`` or ``C–T``."""
     fmr: float
     difference: PairedDifference
-    """Difference of the balanced TAR, over the same resampled people."""
+    """Difference of the balanced TAR, over the same people."""
 
 
 class MappingCost(Record):
@@ -309,7 +310,7 @@ class MappingCost(Record):
     native_tar_balanced: float
     mapped_tar_balanced: float
     difference: PairedDifference
-    """Difference of the balanced TAR, each at its own threshold, over the same resampled people."""
+    """Difference of the balanced TAR, each at its own threshold, over the same people."""
 
 
 class Control(Record):

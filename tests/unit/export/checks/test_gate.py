@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pkd.export.checks.gate import Gate, GateResults, fewest_people, gate_table, require_passed, unseen
 from pkd.export.cli import main
@@ -17,7 +19,8 @@ from pkd.toolkit.core.errors import GateFailed, SpaceMismatch, UnsupportedFmr
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.core.progress import no_progress
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
-from pkd.toolkit.evaluation.metrics.resamples import paired_difference
+from pkd.toolkit.evaluation.metrics.paired import Contributions, compared
+from pkd.toolkit.evaluation.metrics.pairing import Doubles
 from pkd.toolkit.images.codec import Rgb
 from tests.support.evaluation_faces import PREPROCESS, write_people, write_teacher
 
@@ -76,6 +79,7 @@ def test_a_target_that_loses_little_passes_and_one_that_loses_much_fails(faces: 
     assert {c.query for c in gated.certificates} == {near.encoder, far.encoder}
     assert {c.gallery for c in gated.certificates} == {TEACHER.id}
     assert gate_table(gated.rows).row_count == 2
+    assert {row.people for row in gated.rows} == {40}
     with pytest.raises(
         GateFailed,
         match=r"^gate failed: TAR at FMR 0\.05 .* far loses .* too much\. Of these people 40 have .* takes 72",
@@ -94,16 +98,31 @@ def test_the_end_of_the_interval_decides_and_not_the_point(faces: Path) -> None:
     assert gate(options(faces, max_drop=row.most + 1e-6), reference, {"int8": target}).rows[0].passed
 
 
+def contributed(own: Doubles) -> Contributions:
+    """Hold what people contribute to a rate whose threshold nothing moves."""
+    return Contributions(own, np.zeros(len(own)), np.empty(0), np.empty(0), np.ones(1), np.empty(0))
+
+
 @pytest.mark.parametrize("people", [46, 142, 300, 500])
 def test_a_target_that_breaks_more_people_than_allowed_hardly_ever_passes(people: int) -> None:
-    """It breaks 1.5 %, 1 % is allowed. Of 46 people half the draws hold nobody of them, and resamples say +0.0."""
+    """It breaks 1.5 %, 1 % is allowed. Of 46 people half the draws hold nobody of them, and signs say +0.0."""
     random, passed = np.random.default_rng(people), 0
     for _ in range(60):
         lost = (random.random(people) < 0.015).astype(np.float64)
-        drawn = random.multinomial(people, np.full(people, 1 / people), size=200) / people @ lost
-        drop = paired_difference(drawn, np.zeros(200), observed=float(lost.mean()))
+        drop = compared(contributed(lost / people), contributed(np.zeros(people)), observed=float(lost.mean()))
         passed += max(drop.ci95[1], float(lost.mean()) + unseen(lost)) <= 0.01
     assert passed <= 0.05 * 60
+
+
+def test_the_table_says_where_the_exact_bound_for_few_people_decides(faces: Path) -> None:
+    rows = gate(options(faces), Projection(TEACHER), {"near": Projection(in_mode(TEACHER, "int8"), 0.03)}).rows
+    (row,) = rows
+    assert row.bounded and row.most > row.drop.ci95[1]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(gate_table(rows))
+    said = " ".join(console.export_text().split())
+    assert f"{100 * row.most:+.1f} (95 %)*" in said
+    assert "* more than the interval's end: of 40 people too few lose anything" in said
 
 
 def test_so_many_people_show_a_small_loss_where_nobody_loses_anything() -> None:

@@ -7,13 +7,13 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pkd.toolkit.cli.compare import main
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.evaluation.comparison.compare import Ranking, rank
 from pkd.toolkit.evaluation.comparison.load import read_runs
+from pkd.toolkit.evaluation.metrics.paired import paired
 from pkd.toolkit.evaluation.metrics.resamples import read_resample_values, write_resample_values
 from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict
 from pkd.toolkit.evaluation.report.page import points
@@ -38,20 +38,17 @@ def test_runs_are_ranked_with_the_differences_of_their_own_draws(runs: Path) -> 
     found = rank(read_runs(evals(runs, "poor", "good", "fair")))
     assert [r.name for r in found.runs] == ["good", "fair", "poor"]
     assert (found.cell, found.by, found.target) == ("S–T", "tar", 0.01)
-    values = {
-        name: read_resample_values(runs / name / "evaluation").values["S–T/tar_balanced/0.01"]
-        for name in ("good", "poor")
-    }
+    values = {name: read_resample_values(runs / name / "evaluation").values for name in ("good", "poor")}
     (versus,) = (v for v in found.pairs if (v.a, v.b) == ("good", "poor"))
-    low, high = np.percentile(values["good"] - values["poor"], (2.5, 97.5))
     observed = found.runs[0].first.value - found.runs[2].first.value
     assert versus.difference.difference == observed
-    assert versus.difference.ci95 == pytest.approx((min(low, observed), max(high, observed)))
+    own = paired(values["good"], values["poor"], ("S–T/tar_balanced/0.01",) * 2, observed=observed)
+    assert versus.difference == own and own.ci95[0] > 0
     behind = found.runs[2].behind_best
     assert behind is not None and behind.difference == -observed and behind.ci95[0] == -versus.difference.ci95[1]
     assert found.runs[2].p_adjusted == versus.p_adjusted >= versus.difference.p
-    assert found.runs[0].behind_best is None and found.smallest_p == pytest.approx(3 * 2 / 201)
-    assert versus.p_adjusted == pytest.approx(found.smallest_p), "far apart: no resample disagrees"
+    assert found.runs[0].behind_best is None and found.smallest_p == pytest.approx(3 / 5000)
+    assert versus.p_adjusted == pytest.approx(found.smallest_p), "far apart: no draw is as large"
     assert "good beats fair" in verdict(found) or "may be chance" in verdict(found)
 
 
@@ -166,7 +163,9 @@ def test_a_name_is_data_and_many_runs_fit(tmp_path: Path) -> None:
     found = rank(read_runs(arguments))
     page = render_ranking(found)
     assert "<b>$x" not in page and "&lt;b&gt;$x_3$&lt;/b&gt;" in page
-    assert found.smallest_p == pytest.approx(66 * 2 / 201) and "evaluate with a larger --bootstrap" in page
+    assert found.smallest_p == pytest.approx(66 / 5000) and "no adjusted p-value" not in page
+    many = found.model_copy(update={"smallest_p": 0.06})
+    assert "no adjusted p-value can be below 0.06: compare fewer runs" in render_ranking(many)
 
 
 def test_pair_lists_are_ranked_by_accuracy(tmp_path: Path) -> None:

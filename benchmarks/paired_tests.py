@@ -1,0 +1,277 @@
+"""How often pkd's paired p-values claim a difference: of equally good encoders, and of encoders that differ.
+
+Run as: python benchmarks/paired_tests.py                 (an hour of a core; goes on where it stopped)
+        python benchmarks/paired_tests.py --people 120 --trials 200 --power-trials 0
+
+People and scenarios are those of benchmarks/coverage.py. Both encoders see the same images, each with noise of its own;
+where they differ, the second has more. Compared are the balanced true accept rate at two false match rates, each
+encoder at its own threshold, and the accuracy of a list of pairs (2 genuine and 2 of different people for every
+person, ten folds). *Resamples*: the p-values that pkd gave until now, and gives for ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from coverage import FIRST, RATES, SCENARIOS, Sums, add, embeddings, pilot, scored, seeds, targets
+
+from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, fmr_variance, resampled_accuracies
+from pkd.toolkit.evaluation.metrics.error_rates import matching, rates, smallest_fmr
+from pkd.toolkit.evaluation.metrics.intervals import student_quantile
+from pkd.toolkit.evaluation.metrics.pair_scores import PairScores
+from pkd.toolkit.evaluation.metrics.paired import (
+    Contributions,
+    ScoredList,
+    accuracy_contributions,
+    compared,
+    flipped,
+    shifted_accuracies,
+    tar_contributions,
+)
+from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints
+from pkd.toolkit.evaluation.metrics.resamples import paired_difference
+from pkd.toolkit.evaluation.protocols.pair_list import out_of_fold
+
+RESULTS = Path(__file__).resolve().parent / "results" / "paired_tests.json"
+LEVEL = 0.05
+POWER = {120: 1e-2, 400: 1e-3, 850: 1e-3}
+"""False match rate at which the power is measured, by number of people."""
+POINTS = (1, 2, 5)
+PLAIN = 0.15
+"""Noise of the better encoder."""
+NOISES = (0.15, 0.18, 0.21, 0.25, 0.30, 0.36)
+RESAMPLES = 200
+METHODS = {
+    "six differ": "random signs (pkd's)",
+    "normal": "normal, same variance",
+    "t": "Student's t of the people who differ, same variance",
+    "held": "random signs, thresholds held",
+    "resamples": "resamples, in any comparison (pkd's until now)",
+}
+BEFORE = 100
+"""Trials of a row, its first, that p-values by resamples are computed of: they cost thirty times as much."""
+
+
+def main() -> int:
+    """Simulate, resume and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--people", type=int, nargs="+", choices=(60, 120, 400, 850), default=[60, 120, 400])
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--power-trials", type=int, default=200)
+    parser.add_argument("--before", type=int, default=BEFORE)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    found = json.loads(args.results.read_text()) if args.results.exists() else {"size": {}, "power": {}}
+    for people in args.people:
+        for name in args.scenarios:
+            key = f"{name}/{people}"
+            if people in RATES and found["size"].get(key, {}).get("trials", 0) < args.trials:
+                found["size"][key] = {"trials": args.trials, "p": size_row(name, people, args.trials, args.before)}
+                args.results.write_text(json.dumps(found, indent=1) + "\n")
+    for people in POWER:
+        if people in args.people and found["power"].get(str(people), {}).get("trials", 0) < args.power_trials:
+            found["power"][str(people)] = power_row(people, args.power_trials) | {"trials": args.power_trials}
+            args.results.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+    return 0
+
+
+def size_row(name: str, people: int, trials: int, before: int) -> Sums:
+    """Compare two equally good encoders; count claims by statistic and method, and sum up who differs."""
+    goal, scenario = targets(people), SCENARIOS[name]
+    _, lowest = pilot(name, people)
+    sums: Sums = {}
+    for number, seed in enumerate(seeds(f"paired {name}", people, trials)):
+        made = [embeddings(scenario, people, seed, encoder=e) for e in (0, 1)]
+        sets = [scored(*one, lowest) for one in made]
+        for k, fmr in enumerate(goal):
+            if fmr >= smallest_fmr(sets[0].pairing):
+                _count(sums, f"{fmr:g}", *_contributed(sets, goal, k), number < FIRST)
+        a, b, drawn = _listed(made, people, seed)
+        _count(sums, "accuracy", a, b, _total(a) - _total(b), number < FIRST)
+        if number < before:
+            found = paired_difference(*drawn, observed=_total(a) - _total(b))
+            add(sums, "accuracy/resamples", found.p <= LEVEL, found.p)
+            both = [bootstrap(s, goal, np.empty(0), resamples=RESAMPLES, seed=seed % 2**32) for s in sets]
+            for k, fmr in enumerate(goal):
+                observed = float(both[0].observed_tar_balanced[k] - both[1].observed_tar_balanced[k])
+                old = paired_difference(*(one.tar_balanced[:, k] for one in both), observed=observed)
+                if fmr >= smallest_fmr(sets[0].pairing):
+                    add(sums, f"{fmr:g}/resamples", old.p <= LEVEL, old.p)
+    return sums
+
+
+def power_row(people: int, trials: int) -> dict[str, Any]:
+    """Measure at several noises how far the TAR falls and how often that is found, for people of a power law."""
+    fmr, scenario = np.array([POWER[people]]), SCENARIOS["power law"]
+    found: dict[str, Any] = {"noises": []}
+    for noise in NOISES:
+        differences, claims, held = [], 0, []
+        for seed in seeds(f"power {noise}", people, trials):
+            sets = [
+                scored(*embeddings(scenario, people, seed, encoder=e, noise=n), 0.3)
+                for e, n in ((0, PLAIN), (1, noise))
+            ]
+            a, b, observed = _contributed(sets, fmr, 0)
+            one = compared(a, b, observed=observed)
+            differences.append(observed)
+            held.append(one.ci95)
+            claims += one.p <= LEVEL and observed > 0
+        mean = float(np.mean(differences))
+        inside = sum(low <= mean <= high for low, high in held)
+        found["noises"].append({"noise": noise, "points": 100 * mean, "claims": claims, "inside": inside})
+    return found
+
+
+def _contributed(sets: list[PairScores], goal: Doubles, k: int) -> tuple[Contributions, Contributions, float]:
+    made, rate = [], []
+    for scores in sets:
+        at = rates(scores, goal)
+        threshold = at.threshold[k : k + 1]
+        variance = fmr_variance(scores, matching(scores.impostor, threshold)).total[0]
+        made.append(tar_contributions(scores, float(goal[k]), float(threshold[0]), math.sqrt(variance) / goal[k]))
+        rate.append(float(at.tar_balanced[k]))
+    return made[0], made[1], rate[0] - rate[1]
+
+
+def _listed(
+    made: list[tuple[Floats, Ints]], people: int, seed: int
+) -> tuple[Contributions, Contributions, tuple[Doubles, Doubles]]:
+    """Draw a list of pairs, and decide them with both encoders."""
+    random, labels = np.random.default_rng(seed), made[0][1]
+    order, count = np.argsort(labels, kind="stable"), np.bincount(labels)
+    start, size = np.cumsum(count) - count, 2 * people
+    own = random.choice(np.flatnonzero(count > 1), size)
+    image = random.integers(0, count[own])
+    other = (image + 1 + random.integers(0, count[own] - 1)) % count[own]
+    one = random.integers(0, len(count), size)
+    two = (one + 1 + random.integers(0, len(count) - 1, size)) % len(count)
+    first = np.concatenate([order[start[own] + image], order[start[one] + random.integers(0, count[one])]])
+    second = np.concatenate([order[start[own] + other], order[start[two] + random.integers(0, count[two])]])
+    same, fold = np.repeat([True, False], size), random.permutation(2 * size) % 10
+    contributed, drawn = [], []
+    for vectors, _ in made:
+        scores = np.einsum("nd,nd->n", vectors[first], vectors[second])
+        listed = ScoredList(scores, same, labels[first], labels[second])
+        right = out_of_fold(scores, same, fold)[0]
+        shifted = shifted_accuracies(listed, listed, resamples=RESAMPLES, seed=0)
+        contributed.append(accuracy_contributions(right, listed.first, listed.second, shifted))
+        drawn.append(resampled_accuracies(right, same, listed.first, listed.second, resamples=RESAMPLES, seed=0))
+    return contributed[0], contributed[1], (drawn[0], drawn[1])
+
+
+def _total(one: Contributions) -> float:
+    return float(np.nansum(one.own) + one.parts.sum())
+
+
+def _count(sums: Sums, statistic: str, a: Contributions, b: Contributions, observed: float, others: bool) -> None:
+    """Count the claims of one comparison, by ``others`` too, and the people who decide it."""
+    p = compared(a, b, observed=observed).p
+    differ = int(np.count_nonzero(np.nan_to_num(a.own) != np.nan_to_num(b.own)))
+    add(sums, f"{statistic}/now", p <= LEVEL, differ)
+    if differ < 6:
+        return
+    add(sums, f"{statistic}/six differ", p <= LEVEL, p)
+    if not others:
+        return
+    deviation = float(np.sqrt((flipped(a, b) ** 2).mean()))
+    normal = math.erfc(abs(observed) / deviation / math.sqrt(2))
+    add(sums, f"{statistic}/normal", normal <= LEVEL, normal)
+    t = abs(observed) / deviation / student_quantile(differ)
+    add(sums, f"{statistic}/t", t >= 1, t)
+    if statistic == "accuracy":
+        held = compared(replace(a, shifted=np.empty(0)), b, observed=observed).p
+        add(sums, f"{statistic}/held", held <= LEVEL, held)
+
+
+def table(found: dict[str, Any]) -> str:
+    """Write every table in Markdown."""
+    return "\n\n".join([size_table(found), method_table(found), power_table(found)])
+
+
+def size_table(found: dict[str, Any]) -> str:
+    """Write how often equally good encoders are claimed to differ, row by row."""
+    counted = sorted({row["trials"] for row in found["size"].values()})
+    old = max((int(one[2]) for row in found["size"].values() for k, one in row["p"].items() if "resam" in k), default=0)
+    lines = [
+        f"Percent of {' or '.join(map(str, counted))} comparisons of two equally good encoders with p ≤ 0.05, in "
+        f"parentheses by resamples (up to {old} comparisons); how many people differ in their own pairs, on average; "
+        "and the percent of those comparisons in which six or more do.",
+        "",
+        "| people | scenario | at FMR | TAR | people who differ | TAR, six or more | accuracy of pairs |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for key, row in found["size"].items():
+        name, _, people = key.partition("/")
+        p = row["p"]
+        goal = [f"{fmr:g}" for fmr in RATES[int(people)] if f"{fmr:g}/now" in p]
+        tar, differ, six = [], [], []
+        for fmr in goal:
+            tar.append(_percent(p, fmr))
+            differ.append(f"{p[f'{fmr}/now'][1] / p[f'{fmr}/now'][2]:.0f}")
+            one = p.get(f"{fmr}/six differ", [0, 0, 0])
+            six.append(f"{100 * one[0] / one[2]:.1f} of {one[2]}" if one[2] >= 30 else "–")
+        lines.append(
+            f"| {people} | {name} | {'; '.join(goal)} | {'; '.join(tar)} | {'; '.join(differ)} | {'; '.join(six)} | "
+            f"{_percent(p, 'accuracy')} |"
+        )
+    return "\n".join(lines)
+
+
+def method_table(found: dict[str, Any]) -> str:
+    """Write for every test the percent of false claims over all rows, and the most in a row."""
+    lines = [
+        "False claims at 0.05 by every test, over all rows (at each row's two rates; six people or more differing):",
+        "",
+        "| test | TAR, mean of rows | most | pairs, mean of rows | most |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for method in METHODS:
+        cells = []
+        for accuracy in (False, True):
+            rows = [
+                100 * one[0] / one[2]
+                for row in found["size"].values()
+                for key, one in row["p"].items()
+                if key.endswith(f"/{method}") and key.startswith("accuracy") == accuracy and one[2] >= 30
+            ]
+            cells += [f"{np.mean(rows):.1f}", f"{max(rows):.1f}"] if rows else ["–", "–"]
+        lines.append(f"| {METHODS[method]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def power_table(found: dict[str, Any]) -> str:
+    """Write how often a true difference is found, between the noises that were simulated."""
+    counted = sorted({row["trials"] for row in found["power"].values()})
+    lines = [
+        f"Percent of {' or '.join(map(str, counted)) or 'no'} comparisons in which a true difference of the balanced "
+        "TAR is found (p ≤ 0.05, the better encoder named), people of a power law; between simulated differences by a "
+        "line. Last: percent of all these in which the 95 % interval held the true difference.",
+        "",
+        "| people | at FMR | 1 point | 2 points | 5 points | interval |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for people, row in found["power"].items():
+        points = [one["points"] for one in row["noises"]]
+        claims = [100 * one["claims"] / row["trials"] for one in row["noises"]]
+        told = [f"{np.interp(n, points, claims):.0f}" if max(points) >= n else "–" for n in POINTS]
+        inside = 100 * np.mean([one["inside"] / row["trials"] for one in row["noises"]])
+        lines.append(f"| {people} | {POWER[int(people)]:g} | {' | '.join(told)} | {inside:.0f} |")
+    return "\n".join(lines)
+
+
+def _percent(p: Sums, statistic: str) -> str:
+    now, old = p[f"{statistic}/now"], p.get(f"{statistic}/resamples")
+    return f"{100 * now[0] / now[2]:.1f}" + (f" ({100 * old[0] / old[2]:.0f})" if old else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
