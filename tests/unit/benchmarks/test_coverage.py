@@ -69,7 +69,7 @@ def test_equally_good_encoders_are_seldom_said_to_differ(coverage: ModuleType, n
         claimed, _, count = sums[f"{statistic}/now"]
         assert count == trials and claimed / count <= (0.08 if soak else 0.2), statistic
     if soak:
-        claimed, _, count = sums["0.01/six differ"]
+        claimed, _, count = sums["0.01/signs"]
         assert claimed / count >= 0.02
 
 
@@ -78,4 +78,14 @@ def test_the_tables_of_evidence_are_those_of_the_results(coverage: ModuleType) -
     for table in (coverage.coverage_table, coverage.method_table, coverage.assurance_table):
         assert table(FOUND) in text, (
             "python benchmarks/coverage.py --trials 0, and copy its tables into docs/evidence.md"
+        )
+
+
+def test_the_tables_of_paired_comparisons_are_those_of_the_results(coverage: ModuleType) -> None:
+    paired_tests = importlib.import_module("paired_tests")
+    text = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks/results/paired_tests.json").read_text(encoding="utf-8"))
+    for table in (paired_tests.size_table, paired_tests.method_table, paired_tests.power_table):
+        assert table(found) in text, (
+            "python benchmarks/paired_tests.py --trials 0 --power-trials 0, and copy its tables into docs/evidence.md"
         )

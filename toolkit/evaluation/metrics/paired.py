@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -174,16 +175,22 @@ def flipped(a: Contributions, b: Contributions) -> Doubles:
     units = np.sort(units[units > 0])[::-1]
     if not len(units):
         return np.zeros(FLIPS)
-    variance = max(float(((own + slope * moved) ** 2).sum()) - noise, noise)
+    # never less than if nothing varied together, or six people who agree would look like hundreds
+    variance = max(float(((own + slope * moved) ** 2).sum()) - noise, float(units @ units))
     if len(a.shifted) and a.shifted.shape == b.shifted.shape:
         variance += float((a.shifted - b.shifted).var())
-    random = np.random.default_rng(0)
-    signs = random.integers(0, 2, (FLIPS, len(units[:MANY])), dtype=np.int8).astype(np.float32) * 2 - 1
-    sums = (signs @ units[:MANY].astype(np.float32)).astype(np.float64)
+    sums = (_signs()[:, : len(units)] @ units[:MANY].astype(np.float32)).astype(np.float64)
     if len(rest := units[MANY:]):
-        sums += random.standard_normal(FLIPS) * np.sqrt(rest @ rest)
+        sums += np.random.default_rng(1).standard_normal(FLIPS) * np.sqrt(rest @ rest)
     drawn: Doubles = np.abs(sums) * np.sqrt(variance / (units @ units))
     return drawn
+
+
+@cache
+def _signs() -> Floats:
+    """Draw the signs once for every comparison: 20 MB."""
+    drawn = np.random.default_rng(0).integers(0, 2, (FLIPS, MANY), dtype=np.int8)
+    return np.asarray(2 * drawn.astype(np.float32) - 1, np.float32, order="F")
 
 
 def compared(a: Contributions, b: Contributions, *, observed: float, level: float = 0.95) -> PairedDifference:

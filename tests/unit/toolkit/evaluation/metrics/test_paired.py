@@ -88,6 +88,14 @@ def test_few_people_who_differ_claim_what_a_sign_test_does(differ: int, p: float
     assert found.p == pytest.approx(p, abs=0.02) and (found.p > 0.05) == (differ < 6)
 
 
+def test_thresholds_that_move_against_few_people_do_not_make_them_many() -> None:
+    own, nothing = np.zeros(100), np.empty(0)
+    own[:4] = 0.01
+    a = Contributions(own, own, nothing, nothing, np.full(1, -0.2), nothing)
+    b = Contributions(np.zeros(100), np.zeros(100), nothing, nothing, np.full(1, -0.2), nothing)
+    assert compared(a, b, observed=0.04).p == pytest.approx(0.125, abs=0.02)
+
+
 def test_the_accuracy_of_a_pair_list_is_compared_with_the_noise_of_its_threshold() -> None:
     """Twenty pairs of equally good encoders: one false claim is expected; five would be 0.3 %."""
     claims = narrower = 0
