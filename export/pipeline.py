@@ -27,6 +27,7 @@ from pkd.toolkit.certificates.signing import SigningKey
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.encoder_info import EncoderInfo, in_mode
 from pkd.toolkit.core.progress import Progress
+from pkd.toolkit.core.tables import show_table
 from pkd.toolkit.encoders.detector import open_detector
 
 
@@ -99,7 +100,7 @@ def check_graphs(draft: Draft, console: Console) -> list[ParityRow]:
 def show_parity(rows: Sequence[ParityRow], console: Console) -> None:
     """Print the comparison, and raise GateFailed unless every row passed."""
     if rows:
-        console.print(parity_table(rows))
+        show_table(console, parity_table(rows))
     require_parity(rows)
 
 
@@ -140,7 +141,7 @@ def gate_targets(
     built, judged = recover_int8(requests, built, gate, builder, retrainer)
     gated = gate.conclude(judged)
     if gated.rows:
-        console.print(gate_table(gated.rows))
+        show_table(console, gate_table(gated.rows))
     require_passed(gated)
     show_parity([row for row in built.parity if row.precision == "int8"], console)
     return built, gated
@@ -152,7 +153,7 @@ def measure_cost(
     """Measure every target on this machine; the figures go into the bundle as ``bench.json``."""
     with progress("benchmark, round", rounds) as advance:
         found = bench(files, manifest, rounds, advance)
-    console.print(bench_table(found))
+    show_table(console, bench_table(found))
     for name, reason in found.skipped.items():
         console.print(f"not measured: {name}: {reason}", markup=False)
     return {BENCH: (found.model_dump_json(indent=2) + "\n").encode()}

@@ -19,6 +19,7 @@ from pkd.toolkit.core.cli_options import Argument
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.progress import ConsoleProgress
+from pkd.toolkit.core.tables import show_table
 
 if TYPE_CHECKING:
     from pkd.serving.galleries.review import Review
@@ -139,7 +140,7 @@ def _show(console: Console, found: Review, options: ReviewOptions) -> None:
                     one.subject, one.template, f"{one.score:.3f}", f"{one.threshold:.3f}",
                     f"{100 * one.genuine_below:.1f} %", one.nearest or "nobody",
                 )  # fmt: skip
-        console.print(table)
+        show_table(console, table)
     console.print(
         f"{found.subjects:,} subjects, {found.templates:,} templates, {found.compared:,} pairs of templates compared; "
         f"{options.expected_false:g} false pairs expected by chance",

@@ -78,6 +78,16 @@ class Server:
         """Largest resident size so far."""
         return self._status("VmHWM") / MB
 
+    def proportional_mb(self) -> float:
+        """Proportional set size now: what it shares with other processes counts in part."""
+        text = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text(encoding="ascii")
+        return int(re.findall(r"^Pss:\s+(\d+) kB", text, re.M)[0]) / MB
+
+    def cpu_seconds(self) -> float:
+        """Seconds of processor time that it has used."""
+        user, system = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def descriptors(self) -> int:
         """Open file descriptors."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))

@@ -12,6 +12,7 @@ from rich.table import Table
 from pkd.toolkit.core.cli_options import Argument, Options, run_command
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.tables import show_table
 from pkd.toolkit.evaluation.comparison.compare import Ranking, rank
 from pkd.toolkit.evaluation.comparison.load import read_runs
 from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict
@@ -87,6 +88,6 @@ def _show(console: Console, r: Ranking, out: Path) -> None:
             f"{points(behind.difference)} ({points(behind.ci95[0])} to {points(behind.ci95[1])})" if behind else "best",
             probability(ranked.p_adjusted) if ranked.p_adjusted is not None else "",
         )
-    console.print(table)
+    show_table(console, table)
     console.print(verdict(r), markup=False)
     console.print(f"page: {out / 'compare.html'}")

@@ -13,6 +13,7 @@ from rich.table import Table
 from pkd.toolkit.core.cli_options import run_command
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import MissingExtra
+from pkd.toolkit.core.tables import show_table
 from pkd.toolkit.demo.run import DemoConfig, Outcome, run_demo, summary
 
 EXAMPLES = """
@@ -63,7 +64,7 @@ def _show(outcome: Outcome, figures: Result, out: Path, console: Console) -> Non
     console.print()
     if outcome.synthetic:
         console.print("[bold]Synthetic faces: these rates say nothing about people.[/bold]")
-    console.print(table)
+    show_table(console, table)
     sizes = figures["bytes"]
     counts = figures["parameters"]
     if "teacher" in counts:

@@ -12,6 +12,7 @@ from pkd.toolkit.cli.verification import Check
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import MissingExtra, TargetUnavailable
+from pkd.toolkit.core.tables import show_table
 from pkd.toolkit.device.grading import Grade, grade
 from pkd.toolkit.device.kit import STEPS, Tolerances, kit_of, read_kit, read_report, write_kit
 from pkd.toolkit.encoders.base import Encoder, open_bundle, open_graph
@@ -50,7 +51,7 @@ def grade_device(bundle: Path, folder: Path | None, report: Path, console: Conso
         table.add_column(heading)
     for step in STEPS:
         table.add_row(step, *_row([one for one in grades if one.step == step]))
-    console.print(table)
+    show_table(console, table)
     first: dict[str, Grade] = {}
     for one in grades:
         if one.result == "deviates":

@@ -20,6 +20,7 @@ from pkd.toolkit.core import cli_support
 from pkd.toolkit.core.cli_options import add_options, flag, validate_options
 from pkd.toolkit.core.encoder_info import check_name
 from pkd.toolkit.core.errors import InputError, MissingExtra
+from pkd.toolkit.core.tables import shared_prefix, show_table
 from pkd.toolkit.data.seen import write_seen
 from pkd.toolkit.distill.models.open_encoder import open_encoder
 from pkd.toolkit.encoders.base import Embeddings
@@ -84,7 +85,7 @@ def _distill(args: argparse.Namespace, console: Console, context: DistributedCon
 
     prepared = context.rank_zero_first(lambda: prepare(config, teacher, console, measure))
     if prepared.audit:
-        console.print(_audit_table(prepared.audit))
+        show_table(console, _audit_table(prepared.audit))
         if prepared.audit.fault:  # the method does not classify by these labels, or it would have been refused
             console.print(f"warning: {prepared.audit.fault}")
     if prepared.start:
@@ -164,13 +165,18 @@ def _audit_table(audit: Audit) -> Table:
         table.add_row("classes with no image nearest to their centre", f"{audit.misplaced_classes:,}")
     if audit.empty_classes:
         table.add_row("classes without an image", f"{audit.empty_classes:,}")
+    alike = audit.duplicates.nearest[:5] if audit.duplicates else ()
+    names = [one.identity for one in audit.worst[:5]] + [name for pair in alike for name in pair.identities]
+    if common := shared_prefix(names):
+        table.add_row("these names begin with", common)
     for worst in audit.worst[:5]:
-        table.add_row(f"worst: {worst.identity}", f"{worst.cosine:.3f} over {worst.images} images")
+        table.add_row(f"worst: {worst.identity.removeprefix(common)}", f"{worst.cosine:.3f} over {worst.images} images")
     if same := audit.duplicates:
         table.add_row(f"pairs of classes at {same.threshold:g} or more", _duplicates(audit))
-        for pair in same.nearest[:5]:
+        for pair in alike:
+            first, second = (name.removeprefix(common) for name in pair.identities)
             images = " and ".join(f"{count:,}" for count in pair.images)
-            table.add_row(f"alike: {pair.identities[0]}, {pair.identities[1]}", f"{pair.cosine:.3f}, {images} images")
+            table.add_row(f"alike: {first}, {second}", f"{pair.cosine:.3f}, {images} images")
     return table
 
 

@@ -17,6 +17,7 @@ from pkd.toolkit.core.cli_options import Argument, Options, run_command
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.progress import ConsoleProgress, Progress
+from pkd.toolkit.core.tables import show_table
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.seen import seen_in
 from pkd.toolkit.distill.models.open_encoder import open_encoder, reopener
@@ -313,7 +314,7 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
     if evaluation.synthetic:
         console.print("[bold]Synthetic faces: these rates say nothing about people.[/bold]")
     if evaluation.comparisons:
-        console.print(_matrix(evaluation))
+        show_table(console, _matrix(evaluation))
     for cost in evaluation.costs:
         low, high = cost.difference.ci95
         console.print(
@@ -322,7 +323,7 @@ def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
             f"{100 * cost.native_tar_balanced:.1f} %"
         )
     if evaluation.identifications:
-        console.print(identification_table(evaluation))
+        show_table(console, identification_table(evaluation))
     for line in verdicts(evaluation):
         console.print(line, style="bold red", markup=False)
     for found in evaluation.pair_accuracies:

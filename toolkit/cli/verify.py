@@ -18,6 +18,7 @@ from pkd.toolkit.cli.verification import Check, Verdict, verify
 from pkd.toolkit.core.cli_options import Argument, Options, run_command
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError, NotTrusted
+from pkd.toolkit.core.tables import show_table
 
 EXAMPLES = """
   pkd-verify --new-key evidence.pem                              # writes evidence.pem and evidence.pub.pem
@@ -124,7 +125,7 @@ def _show(console: Console, verdict: Verdict) -> None:
             table.add_column(min_width=width, overflow="fold")
         for check in checks:
             table.add_row(Text(check.result, COLOUR[check.result]), Text(check.question), Text(check.detail))
-        console.print(table)
+        show_table(console, table)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from pkd import __version__
 from pkd.toolkit.core.errors import PkdError, TargetUnavailable
+from pkd.toolkit.core.tables import UNLIMITED
 
 STUCK_SECONDS = 3.0
 """Time after a signal to stop in which the main thread must come back from native code, seconds."""
@@ -51,6 +52,8 @@ def run(parser: argparse.ArgumentParser, body: Run, argv: Sequence[str] | None =
 
     args = parser.parse_args(argv)
     console = Console(stderr=True, quiet=args.json, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:  # a file or a pipe takes lines of any length
+        console.width = UNLIMITED
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it has to say, our errors say better
     guard = _Guard()
     try:
