@@ -26,7 +26,7 @@ from pkd.serving.api.tokens import require_open
 from pkd.serving.core.errors import Overloaded, UnsupportedMedia
 from pkd.serving.core.options import Settings
 from pkd.serving.inference.thread_pool import owner
-from pkd.serving.observability.logs import log_request, log_unforeseen
+from pkd.serving.observability.logs import id_of, log_request, log_unforeseen, request_id
 from pkd.serving.observability.metrics import NO_ROUTE
 from pkd.serving.observability.state import State
 from pkd.serving.observability.telemetry import span
@@ -74,7 +74,9 @@ class Middleware:
         counts = scope["path"] not in UNCOUNTED
         scope[IN_SCOPE] = None
         self.state.metrics.in_progress += counts
-        recorder = _ResponseRecorder(send, self.state)
+        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id.set(known := id_of(sent))
+        recorder = _ResponseRecorder(send, self.state, known)
         with span(scope) as end_span:
             try:
                 await self._admit(scope, receive, recorder)
@@ -162,8 +164,8 @@ class Middleware:
 class _ResponseRecorder:
     """Send messages on, and remember the status and the problem's type."""
 
-    def __init__(self, send: Send, state: State) -> None:
-        self._send, self._state = send, state
+    def __init__(self, send: Send, state: State, request: str) -> None:
+        self._send, self._state, self._header = send, state, (b"x-request-id", request.encode("ascii"))
         self.status = 0
         self.problem: str | None = None
         self._is_problem = False
@@ -171,8 +173,10 @@ class _ResponseRecorder:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            headers = [*message["headers"], self._header]
             if self._state.draining:  # the next request belongs on another connection, to another server
-                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+                headers.append((b"connection", b"close"))
+            message = {**message, "headers": headers}
             if self.status >= 400:
                 self._is_problem = Headers(raw=message["headers"]).get("content-type") == "application/problem+json"
         elif self._is_problem and self.problem is None:

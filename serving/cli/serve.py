@@ -6,6 +6,7 @@ Run as: pkd-serve bundles/teacher bundles/student --detector yunet.onnx
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from pkd.toolkit.core.cli_support import Result, make_parser, run
-from pkd.toolkit.core.errors import MissingExtra
+from pkd.toolkit.core.errors import MissingExtra, PkdError
 
 EXAMPLES = """
   pkd-serve bundles/teacher bundles/student --detector yunet.onnx
@@ -74,7 +75,9 @@ def _serve(args: argparse.Namespace, console: Console) -> Result:
     try:
         if args.new_api_key:
             return _new_key(args, console)
-        return _run(args, console)
+        if (args.log or os.environ.get("PKD_LOG")) != "json" or args.check_config:
+            return _run(args, console)
+        return _run_in_json(args, console)
     except ModuleNotFoundError as missing:
         if missing.name in EXTRAS:
             raise MissingExtra(missing.name, "serve") from None
@@ -93,7 +96,27 @@ def _new_key(args: argparse.Namespace, console: Console) -> Result:
     return made
 
 
+def _run_in_json(args: argparse.Namespace, console: Console) -> Result:
+    """Run, and say what ends the server in JSON, too: who collects these lines reads no others."""
+    from pkd.serving.observability import logs
+
+    logs.set_up("json", each_request=False)
+    logger = logging.getLogger("pkd.serving")
+    try:
+        return _run(args, console)
+    except PkdError as error:
+        logger.error("%s", error)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        logger.error("stopped before it served")
+        raise SystemExit(130) from None
+    except OSError as error:
+        logger.error("%s: %s", error.filename or "input/output", error.strerror or error)
+        raise SystemExit(1) from None
+
+
 def _run(args: argparse.Namespace, console: Console) -> Result:
+    from pkd.serving.observability.logs import announcer
     from pkd.serving.server.config import configure
     from pkd.serving.server.server import listen, url_of
 
@@ -102,7 +125,7 @@ def _run(args: argparse.Namespace, console: Console) -> Result:
         from pkd.serving.server.process import introduce, opened
 
         with opened(configuration) as it:
-            introduce(console, it, configuration)
+            introduce(announcer("text", console), it, configuration)
             for loaded in it.service.encoders.loaded.values():
                 loaded.self_test()  # the runtime that will be used is asked, not the file alone
             if it.store:
@@ -113,8 +136,13 @@ def _run(args: argparse.Namespace, console: Console) -> Result:
     with listen(configuration.host, configuration.port) as listener:
         url = url_of(listener)
 
+        say = announcer(configuration.log, console)
+
         def ready() -> None:
-            print(f"listening on {url}", file=sys.stderr, flush=True)
+            if configuration.log == "json":
+                say(f"listening on {url}")
+            else:
+                print(f"listening on {url}", file=sys.stderr, flush=True)
 
         if configuration.workers == 1:
             from pkd.serving.server.process import run_alone
@@ -124,7 +152,7 @@ def _run(args: argparse.Namespace, console: Console) -> Result:
             from pkd.serving.server.supervisor import supervise
 
             ids = supervise(configuration, listener, ready, quiet=args.json)
-    console.print("drained and stopped")
+    say("drained and stopped")
     return {"url": url, "encoders": ids}
 
 

@@ -121,11 +121,13 @@ class Encoders:
     def get(self, spec: str | None) -> Loaded:
         """Find the loaded encoder with this id, short id or name; the default one for None.
 
-        Raises UnknownEncoder where it is none's, or that of several.
+        A name that a bundle's own encoder shares with its targets means the bundle's own. Raises UnknownEncoder where
+        it is none's, or that of several bundles.
         """
         if spec is None:
             return self.default
-        id = find_id(spec, self.loaded)
+        own = {id for id, item in self.loaded.items() if item.target is None and id.partition("@")[0] == spec}
+        id = own.pop() if len(own) == 1 else find_id(spec, self.loaded)
         if id is None:
             raise UnknownEncoder(
                 f"encoder {spec!r} is not loaded. Use one of those in `encoders`.",

@@ -89,7 +89,7 @@ def run_alone(
     if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server has a handler: what nobody takes ends a process
     with opened(configuration) as it:
-        introduce(console, it, configuration)
+        introduce(logs.announcer(configuration.log, console), it, configuration)
         serve(it.service, listener, it.keys, ready, swept_store=it.store, page=not configuration.no_page)
         return list(it.service.encoders.loaded)
 
@@ -105,7 +105,8 @@ def run_worker(
         if it.service.liveness:
             it.service.liveness.shared = folder
         if index == 0:
-            introduce(Console(stderr=True, quiet=quiet, highlight=False), it, configuration)
+            console = Console(stderr=True, quiet=quiet, highlight=False)
+            introduce(logs.announcer(configuration.log, console), it, configuration)
         swept = it.store if index == 0 else None
         page = not configuration.no_page
         serve(it.service, listener, it.keys, lambda: None, swept_store=swept, link=link, page=page)
@@ -135,13 +136,10 @@ def open_store(configuration: Configuration) -> GalleryStore | None:
     return url.open(MasterKey.read(Path(configuration.master_key)))
 
 
-def introduce(console: Console, it: Opened, configuration: Configuration) -> None:
-    """Print what is served, and what is not and why."""
+def introduce(say: Callable[[str], None], it: Opened, configuration: Configuration) -> None:
+    """Say what is served, and what is not and why."""
     encoders, fmr = it.service.encoders, configuration.settings.target_fmr
     assurance = configuration.settings.assurance
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
 
     for loaded in encoders.loaded.values():
         info = loaded.encoder.info

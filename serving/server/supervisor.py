@@ -264,3 +264,6 @@ def _work(
     except PkdError as error:
         link.failed(error)
         raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        logs.log_unforeseen("start of a worker", error)
+        raise SystemExit(1) from None

@@ -97,6 +97,15 @@ def test_workers_see_each_other_s_enrolments_and_deletions_within_a_second(two: 
         pytest.fail("one worker answered everything")
 
 
+def test_every_line_of_a_json_log_is_json_from_the_first_on(two: Any) -> None:
+    until(lambda: two.find("listening on"))
+    assert [line for line in two.said if not isinstance(json.loads(line), dict)] == []
+    assert two.find("(no --trust-key)")
+    answer = two.ask("GET", "/v1/spaces", headers={"x-request-id": "from-the-proxy"})
+    assert answer.headers["x-request-id"] == "from-the-proxy"
+    until(lambda: [entry for entry in two.requests() if entry["request"] == "from-the-proxy"])
+
+
 def test_metrics_are_the_sum_over_workers_whichever_is_asked(two: Any) -> None:
     sent = 10
     before = value(two, 'pkd_requests_total{method="GET",route="/v1/spaces",status="200"}')

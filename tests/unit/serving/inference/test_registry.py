@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from pkd.serving.core.errors import UnknownEncoder
-from pkd.serving.inference.registry import Encoders
+from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.serving.matching.verification import describe_certificate
+from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.certificates.signing import SigningKey, TrustedKeys
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import BundleError, NotCertified, NotTrusted, PkdError, SpaceMismatch
@@ -59,6 +61,16 @@ def test_a_name_is_the_loaded_one_s_where_certificates_know_others(tmp_path: Pat
     assert encoders.get("student").encoder.info == family.student.info
     with pytest.raises(PkdError, match="2 encoders are called"):  # of an embedding it would be a guess
         encoders.resolve("student")
+
+
+def test_a_bundle_s_own_encoder_goes_before_its_targets(tmp_path: Path, family: made.Family) -> None:
+    target = made.encoder("student", made.weights(9), family.teacher.info.space)
+    family.student.write(tmp_path / "student"), target.write(tmp_path / "target")
+    own, form = (Loaded.open(tmp_path / name) for name in ("student", "target"))
+    half = Target.model_construct(name="onnxruntime-fp16", runtime="onnxruntime", precision="fp16")
+    encoders = Encoders([replace(form, target=half), own])
+    assert encoders.get("student").encoder.info == family.student.info
+    assert encoders.get(short(target.info.id)).encoder.info == target.info
 
 
 def test_an_encoder_known_from_a_certificate_alone_can_be_compared_but_not_run(family: made.Family) -> None:

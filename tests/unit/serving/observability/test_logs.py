@@ -7,6 +7,10 @@ import hashlib
 import io
 import json
 import logging
+import re
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from pkd.serving.api.api_keys import SCOPES, ApiKeys
+from pkd.serving.cli.serve import main
 from pkd.serving.core.options import Settings
 from pkd.serving.galleries.crypto import MasterKey
 from pkd.serving.galleries.sqlite.store import SqliteStore
@@ -42,7 +47,11 @@ class Leaky:
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Collect what the server says, as JSON lines, with requests; the loggers are put back afterwards."""
     logger = logging.getLogger("pkd.serving")
+    root = logging.getLogger()
     before = list(logger.handlers), logger.propagate, logger.level, logs.requests.level
+    others = list(root.handlers), root.level
+    for module, hook in ((sys, "excepthook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, hook, getattr(module, hook))
     stream = io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
     logs.set_up("json", each_request=True)
@@ -50,6 +59,9 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     logger.handlers[:], logger.propagate = before[0], before[1]
     logger.setLevel(before[2])
     logs.requests.setLevel(before[3])
+    root.handlers[:] = others[0]
+    root.setLevel(others[1])
+    logging.captureWarnings(False)
 
 
 @pytest.fixture
@@ -134,7 +146,32 @@ def test_text_lines_are_for_people(lines: Any, capsys: pytest.CaptureFixture[str
     logs.set_up("text", each_request=False)
     logging.getLogger("pkd.serving").error("keys.txt: No such file.")
     logs.log_request("GET", "/v1/spaces", 200, 0.1, None, None)
-    assert capsys.readouterr().err == "keys.txt: No such file.\n"
+    token = logs.request_id.set("abc-1")
+    logging.getLogger("pkd.serving").error("again")
+    logs.request_id.reset(token)
+    first, second = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z error keys.txt: No such file\.", first)
+    assert second.endswith("Z error again request=abc-1")
+
+
+def test_what_others_say_and_what_ends_a_server_is_json_too(lines: Any, tmp_path: Path) -> None:
+    logging.getLogger("uvicorn.error").error("taken")
+    warnings.warn("old", stacklevel=1)
+    sys.excepthook(ValueError, ValueError(SUBJECT), None)
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "none"), "--log", "json"])
+    assert ended.value.code == 2
+    entries = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [entry["level"] for entry in entries] == ["error", "warning", "error", "error"]
+    assert "old" in entries[1]["message"] and entries[2]["error"] == "ValueError"
+    assert entries[3]["message"].startswith(f"{tmp_path / 'none'}: not a bundle")
+    assert SUBJECT not in lines.getvalue()
+
+
+def test_ids_of_requests_are_a_proxy_s_where_they_are_harmless() -> None:
+    assert logs.id_of(b"abc-1.Z_9") == "abc-1.Z_9"
+    for sent in (b"", b"a b", b"x" * 65, "ä".encode(), b'"}\n{"level":"info"'):
+        assert re.fullmatch("[0-9a-f]{16}", logs.id_of(sent))
 
 
 def test_an_exception_is_named_but_not_quoted(lines: Any) -> None:
