@@ -10,7 +10,6 @@ import logging
 import re
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,7 +155,7 @@ def test_text_lines_are_for_people(lines: Any, capsys: pytest.CaptureFixture[str
 
 def test_what_others_say_and_what_ends_a_server_is_json_too(lines: Any, tmp_path: Path) -> None:
     logging.getLogger("uvicorn.error").error("taken")
-    warnings.warn("old", stacklevel=1)
+    logging.getLogger("py.warnings").warning("old")  # as captureWarnings logs them
     sys.excepthook(ValueError, ValueError(SUBJECT), None)
     with pytest.raises(SystemExit) as ended:
         main([str(tmp_path / "none"), "--log", "json"])
