@@ -153,18 +153,21 @@ def test_text_lines_are_for_people(lines: Any, capsys: pytest.CaptureFixture[str
     assert second.endswith("Z error again request=abc-1")
 
 
-def test_what_others_say_and_what_ends_a_server_is_json_too(lines: Any, tmp_path: Path) -> None:
-    logging.getLogger("uvicorn.error").error("taken")
+def test_what_others_say_and_what_ends_a_server_is_json_too(
+    lines: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger("asyncio").error("taken")
     logging.getLogger("py.warnings").warning("old")  # as captureWarnings logs them
     sys.excepthook(ValueError, ValueError(SUBJECT), None)
     with pytest.raises(SystemExit) as ended:
         main([str(tmp_path / "none"), "--log", "json"])
     assert ended.value.code == 2
-    entries = [json.loads(line) for line in lines.getvalue().splitlines()]
+    said = lines.getvalue() + capsys.readouterr().err
+    entries = [json.loads(line) for line in said.splitlines()]
     assert [entry["level"] for entry in entries] == ["error", "warning", "error", "error"]
     assert "old" in entries[1]["message"] and entries[2]["error"] == "ValueError"
     assert entries[3]["message"].startswith(f"{tmp_path / 'none'}: not a bundle")
-    assert SUBJECT not in lines.getvalue()
+    assert SUBJECT not in said
 
 
 def test_ids_of_requests_are_a_proxy_s_where_they_are_harmless() -> None:
