@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import hypothesis
 import pytest
 
 from tests.support.milvus_server import MilvusServer, missing
 from tests.support.real_data import HAS_SHARED, NO_SHARED, SHARED
 
 os.environ["PKD_PORT"] = "0"  # somebody on this machine may listen on 8000
+# A loaded machine is no failure, and every run tries the same examples: what fails, fails again.
+hypothesis.settings.register_profile(
+    "pkd", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("pkd")
 cv2.setNumThreads(1)  # tests run beside each other; OpenCV's own pool would only fight with them
 
 MILVUS = pytest.StashKey[MilvusServer]()

@@ -35,7 +35,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def refused(*arguments: Any) -> Any:
-    done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=240)
     assert done.stdout == "" and "Traceback" not in done.stderr
     return done.returncode, done.stderr.strip().splitlines()[-1]
 

@@ -243,7 +243,9 @@ def test_a_worker_that_does_not_reproduce_its_golden_crops(family: made.Family, 
     bundle, wrong = tmp_path / "bundle", tmp_path / "wrong"
     family.teacher.write(bundle)
     family.teacher.write(wrong, golden=Golden(images, -family.teacher.embed(images)))
-    done = subprocess.run([COMMAND, wrong, "--workers", "2", "--port", "0"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [COMMAND, wrong, "--workers", "2", "--port", "0"], capture_output=True, text=True, timeout=240
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"pkd-serve: .*wrong: golden crops come out 2 away.*", done.stderr.strip().splitlines()[-1])
     with serving(bundle, "--workers", 2) as server:
@@ -274,11 +276,11 @@ def test_what_no_worker_could_serve_ends_the_command_with_its_reason(family: mad
             [COMMAND, *map(str, arguments)],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             env={**os.environ, "PKD_PORT": "0"},
         )
         assert done.returncode == code and done.stdout == "", done.stderr
         assert said in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
-    done = subprocess.run([COMMAND, *family.folders[:2], "--check-config"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([COMMAND, *family.folders[:2], "--check-config"], capture_output=True, text=True, timeout=240)
     for pair in (("teacher", "teacher"), ("student", "teacher")):
         assert re.search(rf"^certified {pair[0]}\S* → {pair[1]}\S*: ", done.stderr, re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 
 import numpy as np
 import pytest
@@ -55,7 +56,6 @@ FINE = [c for i, c in enumerate(CERTIFICATES) if i % 2 == 0]
 
 
 @given(st.sampled_from(CERTIFICATES), st.floats(-1.5, 1.5), st.floats(-1.5, 1.5))
-@settings(deadline=None)
 def test_the_rate_never_rises_with_the_score(certificate: Certificate, a: float, b: float) -> None:
     low, high = sorted((a, b))
     rate, (bottom, top), bound = certificate.fmr_at(low)
@@ -65,25 +65,22 @@ def test_the_rate_never_rises_with_the_score(certificate: Certificate, a: float,
 
 
 @given(st.sampled_from(CERTIFICATES), st.floats(0.01, 0.1), st.floats(0.01, 0.1))
-@settings(deadline=None)
 def test_the_threshold_never_falls_as_the_target_falls(certificate: Certificate, a: float, b: float) -> None:
     low, high = sorted((a, b))
     assert certificate.threshold(low) >= certificate.threshold(high)
 
 
 @given(st.sampled_from(CERTIFICATES), st.floats(0.01, 0.1))
-@settings(deadline=None)
 def test_the_threshold_keeps_the_target(certificate: Certificate, fmr: float) -> None:
     assert certificate.fmr_at(certificate.threshold(fmr))[0] <= fmr * (1 + 1e-6)
 
 
 @given(st.sampled_from(FINE), st.floats(0.01, 0.1))
-@settings(deadline=None)
 def test_threshold_and_rate_undo_one_another(certificate: Certificate, fmr: float) -> None:
     threshold, curve = certificate.threshold(fmr), certificate.calibration
-    place = curve.score.index(threshold)
+    first, last = curve.score.index(threshold), bisect_right(curve.score, threshold) - 1  # scores may be there twice
     assert certificate.fmr_at(threshold).fmr <= fmr * (1 + 1e-9)
-    assert curve.point[place] <= fmr * (1 + 1e-9) < curve.point[place - 1]
+    assert curve.point[last] <= fmr * (1 + 1e-9) < curve.point[first - 1]
 
 
 @pytest.mark.parametrize("certificate", CERTIFICATES)
@@ -130,7 +127,7 @@ def test_between_two_scores_the_rate_is_that_of_the_lower_one() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 2, 8]), st.floats(0.02, 0.9), st.integers(0, 4000))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_the_rate_of_a_score_is_never_below_the_measured_one(seed: int, levels: int, fmr: float, place: int) -> None:
     """Continuous scores (0 levels), tied ones (1: binary codes) and coarse ones; at every score and between."""
     random = np.random.default_rng(seed)
@@ -151,7 +148,7 @@ def test_the_rate_of_a_score_is_never_below_the_measured_one(seed: int, levels: 
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 2]), st.sampled_from([6, 64, 512]), st.integers(0, 4000))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_a_server_with_float64_scores_matches_no_more_than_was_certified(
     seed: int, levels: int, dim: int, place: int
 ) -> None:

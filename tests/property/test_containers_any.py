@@ -21,7 +21,7 @@ DAMAGE = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_siz
 
 
 @given(IMAGES, st.booleans(), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_records_come_back(images: list[tuple[int, bytes]], insightface: bool, index: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plain = [(key, float(label), image) for key, (label, image) in enumerate(images)]
@@ -32,7 +32,7 @@ def test_records_come_back(images: list[tuple[int, bytes]], insightface: bool, i
 
 
 @given(IMAGES, DAMAGE, st.booleans())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_damaged_records_are_refused_or_read(
     images: list[tuple[int, bytes]], damage: list[tuple[int, int]], index: bool
 ) -> None:
@@ -43,7 +43,7 @@ def test_damaged_records_are_refused_or_read(
 
 
 @given(IMAGES, DAMAGE, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_damaged_tars_are_refused_or_read(
     images: list[tuple[int, bytes]], damage: list[tuple[int, int]], form: int
 ) -> None:

@@ -24,7 +24,7 @@ from pkd.toolkit.evaluation.metrics.pairing import Pairing
 from tests.support import evaluation_oracle as oracle
 
 TARGETS = np.array([0.5, 0.25, 0.1, 0.02])
-SETTINGS = settings(max_examples=60, deadline=None)
+SETTINGS = settings(max_examples=60)
 
 
 @st.composite
@@ -115,7 +115,7 @@ def test_error_rate_curve_is_that_of_the_loop(case: tuple[Pairing, np.ndarray, n
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans(), st.integers(5, 64))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_what_is_kept_of_a_large_set_gives_the_same_rates(seed: int, unordered: bool, tile: int) -> None:
     """With small limits a set of 120 images takes the path of a large one: tiles, strata, both ways of sampling."""
     random = np.random.default_rng(seed)
@@ -177,7 +177,7 @@ def test_rates_from_the_sample_are_unbiased_with_and_without_drawn_people() -> N
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_histogram_bins_a_score_where_bin_of_says(seed: int) -> None:
     """Scores on the edges, just beside them, and just beyond −1 and 1."""
     random = np.random.default_rng(seed)

@@ -32,7 +32,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
 
 
 @given(cases())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_is_what_a_loop_finds(case: dict[str, object]) -> None:
     random: np.random.Generator = case["random"]  # type: ignore[assignment]
     count, many, top_k, queries = (int(case[name]) for name in ("count", "subjects", "top_k", "queries"))  # type: ignore[call-overload]
@@ -74,7 +74,7 @@ def test_it_is_what_a_loop_finds(case: dict[str, object]) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, TILE - 1, TILE, 3 * TILE + 5]), st.integers(0, 2 * FEW))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_products_are_products(seed: int, used: int, queries: int) -> None:
     random = np.random.default_rng(seed)
     vectors = random.standard_normal((4 * TILE, DIM)).astype(np.float32)

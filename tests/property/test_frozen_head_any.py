@@ -11,7 +11,7 @@ from pkd.toolkit.distill.heads.frozen_softmax import frozen_cross_entropy, strea
 from pkd.toolkit.distill.heads.margin import Margin, margin_cross_entropy
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_sum_and_centre_of_any_problem(data: st.DataObject) -> None:
     batch, dim = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 12))
@@ -32,7 +32,7 @@ def test_sum_and_centre_of_any_problem(data: st.DataObject) -> None:
     assert not bool(centre[~some].any())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     batch=st.integers(1, 12),

@@ -210,7 +210,7 @@ def test_more_parts_than_any_encoder_has_are_refused(monkeypatch: pytest.MonkeyP
 
 
 @given(data=st.binary(max_size=300), cut=st.integers(0, 3000))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_bytes_are_judged_without_a_stumble(data: bytes, cut: int) -> None:
     real = content()[0]["encoder.onnx"]
     for made in (data, real[:cut] + data, real[:cut] + data + real[cut:]):

@@ -51,7 +51,7 @@ class Drawn:
 
 
 @given(st.integers(0, 10_000), st.integers(15, 45), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_groups_agree_with_the_oracle(seed: int, people: int, unordered: bool) -> None:
     drawn = Drawn(seed, people, unordered=unordered)
     found, thresholds = drawn.measured()

@@ -15,7 +15,7 @@ from pkd.toolkit.distill.heads.head import class_means, image_centres, merge_cla
 from tests.support.head_data import unit, write_shards
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     classes=st.integers(1, 60),
     dim=st.integers(2, 20),
@@ -33,7 +33,7 @@ def test_shards_come_back_whole(classes: int, dim: int, world: int, layout: str)
     np.testing.assert_allclose(head.centres, weight, atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), classes=st.integers(1, 40), dim=st.integers(1, 6), threshold=st.floats(0.05, 0.99))
 def test_merged_classes_are_near_each_other_and_nothing_is_lost(
     seed: int, classes: int, dim: int, threshold: float
@@ -52,7 +52,7 @@ def test_merged_classes_are_near_each_other_and_nothing_is_lost(
         assert counts[names.index(name)] == counts[members].max() and names.index(name) in members
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), images=st.integers(2, 60), classes=st.integers(1, 12))
 def test_means_do_not_depend_on_order_and_merging_is_relabelling(seed: int, images: int, classes: int) -> None:
     random = np.random.default_rng(seed)

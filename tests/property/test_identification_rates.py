@@ -14,7 +14,7 @@ from tests.support import identification_oracle as oracle
 
 FPIRS = np.array([0.9, 0.5, 0.3, 0.1, 0.01])
 RANKS = (1, 2, 5)
-SETTINGS = settings(max_examples=80, deadline=None)
+SETTINGS = settings(max_examples=80)
 Case = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
 
 
@@ -58,7 +58,7 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(case: Case, seed: int
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_open_set_rates_agree_with_scikit_learn(seed: int) -> None:
     """With the rank left free, FNIR against FPIR is the curve of the mates' scores against the best of the others'."""
     random = np.random.default_rng(seed)
@@ -83,7 +83,7 @@ def test_open_set_rates_agree_with_scikit_learn(seed: int) -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_two_galleries_search_everyone_once_without_a_mate(seed: int, people: int) -> None:
     random = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(people), random.integers(0, people, 12)])

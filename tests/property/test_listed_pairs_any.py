@@ -50,7 +50,7 @@ def looped(pairs: ListedPairs, vectors: np.ndarray, multiplicity: np.ndarray) ->
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 5), st.integers(3, 10), st.integers(4, 60), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rates_with_drawn_identities_are_those_of_the_loop(
     seed: int, people: int, templates: int, count: int, draw: bool
 ) -> None:
@@ -92,7 +92,7 @@ def test_rates_with_drawn_identities_are_those_of_the_loop(
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_what_is_kept_of_a_long_list_gives_the_same_rates(seed: int) -> None:
     random = np.random.default_rng(seed)
     subject = random.integers(0, 30, 200)
@@ -133,7 +133,7 @@ def test_intervals_cover_the_measured_rates() -> None:
     st.integers(1, 64),
     st.booleans(),
 )
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_list_reads_alike_in_blocks_of_any_size(
     tmp_path: Path, rows: list[tuple[int, int, int]], block: int, ends: bool
 ) -> None:

@@ -33,7 +33,7 @@ def flipped(data: bytes, place: int, bit: int) -> bytes:
 
 
 @given(st.integers(0, len(DATA) - 1), st.integers(0, 7))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_flipped_bit_of_the_certificate(place: int, bit: int) -> None:
     assert believed(DATA, SIGNED)
     assert not believed(flipped(DATA, place, bit), SIGNED)
@@ -44,20 +44,20 @@ def test_every_flipped_bit_of_the_signature_file() -> None:
 
 
 @given(st.integers(0, len(DATA)), st.integers(0, len(DATA)), st.binary(max_size=20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_splice(start: int, length: int, instead: bytes) -> None:
     changed = DATA[:start] + instead + DATA[start + length :]
     assert believed(changed, SIGNED) == (changed == DATA)
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_noise_is_no_signature(noise: bytes) -> None:
     assert not believed(DATA, noise)
 
 
 @given(st.integers(0, 2**256 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_equivalent_scalar_is_refused(multiple: int) -> None:
     """S and S + L verify alike in sloppy implementations (RFC 8032, 8.4): another file for one signature."""
     order = 2**252 + 27742317777372353535851937790883648493

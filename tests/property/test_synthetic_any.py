@@ -25,7 +25,7 @@ CONDITIONS = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(IDENTITIES, CONDITIONS)
 def test_any_face_is_a_crop_and_is_repeatable(identity: Identity, conditions: Conditions) -> None:
     crop = draw(identity, conditions)

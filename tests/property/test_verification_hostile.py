@@ -78,7 +78,7 @@ def test_the_untouched_evaluation_is_believed() -> None:
 
 
 @given(st.data(), st.booleans(), st.sampled_from(VALUES))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_any_replaced_value(data: st.DataObject, of_report: bool, value: Any) -> None:
     document = json.loads(evaluated()[0 if of_report else 1])
     place = data.draw(st.sampled_from(places(document)))
@@ -97,7 +97,7 @@ def test_any_replaced_value(data: st.DataObject, of_report: bool, value: Any) ->
 
 
 @given(st.integers(0, 10**6), st.binary(max_size=30), st.integers(0, 500), st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_any_splice(start: int, instead: bytes, length: int, of_report: bool) -> None:
     with TemporaryDirectory() as folder:
         report, certificate = written(Path(folder))

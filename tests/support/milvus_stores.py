@@ -19,6 +19,8 @@ from pkd.serving.galleries.milvus.store import MilvusOptions, MilvusStore
 from tests.support.milvus_server import MilvusServer
 
 MASTER = MasterKey(bytes(range(32)))
+PATIENCE = 60.0
+"""Seconds that a call may take on a busy machine."""
 STALE_SECONDS = 0.1
 """How old another store's write may be and still be missed: the tests' server brings its nodes up to date sooner."""
 SWEEPING = MilvusOptions(sweep_seconds=-60.0, stopped_seconds=-60.0)
@@ -66,7 +68,7 @@ class Backdoor:
     """Who has the master key, and looks at and changes rows beside every store."""
 
     def __init__(self, server: MilvusServer) -> None:
-        self.connection = MilvusConnection(server.uri)
+        self.connection = MilvusConnection(server.uri, timeout=PATIENCE)
         self.catalogue = Catalogue(self.connection, row_seconds=0)
 
     def row(self, name: str = "staff") -> GalleryRow:
@@ -118,7 +120,7 @@ def backdoor(milvus_server: MilvusServer) -> Iterator[Backdoor]:
 @pytest.fixture
 def connect(milvus_server: MilvusServer) -> Callable[[], HookedConnection]:
     """Make connections with hooks."""
-    return lambda: HookedConnection(milvus_server.uri, stale_seconds=STALE_SECONDS)
+    return lambda: HookedConnection(milvus_server.uri, timeout=PATIENCE, stale_seconds=STALE_SECONDS)
 
 
 @pytest.fixture

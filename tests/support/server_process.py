@@ -40,7 +40,7 @@ class Server:
         # Image libraries write to stderr by themselves; a pipe that nobody empties would block them, and the server.
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
-        found = until(lambda: self.find(r"listening on (http://[^\s\"]+)") or self.process.poll() is not None, 60)
+        found = until(lambda: self.find(r"listening on (http://[^\s\"]+)") or self.process.poll() is not None, 240)
         assert isinstance(found, str), "\n".join(self.said)
         self.url = found.replace("0.0.0.0", "127.0.0.1")
 

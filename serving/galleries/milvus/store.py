@@ -129,7 +129,7 @@ class MilvusStore:
             if found:
                 if found.space != space:
                     raise other_space(name, found.space.id, space.id)
-                return self.get(name)
+                return self._with(name, self._describe, "strong")  # a moment ago another row may have been there
             _, wrapped = self._master.new_gallery(name)
             id, table = new_id(), new_id()
             row = GalleryRow(id, name, space, None, time.time(), retention, b64encode(wrapped).decode(), {})
@@ -141,7 +141,7 @@ class MilvusStore:
                 records.result()
             if self._catalogue.add(row):
                 self._log.append(actor, "create", name)
-                return self.get(name)
+                return self._with(name, self._describe, "strong")
             self._drop(row.id)
             time.sleep(random.random())
         raise GalleryConflict(f"gallery {name} is being created by others at this moment. Try again.")

@@ -34,7 +34,7 @@ def orthogonal(random: np.random.Generator, d: int) -> Doubles:
     return turned
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 12), st.integers(0, 10_000))
 def test_procrustes_recovers_any_rotation(d: int, seed: int) -> None:
     random = np.random.default_rng(seed)
