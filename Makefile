@@ -69,6 +69,10 @@ vendor: $(READY) ## onnxruntime-web for browsers, anew from tools/vendor/package
 	    tools/vendor/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.mjs serving/web/vendor
 	gzip -n -9 -c tools/vendor/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.wasm \
 	    > serving/web/vendor/ort-wasm-simd-threaded.wasm.gz
+	cp tools/vendor/node_modules/onnxruntime-web/dist/ort.jspi.min.mjs \
+	    tools/vendor/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.jspi.mjs serving/web/vendor
+	gzip -n -9 -c tools/vendor/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.jspi.wasm \
+	    > serving/web/vendor/ort-wasm-simd-threaded.jspi.wasm.gz
 	of=$$($(BIN)/python -c 'import onnxruntime; print(*onnxruntime.__path__)') && \
 	    cp "$$of/LICENSE" "$$of/ThirdPartyNotices.txt" serving/web/vendor
 	cd serving/web/vendor && sha256sum -- *.mjs *.wasm.gz LICENSE ThirdPartyNotices.txt > SHA256SUMS

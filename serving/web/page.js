@@ -45,7 +45,8 @@ async function start() {
   $("ask-token").hidden = true;
   $("start-says").textContent = "Loading the face encoder, the detector and their runtime (WebAssembly, 3.7 MB)…";
   try {
-    state.device = await Device.open({ ort, server: SERVER, token: state.token ?? undefined, progress });
+    const gpu = { load: () => import("./vendor/ort.jspi.min.mjs"), software: location.search === "?software-gpu" };
+    state.device = await Device.open({ ort, gpu, server: SERVER, token: state.token ?? undefined, progress });
     await loadGalleries();
   } catch (error) {
     $("start-says").textContent = startFault(error);
@@ -59,7 +60,7 @@ async function start() {
   const threads = ort.env.wasm.numThreads;
   $("about").textContent =
     `Encoder ${shortId(device.encoder)}, ${licence}. Self-test passed: 1 − cosine ${device.goldenError.toExponential(1)}. ` +
-    `WebAssembly on ${threads} thread${threads > 1 ? "s" : ""}.`;
+    (device.runtime === "WebGPU" ? "WebGPU." : `WebAssembly on ${threads} thread${threads > 1 ? "s" : ""}; ${device.note}.`);
   $("start").hidden = true;
   $("work").hidden = false;
   performance.mark("pkd-ready");

@@ -49,6 +49,13 @@ export function inspect(bytes) {
   if (text(bytes, 0, 8) === "\x89PNG\r\n\x1a\n") return png(bytes);
   if (text(bytes, 0, 4) === "RIFF" && text(bytes, 8, 4) === "WEBP") return webp(bytes);
   if (text(bytes, 0, 2) === "BM") return { type: "image/bmp", orientation: 1, alpha: false, bytes };
+  if (text(bytes, 4, 4) === "ftyp" && /^(avi[fs]|hei[cxms]|hev[cx]|mif1|msf1)$/.test(text(bytes, 8, 4))) {
+    const kind = text(bytes, 8, 3) === "avi" ? "an AVIF" : "a HEIC";
+    throw new DecodeError(
+      `this is ${kind} picture, which is not read here, as browsers turn and convert them differently. Save it as JPEG ` +
+        "(iPhone: Settings, Camera, Formats, Most Compatible), or let the server decode it.",
+    );
+  }
   throw new DecodeError("this is no JPEG, PNG, WebP or BMP picture. Phones can save HEIC photographs as JPEG.");
 }
 

@@ -48,9 +48,9 @@ export class Device {
    *
    * ort: onnxruntime-web · server: its address, by default that of the page · encoder: id or name, by default the
    * first student · token: a short-lived one (docs/security.md) · threads: of WebAssembly ·
-   * progress({file, received, total}): called as bytes arrive. Throws Refused, SelfTestFailed, TypeError (no network).
+   * gpu: see `load` · progress({file, received, total}): called as bytes arrive. Throws Refused, SelfTestFailed, TypeError (no network).
    */
-  static async open({ ort, server = "", encoder, token, threads, minScore, progress = () => {} }) {
+  static async open({ ort, gpu, server = "", encoder, token, threads, minScore, progress = () => {} }) {
     const client = { server: server.replace(/\/$/, ""), token };
     const spec = encoder ?? (await firstStudent(client));
     const detail = await getJson(client, `/v1/encoders/${encodeURIComponent(spec)}`);
@@ -63,12 +63,18 @@ export class Device {
       get("/v1/detector", "detector"),
     ]);
     await requireDigest(student, detail.artifact.sha256);
-    const device = await Device.load({ ort, manifest, student, golden, detector, threads, minScore });
+    const device = await Device.load({ ort, gpu, manifest, student, golden, detector, threads, minScore });
     return Object.assign(device, { client, detail });
   }
 
-  /** Open files that an application brings along: manifest.json parsed, the others as ArrayBuffer. */
-  static async load({ ort, manifest, student, golden, detector, threads, minScore = 0.5 }) {
+  /**
+   * Open files that an application brings along: manifest.json parsed, the others as ArrayBuffer.
+   *
+   * gpu: {load, software}: `load` imports a build of onnxruntime-web with WebGPU, and is called only where there is an
+   * adapter for it. The student moves there if it passes the self-test there; else it stays, and `note` says why.
+   * software: take an adapter that is drawn by the processor, too.
+   */
+  static async load({ ort, gpu, manifest, student, golden, detector, threads, minScore = 0.5 }) {
     ort.env.wasm.numThreads = threads ?? (globalThis.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1);
     const open = (file) => ort.InferenceSession.create(new Uint8Array(file), { executionProviders: ["wasm"] });
     const device = new Device();
@@ -79,8 +85,31 @@ export class Device {
     device.detail = null;
     device.student = await open(student);
     device.detector = new YuNet(ort, await open(detector), minScore);
-    device.goldenError = await device.selfTest(await readNpz(golden), manifest.golden_tolerance);
+    const crops = await readNpz(golden);
+    device.goldenError = await device.selfTest(crops, manifest.golden_tolerance);
+    device.runtime = "WebAssembly";
+    device.note = gpu ? await device.moveToGpu(gpu, student, crops, manifest.golden_tolerance) : "";
     return device;
+  }
+
+  /** Compute the student by WebGPU from now on, if there is one and it passes the self-test → why not, or "". */
+  async moveToGpu({ load, software = false }, student, crops, allowed) {
+    const { ort: before, student: session } = this;
+    try {
+      const adapter = await globalThis.navigator?.gpu?.requestAdapter();
+      if (!adapter || !WebAssembly.Suspending) return "no WebGPU here";
+      if (adapter.info?.isFallbackAdapter && !software) return "WebGPU is drawn by the processor here";
+      this.ort = await load();
+      this.ort.env.wasm.numThreads = 1;
+      this.student = await this.ort.InferenceSession.create(new Uint8Array(student), { executionProviders: ["webgpu"] });
+      this.goldenError = await this.selfTest(crops, allowed);
+      this.runtime = "WebGPU";
+      await session.release();
+      return "";
+    } catch (error) {
+      Object.assign(this, { ort: before, student: session });
+      return `WebGPU was tried and is not used: ${error.message}`;
+    }
   }
 
   /** Run the golden crops → largest 1 − cosine from the golden embeddings. Throws SelfTestFailed over `allowed`. */

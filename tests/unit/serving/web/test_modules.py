@@ -146,7 +146,10 @@ def test_alpha_is_noticed_and_other_files_are_refused_in_words(tmp_path: Path) -
 
     from PIL import Image
 
-    files: dict[str, bytes] = {"heic": b"\0\0\0\x18ftypheic" + bytes(40), "empty": b"", "png": b"\x89PNG\r\n\x1a\n"}
+    files: dict[str, bytes] = {
+        brand: b"\0\0\0\x18ftyp" + brand.encode() + bytes(40) for brand in ("heic", "avif", "isom")
+    }
+    files |= {"empty": b"", "png": b"\x89PNG\r\n\x1a\n"}
     clear = Image.new("RGBA", (8, 8), (9, 8, 7, 0))
     for form in ("PNG", "WEBP"):
         for lossless in (True, False):
@@ -161,7 +164,9 @@ def test_alpha_is_noticed_and_other_files_are_refused_in_words(tmp_path: Path) -
     said = json.loads(node("inspect.mjs", tmp_path, *files))
     for name in ("PNG-True", "PNG-False", "WEBP-True", "WEBP-False", "palette"):
         assert said[name]["alpha"] is True, name
-    for name in ("heic", "empty"):
+    for name, kind in (("heic", "a HEIC"), ("avif", "an AVIF")):
+        assert said[name]["error"].startswith(f"DecodeError: this is {kind} picture") and "JPEG" in said[name]["error"]
+    for name in ("isom", "empty"):
         assert said[name]["error"].startswith("DecodeError: this is no JPEG, PNG, WebP or BMP picture"), name
     assert said["png"]["orientation"] == 1, "a cut file is left to the decoder"
 
