@@ -108,7 +108,7 @@ export class Device {
       return "";
     } catch (error) {
       Object.assign(this, { ort: before, student: session });
-      return `WebGPU was tried and is not used: ${error.message}`;
+      return `WebGPU was tried and is not used: ${error.message.split(" Nothing is sent")[0]}`;
     }
   }
 
