@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := $(VENV)/.ready-demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo check test-fast test docs docs-serve soak bench vendor dist clean
+.PHONY: help demo check test-fast test docs docs-serve soak bench vendor dist sbom clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -80,6 +80,11 @@ vendor: $(READY) ## onnxruntime-web for browsers, anew from tools/vendor/package
 
 dist: $(READY) ## a wheel and an sdist: dist/
 	$(BIN)/python -m build
+
+sbom: $(READY) ## bill of materials (CycloneDX) of what pkd[serve] installs: dist/sbom.cdx.json
+	rm -rf build/sbom && $(PYTHON) -m venv build/sbom
+	build/sbom/bin/python -m pip install --quiet --disable-pip-version-check '.[serve]'
+	$(BIN)/python tools/sbom.py build/sbom/bin/python dist/sbom.cdx.json
 
 clean: ## remove .venv, built files and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist site *.egg-info

@@ -112,6 +112,17 @@ class Pipeline:
             decoded = embedded
         return Embedded(vectors[0] if len(vectors) == 1 else np.concatenate(vectors), quality, found, timing)
 
+    def cut(self, image: Undecoded, size: int, faces: Faces, aligned: bool) -> Rgb:
+        """Cut the very face that ``run`` would embed → uint8 size×size×3. Raises what ``run`` raises."""
+        rgb = decode(image)
+        if aligned:
+            crop: Rgb = _as_crop(rgb, size)[0]
+            return crop
+        if self.detector is None:
+            raise NoDetector("this server was started without a face detector. Start pkd-serve with --detector.")
+        (face,) = self._detect(rgb, "largest" if faces == "all" else faces)
+        return warp(rgb, face.landmarks, size)
+
     def _detect(self, rgb: Rgb, faces: Faces) -> list[Face]:
         assert self.detector is not None
         found = self.detector.detect(rgb)

@@ -19,7 +19,7 @@ from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, N
 from pkd.serving.matching.admission import check_encoder_allowed, encoder_to_enrol, searchable
 from pkd.serving.matching.doubts import Doubt, find_doubts, first_refusal, replace_mapped
 from pkd.serving.matching.quality import Quality, measure_quality, require_quality, server_limits, strictest
-from pkd.serving.matching.service import Service
+from pkd.serving.matching.service import Photograph, Service
 from pkd.toolkit.core.errors import NotCertified, PkdError, SpaceMismatch
 
 FIRST_LIMITS = frozenset({"detection_score", "face_pixels", "sharpness"})
@@ -67,7 +67,9 @@ async def prepare(
         else:
             images[index] = item if isinstance(item, bytes) else item.image_b64
     demand = service.policies.of(gallery.name).liveness
-    await service.prove_live(options.liveness, inputs, [(gallery.name, demand)] if demand.enrol else [])
+    photographs = [Photograph(one, options.encoder, options.aligned, options.faces) for one in images.values()]
+    demands = [(gallery.name, demand)] if demand.enrol else []
+    await service.prove_live(options.liveness, inputs, demands, photographs)
     if images:
         made |= await _embedded(service, gallery, images, options)
     templates, qualities = zip(*(made[index] for index in range(len(inputs))), strict=True)

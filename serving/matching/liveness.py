@@ -1,6 +1,6 @@
 """Check signed verdicts of a presentation-attack detector: that this very picture shows a living person.
 
-pkd finds no attacks itself. A detector elsewhere, in a camera or an app, says so in a token that it signs (JWS). A
+pkd ships no detector. One elsewhere, in a camera or an app, says so in a token that it signs (JWS). A
 verdict is good for one request, one set of pictures and a short time. What the detector's word is worth is for whoever
 runs it to measure: ISO/IEC 30107-3.
 """
@@ -23,6 +23,7 @@ from pkd.serving.core.base64_text import decode_base64
 from pkd.serving.core.errors import BadToken, NotLive
 from pkd.serving.core.schemas import EmbeddingSide, ImageInput, Number, Sent
 from pkd.serving.core.signed_tokens import Expected, KeySet, header
+from pkd.toolkit.certificates.attack_detection import AttackCertificate
 from pkd.toolkit.core.errors import InputError
 
 Shown = bytes | str | ImageInput | EmbeddingSide
@@ -75,6 +76,19 @@ class Demand:
     gallery: str
     max_apcer: float | None
     """Largest measured APCER of the detector; None: no evidence is asked for."""
+
+
+def require_measured(certificate: AttackCertificate, demand: Demand | None) -> None:
+    """Raise NotLive where the server's own detector lets more attacks through than the gallery takes.
+
+    The upper end of the worst species' interval counts: few attacks that failed prove little.
+    """
+    if demand and demand.max_apcer is not None and certificate.apcer_at_most > demand.max_apcer:
+        raise NotLive(
+            f"the gallery {demand.gallery!r} asks for an APCER of at most {demand.max_apcer:g}; of the server's "
+            f"detector up to {certificate.apcer_at_most:.3g} is possible by its certificate.",
+            details={"reason": "evidence", "max_apcer": demand.max_apcer},
+        )
 
 
 class Liveness:

@@ -30,7 +30,7 @@ from pkd.serving.inference.thread_pool import Pool
 from pkd.serving.matching import identification
 from pkd.serving.matching.admission import encoder_to_search
 from pkd.serving.matching.drift import DriftMonitor
-from pkd.serving.matching.liveness import Demand, Liveness, Shown
+from pkd.serving.matching.liveness import Demand, Liveness, Shown, require_measured
 from pkd.serving.matching.policies import Policies
 from pkd.serving.matching.quality import measure_quality, require_quality, strictest
 from pkd.serving.matching.verification import (
@@ -47,6 +47,7 @@ from pkd.serving.observability.metrics import Metrics
 from pkd.serving.observability.state import State
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import BundleError, PkdError
+from pkd.toolkit.encoders.attack_detector import AttackDetector
 from pkd.toolkit.encoders.detector import Detector
 
 Given = TypeVar("Given")
@@ -85,6 +86,7 @@ class Service:
     ) -> None:
         self.encoders, self.settings, self._store = encoders, settings, store
         self.policies, self.liveness = policies or Policies(), liveness
+        self.attack_detector: AttackDetector | None = None
         self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
         self.drift = DriftMonitor(encoders, self.state.metrics, ledger)
         self.inference = Inference(encoders.loaded.values(), self.state.metrics)
@@ -178,7 +180,8 @@ class Service:
         subjects = [side.given.gallery for side in sides if isinstance(side.given, SubjectSide)]
         shown = [side.given for side in sides if not isinstance(side.given, SubjectSide)][:1]
         asked = [(gallery, self.policies.of(gallery).liveness) for gallery in subjects if shown]
-        await self.prove_live(body.liveness, shown, [one for one in asked if one[1].query])
+        photographs = [Photograph.of(one) for one in shown if isinstance(one, ImageSide)]
+        await self.prove_live(body.liveness, shown, [one for one in asked if one[1].query], photographs)
         limits = [self.policies.of(gallery).query_quality for gallery in subjects]
         await asyncio.gather(*(self._embed_side(side, limits) for side in sides if side.loaded))
         a, b = (side.vectors for side in sides)
@@ -203,7 +206,8 @@ class Service:
         plan = identification.plan_search(self.encoders, gallery, encoder, options.partial)
         demand = self.policies.of(name).liveness
         shown = query.image if isinstance(query, Photograph) else query
-        await self.prove_live(options.liveness, [shown], [(name, demand)] if demand.query else [])
+        photographs = [query] if isinstance(query, Photograph) else []
+        await self.prove_live(options.liveness, [shown], [(name, demand)] if demand.query else [], photographs)
         if isinstance(query, Photograph):
             vector = await self.embed_one(query, loaded, [self.policies.of(name).query_quality])
         else:
@@ -228,13 +232,25 @@ class Service:
         return answer
 
     async def prove_live(
-        self, token: str | None, inputs: Sequence[Shown], demands: Sequence[tuple[str, LivenessDemand]]
+        self,
+        token: str | None,
+        inputs: Sequence[Shown],
+        demands: Sequence[tuple[str, LivenessDemand]],
+        photographs: Sequence[Photograph] = (),
     ) -> None:
         """Check the verdict of a request on its inputs. ``demands``: galleries that ask for one, and what they ask.
 
-        A verdict that nobody asks for is checked, too: what a request claims holds, or it is refused. Raises NotLive.
+        A verdict that nobody asks for is checked, too: what a request claims holds, or it is refused. Where none is
+        sent, the server's own detector judges ``photographs``: the inputs, if all are images. Raises NotLive.
         """
         if token is None and not demands:
+            return
+        limits = [(gallery, demand.max_apcer) for gallery, demand in demands if demand.max_apcer is not None]
+        strictest_limit = min(limits, key=lambda one: one[1]) if limits else None
+        demand = Demand(*strictest_limit) if strictest_limit else None
+        if token is None and self.attack_detector and len(photographs) == len(inputs):
+            require_measured(self.attack_detector.certificate, demand)
+            await self._judge(self.attack_detector, photographs)
             return
         if token is None:
             raise NotLive(
@@ -247,10 +263,25 @@ class Service:
                 "this server believes no detector of attacks: it was started without --liveness. Leave `liveness` out.",
                 details={"reason": "not-configured"},
             )
-        limits = [(gallery, demand.max_apcer) for gallery, demand in demands if demand.max_apcer is not None]
-        strictest_limit = min(limits, key=lambda one: one[1]) if limits else None
-        demand = Demand(*strictest_limit) if strictest_limit else None
         await asyncio.to_thread(self.liveness.require, token, inputs, demand)
+
+    async def _judge(self, detector: AttackDetector, photographs: Sequence[Photograph]) -> None:
+        size = detector.certificate.scoring.preprocess.size
+
+        def is_bona_fide(photograph: Photograph) -> bool:
+            crop = self.pipeline.cut(photograph.image, size, photograph.faces, photograph.aligned)
+            return detector.is_bona_fide(crop)
+
+        for index, photograph in enumerate(photographs):
+            try:
+                bona_fide = await self._workers.submit(partial(is_bona_fide, photograph))
+            except PkdError as error:
+                raise error.explain(index=index) from None
+            if not bona_fide:
+                raise NotLive(
+                    "the server's detector takes this for a presentation attack. Check the person in another way.",
+                    details={"reason": "attack", "index": index, "detector": detector.certificate.detector},
+                )
 
     async def _watch_verification(self, decision: Mapping[str, Any], side: Side) -> None:
         gallery = await self.stored(self.store.get, side.gallery) if isinstance(side, SubjectSide) else None

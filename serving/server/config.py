@@ -152,6 +152,15 @@ class Configuration:
         "JSON that names whose signed verdicts on living people are believed",
         "none: no verdict is believed",
     )
+    attack_detector: str | None = _option(
+        None,
+        "FILE",
+        "ONNX model that tells attacks from living people in photographs that come without a signed verdict",
+        "none: no model is run",
+    )
+    attack_certificate: str | None = _option(
+        None, "FILE", "certificate that pkd-pad wrote of that model, with its threshold", "none"
+    )
     oidc: str | None = _option(
         None,
         "FILE",
@@ -293,6 +302,14 @@ def _check_combinations(made: Configuration) -> None:
     ):
         if value and not milvus:
             raise InputError(f"{option} {value}: it is for --gallery milvus://HOST:PORT alone. Leave it out.")
+    if bool(made.attack_detector) != bool(made.attack_certificate):
+        given = "--attack-detector" if made.attack_detector else "--attack-certificate"
+        raise InputError(
+            f"{given} {made.attack_detector or made.attack_certificate}: a model is run with the certificate that was "
+            "measured of it (pkd-pad). Pass both --attack-detector and --attack-certificate, or neither."
+        )
+    if made.attack_detector and not made.policies:
+        raise InputError(f"--attack-detector {made.attack_detector}: no gallery asks for it. Pass --policies, too.")
     if made.policies and not made.gallery:
         raise InputError(f"--policies {made.policies}: there is no gallery to apply it to. Pass --gallery, too.")
     if made.master_key and not made.gallery:

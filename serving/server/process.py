@@ -30,10 +30,12 @@ from pkd.serving.observability.drift import DriftLedger
 from pkd.serving.server.config import Configuration
 from pkd.serving.server.server import Link, serve
 from pkd.toolkit.bundle.bundle import NOT_GATED
+from pkd.toolkit.certificates.attack_detection import read_attack_certificate
 from pkd.toolkit.certificates.certificate import Certificate, usefulness
 from pkd.toolkit.certificates.signing import TrustedKeys
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import InputError, UnsupportedFmr
+from pkd.toolkit.encoders.attack_detector import AttackDetector
 from pkd.toolkit.encoders.detector import open_detector
 from pkd.toolkit.images.alignment import ALIGNED_TO
 
@@ -73,6 +75,9 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
         liveness = Liveness.read(Path(configuration.liveness)) if configuration.liveness else None
         ledger = open_ledger(configuration)
         service = Service(encoders, settings, detector, store, policies, liveness, ledger)
+        if configuration.attack_detector and configuration.attack_certificate:
+            certificate = read_attack_certificate(Path(configuration.attack_certificate), trusted)
+            service.attack_detector = AttackDetector(Path(configuration.attack_detector), certificate)
         stack.callback(service.close)
         if configuration.device_classes:
             service.device_classes = DeviceClasses(service.artifacts, Path(configuration.device_classes))

@@ -103,17 +103,24 @@ def serving(
     detector: Any = None,
     policies: Any = None,
     liveness: Any = None,
+    attack_detector: Any = None,
     **settings: Any,
 ) -> Iterator[httpx.Client]:
     """Run the real server on a real store, as a client."""
     store = SqliteStore(folder, MASTER)
     limits = Settings(threads=2, **{**ANYTHING, **settings})
     service = Service(Encoders.open(fleet.folders), limits, detector, store, policies, liveness)
+    service.attack_detector = attack_detector
     try:
         with made.running(service, keys) as client:
             yield client
     finally:
         store.close()
+
+
+def file(crop: Any) -> dict[str, Any]:
+    """Put any crop inside JSON, as aligned."""
+    return {"image_b64": base64.b64encode(made.png(crop)).decode(), "aligned": True}
 
 
 def image(index: int) -> dict[str, str]:

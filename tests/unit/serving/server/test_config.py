@@ -62,10 +62,13 @@ def test_every_option_takes_both_forms_and_gives_the_same() -> None:
         **dict.fromkeys(("max_body", "max_stream"), "2048"),
     }
     milvus = {"PKD_GALLERY": "milvus://localhost:19530", "PKD_MASTER_KEY_FILE": "m", "PKD_AUDIT_FILE": "b"}
+    policies = {"PKD_POLICIES_FILE": "p", "PKD_GALLERY": "g", "PKD_MASTER_KEY_FILE": "m"}
     together = {
         "gallery": {"PKD_MASTER_KEY_FILE": "m"},
         "master_key": {"PKD_GALLERY": "g"},
         "policies": {"PKD_GALLERY": "g", "PKD_MASTER_KEY_FILE": "m"},
+        "attack_detector": {**policies, "PKD_ATTACK_CERTIFICATE_FILE": "c"},
+        "attack_certificate": {**policies, "PKD_ATTACK_DETECTOR_FILE": "d"},
         "audit": milvus,
         "milvus_token": milvus,
         "milvus_shards": milvus,
