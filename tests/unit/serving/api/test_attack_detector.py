@@ -78,12 +78,10 @@ def trained(train: dict[int, list[Rgb]]) -> bytes:
         helper.make_node("Flatten", ["pooled"], ["flat"]),
         helper.make_node("Gemm", ["flat", "weights", "bias"], ["logits"]),
     ]
-    ports = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in (("pixels", ["N", 3, 112, 112]), ("logits", ["N", 2]))
-    ]
+    taken = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", 3, 112, 112])
+    given = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 2])
     graph = helper.make_graph(
-        nodes, "pad", ports[:1], ports[1:], [numpy_helper.from_array(value, name) for name, value in constants.items()]
+        nodes, "pad", [taken], [given], [numpy_helper.from_array(value, name) for name, value in constants.items()]
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     onnx.checker.check_model(model)
@@ -156,7 +154,7 @@ def test_the_certificate_states_rates_by_species_on_other_people(measured: Measu
 def test_rates_are_those_of_the_standard() -> None:
     scores = np.array([0.9, 0.1, 0.2, 0.8], np.float32)
     people = np.array(["a", "a", "b", "b"])
-    attacks = {"print": Presentations(scores, people), "mask": Presentations(scores / 2, people)}
+    attacks = {"print": Presentations(scores, people), "mask": Presentations((scores / 2).astype(np.float32), people)}
     assert choose_threshold(attacks, 0.0) == float(np.nextafter(np.float32(0.9), np.float32(1)))
     assert choose_threshold(attacks, 0.25) == float(np.nextafter(np.float32(0.8), np.float32(1)))
     one = rate_of(scores >= 0.5, people)
