@@ -98,7 +98,7 @@ def test_workers_see_each_other_s_enrolments_and_deletions_within_a_second(two: 
 
 
 def test_every_line_of_a_json_log_is_json_from_the_first_on(two: Any) -> None:
-    until(lambda: two.find("listening on"))
+    until(lambda: two.find("(listening on)"))
     assert [line for line in two.said if not isinstance(json.loads(line), dict)] == []
     assert two.find("(no --trust-key)")
     answer = two.ask("GET", "/v1/spaces", headers={"x-request-id": "from-the-proxy"})
@@ -252,7 +252,7 @@ def test_a_worker_that_does_not_reproduce_its_golden_crops(family: made.Family, 
         bundle.rename(tmp_path / "right")
         wrong.rename(bundle)
         os.kill(max(server.workers()), signal.SIGKILL)
-        reported = r"^(worker . \(process \d+\)) ended with exit code 2: .*golden crops come out 2 away"
+        reported = r"(worker . \(process \d+\)) ended with exit code 2: .*golden crops come out 2 away"
         until(lambda: server.find(reported))
         assert server.ask("GET", "/readyz").status_code == 200
 
