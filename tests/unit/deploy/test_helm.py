@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import yaml
 from pkd.serving.cli.serve import make_serve_parser
 from pkd.serving.core.options import Settings
 from pkd.serving.server.config import configure
+from tests.support.helm import Helm, HelmError
 
-helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed (extra dev; Linux on x86-64)")
-
+pytestmark = pytest.mark.skipif(
+    not Helm.is_there(), reason="helm-python-sdk is not installed (extra dev; Linux on x86-64)"
+)
 CHART = Path(__file__).resolve().parents[3] / "deploy" / "helm" / "pkd"
 EVERYTHING: dict[str, Any] = {
     "image": {"repository": "registry.example/pkd", "digest": "sha256:" + "0" * 64},
@@ -26,10 +30,15 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def rendered(values: dict[str, Any]) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def helm() -> Iterator[Helm]:
+    with closing(Helm(CHART)) as helm:
+        yield helm
+
+
+def rendered(helm: Helm, values: dict[str, Any]) -> dict[str, Any]:
     """Render the chart; its resources by kind and name."""
-    with helm.Chart.load(str(CHART)) as chart:
-        files = chart.render(values, name="faces", namespace="pkd")
+    files = helm.render(values)
     found = [one for text in files.values() for one in yaml.safe_load_all(text) if one]
     return {f"{one['kind']}/{one['metadata']['name']}": one for one in found}
 
@@ -38,15 +47,15 @@ def pod(resources: dict[str, Any]) -> Any:
     return resources["Deployment/faces-pkd"]["spec"]["template"]
 
 
-def test_lint_finds_nothing() -> None:
-    found = helm.lint(str(CHART))
+def test_lint_finds_nothing(helm: Helm) -> None:
+    found = helm.lint()
     assert found["errors"] == []
     assert [one["error"] for one in found["messages"]] == ["icon is recommended"]
 
 
 @pytest.mark.parametrize("values", [{}, EVERYTHING, {"galleries": {"enabled": False}}], ids=["plain", "all", "none"])
-def test_what_is_rendered_is_taken_by_kubernetes_and_pkd_serve(values: dict[str, Any]) -> None:
-    resources = rendered(values)
+def test_what_is_rendered_is_taken_by_kubernetes_and_pkd_serve(helm: Helm, values: dict[str, Any]) -> None:
+    resources = rendered(helm, values)
     for one in resources.values():
         if one["kind"] != "ServiceMonitor":  # a resource of the Prometheus operator
             kubernetes_validate.validate(one, "1.31", strict=True)
@@ -74,8 +83,8 @@ def test_what_is_rendered_is_taken_by_kubernetes_and_pkd_serve(values: dict[str,
                 assert selector.get("matchLabels", selector).items() <= labels.items()
 
 
-def test_the_pod_is_confined_probed_and_has_time_to_drain() -> None:
-    spec = pod(rendered(EVERYTHING))["spec"]
+def test_the_pod_is_confined_probed_and_has_time_to_drain(helm: Helm) -> None:
+    spec = pod(rendered(helm, EVERYTHING))["spec"]
     (container,) = spec["containers"]
     context = container["securityContext"]
     assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 10001
@@ -88,8 +97,8 @@ def test_the_pod_is_confined_probed_and_has_time_to_drain() -> None:
     assert container["image"] == f"registry.example/pkd@sha256:{'0' * 64}"
 
 
-def test_options_bring_their_resources_and_metrics_stay_inside() -> None:
-    plain, full = rendered({}), rendered(EVERYTHING)
+def test_options_bring_their_resources_and_metrics_stay_inside(helm: Helm) -> None:
+    plain, full = rendered(helm, {}), rendered(helm, EVERYTHING)
     kinds = {name.partition("/")[0] for name in full} - {name.partition("/")[0] for name in plain}
     assert kinds == {"Ingress", "ServiceMonitor"}
     assert {"PodDisruptionBudget/faces-pkd", "NetworkPolicy/faces-pkd", "Service/faces-pkd"} <= set(plain)
@@ -115,6 +124,6 @@ def test_options_bring_their_resources_and_metrics_stay_inside() -> None:
         ({"keys": {"masterKey": ""}}, "masterKey"),
     ],
 )
-def test_wrong_values_are_refused(values: dict[str, Any], says: str) -> None:
-    with pytest.raises(helm.HelmError, match=says):
-        rendered(values)
+def test_wrong_values_are_refused(helm: Helm, values: dict[str, Any], says: str) -> None:
+    with pytest.raises(HelmError, match=says):
+        rendered(helm, values)
