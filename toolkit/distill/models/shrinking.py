@@ -7,8 +7,8 @@ channels; the order of removal is greedy). The error of each number of channels 
 given number of parameters in all. In a second pass, front to back, each reader is fitted to give what the whole
 network gives there, from what the shrunk one has, so that errors before it are made up for, too.
 
-Nothing is trained. Measured on MobileFaceNet: a quarter of the parameters is found again by minutes of training, where
-a network of that size that starts from nothing needs many times as long (benchmarks/adoption.py).
+Nothing is trained here, and training must follow: docs/adoption.md has the figures before and after
+(benchmarks/adoption.py).
 """
 
 from __future__ import annotations
