@@ -103,7 +103,7 @@ def test_an_older_bundle_of_the_same_key_is_authentic(signed: Path) -> None:
     older = manifest.model_copy(update={"created": "2020-01-01T00:00:00+00:00"})
     Bundle.open(write_bundle(signed.parent / "older", files, older, key=OURS).path, TRUSTED)
     page = (Path(__file__).parents[2] / "docs/bundle.md").read_text(encoding="utf-8")
-    assert "not say that it is the newest" in page
+    assert "**Whether a bundle is the newest.**" in page
 
 
 @pytest.mark.parametrize("text", [b"", b"x" * 5000, b"ed25519 sha256:00\n"])

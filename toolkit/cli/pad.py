@@ -21,6 +21,7 @@ from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.core.progress import ConsoleProgress
+from pkd.toolkit.core.tables import show_table
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.encoders.attack_detector import AttackModel
 from pkd.toolkit.encoders.base import batches
@@ -141,7 +142,7 @@ def _show(certificate: AttackCertificate, console: Console) -> None:
         low, high = one.ci95
         span = f"{100 * low:.1f}–{100 * high:.1f} %"
         table.add_row(name, f"{100 * one.rate:.1f} %", span, f"{one.presentations:,}", f"{one.subjects:,}")
-    console.print(table)
+    show_table(console, table)
     console.print(
         f"Threshold {certificate.threshold:.4f}, chosen on {certificate.chosen_on:,} other people. The model's figure "
         f"is the worst species': APCER {100 * certificate.apcer:.1f} % ({certificate.worst}).",

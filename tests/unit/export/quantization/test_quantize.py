@@ -70,7 +70,7 @@ def test_weights_are_signed_bytes_per_channel_and_biases_stay_float(form: str, s
             assert list(stored[weight.input[1]].dims) == [stored[weight.input[0]].dims[0]]
     assert not any(tensor.data_type == TensorProto.INT32 for tensor in stored.values()), "TensorRT refuses them"
     zeros = {stored[n.input[2]].data_type for n in made.graph.node if n.op_type == "QuantizeLinear"}
-    activations = {"u8s8": TensorProto.UINT8, "u16s8": TensorProto.UINT16}
+    activations = {"u8s8": TensorProto.UINT8, "u16s8": TensorProto.UINT16, "s16s8": TensorProto.INT16}
     assert zeros == {activations.get(form, TensorProto.INT8)}
     if form == "s8s8":
         offsets = [stored[n.input[2]] for n in made.graph.node if n.op_type.endswith("quantizeLinear")]

