@@ -55,7 +55,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--max-minutes", "50", "--shrink", "390000", "--map-rank", "96", "--lr", "3e-3", *L2KD),
     ),
     "newcomer": (
-        "newcomer: map, then 4 minutes of training",
+        "newcomer: map, then 4 minutes of training, which lost: the map is kept",
         ("--max-minutes", "4", "--method", "l2kd", "--threads", "1"),
     ),
 }
