@@ -55,7 +55,7 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--max-minutes", "50", "--shrink", "390000", "--map-rank", "96", "--lr", "3e-3", *L2KD),
     ),
     "newcomer": (
-        "newcomer: map, then 4 minutes of training, which lost: the map is kept",
+        "newcomer: map, then 4 minutes of training",
         ("--max-minutes", "4", "--method", "l2kd", "--threads", "1"),
     ),
 }
@@ -161,7 +161,7 @@ class Bench:
         training = student.training
         return {
             "images": training["images"], "layer": "trained", "steps": training["steps"], "batch": training["batch"],
-            "parameters": training["parameters"], "fit_seconds": None,
+            "parameters": training["parameters"], "fit_seconds": None, "lost": training.get("lost"),
             "cosine": float(np.einsum("nd,nd->n", rows, self.expected).mean()),
             **self.rates(rows, self.expected), "student_alone": self.rates(rows, rows),
         }  # fmt: skip
@@ -205,6 +205,8 @@ def write_table(results: Mapping[str, Any]) -> None:
         if rows[0]["fit_seconds"] is None:
             steps, batch = rows[0]["steps"], rows[0]["batch"]
             layer, time_ = f"{rows[0]['parameters'] / 1e6:.1f} M parameters", f"{steps:,} steps of {batch}"
+            if rows[0].get("lost"):
+                time_ += ", which lost: the map is kept"
         else:
             time_ = f"{np.mean([row['fit_seconds'] for row in rows]):.1f} s"
         lines.append(f"| {what} | {rows[0]['images']:,} | {rates} | {np.mean(alone):.3f} | {layer} | {time_} |")

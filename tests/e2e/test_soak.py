@@ -38,7 +38,7 @@ PEAK = 1000
 """MB that no moment may take."""
 REFUSED = ("bad-image", "unknown-subject", "not-aligned", "no-face", "multiple-faces", "too-many-faces", "too-large")
 ALWAYS = {"embed", "enrol", "identify", "verify", "delete", "bad-image", "unknown-subject"}
-"""What a short run does, too, however slow the machine is."""
+"""Kinds of requests that a short run sends, too, however slow the machine is."""
 
 
 class Pace:

@@ -78,7 +78,7 @@ def test_the_number_of_parameters_is_kept_and_the_runtimes_agree(student: Adopte
 
 
 def test_what_others_make_up_for_costs_nothing() -> None:
-    """Of nine channels five are sums of the other four: any four that say everything may stay."""
+    """Five of nine channels are sums of the other four: any four that say everything may stay."""
     random = np.random.default_rng(2)
     own = random.normal(size=(100, 4))
     z = np.concatenate([own, own @ random.normal(size=(4, 5)), np.ones((100, 1))], 1)
