@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # Serving image: pkd[serve] on a slim base, without torch. Bundles and keys are mounted, never baked in:
 #   docker build -t pkd .
 #   docker run --rm -p 8000:8000 -v "$PWD/bundles:/bundles:ro" -v "$PWD/secrets:/secrets:ro" \
@@ -7,7 +6,7 @@
 # with the old one. Only aligned crops are taken without --detector /bundles/yunet.onnx, which is face_detection_yunet of
 # the OpenCV Zoo. Galleries, or the audit log beside Milvus, go to a volume on /var/lib/pkd: docs/operations.md.
 
-FROM python:3.12-slim-bookworm AS build
+FROM python:3.12.15-slim-bookworm@sha256:54c85f3c47607a77f32adec749d3c81d1348bf25833671f512b26a9b6d778cb3 AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 # Further extras: docker build --build-arg EXTRAS=serve,milvus,otel .
 ARG EXTRAS=serve
@@ -22,7 +21,7 @@ COPY serving serving
 RUN /opt/pkd/bin/pip install ".[${EXTRAS}]" \
     && /opt/pkd/bin/python -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") and "torch was pulled in")'
 
-FROM python:3.12-slim-bookworm
+FROM python:3.12.15-slim-bookworm@sha256:54c85f3c47607a77f32adec749d3c81d1348bf25833671f512b26a9b6d778cb3
 # OpenCV's wheel links these system libraries. Their versions are the base image's to choose.
 # hadolint ignore=DL3008
 RUN apt-get update \

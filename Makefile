@@ -84,6 +84,7 @@ dist: $(READY) ## a wheel and an sdist: dist/
 sbom: $(READY) ## bill of materials (CycloneDX) of what pkd[serve] installs: dist/sbom.cdx.json
 	rm -rf build/sbom && $(PYTHON) -m venv build/sbom
 	build/sbom/bin/python -m pip install --quiet --disable-pip-version-check '.[serve]'
+	rm -rf *.egg-info build/lib build/bdist.*  # pytest would find their entry points
 	$(BIN)/python tools/sbom.py build/sbom/bin/python dist/sbom.cdx.json
 
 clean: ## remove .venv, built files and caches

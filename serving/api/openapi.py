@@ -37,7 +37,8 @@ with a gallery embedded by its teacher wherever a certificate joins the two.
 Every 409 says what was `expected`, what it `got`, and what `works` instead. HEAD is answered wherever GET is. A query
 parameter that a route does not have is refused, and so is a body with a `Content-Encoding`.
 
-Embeddings are biometric data: faces can be reconstructed from them. There is no liveness detection. No image is kept.
+Embeddings are biometric data: faces can be reconstructed from them. No detector of presentation attacks
+is shipped: a gallery can demand the signed verdict of one, or a model that the operator adds. No image is kept.
 """
 BODIES: list[type[BaseModel]] = [
     EmbedBody, VerifyBody, GalleryBody, EnrolBody, IdentifyBody, MigrationBody, BulkItem, ExportedSubject, TokenBody,

@@ -83,10 +83,12 @@ class Service:
         liveness: Liveness | None = None,
         ledger: DriftLedger | None = None,
         device_classes: Path | None = None,
+        attack_detector: AttackDetector | None = None,
     ) -> None:
+        """Take what the server has opened; read the file of ``device_classes``. Raises InputError for its faults."""
         self.encoders, self.settings, self._store = encoders, settings, store
         self.policies, self.liveness = policies or Policies(), liveness
-        self.attack_detector: AttackDetector | None = None
+        self.attack_detector = attack_detector
         self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
         self.drift = DriftMonitor(encoders, self.state.metrics, ledger)
         self.inference = Inference(encoders.loaded.values(), self.state.metrics)

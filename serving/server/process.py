@@ -20,7 +20,6 @@ from pkd.serving.api.tokens import Tokens
 from pkd.serving.galleries.crypto import MasterKey
 from pkd.serving.galleries.open import StoreUrl
 from pkd.serving.galleries.store import GalleryStore
-from pkd.serving.inference.device_classes import DeviceClasses
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.liveness import Liveness
 from pkd.serving.matching.policies import Policies
@@ -74,13 +73,16 @@ def opened(configuration: Configuration) -> Iterator[Opened]:
         policies = Policies(Path(configuration.policies) if configuration.policies else None)
         liveness = Liveness.read(Path(configuration.liveness)) if configuration.liveness else None
         ledger = open_ledger(configuration)
-        service = Service(encoders, settings, detector, store, policies, liveness, ledger)
+        attack_detector = None
         if configuration.attack_detector and configuration.attack_certificate:
             certificate = read_attack_certificate(Path(configuration.attack_certificate), trusted)
-            service.attack_detector = AttackDetector(Path(configuration.attack_detector), certificate)
+            attack_detector = AttackDetector(Path(configuration.attack_detector), certificate)
+        classes = Path(configuration.device_classes) if configuration.device_classes else None
+        service = Service(
+            encoders, settings, detector, store, policies, liveness, ledger,
+            device_classes=classes, attack_detector=attack_detector,
+        )  # fmt: skip
         stack.callback(service.close)
-        if configuration.device_classes:
-            service.device_classes = DeviceClasses(service.artifacts, Path(configuration.device_classes))
         if configuration.traces:
             stack.callback(telemetry.set_up())
         yield Opened(service, keys, store)

@@ -109,8 +109,8 @@ def serving(
     """Run the real server on a real store, as a client."""
     store = SqliteStore(folder, MASTER)
     limits = Settings(threads=2, **{**ANYTHING, **settings})
-    service = Service(Encoders.open(fleet.folders), limits, detector, store, policies, liveness)
-    service.attack_detector = attack_detector
+    encoders = Encoders.open(fleet.folders)
+    service = Service(encoders, limits, detector, store, policies, liveness, attack_detector=attack_detector)
     try:
         with made.running(service, keys) as client:
             yield client

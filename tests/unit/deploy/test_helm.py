@@ -23,6 +23,7 @@ CHART = Path(__file__).resolve().parents[3] / "deploy" / "helm" / "pkd"
 EVERYTHING: dict[str, Any] = {
     "image": {"repository": "registry.example/pkd", "digest": "sha256:" + "0" * 64},
     "detector": "/bundles/yunet.onnx",
+    "attackDetector": {"model": "/bundles/pad.onnx", "certificate": "/bundles/pad.json"},
     "policies": "pkd-policies",
     "keys": {"trust": "pkd-trust"},
     "ingress": {"enabled": True},
@@ -65,6 +66,8 @@ def test_what_is_rendered_is_taken_by_kubernetes_and_pkd_serve(helm: Helm, value
     arguments = ["--host", "0.0.0.0", "--port", "8000", *container["args"]]
     made = configure(make_serve_parser().parse_args(arguments), environment)
     assert made.api_keys and bool(made.gallery) == (values.get("galleries") is None)
+    own = values.get("attackDetector", {"model": None, "certificate": None})
+    assert (made.attack_detector, made.attack_certificate) == (own["model"], own["certificate"])
     mounts = {one["mountPath"] for one in container["volumeMounts"]}
     named = {one["name"] for one in template["spec"]["volumes"]}
     assert {one["name"] for one in container["volumeMounts"]} == named
@@ -122,6 +125,9 @@ def test_options_bring_their_resources_and_metrics_stay_inside(helm: Helm) -> No
         ({"keys": {"apiKeys": ""}}, "apiKeys"),
         ({"podDisruptionBudget": {"maxUnavailable": 0}}, "maxUnavailable"),
         ({"keys": {"masterKey": ""}}, "masterKey"),
+        ({"attackDetector": {"model": "/bundles/pad.onnx"}}, "attackDetector.certificate"),
+        ({"attackDetector": {"certificate": "/bundles/pad.json"}}, "attackDetector.model"),
+        ({"attackDetector": {"model": "pad.onnx"}}, "attackDetector"),
     ],
 )
 def test_wrong_values_are_refused(helm: Helm, values: dict[str, Any], says: str) -> None:

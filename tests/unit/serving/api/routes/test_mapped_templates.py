@@ -41,6 +41,9 @@ def test_staged_templates_are_not_searched_and_native_ones_replace_them(tmp_path
         body = problem(client.post("/v1/galleries/staff/identify", json=query), 409, "gallery-conflict")
         assert "being mapped" in body["detail"]
         old = client.post("/v1/galleries/staff/identify", json={"query": sent(fleet.teacher, at(0, 1))}).json()
+        sides = {"a": query["query"], "b": {"gallery": "staff", "subject": "ann"}}
+        alone = client.post("/v1/verify", json=sides).json()  # all of this subject's are there: docs/galleries.md
+        assert alone["match"] and alone["certificate"]["gallery"] == mapped.id
         assert old["decision"] == "match" and {one["reason"] for one in old["not_searched"]} == {"staged"}
         store.set_mapping("staff", lambda state: state.model_copy(update={"staged": ()}), "test")
         seen = client.post("/v1/galleries/staff/identify", json=query).json()
