@@ -13,7 +13,7 @@ import pytest
 from pkd.serving.api.api_keys import ApiKeys, new_key
 from tests.support import gallery_fixtures as made
 from tests.support.browser import Page, browsing, missing
-from tests.support.gallery_fixtures import CROPS
+from tests.support.gallery_fixtures import CROPS, Fleet, at, sent
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "")
 OPERATOR = new_key("operator", "embed,verify,enrol,delete,admin")
@@ -29,6 +29,7 @@ class Place:
     client: httpx.Client
     page: Page
     crop: Path
+    fleet: Fleet
 
     def enter(self, key: str) -> None:
         """Open the console anew, and give a key."""
@@ -64,11 +65,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (folder / "keys.txt").write_text(f"{OPERATOR['line']}\n{WATCHER['line']}\n")
     (folder / "crop.png").write_bytes(made.made.png(CROPS[0]))
     keys = ApiKeys.read(folder / "keys.txt")
-    with made.serving(made.fleet(folder / "bundles"), folder / "store", keys) as client:
+    fleet = made.fleet(folder / "bundles")
+    with made.serving(fleet, folder / "store", keys) as client:
         client.headers["authorization"] = f"Bearer {OPERATOR['key']}"
         client.put("/v1/galleries/staff")
         with browsing(folder / "profile") as browser:
-            yield Place(client, browser.page(), folder / "crop.png")
+            yield Place(client, browser.page(), folder / "crop.png", fleet)
 
 
 def test_encoders_are_a_matrix_and_the_key_is_kept_nowhere(place: Place) -> None:
@@ -89,6 +91,26 @@ def test_encoders_are_a_matrix_and_the_key_is_kept_nowhere(place: Place) -> None
     assert page.run("document.querySelector('#key').value") == ""
     place.click("#leave")
     page.until(f"{ASKED} && document.querySelector('#work').hidden")
+
+
+def test_each_pair_says_in_words_whether_its_certificate_holds(place: Place) -> None:
+    page, teacher, student = place.page, place.fleet.teacher, place.fleet.first
+    points = {one["query"]: one["points"] for one in place.client.get("/v1/certificates").json()["certificates"]}
+    just_missed = points[teacher.info.id][-1]["threshold"] - 0.005  # reaches every point but the strictest
+    for query, cosine, times in ((teacher, just_missed, 60), (student, 0.0, 1)):
+        body = {"a": sent(query, at(1, 1)), "b": sent(teacher, at(cosine, 2)), "policy": {"target_fmr": 1e-4}}
+        for _ in range(times):
+            assert place.client.post("/v1/verify", json=body).json()["match"] is False
+    place.enter(OPERATOR["key"])
+    page.until("document.querySelectorAll('#drift-list td').length")
+    rows = page.run("[...document.querySelectorAll('#drift-list tbody tr')].map((one) => one.innerText)")
+    assert len(rows) == len(place.client.get("/v1/certificates").json()["certificates"])
+    assert sorted("broken" in row for row in rows)[-2:] == [False, True] and "broken" in rows[0]
+    assert "60 of 60 verifications" in rows[0] and "people enrolled twice" in rows[0]
+    held = [row for row in rows if "holds so far" in row]
+    assert len(held) == 1 and "0 of 1 verification;" in held[0] and "an alarm from 40 on" in held[0]
+    assert all("nothing seen yet" in row for row in rows if row not in [rows[0], *held]) and len(rows) > 2
+    assert place.faults() == []
 
 
 def test_somebody_is_enrolled_found_and_deleted_with_a_receipt(place: Place) -> None:

@@ -1,6 +1,7 @@
 // Encoders, and who may be matched with whom: the matrix of ordered pairs with their certificates, rates and ages.
 
 import { ask } from "./api.js";
+import { showDrift } from "./drift.js";
 import { $, age, count, element, fillTable, markOverflow, percent, rate, short } from "./view.js";
 
 const OLD_DAYS = 365;
@@ -22,6 +23,7 @@ export async function loadEncoders() {
     ]),
     "No encoder is loaded.",
   );
+  await showDrift(certificates);
 }
 
 function drawMatrix() {
