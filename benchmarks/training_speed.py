@@ -27,12 +27,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pkd.toolkit.core.malloc import keep_freed_memory
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.row_store import KeyedRows, StoredRows
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.heads.head import Head
 from pkd.toolkit.distill.training.loader import Loader
-from pkd.toolkit.distill.training.loop import keep_freed_memory
 from pkd.toolkit.distill.training.run_log import RunLog, StepLog
 from pkd.toolkit.distill.training.schedule import learning_rate
 from pkd.toolkit.distill.training.setup import Prepared

@@ -70,6 +70,7 @@ class DriftLedger:
         self._lock, self._pending, self._count = threading.Lock(), dict[tuple[str, str, float], Sums](), 0
         try:
             self._db = sqlite3.connect(path or ":memory:", timeout=5.0, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA cache_size = -256")  # KiB
             if path:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 path.chmod(0o600)

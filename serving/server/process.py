@@ -34,6 +34,7 @@ from pkd.toolkit.certificates.certificate import Certificate, usefulness
 from pkd.toolkit.certificates.signing import TrustedKeys
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import InputError, UnsupportedFmr
+from pkd.toolkit.core.malloc import return_freed_memory
 from pkd.toolkit.encoders.attack_detector import AttackDetector
 from pkd.toolkit.encoders.detector import open_detector
 from pkd.toolkit.images.alignment import ALIGNED_TO
@@ -92,6 +93,7 @@ def run_alone(
     configuration: Configuration, listener: socket.socket, console: Console, ready: Callable[[], None]
 ) -> list[str]:
     """Serve in this process until it is told to stop; returns the ids of the encoders."""
+    return_freed_memory()
     logs.set_up(configuration.log, configuration.log_requests)
     if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server has a handler: what nobody takes ends a process
@@ -105,6 +107,7 @@ def run_worker(
     configuration: Configuration, listener: socket.socket, index: int, link: Link, folder: Path, quiet: bool
 ) -> None:
     """Serve as one of several processes. The one with ``index`` 0 introduces the server and sweeps its galleries."""
+    return_freed_memory()
     logs.set_up(configuration.log, configuration.log_requests)
     with opened(configuration) as it:
         if it.keys:

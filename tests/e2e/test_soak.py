@@ -84,7 +84,7 @@ class Pace:
         held = []
         for _ in range(4):
             time.sleep(0.3)
-            held.append(self.server.proportional_mb())
+            held.append(self.server.own_mb())
         return min(held)
 
 

@@ -78,10 +78,12 @@ class Server:
         """Largest resident size so far."""
         return self._status("VmHWM") / MB
 
-    def proportional_mb(self) -> float:
-        """Proportional set size now: what it shares with other processes counts in part."""
-        text = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text(encoding="ascii")
-        return int(re.findall(r"^Pss:\s+(\d+) kB", text, re.M)[0]) / MB
+    def own_mb(self) -> float:
+        """Memory that is this process's alone, now. Files are left out, libraries above all.
+
+        Of those the kernel keeps in memory what it likes, and a share of each counts that depends on what else runs.
+        """
+        return (self._status("RssAnon") + self._status("RssShmem")) / MB
 
     def cpu_seconds(self) -> float:
         """Seconds of processor time that it has used."""

@@ -24,6 +24,8 @@ from pkd.toolkit.core.errors import InputError
 
 NAME = "galleries.db"
 VERSION = 1
+READ_CACHE, WRITE_CACHE = 256, 1024
+"""KiB of pages that a connection keeps; each fills as the file grows, and the system caches the file once for all."""
 
 SCHEMA = f"""
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -125,21 +127,21 @@ class SqliteFile:
         self._all: list[sqlite3.Connection] = []
         self._closed = False
         with explained():
-            self._writer = self.connect()
+            self._writer = self.connect(WRITE_CACHE)
             try:
                 self._check_origin()
             except BaseException:
                 self.close()
                 raise
 
-    def connect(self) -> sqlite3.Connection:
-        """Open a further connection; the caller uses it in one thread at a time."""
+    def connect(self, cache: int = READ_CACHE) -> sqlite3.Connection:
+        """Open a further connection with ``cache`` KiB of pages; the caller uses it in one thread at a time."""
         db = sqlite3.connect(self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False)
         self._all.append(db)
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA secure_delete = ON")  # freed pages are overwritten with zeros
         db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk before it is acknowledged
-        db.execute("PRAGMA cache_size = -1024")  # KiB of each connection; the system caches the file once for all
+        db.execute(f"PRAGMA cache_size = -{cache}")
         return db
 
     def disconnect(self, db: sqlite3.Connection) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import fcntl
 import json
 import math
@@ -22,6 +21,7 @@ from torch.nn.functional import normalize
 from pkd.toolkit.core.cli_support import StopRequest, tool_version
 from pkd.toolkit.core.encoder_info import EncoderInfo, describe
 from pkd.toolkit.core.errors import InputError, TrainingDiverged
+from pkd.toolkit.core.malloc import keep_freed_memory
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.heads.head import FILE as HEAD_FILE
@@ -44,8 +44,6 @@ from pkd.toolkit.encoders.embed import default_cache, embed_stored
 
 CHECKPOINT = "checkpoint.pt"
 CONFIG = "config.json"
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt(3)."""
 
 
 def distill(
@@ -251,17 +249,3 @@ def _exclusive(run: Path) -> Iterator[None]:
                 f"{run}: another pkd-distill is writing this run. Wait for it or choose another --out."
             ) from None
         yield
-
-
-def keep_freed_memory() -> bool:
-    """Let this process keep memory that it has freed. False where the C library is not glibc; then nothing changes.
-
-    glibc takes each large activation straight from the kernel, which clears it page by page, and returns it after use.
-    A small student's step spends up to a third of its CPU time on that (benchmarks/training_speed.py). Results are the
-    same to the bit; the process stays as large as its largest step.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
