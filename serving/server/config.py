@@ -21,8 +21,8 @@ from pkd.toolkit.certificates.certificate import Assurance
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.gpu import Device
 
-OTHERS = frozenset({"PKD_SHARED", "PKD_CACHE", "PKD_KEY_PASSPHRASE"})
-"""Variables of other commands of pkd."""
+OTHERS = frozenset({"PKD_SHARED", "PKD_CACHE", "PKD_KEY_PASSPHRASE", "PKD_BIN"})
+"""Variables of other commands of pkd, and of scripts that try them."""
 SERVICE_LINK = re.compile(r"PKD(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP)(_.*)?)?)|PKD_PORT")
 """Variables that Kubernetes sets in every pod beside a Service whose name begins with pkd."""
 YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off", ""})

@@ -23,6 +23,8 @@ from pkd.toolkit.images.codec import Rgb
 
 WORK_SIDES = (640, 1920)
 """Longest side, pixels, of the copy that is searched: quick first, larger only where the quick one shows no face."""
+KEPT_PIXELS = WORK_SIDES[0] ** 2
+"""Pixels of the largest copy after which a thread keeps its network; opening another takes a few milliseconds."""
 MIN_SIDE = 16
 """Images smaller than this on either side, pixels, are not searched."""
 NMS_OVERLAP = 0.3
@@ -145,6 +147,8 @@ class YuNet:
         network = self._network()
         network.setInputSize((width, height))
         _, rows = network.detect(np.ascontiguousarray(copy[:, :, ::-1]))
+        if width * height > KEPT_PIXELS:
+            del self._local.network  # it would keep what the large copy took, 180 MB for each thread of a server
         if rows is None:
             return []
         stretch = np.array([image.shape[1] / width, image.shape[0] / height], np.float32)

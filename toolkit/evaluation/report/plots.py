@@ -33,6 +33,8 @@ LINES: dict[str, tuple[str, Any]] = {
     "C–T": ("#9f1239", (0, (1, 1.5))),
 }
 """Colour and dash pattern of each ordered pair: told apart in print, too."""
+LABEL_STEP = 0.11
+"""Height of a threshold's label, as a share of the tallest bar."""
 USED = 2e-5
 """Fraction of pairs from which on a bin counts as used."""
 
@@ -144,10 +146,10 @@ def distance_distributions(rows: Sequence[tuple[str, Comparison]], *, name: str 
         ]
         edges = _distances(rows[0][1].genuine)
         for (label, c), axes in zip(rows, plots, strict=True):
+            axes.set_axisbelow(True)
             for part, colour in ((c.impostor, IMPOSTOR), (c.genuine, GENUINE)):
-                density = np.array(part.fractions) / -np.diff(_distances(part))
-                axes.stairs(density[::-1], _distances(part)[::-1], fill=True, color=colour, alpha=0.3)
-                axes.stairs(density[::-1], _distances(part)[::-1], color=colour, lw=1.2)
+                axes.fill_between(*_density(part), color=colour, alpha=0.3, lw=0)
+                axes.plot(*_density(part), color=colour, lw=1.2)
             axes.set(ylim=(0, None), yticks=[], xlim=(edges[max(used) + 1] - 0.03, edges[min(used)] + 0.03))
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="x", length=3)
@@ -176,11 +178,11 @@ def scores_of(comparison: Comparison, others: tuple[Comparison, ...]) -> Picture
         left, right = _range(*(h for c in others for h in (c.genuine, c.impostor)))
         top = max(*comparison.genuine.fractions, *comparison.impostor.fractions)
         for place, point in enumerate(reversed(comparison.points)):  # a line ends below the labels to its left
-            height = (1.03 + 0.07 * place) * top
+            height = (1.05 + LABEL_STEP * place) * top
             axes.plot([point.threshold] * 2, [0, height], color=INK, lw=1, ls=(0, (2, 2)))
             side = "right" if point.threshold > 0.15 * left + 0.85 * right else "left"
-            axes.text(point.threshold, height, f" FMR {100 * point.fmr:g} % ", color=INK, size=9, va="center", ha=side)
-        axes.set(ylim=(0, 1.32 * top), xlim=(left, right))
+            axes.text(point.threshold, height, f" FMR {100 * point.fmr:g} % ", color=INK, size=10, va="center", ha=side)
+        axes.set(ylim=(0, (1.12 + LABEL_STEP * len(comparison.points)) * top), xlim=(left, right))
         axes.set(xlabel="cosine similarity", ylabel="fraction of pairs", yticks=[])
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, fontsize=10, borderpad=0)
 
@@ -225,6 +227,18 @@ def _distances(histogram: Histogram) -> Doubles:
     """Return the histogram's edges as distances: from 2 (opposite) down to 0 (equal)."""
     distances: Doubles = np.sqrt(np.maximum(2 - 2 * _edges(histogram), 0))
     return distances
+
+
+def _density(histogram: Histogram) -> tuple[Doubles, Doubles]:
+    """Return distances, ascending from 0, and the density there: a line through the middles of the bins.
+
+    Bins of equal width in cosine are wide in distance where pairs are alike, up to 0.2 for the first, which as a bar
+    would stand like a slab.
+    """
+    edges = _edges(histogram)
+    middles = np.sqrt(2 - (edges[1:] + edges[:-1]))
+    density = np.array(histogram.fractions) / -np.diff(_distances(histogram))
+    return np.append(0, middles[::-1]), np.append(0, density[::-1])
 
 
 def _range(*histograms: Histogram) -> tuple[float, float]:
