@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,6 +77,31 @@ def test_threads_share_a_detector(spots: str) -> None:
     for part, landmarks in enumerate(together):
         for (_, _, x), points in zip(sizes[part::4], landmarks, strict=True):
             np.testing.assert_allclose(points, LANDMARKS + np.array([x + 4, 84]), atol=1e-3)
+
+
+HELD = """
+import re, sys
+import numpy as np
+from pathlib import Path
+from pkd.toolkit.core.malloc import return_freed_memory
+from pkd.toolkit.encoders.detector import open_detector
+print(return_freed_memory({}))
+detector = open_detector(sys.argv[1])
+def held():
+    return int(re.findall(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0]) // 1024
+before = held()
+detector.detect(np.zeros((1440, 1920, 3), np.uint8))
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_thread_does_not_keep_what_a_large_photograph_took(spots: str) -> None:
+    said = subprocess.run([sys.executable, "-c", HELD, spots], capture_output=True, text=True, check=True).stdout
+    gives_back, held = re.findall(r"\S+", said)
+    if gives_back != "True":
+        pytest.skip("the C library has no mallopt")
+    assert int(held) < 60  # MB; 140 where the network stays
 
 
 def test_nothing_reaches_stderr(spots: str, capfd: pytest.CaptureFixture[str]) -> None:
