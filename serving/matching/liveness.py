@@ -8,6 +8,7 @@ runs it to measure: ISO/IEC 30107-3.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 import time
@@ -99,6 +100,8 @@ class Liveness:
     ) -> None:
         self.config, self._keys, self._clock = config, keys, clock
         self.shared = shared
+        self._began = math.floor(clock())
+        """Second in which this process began: it knows no nonce that another before it has seen."""
         self._used: dict[str, float] = {}
         self._lock = threading.Lock()
         self._expected = Expected(
@@ -133,6 +136,12 @@ class Liveness:
         if self._clock() - claims["iat"] > config.max_age_seconds + config.leeway_seconds:
             raise NotLive(
                 f"the verdict is older than {config.max_age_seconds:g} s. Check the person anew.",
+                details={"reason": "expired", "max_age_seconds": config.max_age_seconds},
+            )
+        if claims["iat"] < self._began:
+            raise NotLive(
+                "the verdict is from before this server began, which cannot tell whether it was used. Check the person "
+                "anew.",
                 details={"reason": "expired", "max_age_seconds": config.max_age_seconds},
             )
         if missing := [number for number, shown in enumerate(inputs) if digest_of(shown) not in verdict.sha256]:

@@ -178,6 +178,12 @@ def introduce(say: Callable[[str], None], it: Opened, configuration: Configurati
         say("no certificate in these bundles: /verify will refuse every pair")
     if not configuration.detector:
         say("no --detector: only aligned crops are taken (aligned=true)")
+    if it.service.attack_detector:
+        measured = it.service.attack_detector.certificate
+        say(
+            f"attack detector {measured.detector}: APCER {100 * measured.apcer:.1f} % ({measured.worst}, at most "
+            f"{100 * measured.apcer_at_most:.1f} %), BPCER {100 * measured.bona_fide.rate:.1f} %, where a gallery demands proof"
+        )
     if it.keys is None:
         say("no --api-keys: requests need no key")
     if it.store is None:

@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("jwt", reason="pyjwt is not installed (extra serve)")
 
+from pkd.serving.core.errors import NotLive
 from pkd.serving.core.signed_tokens import KeySet
 from pkd.serving.matching.liveness import Liveness, LivenessConfig
 from pkd.serving.matching.policies import Policies
@@ -187,8 +188,25 @@ def test_processes_of_one_server_remember_nonces_together(camera: Issuer, tmp_pa
     one, two = (Liveness(config, keys, shared=tmp_path) for _ in range(2))
     token = camera.verdict(HASHES[0])
     one.require(token, [FILES[0]], None)
-    with pytest.raises(Exception, match="used before"):
+    with pytest.raises(NotLive, match="used before"):
         two.require(token, [FILES[0]], None)
+
+
+def test_a_verdict_ages_and_does_not_outlive_the_process_that_it_was_given_to(camera: Issuer, tmp_path: Path) -> None:
+    config = LivenessConfig(
+        issuer=camera.name, audience=camera.audience, jwks="-", max_age_seconds=10, leeway_seconds=1
+    )
+    keys, now = KeySet(str(camera.write(tmp_path / "jwks.json"))), time.time()
+    one = Liveness(config, keys, lambda: now)
+    token, unused = (camera.verdict(HASHES[0]) for _ in range(2))
+    now += 10
+    one.require(token, [FILES[0]], None)
+    restarted = Liveness(config, keys, lambda: now)  # it knows nothing of what was used
+    with pytest.raises(NotLive, match="from before this server began"):
+        restarted.require(token, [FILES[0]], None)
+    now += 3
+    with pytest.raises(NotLive, match="older than 10 s"):
+        one.require(unused, [FILES[0]], None)
 
 
 def test_the_file_names_what_is_wrong_with_it(tmp_path: Path) -> None:
