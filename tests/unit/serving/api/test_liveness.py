@@ -198,7 +198,7 @@ def test_a_verdict_ages_and_does_not_outlive_the_process_that_it_was_given_to(ca
     )
     keys, now = KeySet(str(camera.write(tmp_path / "jwks.json"))), time.time()
     one = Liveness(config, keys, lambda: now)
-    token, unused = (camera.verdict(HASHES[0]) for _ in range(2))
+    token, unused = (camera.verdict(HASHES[0], iat=now) for _ in range(2))
     now += 10
     one.require(token, [FILES[0]], None)
     restarted = Liveness(config, keys, lambda: now)  # it knows nothing of what was used
