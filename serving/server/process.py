@@ -181,8 +181,8 @@ def introduce(say: Callable[[str], None], it: Opened, configuration: Configurati
     if it.service.attack_detector:
         measured = it.service.attack_detector.certificate
         say(
-            f"attack detector {measured.detector}: APCER {100 * measured.apcer:.1f} % ({measured.worst}, at most "
-            f"{100 * measured.apcer_at_most:.1f} %), BPCER {100 * measured.bona_fide.rate:.1f} %; asked where proof is demanded"
+            f"attack detector {measured.detector}, for galleries that demand proof: APCER {100 * measured.apcer:.1f} % "
+            f"({measured.worst}, at most {100 * measured.apcer_at_most:.1f} %), BPCER {100 * measured.bona_fide.rate:.1f} %"
         )
     if it.keys is None:
         say("no --api-keys: requests need no key")
