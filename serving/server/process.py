@@ -180,10 +180,11 @@ def introduce(say: Callable[[str], None], it: Opened, configuration: Configurati
         say("no --detector: only aligned crops are taken (aligned=true)")
     if it.service.attack_detector:
         measured = it.service.attack_detector.certificate
-        say(
-            f"attack detector {measured.detector}, for galleries that demand proof: APCER {100 * measured.apcer:.1f} % "
-            f"({measured.worst}, at most {100 * measured.apcer_at_most:.1f} %), BPCER {100 * measured.bona_fide.rate:.1f} %"
+        apcer, most, bpcer = (
+            f"{100 * rate:.1f} %" for rate in (measured.apcer, measured.apcer_at_most, measured.bona_fide.rate)
         )
+        worst = f"APCER {apcer} ({measured.worst}, at most {most}), BPCER {bpcer}"
+        say(f"attack detector {measured.detector}, for galleries that demand proof: {worst}")
     if it.keys is None:
         say("no --api-keys: requests need no key")
     if it.store is None:
