@@ -123,14 +123,11 @@ class Gate:
         for target, encoder in _own(self._reference, targets).items():
             found = self._measure(target, encoder)
             lost = self._plain.tar - found.tar
-            drop = paired(self._plain.values, found.values, (self._statistic,) * 2, observed=lost)
-            most = drop.ci95[1]
-            if level != LEVEL:
-                judged_by = paired(self._plain.values, found.values, (self._statistic,) * 2, observed=lost, level=level)
-                most = judged_by.ci95[1]
-            reach = most
-            if float(np.einsum("nd,nd->n", self._plain.vectors, found.vectors).min()) < ALIKE:
-                most = max(most, lost + unseen(self._plain.accepted - found.accepted, level))
+            both = self._plain.values, found.values, (self._statistic,) * 2
+            drop = paired(*both, observed=lost)
+            reach = drop.ci95[1] if level == LEVEL else paired(*both, observed=lost, level=level).ci95[1]
+            rounding = float(np.einsum("nd,nd->n", self._plain.vectors, found.vectors).min()) >= ALIKE
+            most = reach if rounding else most_lost(lost, reach, self._plain.accepted - found.accepted, level)
             row = GateRow(
                 target=target,
                 encoder=encoder.info.id,
@@ -209,6 +206,14 @@ class Gate:
                 "where nobody loses anything"
             )
         return said
+
+
+def most_lost(lost: float, reach: float, of_people: Doubles, level: float = LEVEL) -> float:
+    """Find the largest loss that a target may have, by which it is judged.
+
+    ``lost``: of TAR, measured. ``reach``: upper end of its paired interval. ``of_people``: see ``unseen``.
+    """
+    return max(reach, lost + unseen(of_people, level))
 
 
 def unseen(lost: Doubles, level: float = LEVEL) -> float:

@@ -30,7 +30,7 @@ from pkd.serving.server.config import Configuration
 from pkd.serving.server.server import Link, serve
 from pkd.toolkit.bundle.bundle import NOT_GATED
 from pkd.toolkit.certificates.attack_detection import read_attack_certificate
-from pkd.toolkit.certificates.certificate import Certificate, usefulness
+from pkd.toolkit.certificates.certificate import Certificate, no_less, usefulness
 from pkd.toolkit.certificates.signing import TrustedKeys
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import InputError, UnsupportedFmr
@@ -165,9 +165,8 @@ def introduce(say: Callable[[str], None], it: Opened, configuration: Configurati
             state = f"threshold {found:.4f} at FMR {fmr:g} as a {assurance}{_accuracy(certificate, fmr)}"
         except UnsupportedFmr:
             smallest, largest = certificate.smallest(assurance), certificate.points[0].fmr
-            state = (
-                f"FMR {fmr:g} as a {assurance} not covered, requests must state one of {smallest:.3g} to {largest:g}"
-            )
+            covered = f"{no_less(smallest)} to {largest:g}"
+            state = f"FMR {fmr:g} as a {assurance} not covered, requests must state one of {covered}"
         signature = file.signature or file.bundle
         signed = f", signed by {signature.key[:17]}…" if signature and encoders.keys else ""
         synthetic = " (synthetic faces)" if certificate.synthetic else ""

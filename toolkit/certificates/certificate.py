@@ -205,6 +205,12 @@ class Attribute(Record):
     """Groups by value, in alphabetical order."""
 
 
+def no_less(rate: float) -> str:
+    """Write a positive rate in three digits that are not below it, so that asking for them is not refused."""
+    step = 10.0 ** (math.floor(math.log10(rate)) - 2)
+    return f"{math.ceil(rate / step * (1 - 1e-9)) * step:.3g}"
+
+
 class Certificate(Record):
     """Allow queries from ``query`` to be matched against a gallery of ``gallery``, with these error rates.
 
@@ -299,7 +305,8 @@ class Certificate(Record):
             raise UnsupportedFmr(
                 f"target FMR {fmr:g} is not covered by the certificate of {short(self.query)} against "
                 f"{short(self.gallery)}, which supports {smallest:g} to {largest:g} ({self.impostor_pairs:,} impostor "
-                f"pairs of {self.identities:,} identities). Ask for {smallest:g} or more, or evaluate on more people."
+                f"pairs of {self.identities:,} identities). Ask for {no_less(smallest)} or more, or evaluate on more "
+                "people."
             )
         found = self.calibration.assured_at(fmr, assurance)
         if found is None:
@@ -307,7 +314,7 @@ class Certificate(Record):
             raise UnsupportedFmr(
                 f"target FMR {fmr:g} {promise} is not covered by the certificate of {short(self.query)} against "
                 f"{short(self.gallery)}: its {self.identities:,} people promise "
-                f"{self.smallest(assurance):.2g} or more. Ask for that, or evaluate on more people."
+                f"{no_less(self.smallest(assurance))} or more. Ask for that, or evaluate on more people."
             )
         return found
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pkd.toolkit.certificates.certificate import no_less
 from pkd.toolkit.core.errors import UnsupportedFmr
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, bin_edges, bin_of
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Pairing
@@ -60,7 +61,7 @@ def require_resolved(pairing: Pairing, fmr: float) -> None:
             f"FMR {fmr:g} is not resolved: {pairing.impostor_pairs:,} impostor pairs come from "
             f"{pairing.identity_pairs:,} pairs of different identities: fewer than {EXPECTED} of those would match. "
             + (
-                f"Ask for {smallest:.2g} or more, or evaluate on more people."
+                f"Ask for {no_less(smallest)} or more, or evaluate on more people."
                 if smallest < 1
                 else "Evaluate on more people."
             )

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pkd.toolkit.certificates.certificate import CertificateFile, file_name, parse_certificate, read_certificate
+from pkd.toolkit.certificates.certificate import (
+    CertificateFile,
+    file_name,
+    no_less,
+    parse_certificate,
+    read_certificate,
+)
 from pkd.toolkit.certificates.signing import Signature
 from pkd.toolkit.core.errors import BundleError, NotTrusted
 from tests.support.bundle_factory import certificate
@@ -96,3 +102,19 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(BundleError, match="not a certificate: "):
             read_certificate(path)
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [
+        (10 / 9870, "0.00102"),
+        (1e-3, "0.001"),
+        (0.1 * 3, "0.3"),
+        (9.9951e-5, "0.0001"),
+        (2 / 3e7, "6.67e-08"),
+        (1.0, "1"),
+    ],
+)
+def test_the_rate_to_ask_for_instead_is_one_that_is_covered(rate: float, said: str) -> None:
+    assert no_less(rate) == said
+    assert rate * (1 - 1e-9) <= float(said) <= 1.01 * rate
