@@ -73,7 +73,7 @@ class ExportOptions(Options):
     licence: Annotated[str, Argument("TEXT")] = "not stated"
     """Licence of the weights, for the manifest."""
     device_kit: bool = False
-    """Put the conformance kit for devices into the bundle: photographs, expected results and tolerances, 3 MB."""
+    """Put the conformance kit for devices into the bundle: photographs, expected results and tolerances, 4 MB."""
     kit_detector: Annotated[str | None, Argument("YUNET.onnx")] = None
     """Face detector whose landmarks the kit of --device-kit holds, too, for devices that run the same one."""
     bench: bool = False

@@ -23,6 +23,7 @@ from pkd.export.options import CALIBRATED, ExportOptions, GateOptions
 from pkd.export.quantization.ranges import Calibration, read_calibration
 from pkd.toolkit.bundle.archive import zip_path
 from pkd.toolkit.bundle.bundle import Bundle, Manifest, write_bundle
+from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.certificates.signing import SigningKey
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.encoder_info import EncoderInfo, in_mode
@@ -164,18 +165,25 @@ def notes(draft: Draft, bundle: Bundle) -> list[str]:
     said = opset_notes(bundle.manifest.graph.opset) if draft.unchecked else []
     if draft.signed and bundle.signature is None:
         said.append("note: the manifest has changed, so its old signature is dropped. Sign it with --sign KEY.pem.")
-    if uncertified := _uncertified(bundle):
+    uncertified = _uncertified(bundle)
+    elsewhere = [target.name for target in uncertified if target.settings.get("not_measured")]
+    if elsewhere:
         said.append(
-            f"note: no certificate covers {', '.join(uncertified)}: in another precision a target is an encoder of its "
-            f"own. Measure one with --gate here, or with pkd-evaluate --student BUNDLE/targets/{uncertified[0]}."
+            f"note: the gate leaves out {', '.join(elsewhere)}, and no certificate covers them: this machine cannot "
+            "predict with them. Prove them on the device with --device-kit, and evaluate embeddings that it makes."
+        )
+    if here := [target.name for target in uncertified if target.name not in elsewhere]:
+        said.append(
+            f"note: no certificate covers {', '.join(here)}: in another precision a target is an encoder of its "
+            f"own. Measure one with --gate here, or with pkd-evaluate --student BUNDLE/targets/{here[0]}."
         )
     return said
 
 
-def _uncertified(bundle: Bundle) -> list[str]:
-    """Name the targets that are encoders of their own and that no certificate has as query."""
+def _uncertified(bundle: Bundle) -> list[Target]:
+    """List the targets that are encoders of their own and that no certificate has as query."""
     known = {bundle.manifest.encoder.id, *(certificate.query for certificate in bundle.certificates())}
-    return [target.name for target in bundle.manifest.targets if target.encoder.id not in known]
+    return [target for target in bundle.manifest.targets if target.encoder.id not in known]
 
 
 def result(
@@ -216,7 +224,7 @@ def result(
         ],
         "sensitivity": {form: [cost.model_dump() for cost in costs] for form, costs in variants.costs.items()},
         "missing": {name: asdict(entry) for name, entry in built.missing.items()},
-        "uncertified": _uncertified(bundle),
+        "uncertified": [target.name for target in _uncertified(bundle)],
         "certificates": [f"{c.query} against {c.gallery}" for c in bundle.certificates()],
         "gate": manifest.gate,
         "bench": json.loads(bundle.read(BENCH)) if BENCH in manifest.files else None,

@@ -131,13 +131,13 @@ public:
         if (std::min(photograph.width, photograph.height) < 16) return std::nullopt;
         for (const double side : {640.0, 1920.0}) {
             const double scale = std::min(1.0, side / longest);
-            const std::vector<Face> faces = search(photograph, scale);
+            std::vector<Face> faces = search(photograph, scale);
             if (!faces.empty()) {
-                const Face& chosen = *std::max_element(faces.begin(), faces.end(), [&](const Face& one, const Face& other) {
-                    return weight(one, photograph) < weight(other, photograph);
-                });
-                const bool coarse = scale < 1 && std::max(chosen.width, chosen.height) * scale < 100;
-                return (coarse ? refined(photograph, chosen) : chosen).points;
+                for (Face& one : faces)
+                    if (scale < 1 && std::max(one.width, one.height) * scale < 100) one = refined(photograph, one);
+                return std::max_element(faces.begin(), faces.end(), [&](const Face& one, const Face& other) {
+                           return weight(one, photograph) < weight(other, photograph);
+                       })->points;
             }
             if (scale == 1) break;
         }
@@ -213,11 +213,14 @@ private:
         return kept;
     }
 
-    static double overlap(const Face& a, const Face& b) {
-        const double width = std::min(a.x + a.width, b.x + b.width) - std::max(a.x, b.x);
-        const double height = std::min(a.y + a.height, b.y + b.height) - std::max(a.y, b.y);
-        if (width <= 0 || height <= 0) return 0;
-        return width * height / (a.width * a.height + b.width * b.height - width * height);
+    // Divide what two boxes share by what they cover, both cut to whole pixels as OpenCV does.
+    static double overlap(Face a, Face b) {
+        for (Face* one : {&a, &b})
+            for (double* number : {&one->x, &one->y, &one->width, &one->height}) *number = std::trunc(*number);
+        const double width = std::max(0.0, std::min(a.x + a.width, b.x + b.width) - std::max(a.x, b.x));
+        const double height = std::max(0.0, std::min(a.y + a.height, b.y + b.height) - std::max(a.y, b.y));
+        const double covered = a.width * a.height + b.width * b.height - width * height;
+        return covered > 0 ? width * height / covered : 1;
     }
 
     Network network_;

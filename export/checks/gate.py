@@ -194,7 +194,7 @@ class Gate:
         people = f"on {data.name}, {data.images:,} images of {data.identities:,} people"
         final = {row.target: row for row in rows}.values()
         if not rows:
-            return f"nothing to gate {people}: every target is the fp32 encoder"
+            return f"nothing to gate {people}: no target that runs here is an encoder of its own"
         verdict = "passed" if all(row.passed for row in final) else "gate failed"
         tries = {row.target: sum(other.target == row.target for other in rows) for row in final}
         found = "; ".join(_sentence(row, tries[row.target]) for row in final)

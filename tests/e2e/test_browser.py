@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pkd.toolkit.images.alignment import warp
 from pkd.toolkit.images.codec import decode_rgb, read_rgb
 from tests.support import browser_device
 from tests.support.browser import Browser, Page, browsing, missing
+from tests.support.heif_files import saved
 from tests.support.server_process import Server, serving, with_gallery
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
@@ -32,6 +34,35 @@ ANN, BOB = "ann", "bob"
 READY = "document.querySelector('#work')?.hidden === false"
 OTHERWISE = {"CMYK JPEG"}
 """Pictures that the browser alone decodes in another way than OpenCV; its colours of CMYK are its own."""
+
+
+WEBGPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")
+"""Chromium's switches for a WebGPU that the processor draws."""
+WITH_GPU = """(async (fault, golden) => {
+  const ort = await import("/web/vendor/ort.wasm.min.mjs"), artifact = "/v1/encoders/student/artifact";
+  const [student, detector] = await Promise.all(
+    [artifact, "/v1/detector"].map(async (path) => (await fetch(path)).arrayBuffer()),
+  );
+  const manifest = await (await fetch(`${artifact}?file=manifest.json`)).json();
+  const wrong = async (file) => {
+    const session = await ort.InferenceSession.create(file), run = session.run.bind(session);
+    session.run = async (feeds) => {
+      const { [session.outputNames[0]]: made } = await run(feeds);
+      return { [session.outputNames[0]]: { data: made.data.map((value) => value * 7) } };
+    };
+    return session;
+  };
+  const load = {
+    none: () => import("/web/vendor/ort.jspi.min.mjs"),
+    import: () => import("/web/vendor/absent.mjs"),
+    driver: async () => ({ env: ort.env, Tensor: ort.Tensor, InferenceSession: { create: wrong } }),
+  }[fault];
+  const given = { ort, gpu: { load, software: true }, manifest, student, golden: test.bytes(golden).buffer, detector };
+  const device = await test.pkd.Device.load(given);
+  Object.assign(test, { cpu: test.cpu ?? test.device, device });
+  return { runtime: device.runtime, note: device.note, goldenError: device.goldenError };
+})"""
+"""Move the student to WebGPU; `fault`: "import" has no such build, "driver" gives vectors that are too long."""
 
 
 @dataclass
@@ -105,7 +136,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[Pl
     film[15:465, 95:545] = cv2.resize(read_rgb(photographs[ANN][1]), (450, 450), interpolation=cv2.INTER_CUBIC)
     camera = browser_device.motion_jpeg(folder / "film.mjpeg", film)
     options = (teacher, student, "--detector", detector, "--threads", "1", *with_gallery(folder))
-    flags = ("--use-fake-device-for-media-stream", f"--use-file-for-fake-video-capture={camera}")
+    flags = ("--use-fake-device-for-media-stream", f"--use-file-for-fake-video-capture={camera}", *WEBGPU)
     with serving(*options) as server, browsing(folder / "profile", *flags) as browser:
         assert server.ask("PUT", "/v1/galleries/staff").status_code == 201
         path, headers = f"/v1/galleries/staff/subjects/{ANN}/templates", {"content-type": "image/jpeg"}
@@ -158,8 +189,9 @@ def offline(page: Page, off: bool) -> None:
     page.send("Network.emulateNetworkConditions", offline=off, **rates)
 
 
-def test_match_and_non_match_are_right(place: Place, page: Page) -> None:
+def test_match_and_non_match_are_right(place: Place, page: Page, tmp_path: Path) -> None:
     assert page.run("crossOriginIsolated") is True
+    assert "WebGPU is drawn by the processor here" in page.text("#about") or "no WebGPU here" in page.text("#about")
     assert take(page, place.photographs[ANN][1]) == f"This is {ANN}."
     assert page.run("document.querySelector('.verdict').className") == "verdict match"
     assert "measured on 60 people" in page.text("#evidence")
@@ -172,7 +204,9 @@ def test_match_and_non_match_are_right(place: Place, page: Page) -> None:
     page.run(f"document.querySelector('#subject').value = '{ANN}'")
     page.run("document.querySelector('#subject').dispatchEvent(new Event('change'))")
     page.until(f"document.querySelector('.verdict.no')?.textContent === 'No, this is not {ANN}.'")
-    assert take(page, place.photographs[ANN][1]) == f"Yes, this is {ANN}."
+    avif = tmp_path / "ann.avif"
+    avif.write_bytes(saved(Image.fromarray(read_rgb(place.photographs[ANN][1])), "AVIF"))
+    assert take(page, avif) == f"Yes, this is {ANN}."
     assert page.run("document.querySelector('#needle title').textContent").startswith("similarity 0.")
     assert page.run("getComputedStyle(document.querySelector('#needle')).display") != "none"
     assert not [line for line in page.said if "Error" in line], page.said
@@ -237,7 +271,15 @@ def test_what_is_no_face_and_no_picture_is_told(place: Place, page: Page, tmp_pa
     Image.new("RGB", (300, 200), (90, 90, 90)).save(tmp_path / "wall.png")
     (tmp_path / "film.jpg").write_bytes(place.photographs[ANN][0].read_bytes()[:300])
     (tmp_path / "text.png").write_bytes(b"hello")
-    faults = {"wall.png": "no face was found", "film.jpg": "truncated or corrupt", "text.png": "is no JPEG"}
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+    (tmp_path / "half.avif").write_bytes(saved(Image.new("RGB", (300, 200)), "AVIF")[:300])
+    faults = {
+        "wall.png": "no face was found",
+        "film.jpg": "truncated or corrupt",
+        "text.png": "is no JPEG",
+        "phone.heic": "this is a HEIC picture",
+        "half.avif": "this avif file is truncated or corrupt",
+    }
     for name, said in faults.items():
         page.choose_files("#file", tmp_path / name)
         page.until(f"document.querySelector('#hint').textContent.includes('{said}')")
@@ -283,6 +325,29 @@ def test_a_changed_student_stops_everything(place: Place, module: Page) -> None:
         })()"""
     )
     assert said.startswith("SelfTestFailed: the student computes something else here") and "Nothing is sent" in said
+
+
+@pytest.mark.parametrize("fault", ["none", "import", "driver"])
+def test_webgpu_is_used_only_where_it_computes_the_student(place: Place, module: Page, fault: str) -> None:
+    """The student moves to the GPU; where that has no such build, or computes something else, it stays where it was."""
+    if not module.run("navigator.gpu ? navigator.gpu.requestAdapter().then(Boolean) : false"):
+        pytest.skip("this browser has no WebGPU adapter, not even one that the processor draws")
+    data = place.photographs[BOB][0].read_bytes()
+    wanted = place.python(data)[3].astype(np.float64)
+    golden, buffer = np.load(place.student / "golden.npz"), io.BytesIO()
+    np.savez(buffer, **{name: golden[name][:1] for name in ("crops", "embeddings")})  # the processor draws one in 4 s
+    try:
+        opened = module.run(f'{WITH_GPU}("{fault}", "{base64.b64encode(buffer.getvalue()).decode()}")')
+        made = browser_device.embed(module, data)
+    finally:
+        module.run("test.device = test.cpu ?? test.device")
+    assert opened["goldenError"] < 1e-5 and 1 - made["embedding"] @ wanted < 1e-5
+    if fault == "none":
+        assert (opened["runtime"], opened["note"]) == ("WebGPU", "")
+        return
+    assert opened["runtime"] == "WebAssembly"
+    said = {"import": "dynamically imported module", "driver": "the student computes something else here"}
+    assert opened["note"].startswith("WebGPU was tried and is not used: ") and said[fault] in opened["note"]
 
 
 def test_a_token_in_the_fragment_opens_the_page_and_leaves_the_address(

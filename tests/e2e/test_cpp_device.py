@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 
 from pkd.toolkit.bundle.bundle import Bundle
+from pkd.toolkit.bundle.golden import Golden, pack_golden
 from pkd.toolkit.cli.verify import main as verify
 from tests.support import bundle_factory
 
@@ -91,12 +92,17 @@ def test_what_is_wrong_is_one_line(program: Path, bundle: Bundle, tmp_path: Path
     broken = tmp_path / "broken"
     shutil.copytree(bundle.path, broken)
     (broken / "golden.npz").write_bytes(bundle.read("golden.npz")[:-200])
+    longer = tmp_path / "longer"
+    shutil.copytree(bundle.path, longer)
+    golden = bundle.golden()
+    (longer / "golden.npz").write_bytes(pack_golden(Golden(golden.crops, 7 * golden.embeddings)))
     points = ",".join(["10"] * 10)
     for arguments, said in (
         ((bundle.path, "--landmarks", points, photograph), "cannot be decoded"),
         ((bundle.path, "--landmarks", "1,2,3", photograph), "give ten numbers"),
         ((tmp_path / "none", "-", photograph), "manifest.json: cannot be read"),
         ((broken, "--landmarks", points, photograph), "golden.npz"),
+        ((longer, "--landmarks", points, photograph), "the student computes something else here"),
     ):
         done = run(program, *arguments)
         assert done.returncode == 1 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from pkd.toolkit.images.codec import Rgb
+from tests.support import heif_files
 from tests.support.browser import Page
 
 OPEN = """(async () => {
@@ -29,7 +30,7 @@ OPEN = """(async () => {
   };
   const embed = async (text, wants) => {
     try {
-      const { image, face, crop, embedding, ms } = await device.embed(new Blob([bytes(text)]));
+      const { image, face, crop, embedding, ms } = await test.device.embed(new Blob([bytes(text)]));
       return {
         size: [image.width, image.height],
         rgb: wants.pixels ? base64(image.data) : null,
@@ -136,6 +137,10 @@ def awkward(picture: Rgb, large: bool = True) -> dict[str, bytes]:
     save("CMYK JPEG", image.convert("CMYK"), "JPEG", quality=95)
     save("BMP", image, "BMP")
     files["16-bit PNG"] = png16(picture)
+    for turn in range(1, 9) if large else (1, 6):
+        files[f"turn {turn} in AVIF"] = heif_files.turned(stored(image, turn), "AVIF", turn)
+    save("alpha in AVIF", alpha, "AVIF")
+    save("Display P3 profile in AVIF", image, "AVIF", icc_profile=profile(PRIMARIES["Display P3"]))
     if large:
         save("12 MP JPEG", image.resize((4000, 3000), Image.Resampling.BICUBIC), "JPEG", quality=90)
     return files

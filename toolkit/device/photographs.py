@@ -147,5 +147,6 @@ SCENES = (
     _Scene("alpha.png", "alpha is dropped, not blended", 280, 300, 1.3, 0, (0.5, 0.5), mode="RGBA"),
     _Scene("palette.png", "a palette", 270, 290, 1.3, 6, (0.5, 0.5), mode="P"),
     _Scene("deep.png", "16 bits a channel", 250, 290, 1.2, -4, (0.5, 0.5), mode="16"),
+    _Scene("distant.jpg", "a small face of a large photograph, looked at twice", 1100, 800, 0.9, -3, (0.35, 0.4)),
     _Scene("p3.jpg", "the profile of Display P3 is ignored", 290, 300, 1.3, 8, (0.5, 0.5), profile=display_p3()),
 )

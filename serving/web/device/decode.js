@@ -3,7 +3,8 @@
 // Browsers differ in what they do to a picture on the way: most turn it by its EXIF orientation, but not in WebP; they
 // convert embedded colour profiles; and a 2D canvas blends what is transparent with black. So the orientation is read
 // here, taken out of the copy that the browser decodes, and applied here; profiles are ignored; and a file with
-// alpha is read through WebGL2, which keeps the colours below it.
+// alpha is read through WebGL2, which keeps the colours below it. AVIF states its turn as a part of the picture, which
+// browsers and pkd apply alike; EXIF in it is ignored by both.
 
 /** Say why a file gives no picture. `name` is "DecodeError". */
 export class DecodeError extends Error {
@@ -15,7 +16,7 @@ const MAX_PIXELS = 40_000_000;
 const text = (bytes, at, length) => String.fromCharCode(...bytes.subarray(at, at + length));
 const view = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 
-/** Decode a Blob of a JPEG, PNG, WebP or BMP → {width, height, data}: upright RGB. Throws DecodeError. */
+/** Decode a Blob of a JPEG, PNG, WebP, BMP or AVIF → {width, height, data}: upright RGB. Throws DecodeError. */
 export async function decode(blob) {
   const file = inspect(new Uint8Array(await blob.arrayBuffer()));
   const options = { colorSpaceConversion: "none", premultiplyAlpha: file.alpha ? "none" : "default" };
@@ -23,7 +24,8 @@ export async function decode(blob) {
   try {
     bitmap = await createImageBitmap(new Blob([file.bytes], { type: file.type }), options);
   } catch {
-    throw new DecodeError(`this ${file.type.slice(6)} file is truncated or corrupt. Choose another photograph.`);
+    const or = file.type === "image/avif" ? ", or this browser reads no AVIF" : "";
+    throw new DecodeError(`this ${file.type.slice(6)} file is truncated or corrupt${or}. Choose another photograph.`);
   }
   try {
     if (bitmap.width * bitmap.height > MAX_PIXELS) {
@@ -42,21 +44,33 @@ export function grab(source, width, height) {
 
 /**
  * Read what decoding depends on from a file's bytes → {type, orientation, alpha, bytes}: `bytes` are the same file
- * without its orientation. Throws DecodeError for what is no JPEG, PNG, WebP or BMP.
+ * without its orientation. Throws DecodeError for what is no JPEG, PNG, WebP, BMP or AVIF.
  */
 export function inspect(bytes) {
   if (bytes[0] === 0xff && bytes[1] === 0xd8 && bytes[2] === 0xff) return jpeg(bytes);
   if (text(bytes, 0, 8) === "\x89PNG\r\n\x1a\n") return png(bytes);
   if (text(bytes, 0, 4) === "RIFF" && text(bytes, 8, 4) === "WEBP") return webp(bytes);
   if (text(bytes, 0, 2) === "BM") return { type: "image/bmp", orientation: 1, alpha: false, bytes };
-  if (text(bytes, 4, 4) === "ftyp" && /^(avi[fs]|hei[cxms]|hev[cx]|mif1|msf1)$/.test(text(bytes, 8, 4))) {
-    const kind = text(bytes, 8, 3) === "avi" ? "an AVIF" : "a HEIC";
-    throw new DecodeError(
-      `this is ${kind} picture, which is not read here, as browsers turn and convert them differently. Save it as JPEG ` +
-        "(iPhone: Settings, Camera, Formats, Most Compatible), or let the server decode it.",
-    );
+  if (text(bytes, 4, 4) === "ftyp") return heif(bytes);
+  throw new DecodeError("this is no JPEG, PNG, WebP, BMP or AVIF picture. Phones can save HEIC photographs as JPEG.");
+}
+
+/** Tell AVIF, which browsers decode to pkd's pixels, from HEIC and films, which they do not. */
+function heif(bytes) {
+  const end = Math.min(bytes.length, view(bytes).getUint32(0)), kind = text(bytes, 8, 4), brands = [kind];
+  for (let at = 16; at + 4 <= end && at < 256; at += 4) brands.push(text(bytes, at, 4));
+  if (kind === "avis") throw new DecodeError("this AVIF holds a film. Choose a single picture.");
+  if (brands.includes("avif")) {
+    const alpha = /auxiliary:alpha|auxid:1/.test(new TextDecoder("latin1").decode(bytes)); // URNs of a picture of alpha
+    return { type: "image/avif", orientation: 1, alpha, bytes };
   }
-  throw new DecodeError("this is no JPEG, PNG, WebP or BMP picture. Phones can save HEIC photographs as JPEG.");
+  if (!brands.some((one) => /^(hei[cxms]|hev[cx]|mif1|msf1)$/.test(one))) {
+    throw new DecodeError("this is a film or another file, not a picture. Choose a JPEG, PNG, WebP, BMP or AVIF.");
+  }
+  throw new DecodeError(
+    "this is a HEIC picture, which most browsers do not read. Save it as JPEG (iPhone: Settings, Camera, Formats, Most " +
+      "Compatible), or let the server decode it.",
+  );
 }
 
 function jpeg(bytes) {

@@ -112,19 +112,22 @@ export class Device {
     }
   }
 
-  /** Run the golden crops → largest 1 − cosine from the golden embeddings. Throws SelfTestFailed over `allowed`. */
+  /**
+   * Run the golden crops → largest ½·|made − golden|², which is 1 − cosine for vectors of length 1, and sees another
+   * length, too. Throws SelfTestFailed over `allowed`.
+   */
   async selfTest({ crops, embeddings }, allowed) {
     const [count, dim] = embeddings.shape, length = this.size * this.size * 3;
     let worst = 0;
     for (let n = 0; n < count; n++) {
       const made = await this.run(crops.data.subarray(n * length, (n + 1) * length));
-      let dot = 0;
-      for (let i = 0; i < dim; i++) dot += made[i] * embeddings.data[n * dim + i];
-      worst = Math.max(worst, Number.isNaN(dot) ? Infinity : 1 - dot);
+      let square = 0;
+      for (let i = 0; i < dim; i++) square += (made[i] - embeddings.data[n * dim + i]) ** 2;
+      worst = Math.max(worst, Number.isNaN(square) ? Infinity : square / 2);
     }
     if (worst <= allowed) return worst;
     throw new SelfTestFailed(
-      `the student computes something else here: 1 − cosine ${worst.toExponential(1)} on its golden crops, ` +
+      `the student computes something else here: ${worst.toExponential(1)} from its golden embeddings, ` +
         `${allowed} is allowed. Nothing is sent. Use another browser, and report this one.`,
     );
   }

@@ -175,6 +175,24 @@ def test_the_command_gates_and_certifies_every_target(
     assert certificate.query == manifest.targets[1].encoder.id and certificate.gallery == manifest.encoder.id
 
 
+def test_the_gate_leaves_out_what_cannot_predict_here_and_says_so(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch", reason="Core ML's program is computed in torch")
+    pytest.importorskip("coremltools.proto", reason="pip install 'pkd[coreml]'")
+    monkeypatch.chdir(tmp_path)
+    command = ["--teacher", str(write_teacher(tmp_path)), "--teacher-preprocess", PREPROCESS, "-o", "made"]
+    command += ["--format", "onnx", "coreml", "--precision", "fp16"]
+    assert main([*command, "--gate", str(faces), "--gate-fmr", "0.05", "--max-tar-drop", "0.03"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "note: the gate leaves out coreml-fp16, and no certificate covers them" in said
+    assert "no certificate covers onnxruntime-fp16" not in said
+    bundle = Bundle.open("made")
+    assert "onnxruntime-fp16" in bundle.manifest.gate and "coreml" not in bundle.manifest.gate
+    by_runtime = {target.runtime: target.encoder.id for target in bundle.manifest.targets}
+    assert [certificate.query for certificate in bundle.certificates()] == [by_runtime["onnxruntime"]]
+
+
 def test_a_student_needs_its_teacher(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["run", "-o", str(tmp_path / "made"), "--gate", "faces"]) == 2
     assert "Pass --gate-teacher SPEC, too." in capsys.readouterr().err

@@ -18,6 +18,7 @@ from pkd.toolkit.device.kit import STEPS, encodings, read_kit, read_report, writ
 from pkd.toolkit.encoders.base import open_bundle
 from pkd.toolkit.encoders.detector import open_detector
 from tests.support import bundle_factory
+from tests.support.heif_files import saved
 from tests.support.spot_detector import write_spot_detector
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "web"
@@ -50,7 +51,7 @@ def test_node_passes_the_conformance_kit(tmp_path: Path, shared: Path) -> None:
     results = run_kit(tmp_path, shared / "models" / "yunet_n_dynamic.onnx")
     assert set(results.pop("decode")) == {"not reported"}, "Node has no decoder; the browser's test reports it"
     assert {step: set(found) for step, found in results.items()} == {step: {"ok"} for step in results}
-    assert len(results["whole"]) == 17
+    assert len(results["whole"]) == 18
 
 
 def spots(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -147,9 +148,9 @@ def test_alpha_is_noticed_and_other_files_are_refused_in_words(tmp_path: Path) -
     from PIL import Image
 
     files: dict[str, bytes] = {
-        brand: b"\0\0\0\x18ftyp" + brand.encode() + bytes(40) for brand in ("heic", "avif", "isom")
+        brand: b"\0\0\0\x18ftyp" + brand.encode() + bytes(40) for brand in ("heic", "avif", "avis", "isom")
     }
-    files |= {"empty": b"", "png": b"\x89PNG\r\n\x1a\n"}
+    files |= {"empty": b"", "png": b"\x89PNG\r\n\x1a\n", "mif1": b"\0\0\0\x18ftypmif1\0\0\0\0miafavif"}
     clear = Image.new("RGBA", (8, 8), (9, 8, 7, 0))
     for form in ("PNG", "WEBP"):
         for lossless in (True, False):
@@ -158,16 +159,17 @@ def test_alpha_is_noticed_and_other_files_are_refused_in_words(tmp_path: Path) -
             files[f"{form}-{lossless}"] = buffer.getvalue()
     buffer = io.BytesIO()
     clear.convert("P").save(buffer, "PNG", transparency=0)
-    files["palette"] = buffer.getvalue()
+    files |= {"palette": buffer.getvalue(), "AVIF": saved(clear, "AVIF")}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     said = json.loads(node("inspect.mjs", tmp_path, *files))
     for name in ("PNG-True", "PNG-False", "WEBP-True", "WEBP-False", "palette"):
         assert said[name]["alpha"] is True, name
-    for name, kind in (("heic", "a HEIC"), ("avif", "an AVIF")):
-        assert said[name]["error"].startswith(f"DecodeError: this is {kind} picture") and "JPEG" in said[name]["error"]
-    for name in ("isom", "empty"):
-        assert said[name]["error"].startswith("DecodeError: this is no JPEG, PNG, WebP or BMP picture"), name
+    assert said["heic"]["error"].startswith("DecodeError: this is a HEIC picture") and "JPEG" in said["heic"]["error"]
+    assert said["avis"]["error"].startswith("DecodeError: this AVIF holds a film")
+    assert said["isom"]["error"].startswith("DecodeError: this is a film or another file")
+    assert said["empty"]["error"].startswith("DecodeError: this is no JPEG, PNG, WebP, BMP or AVIF picture")
+    assert (said["avif"]["alpha"], said["mif1"]["alpha"], said["AVIF"]["alpha"]) == (False, False, True)
     assert said["png"]["orientation"] == 1, "a cut file is left to the decoder"
 
 

@@ -63,7 +63,8 @@ def device(bundle: Bundle) -> Any:
         def detect(self, rgb: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             side = min(rgb.shape[:2])
             middle = np.array([rgb.shape[1], rgb.shape[0]]) / 2 - 56 * side / 150
-            return np.asarray(module.TEMPLATE * side / 150 + middle)
+            turn = np.array([[1, 0.02], [-0.02, 1]])  # upright, pixels might lie on the edge between two grey levels
+            return np.asarray(module.TEMPLATE @ turn * side / 150 + middle)
 
     return Steady(Path(bundle.path))
 
@@ -153,6 +154,15 @@ def test_a_stale_student_is_refused(kit: Path, bundle: Bundle, device: Any) -> N
     device.encoder = "student@sha256:old"
     with pytest.raises(InputError, match="Update the student"):
         graded(kit, bundle, device)
+
+
+def test_the_client_stops_where_its_golden_embeddings_have_another_length(bundle: Bundle) -> None:
+    """A cosine alone would not see it."""
+    module = example()
+    embed = module.Device.embed
+    module.Device.embed = lambda self, crop: 7 * embed(self, crop)
+    with pytest.raises(SystemExit, match="computes something else here"):
+        module.Device(Path(bundle.path), None)
 
 
 def test_a_converted_profile_is_named(kit: Path, bundle: Bundle, device: Any) -> None:
