@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +20,15 @@ from pkd.toolkit.core.encoder_info import EncoderInfo, describe, name_of
 from pkd.toolkit.core.errors import BadVector, BundleError, InputError, TargetUnavailable
 from pkd.toolkit.core.gpu import Device
 from pkd.toolkit.core.preprocess import Preprocess
-from pkd.toolkit.encoders.onnx_ports import Ports, choose_output, flat_rows, load_refusal, read_input
+from pkd.toolkit.encoders.onnx_ports import (
+    InputPort,
+    Ports,
+    choose_output,
+    flat_rows,
+    load_refusal,
+    read_inputs,
+    readable_outputs,
+)
 from pkd.toolkit.images.codec import Rgb
 
 Embeddings = NDArray[np.float32]
@@ -106,8 +115,8 @@ class _FixedBatch(OnnxEncoder):
 def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = None, threads: int = 1) -> OnnxEncoder:
     """Open an ONNX network as a teacher, with its preprocessing stated by the caller.
 
-    It takes pixels as float32, float16 or uint8, N×3×S×S or N×S×S×3, and gives N×D or N×D×1×1. The file's SHA-256 is
-    the weights' digest. Raises InputError if the file or its ports are not what was stated.
+    It takes pixels as floats or uint8, N×3×S×S or N×S×S×3, and gives floats N×D or such as N×D×1×1. The file's SHA-256
+    is the weights' digest. Raises InputError if the file or its ports are not what was stated.
     """
     path = Path(path)
     try:
@@ -119,21 +128,42 @@ def open_onnx(path: str | Path, preprocess: Preprocess, *, name: str | None = No
         session = make_session(data, threads)
     except Exception as error:  # onnxruntime's own errors share no public base class
         raise InputError(f"{path}: {load_refusal(error)}") from None
-    size, taken = preprocess.size, read_input(session, preprocess, path)
-    probe = np.zeros((taken.batch or 1, size, size, 3), np.uint8)
-    names = [port.name for port in session.get_outputs()]
-    try:
-        given = session.run(None, {taken.name: taken.feed(probe, preprocess)})
-    except Exception as error:
-        raise InputError(f"{path}: does not run on a {size}×{size} crop: {ort_reason(error)}") from None
+    layouts, names = read_inputs(session, preprocess, path), readable_outputs(session, path)
+    probe = np.zeros((layouts[0].batch or 1, preprocess.size, preprocess.size, 3), np.uint8)
+    taken, given = _first_run(session, layouts, names, probe, preprocess, path)
     outputs = {name: np.asarray(values) for name, values in zip(names, given, strict=True)}
     output = choose_output(outputs, len(probe), path)
-    ports = Ports(taken, output, dim=outputs[output].shape[1], flat=outputs[output].ndim == 2)
+    ports = Ports(taken, output, dim=outputs[output][0].size, flat=outputs[output].ndim == 2)
     _require_function(session, ports, preprocess, path)
     name = name or name_of(path)
     info = describe(name, "teacher", hashlib.sha256(data).hexdigest(), preprocess, ports.dim)
     kind = OnnxEncoder if taken.batch is None else _FixedBatch
     return kind(info, session, lambda crops: taken.feed(crops, preprocess), output=output, path=path, ports=ports)
+
+
+def _first_run(
+    session: ort.InferenceSession,
+    layouts: Sequence[InputPort],
+    names: Sequence[str],
+    probe: Rgb,
+    preprocess: Preprocess,
+    path: Path,
+) -> tuple[InputPort, Sequence[object]]:
+    """Run a network for the first time, in the layout that it takes; returns that and what it gave.
+
+    Raises InputError where it runs in none.
+    """
+    failures = []
+    for taken in layouts:
+        try:
+            return taken, session.run(names, {taken.name: taken.feed(probe, preprocess)})
+        except Exception as error:  # onnxruntime's own errors share no public base class
+            failures.append(error)
+    size = preprocess.size
+    raise InputError(
+        f"{path}: does not run on a {size}×{size} crop: {ort_reason(failures[0])} State its crop size with the "
+        "preprocessing if it is another (size=160), or export it again."
+    ) from None
 
 
 def _require_function(session: ort.InferenceSession, ports: Ports, preprocess: Preprocess, path: Path) -> None:
@@ -152,24 +182,26 @@ def _require_function(session: ort.InferenceSession, ports: Ports, preprocess: P
         return flat_rows(session.run([ports.output], {taken.name: taken.feed(crops, preprocess)})[0])
 
     size = taken.batch or len(noise)
+    one = min(1, size - 1)  # the second has one before it and others behind
     try:
         several = np.concatenate([noise] * (-(-size // len(noise))))[:size]
         both = rows(several)
-        again = rows(np.concatenate([several[:1], np.zeros_like(several[1:])]) if taken.batch else several[:1])
+        alone = several * (np.arange(size) == one)[:, None, None, None].astype(np.uint8)
+        again = rows(alone)[one:] if taken.batch else rows(several[one : one + 1])
         others = both if size > 1 else np.concatenate([both, rows(noise[1:2])])
     except Exception as error:
         raise InputError(
             f"{path}: runs on one crop, but not on {size}: {ort_reason(error)} Export it again with a dynamic batch "
             "dimension."
         ) from None
-    if (len(both), len(again)) != (size, taken.batch or 1):
+    if (len(both), len(again)) != (size, size - one if taken.batch else 1):
         raise InputError(
             f"{path}: gives {len(both)} rows for {size} crops. Export it again with a dynamic batch dimension."
         )
     if not np.isfinite(both).all():
         return  # each embedding is looked at when it is used
-    length = float(np.linalg.norm(both[0]))
-    gap = float(np.linalg.norm(both[0] - again[0])) / max(length, float(np.linalg.norm(again[0])), 1e-12)
+    length = float(np.linalg.norm(both[one]))
+    gap = float(np.linalg.norm(both[one] - again[0])) / max(length, float(np.linalg.norm(again[0])), 1e-12)
     if not gap < DEPENDS:
         raise InputError(
             f"{path}: a crop's embedding depends on the others in its batch, or on chance (it moves by {gap:.0%}): the "
@@ -271,4 +303,6 @@ def ort_reason(error: Exception) -> str:
     """Return what onnxruntime says as one short sentence: no codes, no paths of its source files."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
     first = first.split(" Status Message:")[0]
+    if found := re.search(r"Non-zero status code returned while running (\w+) node", first):
+        return f"its operator {found[1]} fails on it."
     return first.rsplit(" : ", 1)[-1][:300].rstrip(".") + "."

@@ -1,7 +1,7 @@
 """Read how an ONNX encoder takes pixels and gives embeddings: layout, types, which output, and how crops are fed.
 
 Encoders of other projects differ here: TensorFlow's take N×S×S×3, halved ones float16, some bytes, some end in
-N×D×1×1 or give more than the embedding. What is unambiguous is obeyed; the rest is refused with a remedy.
+N×D×1×1 or N×1×1×D, or give more than the embedding. What is unambiguous is obeyed; the rest is refused with a remedy.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pkd.toolkit.images.codec import Rgb
 DTYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
     "tensor(uint8)": np.uint8,
 }
 
@@ -53,18 +54,32 @@ class Ports:
     output: str
     dim: int
     flat: bool
-    """True for an output of N×D, False for N×D×1×1."""
+    """True for an output of N×D, False for one with further dimensions of 1."""
 
 
 def read_input(session: ort.InferenceSession, preprocess: Preprocess, source: Path) -> InputPort:
-    """Read the one input. Raises InputError that names layout, type and size as they are, and what to do."""
+    """Read the one input, as ``read_inputs``; of two layouts the first."""
+    return read_inputs(session, preprocess, source)[0]
+
+
+def read_inputs(session: ort.InferenceSession, preprocess: Preprocess, source: Path) -> list[InputPort]:
+    """Read the one input; where a file leaves open which layout it takes, both are given, N×3×S×S first.
+
+    Raises InputError that names layout, type and size as they are, and what to do.
+    """
     ports, size = session.get_inputs(), preprocess.size
     if len(ports) != 1:
         raise InputError(f"{source}: it has {len(ports)} inputs, expected one. Give an encoder of faces.")
     port = ports[0]
     has = f"{source}: its input is {port.type.removeprefix('tensor(').rstrip(')')} {'×'.join(map(str, port.shape))}"
     if port.type not in DTYPES:
-        raise InputError(f"{has}; pkd feeds float32, float16 or uint8. Cast it in the graph, and export it again.")
+        raise InputError(
+            f"{has}; pkd feeds float32, float16, float64 or uint8. Cast it in the graph, and export it again."
+        )
+    if len(port.shape) == 3:
+        raise InputError(
+            f"{has}, expected N×3×{size}×{size} or N×{size}×{size}×3. Export it again with a batch dimension."
+        )
     if len(port.shape) != 4:
         raise InputError(f"{has}, expected an image, N×3×{size}×{size} or N×{size}×{size}×3. Give an encoder of faces.")
     nchw, nhwc = (_fits(port.shape[1:], shape) for shape in ((3, size, size), (size, size, 3)))
@@ -73,7 +88,20 @@ def read_input(session: ort.InferenceSession, preprocess: Preprocess, source: Pa
     if port.type == "tensor(uint8)" and not preprocess.scales_nothing:
         raise InputError(f"{has}: it takes bytes and scales them itself. State mean=0,std=1 with the preprocessing.")
     batch = port.shape[0] if isinstance(port.shape[0], int) else None
-    return InputPort(port.name, DTYPES[port.type], not nchw, batch)
+    layouts = [nhwc for nhwc, fits in ((False, nchw), (True, nhwc)) if fits]
+    return [InputPort(port.name, DTYPES[port.type], nhwc, batch) for nhwc in layouts]
+
+
+def readable_outputs(session: ort.InferenceSession, source: Path) -> list[str]:
+    """List the outputs whose type has a counterpart in numpy. Raises InputError where there is none."""
+    outputs = session.get_outputs()
+    names = [port.name for port in outputs if port.type.startswith("tensor(") and "bfloat16" not in port.type]
+    if not names:
+        shown = ", ".join(f"{port.name} {port.type}" for port in outputs)
+        raise InputError(
+            f"{source}: it gives {shown}. Cast its embedding to float32 in the graph, and export it again."
+        )
+    return names
 
 
 def choose_output(outputs: Mapping[str, NDArray[np.generic]], crops: int, source: Path) -> str:
@@ -86,8 +114,8 @@ def choose_output(outputs: Mapping[str, NDArray[np.generic]], crops: int, source
     shown = ", ".join(f"{name} {values.dtype} {'×'.join(map(str, values.shape))}" for name, values in outputs.items())
     if not fitting:
         raise InputError(
-            f"{source}: for {crops} crops it gives {shown}; an embedding is float {crops}×D with D above 1. Flatten or "
-            "pool what it ends with, or keep another output, and export it again."
+            f"{source}: for {crops} crop{'s' * (crops > 1)} it gives {shown}; an embedding is float {crops}×D with D "
+            "above 1. Flatten or pool what it ends with, or keep another output, and export it again."
         )
     if len(fitting) > 1:
         raise InputError(
@@ -122,15 +150,16 @@ def load_refusal(error: Exception) -> str:
 
 
 def flat_rows(values: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Bring N×D or N×D×1×1 of any float type to float32 N×D."""
+    """Bring N×D of any float type, with further dimensions of 1 or without, to float32 N×D."""
     return np.asarray(values, np.float32).reshape(len(values), -1)
 
 
 def _dimension(values: NDArray[np.generic], crops: int) -> int:
-    """Return D of N×D and N×D×1×1 floats, 0 for anything else."""
-    if values.dtype not in (np.float32, np.float16) or values.ndim not in (2, 4) or len(values) != crops:
+    """Return D of floats N×D, N×D×1×1, N×1×1×D and the like, 0 for anything else."""
+    if values.dtype not in (np.float16, np.float32, np.float64) or values.ndim < 2 or len(values) != crops:
         return 0
-    return values.shape[1] if values.shape[2:] in ((), (1, 1)) else 0
+    long = [length for length in values.shape[1:] if length != 1]
+    return (long or [1])[0] if len(long) < 2 else 0
 
 
 def _fits(shape: list[object], expected: tuple[int, ...]) -> bool:

@@ -70,6 +70,13 @@ def halved() -> onnx.ModelProto:
     return model
 
 
+def unsqueezed(model: onnx.ModelProto, *axes: int) -> onnx.ModelProto:
+    """Give its Unsqueeze these axes."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array(axes, np.int64), "new_axes"))
+    next(node for node in model.graph.node if node.op_type == "Unsqueeze").input.append("new_axes")
+    return model
+
+
 NHWC = ("Transpose", {"perm": [0, 3, 1, 2]})
 FLOAT = ("Cast", {"to": TensorProto.FLOAT})
 UNLIKE = {
@@ -81,6 +88,10 @@ UNLIKE = {
     ),
     "float16 output": (with_output("Cast", TensorProto.FLOAT16, ["n", DIM], to=TensorProto.FLOAT16), Preprocess()),
     "N×D×1×1": (convolved(), Preprocess()),
+    "N×1×1×D": (unsqueezed(with_output("Unsqueeze", TensorProto.FLOAT, ["n", 1, 1, DIM]), 1, 2), Preprocess()),
+    "float64 at both ends": (with_input(TensorProto.DOUBLE, ["n", 3, 112, 112], FLOAT), Preprocess()),
+    "float64 output": (with_output("Cast", TensorProto.DOUBLE, ["n", DIM], to=TensorProto.DOUBLE), Preprocess()),
+    "NHWC, said nowhere": (with_input(TensorProto.FLOAT, ["n", "h", "w", "c"], NHWC), Preprocess()),
     "mean per channel": (network(), Preprocess(channels="bgr", mean=(91.5, 103.9, 131.1), std=(57, 58, 59))),
 }
 
@@ -159,7 +170,9 @@ def test_what_could_be_two_embeddings_is_asked_about_and_the_remedy_works(tmp_pa
     ("model", "said"),
     [
         (with_input(TensorProto.UINT8, ["n", 3, 112, 112], FLOAT), "State mean=0,std=1 with the preprocessing"),
-        (with_input(TensorProto.DOUBLE, ["n", 3, 112, 112], FLOAT), "input is double n×3×112×112; pkd feeds float32"),
+        (with_input(TensorProto.INT32, ["n", 3, 112, 112], FLOAT), "input is int32 n×3×112×112; pkd feeds float32"),
+        (unsqueezed(with_input(TensorProto.FLOAT, [3, 112, 112], ("Unsqueeze", {})), 0), "with a batch dimension"),
+        (with_output("Cast", TensorProto.BFLOAT16, ["n", DIM], to=TensorProto.BFLOAT16), r"bfloat16.*Cast its embed"),
         (network(size=160), r"n×3×160×160, expected N×3×112×112 or N×112×112×3. .*size=160"),
         (with_input(TensorProto.FLOAT, ["n", 112, 96, 3], NHWC), "n×112×96×3, .* pkd's crops are square"),
         (with_input(TensorProto.FLOAT, ["n", 1, 112, 112], ("Identity", {})), "crops have three channels"),
@@ -205,6 +218,10 @@ def in_training_mode(operator: str) -> onnx.ModelProto:
         model = with_output(operator, TensorProto.FLOAT, ["n", DIM])
         model.graph.node[-1].input.extend(["half", "on"])
         more = [("half", np.array(0.5, np.float32)), ("on", np.array(True))]
+    elif operator == "CumSum":  # the first of a batch is untouched
+        model = with_output(operator, TensorProto.FLOAT, ["n", DIM])
+        model.graph.node[-1].input.append("axis")
+        more = [("axis", np.array(0))]
     else:
         model = with_output(operator, TensorProto.FLOAT, ["n", DIM], training_mode=1)
         model.graph.node[-1].input.extend(["one", "zero", "zero", "one"])
@@ -214,7 +231,7 @@ def in_training_mode(operator: str) -> onnx.ModelProto:
     return model
 
 
-@pytest.mark.parametrize("operator", ["BatchNormalization", "Dropout"])
+@pytest.mark.parametrize("operator", ["BatchNormalization", "Dropout", "CumSum"])
 def test_a_network_in_training_mode_is_refused(tmp_path: Path, operator: str) -> None:
     with pytest.raises(InputError, match=r"depends on the others in its batch.*model\.eval\(\)"):
         open_onnx(save(in_training_mode(operator), tmp_path), PLAIN)
