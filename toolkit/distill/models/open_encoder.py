@@ -11,6 +11,9 @@ from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.encoders.base import Encoder, open_bundle, open_onnx
 from pkd.toolkit.encoders.registry import open_target, target_of
 
+CHECKPOINTS = frozenset({".bin", ".ckpt", ".pt", ".pth"})
+"""Suffixes of what torch.save wrote: Hugging Face's and Lightning's, too."""
+
 
 def open_encoder(
     spec: str, preprocess: str | None = None, *, threads: int = 1, option: str = "--teacher-preprocess"
@@ -42,11 +45,16 @@ def open_encoder(
         raise InputError(f"{spec}: no such file. Give a bundle, a run folder, FILE.onnx, FILE.pt or insightface:PACK.")
     if path.suffix == ".onnx":
         return open_onnx(path, _stated(path, preprocess, option), threads=threads)
-    if path.suffix in {".pt", ".pth"}:
+    if is_checkpoint(path):
         _need_torch()
         from pkd.toolkit.distill.models.teacher import open_checkpoint
 
         return open_checkpoint(path, _stated(path, preprocess, option))
+    if path.suffix == ".safetensors":
+        raise InputError(
+            f'{spec}: write it as torch does: python -c "import torch, safetensors.torch as s; '
+            f"torch.save(s.load_file('{path}'), '{path.with_suffix('.pth')}')\""
+        )
     raise InputError(f"{spec}: not an encoder. Give a bundle, a run folder, FILE.onnx, FILE.pt or insightface:PACK.")
 
 
@@ -55,11 +63,16 @@ def reopener(spec: str) -> Callable[[Preprocess], Encoder] | None:
     path = Path(spec)
     if path.suffix == ".onnx" and path.is_file():
         return lambda preprocess: open_onnx(path, preprocess)
-    if path.suffix in {".pt", ".pth"} and path.is_file() and path.name != "student.pt":
+    if is_checkpoint(path) and path.is_file() and path.name != "student.pt":
         from pkd.toolkit.distill.models.teacher import open_checkpoint
 
         return lambda preprocess: open_checkpoint(path, preprocess)
     return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Say whether a file's name is one that checkpoints of torch have, such as best.pth.tar."""
+    return path.suffix in CHECKPOINTS or path.name.endswith((".pt.tar", ".pth.tar"))
 
 
 def _stated(path: Path, preprocess: str | None, option: str) -> Preprocess:

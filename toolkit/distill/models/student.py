@@ -101,7 +101,10 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for files that are no checkpoint
         raise InputError(f"{path}: {unreadable(error)}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors.")
+        raise InputError(
+            f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors. Save its state_dict "
+            "alone, with torch.save."
+        )
     return content
 
 
