@@ -16,13 +16,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pkd.serving.cli.serve import make_serve_parser
+from pkd.serving.core.errors import NotLive
+from pkd.serving.matching.liveness import Demand, require_measured
 from pkd.serving.matching.policies import Policies
 from pkd.serving.server.config import configure
-from pkd.toolkit.certificates.attack_detection import AttackCertificate, read_attack_certificate
+from pkd.toolkit.certificates.attack_detection import AttackCertificate, Scoring, read_attack_certificate
 from pkd.toolkit.certificates.signing import TrustedKeys, new_key
 from pkd.toolkit.cli import pad
 from pkd.toolkit.core.errors import BundleError, InputError, NotTrusted
-from pkd.toolkit.encoders.attack_detector import AttackDetector
+from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.encoders.attack_detector import AttackDetector, AttackModel
 from pkd.toolkit.evaluation.metrics.attack_rates import Presentations, choose_threshold, rate_of
 from pkd.toolkit.images.codec import Rgb
 from tests.support import gallery_fixtures as made
@@ -201,6 +204,31 @@ def test_a_model_without_a_fitting_certificate_is_refused(measured: Measured, tm
     for given in (["--attack-detector", "a.onnx"], ["--attack-certificate", "a.json"]):
         with pytest.raises(InputError, match="Pass both"):
             configure(make_serve_parser().parse_args(["bundle", *given]), {})
+
+
+def test_evidence_is_the_upper_end_of_the_interval(measured: Measured) -> None:
+    certificate = read_attack_certificate(measured.certificate)
+    between = (certificate.apcer + certificate.apcer_at_most) / 2
+    with pytest.raises(NotLive, match="is possible by its certificate"):
+        require_measured(certificate, Demand("staff", between))
+    require_measured(certificate, Demand("staff", certificate.apcer_at_most))
+
+
+def test_no_answer_of_the_model_is_an_attack(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["pixels"], ["mean"]),
+        helper.make_node("Sqrt", ["mean"], ["root"]),  # of dark pixels, which are negative here: not a number
+        helper.make_node("Flatten", ["root"], ["scores"]),
+    ]
+    taken = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", 3, 112, 112])
+    given = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 3])
+    graph = helper.make_graph(nodes, "pad", [taken], [given])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    (tmp_path / "nan.onnx").write_bytes(model.SerializeToString())
+    scores = AttackModel(tmp_path / "nan.onnx", Scoring(preprocess=Preprocess.parse(PREPROCESS))).score(
+        np.stack([np.zeros((112, 112, 3), np.uint8), np.full((112, 112, 3), 255, np.uint8)])
+    )
+    assert scores.tolist() == [-np.inf, 1.0]
 
 
 def test_an_unsigned_certificate_is_refused_where_signatures_are_asked_for(measured: Measured, tmp_path: Path) -> None:
