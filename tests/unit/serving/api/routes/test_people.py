@@ -64,7 +64,7 @@ def test_a_face_of_another_subject_is_refused(client: httpx.Client, fleet: made.
     assert client.get("/v1/galleries/refusing/subjects/eve").status_code == 404
     assert actions(folder, "refusing")[-1] == "refuse"
     assert post(client, "free", "eve", twin).status_code == 201
-    below = sent(fleet.teacher, at(0.45, 4))
+    below = sent(fleet.teacher, at(0.55, 4))  # enough at FMR 0.01, not at 0.01 among several
     assert post(client, "refusing", "dan", below).json()["doubts"] == []
 
 
@@ -86,6 +86,10 @@ def test_what_is_flagged_is_enrolled_said_and_recorded(client: httpx.Client, fle
     assert actions(folder, "flagging")[-1] == "enrol-doubtful"
     again = post(client, "flagging", "eve", sent(fleet.teacher, at(0.9, 3)), key="k1")
     assert again.status_code == 200 and again.json()["doubts"] == []
+    first = post(client, "refusing", "una", sent(fleet.teacher, at(0.0, 13)), key="k2")
+    enrol(client, "refusing", "una", sent(fleet.teacher, at(0.0, 13)))
+    retried = post(client, "refusing", "una", sent(fleet.teacher, at(0.0, 13)), key="k2")
+    assert (first.status_code, retried.status_code, retried.json()["replayed"]) == (201, 200, True)
     (unlike,) = post(client, "flagging", "bob", sent(fleet.teacher, at(0.0, 8))).json()["doubts"]
     assert (unlike["kind"], unlike["subject"], unlike["threshold"]) == ("unlike", "bob", 0.6)
 
