@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pkd.toolkit.core.errors import BadImage, InputError
 from pkd.toolkit.data.source import UNLABELLED, Found, Ints, Keys, PackedNames, stamp, within
-from pkd.toolkit.data.tree import is_hidden, printable
+from pkd.toolkit.data.tree import CONTAINERS, OTHER_IMAGES, LeaveOut, LeftOut, is_hidden, printable, report_left_out
 from pkd.toolkit.images.codec import SUFFIXES
 
 LINKS = (tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
@@ -88,13 +88,14 @@ def read_tar(path: Path, labelled: bool) -> Found:
     owners, offsets, sizes = array("q"), array("q"), array("q")
     strays: list[str] = []
     folders: set[str] = set()
+    left_out: list[LeftOut] = []
     counted = True
 
     _require_plain(path)
 
     def images() -> Iterator[str]:
         nonlocal counted
-        for sample in _samples(path):
+        for sample in _samples(path, left_out.append):
             if labelled and not sample.images:
                 _refuse_lonely(path, sample)
             for image in sample.images:
@@ -115,6 +116,7 @@ def read_tar(path: Path, labelled: bool) -> Found:
         names = PackedNames(images())
     except tarfile.TarError as error:
         raise InputError(f"{path}: no tar header at byte 0 or truncated: {error}. Copy it again.") from None
+    report_left_out(path, left_out)
     if not len(names):
         raise InputError(f"{path}: holds no image ({', '.join(sorted(SUFFIXES))}).")
     if labelled and strays:
@@ -122,7 +124,7 @@ def read_tar(path: Path, labelled: bool) -> Found:
             f"{path}: {len(strays):,} images have neither a .cls, .txt or .json next to them nor a folder (first: "
             f"{strays[0]}), so they have no identity. Add labels, or pass the file as --unlabelled."
         )
-    people = _people(list(numbers), folders)
+    people = _people(path, list(numbers), folders)
     if people != list(numbers):
         index = {person: i for i, person in enumerate(dict.fromkeys(people))}
         place = np.array([*(index[person] for person in people), UNLABELLED], np.int64)
@@ -134,13 +136,21 @@ def read_tar(path: Path, labelled: bool) -> Found:
     )  # fmt: skip
 
 
-def _people(identities: list[str], folders: set[str]) -> list[str]:
+def _people(path: Path, identities: list[str], folders: set[str]) -> list[str]:
     """Name the person of each folder of a tar: its first part, or the first two where all lie in one folder of folders.
 
     ``tar -cf faces.tar faces`` puts the packed folder's own name before every person's. What is no folder is a label.
+    Raises InputError where images lie in that one folder and in folders of it: it may be a person, or hold people.
     """
     parts = {folder: folder.split("/") for folder in folders}
-    top = len({each[0] for each in parts.values()}) == 1 and all(len(each) > 1 for each in parts.values())
+    one = len({each[0] for each in parts.values()}) == 1
+    deep = [folder for folder, each in parts.items() if len(each) > 1]
+    if one and 1 < len(deep) < len(parts):
+        raise InputError(
+            f"{path}: images lie in the folder {printable(deep[0].split('/')[0])} and in folders of it (first: "
+            f"{printable(deep[0])}), so it may be one person or hold people. Pack each person's images in one folder."
+        )
+    top = one and len(deep) == len(parts)
     return ["/".join(parts[each][: 2 if top else 1]) if each in folders else each for each in identities]
 
 
@@ -169,13 +179,17 @@ def _require_plain(path: Path) -> None:
         raise InputError(f"{path}: compressed with {packed}; images in it cannot be reached singly. Unpack it first.")
 
 
-def _samples(path: Path) -> Iterator[_Sample]:
+def _samples(path: Path, leave_out: LeaveOut) -> Iterator[_Sample]:
     sample = _Sample()
-    for member in _members(path):
+    for member in _members(path, leave_out):
         key, suffix = posixpath.splitext(member.name)
         suffix = suffix.lower()
         hidden = any(is_hidden(part) for part in key.removeprefix("./").split("/"))
         if hidden or not (suffix in SUFFIXES or suffix in LABELS):
+            if not hidden and suffix in OTHER_IMAGES:
+                leave_out(LeftOut(member.name, f"not one of {', '.join(sorted(SUFFIXES))}; convert it first"))
+            elif not hidden and suffix in CONTAINERS:
+                leave_out(LeftOut(member.name, "a container within a tar; give it by itself"))
             continue
         if key != sample.key:
             yield sample
@@ -204,7 +218,7 @@ def _identity(path: Path, sample: _Sample, image: _Member) -> tuple[str, bool]:
     return (f"{int(text):08d}", True) if text.isascii() and text.isdigit() else (text, False)
 
 
-def _members(path: Path) -> Iterator[_Member]:
+def _members(path: Path, leave_out: LeaveOut) -> Iterator[_Member]:
     """Yield the regular files of a tar, in order; what ``tarfile`` would pass over is refused.
 
     ``tarfile`` takes a damaged header behind the first, and a cut within one, for the end of the tar.
@@ -222,6 +236,8 @@ def _members(path: Path) -> Iterator[_Member]:
                 raise InputError(
                     f"{path}: {member.name} is stored as type {member.type!r}. Pack it again as a plain tar."
                 )
+            if member.islnk() or member.issym():
+                leave_out(LeftOut(member.name, "a link; pack files in its place: tar -h --hard-dereference"))
             if member.isreg():
                 yield _Member(member.name, member.offset_data, member.size)
         with path.open("rb") as file:

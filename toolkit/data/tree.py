@@ -67,12 +67,17 @@ def _walk(root: Path, below: str, leave_out: LeaveOut, every_file: bool, above: 
         name = f"{below}/{entry.name}" if below else entry.name
         suffix = posixpath.splitext(entry.name)[1].lower()
         if is_hidden(entry.name):
-            if suffix in SUFFIXES and not entry.name.startswith("._"):  # ._1.png holds what macOS knows of 1.png
+            # ._1.png holds what macOS knows of 1.png
+            if (suffix in SUFFIXES and not entry.name.startswith("._")) or (
+                entry.name not in NOT_DATA and _is_folder(entry)
+            ):
                 leave_out(LeftOut(name, "hidden"))
         elif _is_folder(entry):
             real = os.path.realpath(entry.path)
             if entry.is_symlink() and any(each == real or each.startswith(real + os.sep) for each in above):
                 leave_out(LeftOut(name, "a link to a folder that holds it"))
+            elif entry.is_symlink() and real.startswith(above[0] + os.sep):
+                leave_out(LeftOut(name, "a link to a folder that is read by its own name"))
             else:
                 yield from _walk(root, name, leave_out, every_file, (*above, real))
         elif not _is_file(entry):

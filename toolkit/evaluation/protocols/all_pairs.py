@@ -150,7 +150,9 @@ def pair_up(gallery: FaceSet, query: FaceSet, name: str, cache: Path | None) -> 
     files = codes[: len(query)], codes[len(query) :]
     pairing = Pairing(owners[0], owners[1], files[0], files[1], len(names), unordered=False)
     if len(names) < 2:
-        raise InputError(f"{name}: holds one identity ({names[0]}). Impostor pairs need at least two.")
+        raise InputError(
+            f"{name}: holds one identity ({names[0]}), impostor pairs need two. Give the folder of people's folders."
+        )
     if pairing.genuine_pairs == 0:
         why = (
             "every identity has one image"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,9 @@ def test_the_person_is_the_first_folder_however_deep_the_image_lies(tmp_path: Pa
 def test_hidden_files_and_what_systems_add_are_no_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(tmp_path, "ann/1.png", "ann/._1.png", ".ipynb_checkpoints/1-checkpoint.png", "__MACOSX/ann/._1.png")
     touch(tmp_path, "ann/@eaDir/1.png", "ann/.DS_Store", "ann/.thumb.png", "ann/notes.txt", "align.json")
-    assert read(tmp_path) == (["ann/1.png"], {"ann/.thumb.png": "hidden"})
+    assert read(tmp_path) == (["ann/1.png"], {".ipynb_checkpoints": "hidden", "ann/.thumb.png": "hidden"})
     assert FaceSet.read(tmp_path).identities == ("ann",)
-    assert "1 not read: 1 hidden (first: ann/.thumb.png)" in caplog.text
+    assert "2 not read: 2 hidden (first: .ipynb_checkpoints)" in caplog.text
 
 
 def test_links_are_followed_once_and_broken_ones_are_said(tmp_path: Path) -> None:
@@ -50,12 +51,14 @@ def test_links_are_followed_once_and_broken_ones_are_said(tmp_path: Path) -> Non
     (faces / "ann/self").symlink_to(faces / "ann")
     (faces / "ann/gone.png").symlink_to("nowhere.png")
     (faces / "circle").symlink_to("circle")
+    (faces / "anna").symlink_to("ann")
     images, left_out = read(faces)
     assert images == ["ann/1.png", "ann/2.png", "bob/1.png"]
     assert left_out == {
         "ann/all": "a link to a folder that holds it",
         "ann/self": "a link to a folder that holds it",
         "ann/gone.png": "a broken link",
+        "anna": "a link to a folder that is read by its own name",  # or one person would have two names
         "circle": "a broken link",
     }
 
@@ -101,3 +104,21 @@ def test_lists_of_windows_and_lists_with_labels(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("ann/1.png 0\nbob/2.png 1\n")
     with pytest.raises(InputError, match="A list holds one path a line and no labels"):
         FaceSet.read(tmp_path / "labels.txt")
+
+
+def test_what_a_tar_has_besides_images_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_tar(tmp_path / "a.tar", [("f/ann/1.jpg", b"a"), ("f/bob/2.jpg", b"b"), ("f/bob/3.gif", b"c")])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("f/cid/4.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "f/ann/1.jpg"
+        tar.addfile(link)
+    assert FaceSet.read(path).identities == ("f/ann", "f/bob")
+    assert "2 not read: 1 not one of" in caplog.text and "1 a link; pack files in its place" in caplog.text
+
+
+def test_a_folder_of_a_tar_that_holds_images_and_folders_is_asked_about(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("f/ann/1.jpg", b"a"), ("f/bob/2.jpg", b"b"), ("f/loose.jpg", b"c")])
+    with pytest.raises(InputError, match=r"in the folder f and in folders of it .*one person or hold people"):
+        FaceSet.read(path)
+    alone = write_tar(tmp_path / "b.tar", [("ann/1.jpg", b"a"), ("ann/session/2.jpg", b"b")])
+    assert FaceSet.read(alone).identities == ("ann",)
