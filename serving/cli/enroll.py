@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 from rich.console import Console
 
+from pkd.serving.cli.subject_ids import keep_names, subject_id
 from pkd.toolkit.core.cli_options import Argument, Options, run_command
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError, PkdError
 from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.core.text import read_text
-from pkd.toolkit.data.tree import LeftOut, person_of, walk_images
+from pkd.toolkit.data.tree import LeftOut, person_of, printable, walk_images
 from pkd.toolkit.images.codec import SUFFIXES
 
 if TYPE_CHECKING:
@@ -53,9 +54,14 @@ class Photo:
     name: str
 
     @property
-    def subject(self) -> str:
+    def folder(self) -> str:
         """Return the folder it lies in, directly below DIR."""
         return self.name.partition("/")[0]
+
+    @property
+    def subject(self) -> str:
+        """Return the id of whom that folder is called after."""
+        return subject_id(self.folder)
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,8 @@ class EnrollOptions(Options):
     """Requests at a time."""
     failed: Annotated[Path, Argument("CSV")] = Path("failed.csv")
     """Table of what was refused."""
+    names: Annotated[Path, Argument("CSV")] = Path("names.csv")
+    """Table of the ids that were made of folders' names, where a name is no id."""
 
     @model_validator(mode="after")
     def _of_a_created_gallery(self) -> EnrollOptions:
@@ -150,6 +158,12 @@ def enroll(options: EnrollOptions, console: Console) -> Result:
     enrolment = options.enrolment()
     photos, failed = _list(options.dir)
     outcomes = [*failed]
+    made = {photo.subject: printable(photo.folder) for photo in photos if photo.subject != photo.folder}
+    if made:
+        keep_names(options.names, made)
+        subject, name = next(iter(made.items()))
+        said = f"{len(made):,} folders have names that are no ids; whose each is, is in {options.names}"
+        console.print(f"{said} (first: {name} is {subject})", markup=False, soft_wrap=True)
     with Client(options.server, _key(options.api_key_file)) as client:
         if options.create:
             days = options.retention_days
@@ -162,7 +176,7 @@ def enroll(options: EnrollOptions, console: Console) -> Result:
                     advance(len(some))
         finally:
             _write(options.failed, [one for one in outcomes if one.reason is not None])
-    return _report(console, options, outcomes)
+    return _report(console, options, outcomes, made)
 
 
 def _space(client: Client, options: EnrollOptions) -> str:
@@ -249,10 +263,10 @@ def _write(path: Path, failed: Sequence[Outcome]) -> None:
         writer = csv.writer(file)
         writer.writerow(["file", "subject", "type", "reason"])
         for one in sorted(failed, key=lambda one: one.photo.name):
-            writer.writerow([one.photo.name, one.photo.subject, one.type, one.reason])
+            writer.writerow([printable(one.photo.name), printable(one.photo.subject), one.type, one.reason])
 
 
-def _report(console: Console, options: EnrollOptions, outcomes: Sequence[Outcome]) -> Result:
+def _report(console: Console, options: EnrollOptions, outcomes: Sequence[Outcome], made: Mapping[str, str]) -> Result:
     failed = [one for one in outcomes if one.reason is not None]
     enrolled = [one for one in outcomes if one.reason is None]
     subjects = {one.photo.subject for one in outcomes if one.type != "no-subject"}
@@ -271,6 +285,7 @@ def _report(console: Console, options: EnrollOptions, outcomes: Sequence[Outcome
     return {
         "gallery": options.gallery,
         "subjects": len(subjects),
+        "renamed": made,
         "enrolled": len(enrolled) - before,
         "already_enrolled": before,
         "refused": len(failed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from contextlib import suppress
+from urllib.parse import unquote
 
 DATA_URI = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
 """Beginning of a data: URI, as browsers' FileReader and canvas give images."""
@@ -13,7 +14,8 @@ URL_ALPHABET = str.maketrans("-_", "+/")
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode base64: white space anywhere, ``data:…;base64,`` before it, ``-_`` for ``+/``, and no padding are taken.
+    """Decode base64: white space anywhere, ``data:…;base64,`` before it (then ``%2B`` for ``+``), ``-_`` for
+    ``+/``, and no padding are taken.
 
     Raises ValueError, whose text says what is wrong and continues a sentence.
     """
@@ -22,8 +24,8 @@ def decode_base64(text: str) -> bytes:
     if found := DATA_URI.match(text):
         if not found[0][:-1].lower().endswith(";base64"):
             raise ValueError("is a data: URI without ;base64. Send base64")
-        text = text[found.end() :]
-    text = "".join(text.split()).translate(URL_ALPHABET)
+        text = unquote(text[found.end() :])
+    text = "".join(text.lstrip("\ufeff").split()).translate(URL_ALPHABET)
     bare = text.rstrip("=")
     if not ALPHABET.fullmatch(bare):
         raise ValueError("is not base64. Send the bytes as base64, without a path or a link")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -23,7 +24,7 @@ def parse(model: type[Sent], body: bytes, most: int = MAX_VALUES) -> Sent:
     if sum(map(body.count, (b",", b"[", b"{"))) > most:
         raise InvalidRequest(f"the JSON holds more than {most:,} values.", details={"limit": most})
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(body.removeprefix(BOM_UTF8))  # RFC 8259, section 8.1, lets readers ignore it
     except ValidationError as error:
         raise _invalid(error, model) from None
 

@@ -21,6 +21,7 @@ from pkd.serving.inference.artifacts import Artifacts, BundledEncoder, needed
 from pkd.toolkit.bundle.bundle import MANIFEST, SIGNATURE
 from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.errors import InputError, PkdError
+from pkd.toolkit.core.text import read_text
 
 LOOK_SECONDS = 1.0
 """Shortest time between two looks whether the file has changed, seconds."""
@@ -104,7 +105,7 @@ class DeviceClasses:
     def _read(self, path: Path) -> Mapping[str, DeviceClass]:
         remedy = 'Give a JSON object, for example {"phone": {"encoder": "student@2f61ab…", "target": "litert-int8"}}.'
         try:
-            rows = _Rows.model_validate(json.loads(path.read_text(encoding="utf-8-sig"))).root
+            rows = _Rows.model_validate(json.loads(read_text(path))).root
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}. {remedy}") from None
         except ValidationError as error:

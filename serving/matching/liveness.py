@@ -26,6 +26,7 @@ from pkd.serving.core.schemas import EmbeddingSide, ImageInput, Number, Sent
 from pkd.serving.core.signed_tokens import Expected, KeySet, header
 from pkd.toolkit.certificates.attack_detection import AttackCertificate
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.text import read_text
 
 Shown = bytes | str | ImageInput | EmbeddingSide
 """One input of a request: a file's bytes, the same as base64, either inside JSON, or an embedding."""
@@ -203,9 +204,11 @@ def digest_of(shown: Shown) -> str:
 def read_config(path: Path, model: type[Any]) -> Any:
     """Read a JSON file of the operator as ``model``. Raises InputError that names the field at fault."""
     try:
-        return model.model_validate_json(path.read_bytes())
+        return model.model_validate_json(read_text(path))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. Give a JSON file; docs/security.md shows one.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is no text. Give a JSON file; docs/security.md shows one.") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "file"

@@ -18,6 +18,7 @@ from pydantic import RootModel, ValidationError
 from pkd.serving.core.gallery_schemas import GalleryPolicy
 from pkd.serving.core.schemas import Name
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.text import read_text
 
 logger = logging.getLogger("pkd.serving")
 LOOK_SECONDS = 1.0
@@ -63,7 +64,7 @@ class Policies:
 def _read(path: Path) -> Mapping[str, GalleryPolicy]:
     remedy = 'Give a JSON object of rules by gallery, for example {"staff": {"quality": {"yaw": 30}}, "*": {}}.'
     try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+        given = json.loads(read_text(path), object_pairs_hook=_once)
         if not isinstance(given, dict):
             raise ValueError("not an object")
         others = {OTHERS: GalleryPolicy.model_validate(given.pop(OTHERS))} if OTHERS in given else {}

@@ -21,6 +21,7 @@ from tests.support import gallery_fixtures as made
 from tests.support.server_process import serving, with_gallery
 
 SERVE = str(Path(sys.executable).parent / "pkd-serve")
+ZOE = "Zoe-Muller-d6e575a6"
 ENROLL = [sys.executable, "-m", "pkd.serving.cli.enroll"]
 
 
@@ -37,6 +38,7 @@ def guarded(folder: Path, bundles: Any, *options: Any) -> Iterator[Any]:
 
 def enroll(folder: Path, url: Any, key: Any, *options: Any) -> Any:
     command = [*ENROLL, folder, "--server", url, "--gallery", "staff", "--failed", folder.parent / "failed.csv"]
+    command += ["--names", folder.parent / "names.csv"]
     environment = {**os.environ, "PKD_API_KEY": key}
     done = subprocess.run([*map(str, command), *options], capture_output=True, text=True, timeout=60, env=environment)
     assert "Traceback" not in done.stderr and key not in done.stderr
@@ -66,14 +68,18 @@ def test_from_a_folder_to_a_search(tmp_path: Path) -> None:
             ("ann/broken.jpg", "bad-image"), ("ann/notes.txt", "no-image"), ("stray.png", "no-subject"),
         }  # fmt: skip
 
-        (people / "not a name").mkdir()
-        (people / "not a name" / "1.png").write_bytes(made.made.png(made.CROPS[4]))
+        (people / "Zoë Müller").mkdir()
+        (people / "Zoë Müller" / "1.png").write_bytes(made.made.png(made.CROPS[4]))
+        (people / "nobody").mkdir()
+        (people / "nobody" / "1.png").write_bytes(b"no image")
         done, failed = enroll(people, url, intake, "--aligned")
-        assert done.returncode == 1 and "1 of 4 subjects" in done.stderr.strip().splitlines()[-1]
-        assert ("not a name/1.png", "invalid-request") in {(one["file"], one["type"]) for one in failed}
+        assert done.returncode == 1 and "1 of 5 subjects" in done.stderr.strip().splitlines()[-1]
+        assert ("nobody/1.png", "bad-image") in {(one["file"], one["type"]) for one in failed}
+        assert dict(csv.reader((tmp_path / "names.csv").read_text("utf-8").splitlines()))[ZOE] == "Zoë Müller"
 
         with Client(url, operator) as client:
-            assert client.gallery("staff").templates == {fleet.teacher.info.id: 4}
+            assert client.gallery("staff").templates == {fleet.teacher.info.id: 5}
+            assert client.identify("staff", made_query(fleet, 4), target_fpir=0.1).candidates[0].subject == ZOE
             for index, name in enumerate(("ann", "bob", "eve")):
                 found = client.identify("staff", made_query(fleet, index), target_fpir=0.1)
                 assert (found.decision, found.candidates[0].subject) == ("match", name)
@@ -86,7 +92,7 @@ def test_from_a_folder_to_a_search(tmp_path: Path) -> None:
                 assert refused.value.type == "forbidden"
 
     with guarded(tmp_path, fleet.folders[:3]) as (url, operator, _), Client(url, operator) as client:
-        assert list(client.subjects("staff")) == ["ann", "eve"], "durable over a restart"
+        assert list(client.subjects("staff")) == [ZOE, "ann", "eve"], "durable over a restart"
         assert client.delete_subject("staff", "eve").sequence > receipt.sequence
 
 

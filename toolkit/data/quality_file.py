@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.text import text_encoding
 from pkd.toolkit.images.quality import MEASURES, FaceQuality
 
 QUALITY_FILE = "quality.csv"
@@ -39,7 +40,7 @@ def read_quality(folder: Path) -> dict[str, FaceQuality]:
     path = folder / QUALITY_FILE
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with path.open(newline="", encoding=text_encoding(path), errors="surrogateescape") as file:
         rows = list(csv.reader(file))
     if not rows or tuple(rows[0]) != COLUMNS:
         raise InputError(f"{path}: its columns are not {', '.join(COLUMNS)}. Delete it and run pkd-align again.")

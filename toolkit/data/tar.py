@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pkd.toolkit.core.errors import BadImage, InputError
+from pkd.toolkit.core.text import decode_text
 from pkd.toolkit.data.source import UNLABELLED, Found, Ints, Keys, PackedNames, stamp, within
 from pkd.toolkit.data.tree import CONTAINERS, OTHER_IMAGES, LeaveOut, LeftOut, is_hidden, printable, report_left_out
 from pkd.toolkit.images.codec import SUFFIXES
@@ -205,7 +206,7 @@ def _identity(path: Path, sample: _Sample, image: _Member) -> tuple[str, bool]:
     member = min(sample.labels, key=lambda label: LABELS.index(posixpath.splitext(label.name)[1].lower()))
     where = f"{path}: {member.name}"
     try:
-        text = _read(path, member.offset, min(member.size, LONGEST_LABEL)).decode().strip()
+        text = decode_text(_read(path, member.offset, min(member.size, LONGEST_LABEL))).strip()
         if member.name.lower().endswith(".json"):
             content = json.loads(text)
             text = str(content["identity"] if "identity" in content else content["label"]).strip()

@@ -29,6 +29,7 @@ from pydantic import Field, ValidationError
 from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.models import Record
+from pkd.toolkit.core.text import read_text
 from pkd.toolkit.device.photographs import photographs
 from pkd.toolkit.encoders.base import Encoder
 from pkd.toolkit.encoders.detector import Detector, choose
@@ -282,9 +283,11 @@ def _parse(data: bytes, path: Path) -> Kit:
 def read_report(path: Path) -> DeviceReport:
     """Read what a device computed. Raises InputError naming the field that is wrong."""
     try:
-        return DeviceReport.model_validate_json(path.read_bytes())
+        return DeviceReport.model_validate_json(read_text(path))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is no device report, for it is no text. docs/device.md shows one.") from None
     except ValidationError as error:
         raise InputError(f"{path}: is no device report ({_first(error)}). docs/device.md shows one.") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import textwrap
+from urllib.parse import quote
 
 import pytest
 
@@ -25,6 +26,8 @@ PLAIN = base64.b64encode(DATA + b"!").decode()
         f"  {PLAIN}\t\n",
         base64.urlsafe_b64encode(DATA + b"!").decode(),
         PLAIN.rstrip("="),
+        f"data:image/png;name=a.png;base64,{quote(PLAIN, safe='')}",
+        f"\ufeff{PLAIN}",
     ],
 )
 def test_every_usual_form_is_read(text: str) -> None:

@@ -122,3 +122,8 @@ def test_a_folder_of_a_tar_that_holds_images_and_folders_is_asked_about(tmp_path
         FaceSet.read(path)
     alone = write_tar(tmp_path / "b.tar", [("ann/1.jpg", b"a"), ("ann/session/2.jpg", b"b")])
     assert FaceSet.read(alone).identities == ("ann",)
+
+
+def test_a_label_with_a_byte_order_mark_is_the_same_name(tmp_path: Path) -> None:
+    files = [("1.jpg", b"a"), ("1.txt", b"\xef\xbb\xbfann\r\n"), ("2.jpg", b"b"), ("2.txt", "ann".encode("utf-16"))]
+    assert FaceSet.read(write_tar(tmp_path / "a.tar", files)).identities == ("ann",)
