@@ -10,12 +10,14 @@ export function openLedger(listener) {
   globalThis.fetch = (resource, options = {}) => counted(plain, resource, options);
   for (const name of ["XMLHttpRequest", "WebSocket", "EventSource", "RTCPeerConnection"]) delete globalThis[name];
   navigator.sendBeacon = () => false;
+  new PerformanceObserver((list) => list.getEntries().forEach(settle)).observe({ type: "resource" });
 }
 
 async function counted(plain, resource, options) {
   const url = new URL(resource instanceof Request ? resource.url : resource, location.href);
   const row = {
     method: options.method ?? "GET",
+    href: url.href,
     path: url.pathname + url.search,
     sent: await sizeOf(options.body),
     pixels: carriesPixels(options.body),
@@ -29,11 +31,10 @@ async function counted(plain, resource, options) {
   try {
     const answer = await plain(resource, options);
     row.status = answer.status;
-    row.received = Number(answer.headers.get("content-length") ?? 0);
-    setTimeout(() => settle(row, url.href), 200); // the browser lists a transfer a moment after it has ended
+    row.received ??= Number(answer.headers.get("content-length") ?? 0);
     return answer;
   } catch (error) {
-    row.status = "failed";
+    Object.assign(row, { status: "failed", settled: true });
     throw error;
   } finally {
     row.ms = performance.now() - begun;
@@ -41,11 +42,13 @@ async function counted(plain, resource, options) {
   }
 }
 
-/** Take the bytes that really came over the network: what is in the cache still came once more as a header only. */
-function settle(row, href) {
-  const entry = performance.getEntriesByName(href).at(-1);
-  if (entry && entry.responseEnd) row.received = entry.transferSize;
-  if (performance.getEntriesByType("resource").length > 200) performance.clearResourceTimings();
+/**
+ * Take the bytes that really came over the network, once the browser lists the transfer: of what is in the cache only a
+ * header came.
+ */
+function settle({ name, transferSize }) {
+  const row = rows.find((one) => one.href === name && !one.settled);
+  if (row) Object.assign(row, { received: transferSize, settled: true });
   changed();
 }
 

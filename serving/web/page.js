@@ -129,7 +129,8 @@ async function pairRates() {
   return RATES.pair.filter(covers);
 }
 
-function hint(text, wrong = false) {
+function hint(said, wrong = false) {
+  const text = said.charAt(0).toUpperCase() + said.slice(1); // the module's messages are parts of longer lines elsewhere
   if ($("hint").textContent !== text) $("hint").textContent = text; // said once by a screen reader
   $("hint").classList.toggle("wrong", wrong);
 }
@@ -159,6 +160,7 @@ async function takeFile(file) {
   stopCamera();
   hint("Looking for a face…");
   state.embedding = null;
+  showLedger(ledger, (state.photograph = 0));
   state.asking += 1; // an answer that is still under way is about the picture before
   clearAnswer();
   try {
@@ -297,6 +299,9 @@ function askFault(error) {
   }
   if (error.type === "auth") return "The token is not valid any more. Open a new link.";
   if (error.type === "rate-limited" || error.type === "overloaded") return "Too many questions at once. Wait a moment.";
+  if (error.type === "invalid-request" && mode() === "claim") {
+    return "An id begins with a letter or a digit; up to 127 letters, digits and . _ @ + - may follow.";
+  }
   if (error.type === "unknown-subject") return `Nobody is enrolled as ${$("subject").value.trim()}.`;
   return error.message;
 }

@@ -177,6 +177,12 @@ def choose_mode(page: Page, mode: str) -> None:
     page.run(f"document.querySelector('[name=mode][value={mode}]').click()")
 
 
+def name_subject(page: Page, subject: str) -> None:
+    """Write the id of the person who is asked about."""
+    page.run(f"document.querySelector('#subject').value = {json.dumps(subject)}")
+    page.run("document.querySelector('#subject').dispatchEvent(new Event('change'))")
+
+
 def choose_rate(page: Page, rate: str) -> None:
     """Choose how often the answer may be wrong."""
     page.run(f"document.querySelector('#rate').value = '{rate}'")
@@ -201,8 +207,9 @@ def test_match_and_non_match_are_right(place: Place, page: Page, tmp_path: Path)
     choose_rate(page, "0.01")
     assert take(page, place.photographs[BOB][0]) == "Nobody in staff."
     choose_mode(page, "claim")
-    page.run(f"document.querySelector('#subject').value = '{ANN}'")
-    page.run("document.querySelector('#subject').dispatchEvent(new Event('change'))")
+    name_subject(page, "<b>ann")
+    page.until("document.querySelector('.verdict.unsure')?.textContent.startsWith('An id begins with a letter')")
+    name_subject(page, ANN)
     page.until(f"document.querySelector('.verdict.no')?.textContent === 'No, this is not {ANN}.'")
     avif = tmp_path / "ann.avif"
     avif.write_bytes(saved(Image.fromarray(read_rgb(place.photographs[ANN][1])), "AVIF"))
@@ -227,6 +234,8 @@ def test_verify_alone_is_asked_after_loading_and_without_a_pixel(place: Place, p
     rows = page.run("[...document.querySelectorAll('#ledger tr')].map((row) => row.innerText)")
     assert rows[0].startswith("POST /v1/verify") and f"{len(request['postData']) / 1000:.1f} kB" in rows[0]
     assert "None carried a picture." in page.text("#total")
+    loaded = "[...document.querySelectorAll('#ledger tr')].find((row) => row.innerText.includes('.wasm'))"
+    assert "MB" in page.until(f"{loaded}?.children[2].innerText"), "the runtime came over the network"
 
 
 def test_without_a_network_everything_but_the_question_works(place: Place, page: Page) -> None:
@@ -274,11 +283,11 @@ def test_what_is_no_face_and_no_picture_is_told(place: Place, page: Page, tmp_pa
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
     (tmp_path / "half.avif").write_bytes(saved(Image.new("RGB", (300, 200)), "AVIF")[:300])
     faults = {
-        "wall.png": "no face was found",
+        "wall.png": "No face was found",
         "film.jpg": "truncated or corrupt",
         "text.png": "is no JPEG",
-        "phone.heic": "this is a HEIC picture",
-        "half.avif": "this avif file is truncated or corrupt",
+        "phone.heic": "This is a HEIC picture",
+        "half.avif": "This avif file is truncated or corrupt",
     }
     for name, said in faults.items():
         page.choose_files("#file", tmp_path / name)
