@@ -135,7 +135,9 @@ def test_only_an_admin_enrols_against_the_rules(fleet: made.Fleet, folder: Path,
         problem(client.get("/v1/galleries/refusing/review", headers=clerk), 403, "forbidden")
 
 
-def test_a_review_finds_who_is_enrolled_twice_and_a_move_puts_it_right(client: httpx.Client, fleet: made.Fleet) -> None:
+def test_a_review_finds_who_is_enrolled_twice_and_a_move_puts_it_right(
+    client: httpx.Client, fleet: made.Fleet, folder: Path
+) -> None:
     gallery(client, "messy")
     random = np.random.default_rng(0)
     for i in range(8):
@@ -152,6 +154,7 @@ def test_a_review_finds_who_is_enrolled_twice_and_a_move_puts_it_right(client: h
     moved = client.post("/v1/galleries/messy/subjects/ann-2/move", json={"into": "ann"}).json()
     assert moved["receipt"]["subject"] == "ann-2" and len(moved["templates"]) == 1
     problem(client.get("/v1/galleries/messy/subjects/ann-2"), 404, "unknown-subject")
+    assert actions(folder, "messy")[-2:] == ["move-in", "move-out"]
     apart = {"into": "carl", "templates": [seen["outliers"][0]["template"]], "new": True}
     assert client.post("/v1/galleries/messy/subjects/bob/move", json=apart).status_code == 200
     assert client.get("/v1/galleries/messy/review").json()["pairs"] == []
