@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
 
 from pkd.export.checks.parity import synthetic_crops
 from pkd.export.cli import main
@@ -24,7 +23,7 @@ from pkd.toolkit.cli.verification import verify as verified
 from pkd.toolkit.core.errors import InputError, PkdError, TargetUnavailable
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.encoders.registry import open_target
-from tests.support.bundle_factory import DIM, network, teacher_file
+from tests.support.bundle_factory import DIM, teacher_file
 
 pytest.importorskip("torch", reason="the program is computed in torch")
 pytest.importorskip("coremltools.proto", reason="pip install 'pkd[coreml]'")
@@ -86,26 +85,10 @@ def first_conv(graph: onnx.ModelProto) -> str:
 
 
 def test_other_operators_paddings_and_scalings() -> None:
-    from torch import nn
+    from tests.support.every_operator import other_layers
 
-    module = nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2, padding=1),
-        nn.ReLU6(),
-        nn.Conv2d(6, 12, 3, padding=(2, 0), groups=6),
-        nn.Hardtanh(-0.5, 0.5),
-        nn.Conv2d(12, 8, 3, stride=3, groups=2),
-        nn.Tanh(),
-        nn.MaxPool2d(3, 2, padding=1),
-        nn.Conv2d(8, 8, 3, padding=2, dilation=2, bias=False),
-        nn.Hardswish(),
-        nn.AvgPool2d(3, 2, padding=1, count_include_pad=False),
-        nn.BatchNorm2d(8),
-        nn.PReLU(),
-        nn.Flatten(),
-        nn.Linear(200, DIM),
-    )
     scaled = Preprocess(channels="bgr", mean=(91.5, 103.9, 131.1), std=(57, 58, 59))
-    plain = uint8_graph(torch_network(module.eval(), 112), scaled, DIM)
+    plain = uint8_graph(torch_network(other_layers(DIM, padded_pools=True), 112), scaled, DIM)
     program, graph = read(plain)
     compare(program, graph)
     np.testing.assert_allclose(program(CROPS), embeddings(plain, CROPS), atol=2e-6)
@@ -184,9 +167,7 @@ def test_a_target_claims_no_certificate_and_a_kit_proves_it(
 
 
 def test_what_is_not_translated_is_named() -> None:
-    made = network()
-    made.graph.node[-1].output[0] = "row"
-    made.graph.node.append(helper.make_node("Celu", ["row"], ["embedding_out"], name="bell"))
-    made.graph.output[0].name = "embedding_out"
+    from tests.support.every_operator import unknown_operator
+
     with pytest.raises(InputError, match=r"Core ML: Celu \(net/bell\) is not translated\. Leave --format coreml out"):
-        to_coreml(serialise(uint8_graph(made, Preprocess(), DIM)))
+        to_coreml(serialise(uint8_graph(unknown_operator("Celu"), Preprocess(), DIM)))

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import helper
 
 from pkd.export.checks.parity import synthetic_crops
 from pkd.export.cli import main
@@ -54,29 +53,10 @@ def test_backbones(spec: str) -> None:
 
 def test_every_operator_and_every_padding() -> None:
     """A padding that LiteRT has no word for, groups, a multiplier, dilation, poolings, a clip, rows from pictures."""
-    from torch import nn
-
-    from tests.support.every_operator import every_operator
+    from tests.support.every_operator import every_operator, other_layers
 
     same(uint8_graph(every_operator(), Preprocess(), DIM))
-    torch.manual_seed(0)
-    module = nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2, padding=1),
-        nn.ReLU6(),
-        nn.Conv2d(6, 12, 3, padding=(2, 0), groups=6),
-        nn.Hardtanh(-0.5, 0.5),
-        nn.Conv2d(12, 8, 3, stride=3, groups=2),
-        nn.Tanh(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3, padding=2, dilation=2),
-        nn.Hardswish(),
-        nn.AvgPool2d(3, 2),
-        nn.BatchNorm2d(8),
-        nn.PReLU(),
-        nn.Flatten(),
-        nn.Linear(128, DIM),
-    )
-    same(uint8_graph(torch_network(module.eval(), 112), Preprocess(), DIM))
+    same(uint8_graph(torch_network(other_layers(DIM, padded_pools=False), 112), Preprocess(), DIM))
 
 
 def test_int8_is_computed_in_integers() -> None:
@@ -149,9 +129,7 @@ def test_a_file_that_is_none() -> None:
 
 
 def test_what_is_not_translated_is_named() -> None:
-    made = network()
-    made.graph.node[-1].output[0] = "row"
-    made.graph.node.append(helper.make_node("Erf", ["row"], ["embedding_out"], name="bell"))
-    made.graph.output[0].name = "embedding_out"
+    from tests.support.every_operator import unknown_operator
+
     with pytest.raises(InputError, match=r"LiteRT: Erf \(net/bell\) is not translated\. Leave --format litert out"):
-        to_litert(serialise(uint8_graph(made, Preprocess(), DIM)))
+        to_litert(serialise(uint8_graph(unknown_operator("Erf"), Preprocess(), DIM)))
