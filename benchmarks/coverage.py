@@ -1,15 +1,14 @@
 """How often 95 % intervals hold the truth: simulated people who differ as real ones do.
 
-Run as: python benchmarks/coverage.py                      (an hour of a core; goes on where it stopped)
-        python benchmarks/coverage.py --scenarios wolves --people 120 --trials 1000 --tar-trials 200
+Run as: python benchmarks/coverage.py                      (hours of a core; goes on where it stopped)
+        python benchmarks/coverage.py --scenarios wolves --people 120 --trials 1000 --tar-trials 400
 
-People are centres on a sphere with images about them; how far differs from person to person (log-normal).
-``SCENARIOS`` says how they differ otherwise. Every trial draws fresh people. The truth is what all trials of a row
-measure together: the FMR at a threshold that is fixed beforehand, the true rate of each trial's own thresholds, and the
-true accept rates where the FMR is the target. A prediction is right where the next trial's people measure an FMR inside
-it, at the threshold of the trial's own people. ``benchmarks/interval_methods.py`` has the other methods, which the
-first trials of a row are given to. True accept rates need resamples, so that they get fewer trials. Paired comparisons
-are in ``benchmarks/paired_tests.py``.
+The people are those of ``benchmarks/simulated_people.py``, fresh ones in every trial. The truth is what all trials of a
+row measure together: the FMR at a threshold that is fixed beforehand, the true rate of each trial's own thresholds, and
+the true accept rates where the FMR is the target. A prediction is right where the next trial's people measure an FMR
+inside it, at the threshold of the trial's own people. ``benchmarks/interval_methods.py`` has the other methods, which
+the first trials of a row are given to. True accept rates need resamples, so that they get fewer trials. Paired
+comparisons are in ``benchmarks/paired_tests.py``.
 """
 
 from __future__ import annotations
@@ -18,65 +17,35 @@ import argparse
 import json
 import math
 import sys
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from interval_methods import Seen, before, drawn_again, fay_feuer, gamma_exact, jackknife, tail_model
+from simulated_people import SCENARIOS, embeddings, scored, seeds
 
 from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, fmr_variance, interval
 from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, matching, rates, smallest_fmr
 from pkd.toolkit.evaluation.metrics.intervals import proportion_intervals, small_rate_interval, student_quantile
-from pkd.toolkit.evaluation.metrics.pair_scores import BINS, PairScores
-from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Pairing
+from pkd.toolkit.evaluation.metrics.pair_scores import PairScores
+from pkd.toolkit.evaluation.metrics.pairing import Doubles
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
 RATES = {60: (1e-1, 1e-2), 120: (1e-1, 1e-2), 400: (1e-2, 1e-3), 2000: (1e-3, 1e-4)}
 """False match rates by number of people, who resolve them."""
-DIM, AVERAGE, PILOTS = 16, 4, 12
+LOWEST = {60: -0.2, 120: -0.2, 400: 0.2, 2000: 0.4}
+"""Score below any threshold of interest, by number of people."""
+PILOTS = 12
 GRID = np.linspace(-1, 1, 4001)
-STEP = 2048
 COMPARED = 400
 """Most people with which the other methods are compared."""
-FIRST = 240
+FIRST = 100
 """Trials of a row, its first, in which they are."""
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """How people differ."""
-
-    within: float = 0.45
-    """Typical distance of an image from its person's centre."""
-    power_law: bool = False
-    """Images a person: P(n) ∝ n^-1.5 up to 30; else 1 + Poisson(3)."""
-    wolves: float = 0.0
-    """Fraction whom many resemble."""
-    unlike: float = 0.0
-    """Fraction whom nobody resembles."""
-    families: float = 0.0
-    """Fraction with a relative in the sample."""
-    levels: int = 0
-    """Values that a coordinate may have; 0: any. Few make scores tie."""
-    cameras: bool = False
-    """Half of the images are of a camera that moves them all the same way."""
-    mislabelled: float = 0.0
-    """Fraction of people who stand under two names."""
-
-
-SCENARIOS = {
-    "alike": Scenario(),
-    "near one": Scenario(within=0.25),
-    "power law": Scenario(power_law=True),
-    "wolves": Scenario(power_law=True, wolves=0.04, unlike=0.1),
-    "families": Scenario(power_law=True, families=0.2),
-    "ties": Scenario(levels=3),
-    "cameras": Scenario(cameras=True),
-    "labels": Scenario(mislabelled=0.01),
-}
+BLOCK = 50
+"""Trials of true accept rates after which the results are written."""
+FEW = ("wolves/120", "families/120", "wolves/400")
+"""Rows of ``must_table``."""
 Sums = dict[str, list[float]]
 """``statistic/rate/method`` → times that it held, sum of its widths (or values), trials."""
 
@@ -86,9 +55,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--people", type=int, nargs="+", choices=RATES, default=list(RATES))
-    parser.add_argument("--trials", type=int, default=240, help="of FMR and prediction")
-    parser.add_argument("--tar-trials", type=int, default=40, help="of true accept rates")
-    parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--trials", type=int, default=1000, help="of FMR and prediction")
+    parser.add_argument("--tar-trials", type=int, default=400, help="of true accept rates")
+    parser.add_argument("--resamples", type=int, default=100)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     found = json.loads(args.results.read_text()) if args.results.exists() else {"cells": {}}
@@ -96,99 +65,39 @@ def main() -> int:
     for people in args.people:
         for name in args.scenarios:
             cell = found["cells"].setdefault(f"{name}/{people}", {"trials": 0, "tar_trials": 0})
-            if cell["trials"] < args.trials:
+            if args.trials > (0 if "trials" in cell.get("seen", ()) else cell["trials"]):
                 sums, truth = fmr_row(name, people, args.trials)
-                cell |= {"trials": args.trials, "fmr": sums, "truth": truth, "tar_trials": 0}
-            if cell["tar_trials"] < args.tar_trials:
-                cell["tar"] = tar_row(name, people, args.tar_trials, args.resamples, cell["truth"])
-                cell["tar_trials"] = args.tar_trials
-            args.results.write_text(json.dumps(found, indent=1) + "\n")
+                cell |= {"trials": args.trials, "fmr": sums, "truth": truth, "tar_trials": 0, "seen": []}
+                args.results.write_text(json.dumps(found, indent=1) + "\n")
+            if args.tar_trials and "tar_trials" in cell.get("seen", ()):
+                cell |= {"tar_trials": 0, "seen": []}
+            while (done := cell["tar_trials"]) < args.tar_trials:
+                part = range(done, min(done + BLOCK, args.tar_trials))
+                sums = tar_row(name, people, part, args.resamples, cell["truth"])
+                cell["tar"] = merged(cell["tar"], sums) if done else sums
+                cell["tar_trials"] = part.stop
+                args.results.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
     return 0
 
 
-def embeddings(
-    scenario: Scenario, people: int, seed: int, *, encoder: int = 0, noise: float = 0.15
-) -> tuple[Floats, Ints]:
-    """Draw unit vectors of fresh people, with the name that each image stands under.
-
-    ``encoder``: 0 or 1; each sees every image a little differently, by ``noise``: equally good where it is the same.
-    """
-    random = np.random.default_rng(seed)
-    centres = random.standard_normal((people, DIM))
-    common = np.full(DIM, 0.3)
-    kind = random.random(people)
-    strength = np.where(kind < scenario.wolves, 0.45, 1.0)[:, None]
-    centres = strength * centres + np.where(kind > 1 - scenario.unlike, -1.0, 1.0)[:, None] * common
-    related = random.random(people) < scenario.families
-    relatives = np.flatnonzero(related)[: np.count_nonzero(related) // 2 * 2].reshape(-1, 2)
-    centres[relatives[:, 1]] = 0.8 * centres[relatives[:, 0]] + 0.6 * centres[relatives[:, 1]]
-    if scenario.power_law:
-        chances = np.arange(1, 31) ** -1.5
-        counts = random.choice(np.arange(1, 31), people, p=chances / chances.sum())
-    else:
-        counts = 1 + random.poisson(AVERAGE - 1, people)
-    labels = np.repeat(np.arange(people), counts)
-    within = scenario.within * np.exp(0.5 * random.standard_normal(people))
-    vectors = centres[labels] + within[labels, None] * random.standard_normal((len(labels), DIM))
-    if scenario.cameras:
-        vectors += 0.35 * random.integers(0, 2, len(labels))[:, None] * np.sign(np.arange(DIM) - DIM / 2 + 0.5)
-    vectors += noise * np.random.default_rng([seed, encoder]).standard_normal(vectors.shape)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    if scenario.levels:
-        vectors = np.round(vectors * scenario.levels * 2) / (scenario.levels * 2)
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
-    if scenario.mislabelled:
-        twice = random.random(people) < scenario.mislabelled * 2
-        labels = np.where(twice[labels] & (random.random(len(labels)) < 0.5), labels + people, labels)
-        labels = np.unique(labels, return_inverse=True)[1]
-    return vectors.astype(np.float32), labels.astype(np.int64)
+def merged(one: Sums, other: Sums) -> Sums:
+    """Add up the trials of two parts of a row, one of which may have more methods."""
+    none = [0, 0.0, 0]
+    keys = {**one, **other}
+    return {key: [a + b for a, b in zip(one.get(key, none), other.get(key, none), strict=True)] for key in keys}
 
 
-def scored(vectors: Floats, labels: Ints, lowest: float) -> PairScores:
-    """Score all pairs and keep the impostors at or above ``lowest``: no rate of interest lies below them."""
-    order = np.argsort(labels, kind="stable")
-    vectors, labels = vectors[order], labels[order]
-    files, parts = np.arange(len(labels)), []
-    for top in range(0, len(labels), STEP):
-        scores = vectors[top : top + STEP] @ vectors[top:].T
-        same = labels[top : top + STEP, None] == labels[top:]
-        row, column = np.divmod(np.flatnonzero((scores >= lowest) | same), scores.shape[1])
-        later = row < column
-        parts.append((scores[row[later], column[later]], top + row[later], top + column[later]))
-    kept, first, second = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.argsort(-kept, kind="stable")
-    kept, first, second = kept[order], first[order].astype(np.int32), second[order].astype(np.int32)
-    same = labels[first] == labels[second]
-    return PairScores(
-        pairing=Pairing(labels, labels, files, files, int(labels.max()) + 1, unordered=True),
-        genuine=kept[same],
-        genuine_query=first[same],
-        genuine_gallery=second[same],
-        impostor=kept[~same],
-        impostor_query=first[~same],
-        impostor_gallery=second[~same],
-        weight=np.ones(np.count_nonzero(~same)),
-        cut=-np.inf,
-        histogram=np.zeros(BINS, np.int64),
-    )
-
-
-def seeds(name: str, people: int, trials: int) -> Iterator[int]:
-    """List the seeds of a row's trials; no two rows share people."""
-    base = zlib.crc32(f"{name}/{people}".encode()) * 10**5
-    yield from range(base, base + trials)
-
-
+@cache
 def pilot(name: str, people: int) -> tuple[Doubles, float]:
     """Choose thresholds near the target rates, and a score below all of interest, from other people."""
     found = [
-        rates(scored(*embeddings(SCENARIOS[name], people, seed), 0.3 if people > COMPARED else -0.2), targets(people))
+        rates(scored(*embeddings(SCENARIOS[name], people, seed), LOWEST[people]), targets(people))
         for seed in seeds(f"pilot {name}", people, PILOTS)
     ]
     thresholds = np.array([each.threshold for each in found])
     lowest = min(thresholds.min(), min(each.raw_threshold.min() for each in found))
-    return thresholds.mean(axis=0), float(lowest) - 0.08
+    return thresholds.mean(axis=0), float(lowest) - (0.04 if people > COMPARED else 0.08)
 
 
 def targets(people: int) -> Doubles:
@@ -341,7 +250,7 @@ def _assured(
     }
 
 
-def tar_row(name: str, people: int, trials: int, resamples: int, truth: dict[str, list[float]]) -> Sums:
+def tar_row(name: str, people: int, trials: int | range, resamples: int, truth: dict[str, list[float]]) -> Sums:
     """Simulate one row of true accept rates."""
     scenario, goal = SCENARIOS[name], targets(people)
     _, lowest = pilot(name, people)
@@ -366,25 +275,54 @@ def tar_row(name: str, people: int, trials: int, resamples: int, truth: dict[str
 
 def table(found: dict[str, Any]) -> str:
     """Write every table in Markdown."""
-    return "\n\n".join([coverage_table(found), method_table(found), assurance_table(found)])
+    return "\n\n".join([made(found) for made in (must_table, coverage_table, method_table, assurance_table)])
+
+
+def must_table(found: dict[str, Any]) -> str:
+    """Write coverage and width of every interval where few people decide, before and now."""
+    rows = [key for key in FEW if key in found["cells"]]
+    columns = [(key, f"{fmr:g}") for key in rows for fmr in RATES[int(key.partition("/")[2])]]
+    heads = [f"{key.partition('/')[2]} {key.partition('/')[0]}, {fmr}" for key, fmr in columns]
+    lines = [
+        "Percent in which the interval held the truth, before → now, and its mean width, over the rate or in points:",
+        "",
+        f"| 95 % interval | {' | '.join(heads)} |",
+        f"| --- |{' ---: |' * len(heads)}",
+    ]
+    for statistic in ("FMR", "prediction", "TAR", "raw TAR"):
+        cells = []
+        for key, fmr in columns:
+            cell = found["cells"][key]
+            both = cell.get("fmr", {}) | cell.get("tar", {})
+            pairs = [both.get(f"{statistic}/{fmr}/{method}") for method in ("before", "now")]
+            scale = 100 if "TAR" in statistic else 1 / float(fmr)
+            digits = 1 if "TAR" in statistic else 2
+            held = " → ".join(f"{100 * _mean(one, 0):.0f}" for one in pairs if one)
+            width = " → ".join(f"{scale * _mean(one, 1):.{digits}f}" for one in pairs if one)
+            cells.append(f"{held}; {width}" if held else "–")
+        lines.append(f"| {statistic} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def coverage_table(found: dict[str, Any]) -> str:
     """Write the percent of the trials in which an interval held the truth, and its width, row by row."""
     cells = found["cells"]
     counted, tar = ({cell[key] for cell in cells.values() if cell[key]} for key in ("trials", "tar_trials"))
+    errors = "; ".join(f"{n:,}: {_error(n)}" for n in sorted(counted | tar))
     lines = [
-        f"Percent of {_or(counted)} trials (FMR, prediction) and of {_or(tar)} (TAR, raw TAR) in which a 95 % "
-        "interval held the truth, before → now, at the first; the second rate of the row. One standard error: "
-        f"{_error(max(counted))} points of {max(counted)} trials, {_error(max(tar))} of {max(tar)}. Width: of the "
-        "FMR's interval over the rate, and of the TAR's in points.",
+        "Percent of the trials in which a 95 % interval held the truth, before → now, at the first; the second rate of "
+        "the row. *Trials*: of FMR and prediction; of TAR and raw TAR; †: of people who were seen while the methods "
+        f"were chosen. One standard error in points, by trials: {errors}. Width: of the FMR's interval over the rate, "
+        "and of the TAR's in points.",
         "",
-        "| people | scenario | at FMR | FMR | width | prediction | TAR | width | raw TAR |",
-        "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| people | scenario | trials | at FMR | FMR | width | prediction | TAR | width | raw TAR |",
+        "| ---: | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for key, cell in cells.items():
-        name, _, people = key.partition("/")
-        goal = [f"{fmr:g}" for fmr in RATES[int(people)]]
+    for people, name in ((people, name) for people in RATES for name in SCENARIOS):
+        cell = cells.get(f"{name}/{people}", {"trials": 0})
+        if not cell["trials"]:
+            continue
+        goal = [f"{fmr:g}" for fmr in RATES[people]]
         both = cell.get("fmr", {}) | cell.get("tar", {})
 
         def held(statistic: str, both: Sums = both, goal: list[str] = goal) -> str:
@@ -394,8 +332,8 @@ def coverage_table(found: dict[str, Any]) -> str:
         widths = ["; ".join(f"{_mean(both[f'FMR/{f}/now'], 1) / float(f):.2f}" for f in goal)]
         widths += ["; ".join(f"{100 * _mean(both[k], 1):.1f}" for f in goal if (k := f"TAR/{f}/now") in both) or "–"]
         lines.append(
-            f"| {people} | {name} | {'; '.join(goal)} | {held('FMR')} | {widths[0]} | {held('prediction')} | "
-            f"{held('TAR')} | {widths[1]} | {held('raw TAR')} |"
+            f"| {people} | {name} | {_counted(cell, 'trials')}; {_counted(cell, 'tar_trials')} | {'; '.join(goal)} | "
+            f"{held('FMR')} | {widths[0]} | {held('prediction')} | {held('TAR')} | {widths[1]} | {held('raw TAR')} |"
         )
     return "\n".join(lines)
 
@@ -447,12 +385,13 @@ def assurance_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _counted(cell: dict[str, Any], key: str) -> str:
+    """Write a number of trials, marked where their people are no fresh ones."""
+    return f"{cell[key]}{'†' if key in cell.get('seen', ()) else ''}"
+
+
 def _mean(one: list[float], place: int) -> float:
     return float(one[place] / max(one[2], 1))
-
-
-def _or(counts: set[int]) -> str:
-    return " or ".join(map(str, sorted(counts)))
 
 
 def _error(trials: int) -> str:

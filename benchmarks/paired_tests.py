@@ -1,12 +1,13 @@
 """How often pkd's paired p-values claim a difference: of equally good encoders, and of encoders that differ.
 
-Run as: python benchmarks/paired_tests.py                 (an hour of a core; goes on where it stopped)
+Run as: python benchmarks/paired_tests.py                 (hours of a core; goes on where it stopped)
         python benchmarks/paired_tests.py --people 120 --trials 200 --power-trials 0
 
-People and scenarios are those of benchmarks/coverage.py. Both encoders see the same images, each with noise of its own;
-where they differ, the second has more. Compared are the balanced true accept rate at two false match rates, each
-encoder at its own threshold, and the accuracy of a list of pairs (2 genuine and 2 of different people for every
-person, ten folds). *Resamples*: the p-values that pkd gave until now, and gives for ranks.
+People and scenarios are those of benchmarks/simulated_people.py. Both encoders see the same images, each with noise of
+its own; where they differ, the second has more. Compared are the balanced true accept rate at two false match rates,
+each encoder at its own threshold, and the accuracy of a list of pairs (2 genuine and 2 of different people for every
+person, ten folds). *Resamples*: the p-values that pkd gave until now, and gives for ranks. No seed is drawn that was
+seen while the test was chosen (``FRESH``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from coverage import FIRST, RATES, SCENARIOS, Sums, add, embeddings, pilot, scored, seeds, targets
+from coverage import FIRST, RATES, Sums, add, merged, pilot, targets
+from simulated_people import SCENARIOS, embeddings, scored, seeds
 
 from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, fmr_variance, resampled_accuracies
 from pkd.toolkit.evaluation.metrics.error_rates import matching, rates, smallest_fmr
@@ -38,12 +40,13 @@ from pkd.toolkit.evaluation.metrics.paired import (
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints
 from pkd.toolkit.evaluation.metrics.resamples import paired_difference
 from pkd.toolkit.evaluation.protocols.pair_list import out_of_fold
+from pkd.toolkit.evaluation.results.schema import PairedDifference
 
 RESULTS = Path(__file__).resolve().parent / "results" / "paired_tests.json"
 LEVEL = 0.05
 POWER = {120: 1e-2, 400: 1e-3, 850: 1e-3}
 """False match rate at which the power is measured, by number of people."""
-POINTS = (1, 2, 5)
+POINTS = (0.5, 1, 2, 5)
 PLAIN = 0.15
 """Noise of the better encoder."""
 NOISES = (0.15, 0.18, 0.21, 0.25, 0.30, 0.36)
@@ -57,6 +60,10 @@ METHODS = {
 }
 BEFORE = 100
 """Trials of a row, its first, that p-values by resamples are computed of: they cost thirty times as much."""
+BLOCK = 100
+"""Trials after which the results are written."""
+LOWEST = {120: 0.3, 400: 0.5, 850: 0.5}
+"""Score below any threshold of the power, by number of people."""
 
 
 def main() -> int:
@@ -73,23 +80,30 @@ def main() -> int:
     for people in args.people:
         for name in args.scenarios:
             key = f"{name}/{people}"
-            if people in RATES and found["size"].get(key, {}).get("trials", 0) < args.trials:
-                found["size"][key] = {"trials": args.trials, "p": size_row(name, people, args.trials, args.before)}
+            if args.trials and found["size"].get(key, {}).get("seen"):
+                found["size"].pop(key)
+            while people in RATES and (done := found["size"].get(key, {}).get("trials", 0)) < args.trials:
+                part = range(done, min(done + BLOCK, args.trials))
+                sums = size_row(name, people, part, args.before)
+                sums = merged(found["size"][key]["p"], sums) if done else sums
+                found["size"][key] = {"trials": part.stop, "p": sums}
                 args.results.write_text(json.dumps(found, indent=1) + "\n")
     for people in POWER:
-        if people in args.people and found["power"].get(str(people), {}).get("trials", 0) < args.power_trials:
-            found["power"][str(people)] = power_row(people, args.power_trials) | {"trials": args.power_trials}
-            args.results.write_text(json.dumps(found, indent=1) + "\n")
+        row = found["power"].setdefault(str(people), {"noises": {}}) if people in args.people else {"noises": {}}
+        for noise in NOISES if people in args.people else ():
+            if row["noises"].get(f"{noise}", {}).get("trials", 0) < args.power_trials:
+                row["noises"][f"{noise}"] = power(people, noise, args.power_trials)
+                args.results.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
     return 0
 
 
-def size_row(name: str, people: int, trials: int, before: int) -> Sums:
+def size_row(name: str, people: int, trials: range, before: int) -> Sums:
     """Compare two equally good encoders; count claims by statistic and method, and sum up who differs."""
     goal, scenario = targets(people), SCENARIOS[name]
     _, lowest = pilot(name, people)
     sums: Sums = {}
-    for number, seed in enumerate(seeds(f"paired {name}", people, trials)):
+    for number, seed in zip(trials, seeds(f"two encoders {name}", people, trials), strict=True):
         made = [embeddings(scenario, people, seed, encoder=e) for e in (0, 1)]
         sets = [scored(*one, lowest) for one in made]
         for k, fmr in enumerate(goal):
@@ -109,26 +123,25 @@ def size_row(name: str, people: int, trials: int, before: int) -> Sums:
     return sums
 
 
-def power_row(people: int, trials: int) -> dict[str, Any]:
-    """Measure at several noises how far the TAR falls and how often that is found, for people of a power law."""
+def power(people: int, noise: float, trials: int) -> dict[str, Any]:
+    """Measure how far TAR and accuracy fall at a noise and how often that is found, for people of a power law."""
     fmr, scenario = np.array([POWER[people]]), SCENARIOS["power law"]
-    found: dict[str, Any] = {"noises": []}
-    for noise in NOISES:
-        differences, claims, held = [], 0, []
-        for seed in seeds(f"power {noise}", people, trials):
-            sets = [
-                scored(*embeddings(scenario, people, seed, encoder=e, noise=n), 0.3)
-                for e, n in ((0, PLAIN), (1, noise))
-            ]
-            a, b, observed = _contributed(sets, fmr, 0)
-            one = compared(a, b, observed=observed)
-            differences.append(observed)
-            held.append(one.ci95)
-            claims += one.p <= LEVEL and observed > 0
-        mean = float(np.mean(differences))
-        inside = sum(low <= mean <= high for low, high in held)
-        found["noises"].append({"noise": noise, "points": 100 * mean, "claims": claims, "inside": inside})
-    return found
+    found: dict[str, list[PairedDifference]] = {"TAR": [], "accuracy": []}
+    for seed in seeds(f"power {noise}", people, trials):
+        made = [embeddings(scenario, people, seed, encoder=e, noise=n) for e, n in ((0, PLAIN), (1, noise))]
+        a, b, observed = _contributed([scored(*one, LOWEST[people]) for one in made], fmr, 0)
+        found["TAR"].append(compared(a, b, observed=observed))
+        a, b, _ = _listed(made, people, seed, before=False)
+        found["accuracy"].append(compared(a, b, observed=_total(a) - _total(b)))
+    said: dict[str, Any] = {"trials": trials}
+    for statistic, each in found.items():
+        mean = float(np.mean([one.difference for one in each]))
+        said[statistic] = {
+            "points": 100 * mean,
+            "claims": sum(one.p <= LEVEL and one.difference > 0 for one in each),
+            "inside": sum(one.ci95[0] <= mean <= one.ci95[1] for one in each),
+        }
+    return said
 
 
 def _contributed(sets: list[PairScores], goal: Doubles, k: int) -> tuple[Contributions, Contributions, float]:
@@ -204,29 +217,34 @@ def table(found: dict[str, Any]) -> str:
 
 def size_table(found: dict[str, Any]) -> str:
     """Write how often equally good encoders are claimed to differ, row by row."""
-    counted = sorted({row["trials"] for row in found["size"].values()})
     old = max((int(one[2]) for row in found["size"].values() for k, one in row["p"].items() if "resam" in k), default=0)
+    errors = "; ".join(f"{n:,}: {_error(n)}" for n in sorted({row["trials"] for row in found["size"].values()}))
     lines = [
-        f"Percent of {' or '.join(map(str, counted))} comparisons of two equally good encoders with p ≤ 0.05"
+        "Percent of comparisons of two equally good encoders with p ≤ 0.05"
         f"{f', in parentheses by resamples (up to {old} comparisons)' if old else ''}; how many people "
-        "differ in their own pairs, on average; and the percent of those comparisons in which six or more do.",
+        "differ in their own pairs, on average; and the percent of those comparisons in which six or more do. †: of "
+        "people who were seen while the test was chosen. One standard error where 5 % is right, in points, by "
+        f"comparisons: {errors}.",
         "",
-        "| people | scenario | at FMR | TAR | people who differ | TAR, six or more | accuracy of pairs |",
-        "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
+        "| people | scenario | comparisons | at FMR | TAR | people who differ | TAR, six or more | accuracy of pairs |",
+        "| ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
-    for key, row in found["size"].items():
-        name, _, people = key.partition("/")
+    for people, name in ((people, name) for people in RATES for name in SCENARIOS):
+        row = found["size"].get(f"{name}/{people}")
+        if not row:
+            continue
         p = row["p"]
-        goal = [f"{fmr:g}" for fmr in RATES[int(people)] if f"{fmr:g}/now" in p]
+        goal = [f"{fmr:g}" for fmr in RATES[people] if f"{fmr:g}/now" in p]
         tar, differ, six = [], [], []
         for fmr in goal:
             tar.append(_percent(p, fmr))
             differ.append(f"{p[f'{fmr}/now'][1] / p[f'{fmr}/now'][2]:.0f}")
             one = p.get(f"{fmr}/signs", [0, 0, 0])
             six.append(f"{100 * one[0] / one[2]:.1f} of {one[2]}" if one[2] >= 30 else "–")
+        counted = f"{row['trials']}{'†' if row.get('seen') else ''}"
         lines.append(
-            f"| {people} | {name} | {'; '.join(goal)} | {'; '.join(tar)} | {'; '.join(differ)} | {'; '.join(six)} | "
-            f"{_percent(p, 'accuracy')} |"
+            f"| {people} | {name} | {counted} | {'; '.join(goal)} | {'; '.join(tar)} | {'; '.join(differ)} | "
+            f"{'; '.join(six)} | {_percent(p, 'accuracy')} |"
         )
     return "\n".join(lines)
 
@@ -256,25 +274,33 @@ def method_table(found: dict[str, Any]) -> str:
 
 def power_table(found: dict[str, Any]) -> str:
     """Write how often a true difference is found, between the noises that were simulated."""
-    counted = sorted({row["trials"] for row in found["power"].values()})
+    rows = {people: row["noises"] for people, row in found["power"].items() if len(row["noises"]) == len(NOISES)}
     lines = [
-        f"Percent of {' or '.join(map(str, counted)) or 'no'} comparisons in which a true difference of the balanced "
-        "TAR is found (p ≤ 0.05, the better encoder named), people of a power law; between simulated differences by a "
-        "line. Last: percent of all these in which the 95 % interval held the true difference.",
+        "Percent of comparisons in which a true difference is found (p ≤ 0.05, the better encoder named), people of a "
+        "power law; between simulated differences by a line, a dash beyond them. *Comparisons*: of each of the "
+        f"{len(NOISES)} differences. Last: percent of all these in which the 95 % interval held the true difference.",
         "",
-        "| people | at FMR | 1 point | 2 points | 5 points | interval |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| people | difference of | comparisons | half a point | 1 point | 2 points | 5 points | interval |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for people, row in found["power"].items():
-        points = [one["points"] for one in row["noises"]]
-        claims = [100 * one["claims"] / row["trials"] for one in row["noises"]]
-        told = [f"{np.interp(n, points, claims):.0f}" if max(points) >= n else "–" for n in POINTS]
-        inside = 100 * np.mean([one["inside"] / row["trials"] for one in row["noises"]])
-        lines.append(f"| {people} | {POWER[int(people)]:g} | {' | '.join(told)} | {inside:.0f} |")
+    for people, row in rows.items():
+        for statistic, name in (("TAR", f"TAR at FMR {POWER[int(people)]:g}"), ("accuracy", "accuracy of pairs")):
+            noises = sorted(row.values(), key=lambda one: float(one[statistic]["points"]))
+            points = [one[statistic]["points"] for one in noises]
+            claims = [100 * one[statistic]["claims"] / one["trials"] for one in noises]
+            told = [f"{np.interp(n, points, claims):.0f}" if max(points) >= n else "–" for n in POINTS]
+            inside = 100 * np.mean([one[statistic]["inside"] / one["trials"] for one in noises])
+            lines.append(f"| {people} | {name} | {noises[0]['trials']} | {' | '.join(told)} | {inside:.0f} |")
     return "\n".join(lines)
 
 
+def _error(trials: int) -> str:
+    return f"{100 * math.sqrt(LEVEL * (1 - LEVEL) / max(trials, 1)):.1f}"
+
+
 def _percent(p: Sums, statistic: str) -> str:
+    if f"{statistic}/now" not in p:
+        return "–"
     now, old = p[f"{statistic}/now"], p.get(f"{statistic}/resamples")
     return f"{100 * now[0] / now[2]:.1f}" + (f" ({100 * old[0] / old[2]:.0f})" if old else "")
 

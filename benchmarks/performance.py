@@ -26,6 +26,7 @@ PARTS = {
     "backbones": "Backbones",
     "cross_pairs": "All pairs of 100,000 images",
     "template_pairs": "The pair list of IJB-C",
+    "evaluation_cost": "A whole evaluation of 100,000 images",
     "coverage": "How often intervals hold the truth",
     "halvings": "Do thresholds carry over to other people",
     "targets": "What each target costs and loses",

@@ -12,6 +12,7 @@ from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap
 from pkd.toolkit.evaluation.metrics.error_rates import rates
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
 from pkd.toolkit.evaluation.metrics.paired import (
+    OWN,
     Contributions,
     ScoredList,
     accuracy_contributions,
@@ -110,7 +111,9 @@ def test_the_accuracy_of_a_pair_list_is_compared_with_the_noise_of_its_threshold
             listed = ScoredList((hidden + 0.2 * random.normal(size=320)).astype(np.float32), same, first, second)
             right = (listed.scores >= best_threshold(listed.scores, same)) == same
             shifted = shifted_accuracies(listed, listed, resamples=60, seed=seed)
-            assert shifted.max() <= right.mean() + 1e-9, "no other threshold is better"
+            fixed = shifted_accuracies(replace(listed), listed, resamples=60, seed=seed)
+            assert fixed.max() <= right.mean() + 1e-9, "no other threshold is better"
+            assert shifted.var() == pytest.approx(OWN * fixed.var())
             made.append((right, accuracy_contributions(right, first, second, shifted)))
         observed = float(made[0][0].mean() - made[1][0].mean())
         found = compared(made[0][1], made[1][1], observed=observed)
