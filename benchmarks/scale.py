@@ -180,8 +180,14 @@ def _round(value: float) -> str:
 OPENING = f"""\
 # Scale
 
-Use this page to plan machines for large galleries and many users. `python benchmarks/scale.py` makes it: it multiplies
-out what other benchmarks measured on one machine. Nothing of this size was ever run.
+```
+python benchmarks/search.py --large && python benchmarks/serving_cost.py    # measure your machine, with an hour to spare
+python benchmarks/scale.py                                                  # write this page from what they found
+```
+
+Plan machines for large galleries and many users by the tables below, or by those that these commands write for yours. They
+multiply out what benchmarks measured on one machine ([performance.md](performance.md) shows the same runs). Nothing of
+this size was ever run.
 
 A machine is taken to have {CORES} cores as fast as the measured one and {MEMORY // 2**30} GiB; {BUSY:.0%} of either is
 planned with. Everything is held in {COPIES} copies, which share the requests. CPU time is taken to grow in proportion
