@@ -181,13 +181,13 @@ OPENING = f"""\
 # Scale
 
 ```
-python benchmarks/search.py --large && python benchmarks/serving_cost.py    # measure your machine, with an hour to spare
-python benchmarks/scale.py                                                  # write this page from what they found
+python benchmarks/search.py --large && python benchmarks/serving_cost.py    # measure your machine: an hour
+python benchmarks/scale.py                                                  # write this page
 ```
 
-Plan machines for large galleries and many users by the tables below, or by those that these commands write for yours. They
-multiply out what benchmarks measured on one machine ([performance.md](performance.md) shows the same runs). Nothing of
-this size was ever run.
+Plan machines for large galleries and many users by the tables below, or by those that these commands write for yours.
+They multiply out what benchmarks measured on one machine ([performance.md](performance.md) shows the same runs).
+Nothing of this size was ever run.
 
 A machine is taken to have {CORES} cores as fast as the measured one and {MEMORY // 2**30} GiB; {BUSY:.0%} of either is
 planned with. Everything is held in {COPIES} copies, which share the requests. CPU time is taken to grow in proportion

@@ -192,7 +192,7 @@ def _require_own_origin(headers: Headers, local: bool) -> None:
     """
     host = headers.get("host", "")
     remedy = "Use the server's own address, or start it with --api-keys."
-    if local and host and not is_loopback(_split(f"//{host}").hostname or ""):
+    if local and host and ("@" in host or not is_loopback(_split(f"//{host}").hostname or "")):
         raise ForeignOrigin(f"Host {host[:80]!r} is no name of this machine. {remedy}")
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
     if (origin is not None and _split(origin).netloc != host) or site not in ("none", "same-origin"):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pkd.toolkit.bundle.onnx_check import check_onnx
 from pkd.toolkit.certificates.attack_detection import AttackCertificate, Scoring
 from pkd.toolkit.core.errors import InputError
-from pkd.toolkit.encoders.base import make_session, ort_reason
+from pkd.toolkit.encoders.base import DEPENDS, make_session, ort_reason
 from pkd.toolkit.encoders.onnx_ports import load_refusal, read_input
 from pkd.toolkit.images.codec import Rgb
 
@@ -40,7 +40,13 @@ class AttackModel:
             raise InputError(f"{path}: takes batches of {self._port.batch}. Export it for any number, or for one.")
         self._output = self._chosen(self._session)
         size = scoring.preprocess.size
-        self.score(np.zeros((2, size, size, 3), np.uint8))
+        crops = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+        together, alone = self.score(crops)[1], self.score(crops[1:2])[0]
+        if not np.isclose(together, alone, rtol=DEPENDS, atol=1e-4):
+            raise InputError(
+                f"{path}: a crop's score depends on the others in its batch, or on chance: the network was exported in "
+                "training mode. Call model.eval() before torch.onnx.export, and export it again."
+            )
 
     def score(self, crops: Rgb) -> Scores:
         """Score uint8 N×S×S×3 RGB → float32 N, larger is more likely bona fide; NaN is −∞: no answer is an attack."""

@@ -33,6 +33,7 @@ from tests.support.gallery_fixtures import ALIGNED, PNG, problem
 
 PEOPLE, IMAGES = 12, 3
 PREPROCESS = "size=112,mean=127.5,std=127.5"
+AXES = {"first": np.array(0, np.int64), "last": np.array([1], np.int64)}
 RULES = {
     "live": {"liveness": {"enrol": True, "query": True}},
     "proven": {"liveness": {"enrol": True, "max_apcer": 0.001}},
@@ -229,6 +230,22 @@ def test_no_answer_of_the_model_is_an_attack(tmp_path: Path) -> None:
         np.stack([np.zeros((112, 112, 3), np.uint8), np.full((112, 112, 3), 255, np.uint8)])
     )
     assert scores.tolist() == [-np.inf, 1.0]
+
+
+def test_a_model_whose_scores_depend_on_their_batch_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("ReduceMean", ["pixels"], ["each"], axes=[1, 2, 3], keepdims=0),
+        helper.make_node("CumSum", ["each", "first"], ["sum"]),
+        helper.make_node("Unsqueeze", ["sum", "last"], ["scores"]),
+    ]
+    taken = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", 3, 112, 112])
+    given = helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 1])
+    numbers = [numpy_helper.from_array(value, name) for name, value in AXES.items()]
+    graph = helper.make_graph(nodes, "pad", [taken], [given], numbers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    (tmp_path / "sums.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=r"depends on the others in its batch.*model\.eval\(\)"):
+        AttackModel(tmp_path / "sums.onnx", Scoring(preprocess=Preprocess(mean=0), output=0, softmax=False))
 
 
 def test_an_unsigned_certificate_is_refused_where_signatures_are_asked_for(measured: Measured, tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ FOREIGN = [
     {"host": "attacker.example"},
     {"host": "attacker.example:8000"},
     {"host": "127.0.0.1.attacker.example"},
+    {"host": "attacker.example:80@127.0.0.1"},
     {"host": "["},
     {"origin": "https://attacker.example"},
     {"origin": "null"},
