@@ -14,6 +14,7 @@ from pkd.serving.inference.batching import Inference
 from pkd.serving.inference.decoding import Undecoded, decode
 from pkd.serving.inference.registry import Loaded
 from pkd.toolkit.core.errors import NoFace
+from pkd.toolkit.core.gpu import Device
 from pkd.toolkit.encoders.base import Embeddings
 from pkd.toolkit.encoders.detector import Detector, Face, choose
 from pkd.toolkit.images.alignment import ALIGNED_TO, warp
@@ -22,8 +23,9 @@ from pkd.toolkit.images.quality import FaceQuality, measure_face
 
 MAX_FACES = 256
 """Most faces of one photograph that ``faces=all`` embeds; more are refused once they are counted."""
-BATCH = 32
-"""Most crops of one photograph that are given to the encoder at once."""
+BATCHES: dict[Device, int] = {"cpu": 8, "cuda": 32}
+"""Most crops of one photograph that are given to the encoder at once. On a CPU more of them are no faster, and
+onnxruntime keeps what the largest batch took: 4 MB a crop."""
 
 
 @dataclass
@@ -67,6 +69,8 @@ class Pipeline:
     inference: Inference
     max_faces: int = MAX_FACES
     """Most faces of one photograph that are embedded."""
+    batch: int = BATCHES["cpu"]
+    """Most crops that are given to the encoder at once."""
 
     def check(self, aligned: bool, loaded: Loaded) -> None:
         """Raise NoDetector or NotAligned for a photograph where only aligned crops can be taken."""
@@ -99,7 +103,7 @@ class Pipeline:
         timing = Timing(queue=1e3 * (start - submitted), decode=1e3 * (decoded - start))
         vectors: list[Embeddings] = []
         quality: list[FaceQuality] = []
-        batches: Iterable[Rgb] = [_as_crop(rgb, size)] if found is None else _cropped(rgb, found, size)
+        batches: Iterable[Rgb] = [_as_crop(rgb, size)] if found is None else _cropped(rgb, found, size, self.batch)
         for crops in batches:
             for crop in crops:  # before the encoder sweeps them out of the caches
                 face = found[len(quality)] if found else None
@@ -153,10 +157,10 @@ def _as_crop(rgb: Rgb, size: int) -> Rgb:
     return rgb[None]
 
 
-def _cropped(rgb: Rgb, faces: Sequence[Face], size: int) -> Iterator[Rgb]:
+def _cropped(rgb: Rgb, faces: Sequence[Face], size: int, batch: int) -> Iterator[Rgb]:
     """Give aligned crops of faces in batches: all at once, hundreds of faces would take gigabytes in the encoder."""
-    for begin in range(0, max(1, len(faces)), BATCH):
-        crops = [warp(rgb, face.landmarks, size) for face in faces[begin : begin + BATCH]]
+    for begin in range(0, max(1, len(faces)), batch):
+        crops = [warp(rgb, face.landmarks, size) for face in faces[begin : begin + batch]]
         yield np.stack(crops) if crops else np.empty((0, size, size, 3), np.uint8)
 
 

@@ -24,7 +24,7 @@ from pkd.serving.inference.artifacts import Artifacts
 from pkd.serving.inference.batching import Inference
 from pkd.serving.inference.decoding import Undecoded
 from pkd.serving.inference.device_classes import DeviceClasses
-from pkd.serving.inference.pipeline import Embedded, Pipeline, Timing
+from pkd.serving.inference.pipeline import BATCHES, Embedded, Pipeline, Timing
 from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.serving.inference.thread_pool import Pool
 from pkd.serving.matching import identification
@@ -92,7 +92,7 @@ class Service:
         self.state = State(metrics=Metrics([short(id) for id in encoders.loaded]))
         self.drift = DriftMonitor(encoders, self.state.metrics, ledger)
         self.inference = Inference(encoders.loaded.values(), self.state.metrics)
-        self.pipeline = Pipeline(detector, self.inference)
+        self.pipeline = Pipeline(detector, self.inference, batch=BATCHES[settings.device])
         self.artifacts = Artifacts(encoders)
         self.device_classes = DeviceClasses(self.artifacts, device_classes)
         self._self_testing: asyncio.Task[None] | None = None
