@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import threading
@@ -17,7 +18,7 @@ pytest.importorskip("jwt", reason="pyjwt is not installed (extra serve)")
 
 from pkd.serving.api.api_keys import ApiKeys, new_key
 from pkd.serving.api.oidc import Oidc, OidcConfig
-from pkd.serving.core.signed_tokens import KeySet
+from pkd.serving.core.signed_tokens import Expected, KeySet
 from pkd.toolkit.core.errors import InputError
 from tests.support import gallery_fixtures as made
 from tests.support.gallery_fixtures import problem
@@ -204,6 +205,24 @@ def test_keys_at_an_address_are_fetched_again_for_a_new_one_but_not_for_every_st
     finally:
         listener.shutdown()
         listener.server_close()
+
+
+def test_a_token_that_was_believed_is_checked_again_once_it_has_expired(issuer: Issuer, tmp_path: Path) -> None:
+    class Counted(KeySet):
+        calls = 0
+
+        def claims(self, token: str, expected: Expected) -> dict[str, Any]:
+            self.calls += 1
+            return super().claims(token, expected)
+
+    now = time.time()
+    config = OidcConfig(issuer=issuer.name, audience=issuer.audience, jwks="-", scopes=SCOPES, leeway_seconds=5)
+    keys = Counted(str(issuer.write(tmp_path / "jwks.json")))
+    oidc, token = Oidc(config, keys, lambda: now), issuer.sign(iat=now, exp=now + 3600)
+    for later, calls in ((0, 1), (3600, 1), (6, 2)):  # seconds: 5 are allowed beyond
+        now += later
+        asyncio.run(oidc.check(token))
+        assert keys.calls == calls
 
 
 def test_the_files_name_what_is_wrong_with_them(tmp_path: Path) -> None:
