@@ -145,6 +145,11 @@ def test_somebody_is_enrolled_found_and_deleted_with_a_receipt(place: Place) -> 
     assert client.get("/v1/galleries/staff/subjects").json()["subjects"] == ["ann"]
 
     page.until("document.querySelectorAll('#subject-list button').length === 2")
+    page.run("window.confirm = (words) => !(window.asked = words)")
+    place.click("#subject-list button.danger")
+    assert page.run("window.asked").startswith("Delete ann from staff, with all templates and the key?")
+    assert client.get("/v1/galleries/staff/subjects/ann").status_code == 200
+    page.run("window.confirm = () => true")
     place.click("#subject-list button.danger")
     page.until("document.querySelector('#receipt').textContent.includes('is deleted')")
     newest = client.get("/v1/audit").json()["records"][0]
@@ -156,6 +161,11 @@ def test_somebody_is_enrolled_found_and_deleted_with_a_receipt(place: Place) -> 
     place.click("#check")
     page.until("!!document.querySelector('#chain.match')")
     assert newest["hash"] in page.text("#chain")
+    place.fill("#noted-sequence", "1")
+    place.fill("#noted-hash", "0" * 64)
+    place.click("#check")
+    page.until("!!document.querySelector('#chain.warn')")
+    assert page.text("#chain").startswith("Broken: ")
     place.click("[data-tab=now]")
     page.until("document.querySelectorAll('#gauges div').length")
     assert "workers that answer" in page.text("#gauges") and place.faults() == []
