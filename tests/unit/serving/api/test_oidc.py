@@ -239,7 +239,14 @@ def test_the_files_name_what_is_wrong_with_them(tmp_path: Path) -> None:
             Oidc.read(tmp_path / "oidc.json")
     (tmp_path / "oidc.json").write_text(json.dumps(good))
     weak = {"kty": "RSA", "kid": "w", "e": "AQAB", "n": "u" * 171}  # 1024 bits
-    for keys in ([], [{"kty": "oct", "k": "c2VjcmV0", "kid": "s"}], [weak], {"keys": 1}):
+    leaked = {
+        "kty": "OKP",
+        "crv": "Ed25519",
+        "kid": "p",
+        "x": "A" * 43,
+        "d": "A" * 43,
+    }  # a private key has no place here
+    for keys in ([], [{"kty": "oct", "k": "c2VjcmV0", "kid": "s"}], [weak], [leaked], {"keys": 1}):
         (tmp_path / "jwks.json").write_text(json.dumps({"keys": keys}))
         with pytest.raises(InputError, match=r"jwks\.json: (no JWKS|holds no public key)"):
             Oidc.read(tmp_path / "oidc.json")
