@@ -36,7 +36,7 @@ def main() -> int:
     """Measure, and write the JSON and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", metavar="RUN", help="run or bundle of a student of EdgeFace-XS")
-    parser.add_argument("--bootstrap", type=int, default=200, help="resamples")
+    parser.add_argument("--bootstrap", type=int, default=100, help="resamples")
     args = parser.parse_args()
     if not (SHARED / "faces").is_dir():
         print(f"skipped: no photographs in {SHARED}. Set PKD_SHARED to the folder that holds faces/ and models/.")

@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("jwt", reason="pyjwt is not installed (extra serve)")
 
+from jwt.algorithms import OKPAlgorithm
+
 from pkd.serving.api.api_keys import ApiKeys, new_key
 from pkd.serving.api.oidc import Oidc, OidcConfig
 from pkd.serving.core.signed_tokens import Expected, KeySet
@@ -239,13 +241,8 @@ def test_the_files_name_what_is_wrong_with_them(tmp_path: Path) -> None:
             Oidc.read(tmp_path / "oidc.json")
     (tmp_path / "oidc.json").write_text(json.dumps(good))
     weak = {"kty": "RSA", "kid": "w", "e": "AQAB", "n": "u" * 171}  # 1024 bits
-    leaked = {
-        "kty": "OKP",
-        "crv": "Ed25519",
-        "kid": "p",
-        "x": "A" * 43,
-        "d": "A" * 43,
-    }  # a private key has no place here
+    leaked = json.loads(OKPAlgorithm.to_jwk(private("EdDSA")))  # a private key has no place here
+    assert "d" in leaked
     for keys in ([], [{"kty": "oct", "k": "c2VjcmV0", "kid": "s"}], [weak], [leaked], {"keys": 1}):
         (tmp_path / "jwks.json").write_text(json.dumps({"keys": keys}))
         with pytest.raises(InputError, match=r"jwks\.json: (no JWKS|holds no public key)"):
