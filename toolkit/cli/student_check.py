@@ -131,10 +131,8 @@ def advice(check: Mapping[str, Any], mapped: Mapping[str, Any] | None, gain: flo
     if gain is not None and gain > RISING:
         return "advice: the agreement with the teacher was still rising at the end. Give more time or more --epochs."
     if check["tar"] < FAR * check["teacher"]:
-        return (
-            "advice: far from the teacher. Start from a mobile face model that exists (--student FILE.onnx), and give "
-            "more faces, also without labels (--unlabelled)."
-        )
+        begin = "Give" if mapped else "Start from a mobile face model that exists (--student FILE.onnx), and give"
+        return f"advice: far from the teacher. {begin} more faces, also without labels (--unlabelled)."
     return None
 
 

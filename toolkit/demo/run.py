@@ -177,7 +177,7 @@ def _train(config: DemoConfig, groups: Groups, steps: Steps) -> dict[str, int]:
         method = ["--student", STUDENT, "--name", "demo-student", *RECIPE]
         method += _steps(config, "student")
     else:
-        method = ["--head", "means", "--student", "mobilefacenet:0.5", *_own_budget(config)]
+        method = ["--student", "mobilefacenet:0.5", *_own_budget(config)]
     said = steps.run("student", "pkd-distill", *_named(config), *method, *common, "--out", out / "runs/student")
     parameters["student"] = int(json.loads(said)["parameters"])
     if "teacher" in parameters and parameters["teacher"] < SMALLER * parameters["student"]:

@@ -15,7 +15,9 @@ SGD_DEFAULTS = {"lr": 0.1, "weight_decay": 5e-4}
 """Defaults that differ where the optimiser is SGD."""
 VIEWS = ("augment", "views", "teacher_live", "mix")
 """Choices that show an image in other ways than it is."""
-ADOPTED = {"method": "l2kd", "lr": 2e-3, "trunk_lr": 1.0, "batch": 128}
+CLASSIFIER = ("head", "head_labels", "margin", "gradient", "scale")
+"""Choices that mean nothing without class centres: whoever names one has proxylesskd in mind."""
+ADOPTED = {"lr": 2e-3, "trunk_lr": 1.0, "batch": 128}
 """Defaults that are other ones for an adopted student."""
 UNFROZEN = {"lr": 1e-3, "trunk_lr": 0.1, "batch": 64}
 """Defaults of an adopted student that is trained from its first layer on."""
@@ -63,11 +65,12 @@ class DistillConfig(Record):
     preprocessing decides otherwise (then arcface5pt if not given)."""
     name: str | None = None
     """Name of the trained encoder, first part of its id; by default made from backbone and method."""
-    method: str = "proxylesskd"
+    method: str = "l2kd"
     """Loss of the training: proxylesskd, l2kd, raml, d3still, csd, infonce, kd, adadistill, margindistillation, none
     (undistilled), fitnets, at, fsp, rkd, cckd, or a weighted sum such as proxylesskd+l2kd:0.5. The last five, named
     alone, are added to the student's own classifier. map, for an adopted student and alone, fits its last layer in
-    closed form and trains nothing. MODULE:NAME is a loss of your own, alone or in a sum."""
+    closed form and trains nothing. MODULE:NAME is a loss of your own, alone or in a sum. The default is proxylesskd
+    instead where --head, --head-labels, --margin, --gradient or --scale is given."""
     margin: str = "arcface:0.5"
     """Margin of the classification losses: softmax, cosface:M (cosine units) or arcface:M (radians)."""
     gradient: Literal["exact", "straight-through"] = "exact"
@@ -141,7 +144,9 @@ class DistillConfig(Record):
         if not isinstance(values, dict):
             return values
         adopted = ADOPTED if _adopts(str(values.get("student", ""))) else {}
-        more = dict(SGD_DEFAULTS) if values.get("optimizer") == "sgd" else {}
+        more: dict[str, Any] = dict(SGD_DEFAULTS) if values.get("optimizer") == "sgd" else {}
+        if any(values.get(name) for name in CLASSIFIER):
+            more["method"] = "proxylesskd"
         if any(values.get(name) for name in VIEWS):
             more["freeze"] = 0.0
             adopted = adopted and adopted | UNFROZEN

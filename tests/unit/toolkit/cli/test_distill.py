@@ -91,7 +91,7 @@ def test_help_states_every_default(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capfd.readouterr().out.split())
-    assert "[proxylesskd]" in text and "[arcface:0.5]" in text and "--max-minutes" in text and "examples:" in text
+    assert "[l2kd]" in text and "[arcface:0.5]" in text and "--max-minutes" in text and "examples:" in text
 
 
 def test_duplicates_are_printed_then_merged(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

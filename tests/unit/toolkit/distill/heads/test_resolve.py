@@ -47,6 +47,7 @@ def made(place: Path, tmp_path: Path, /, **choices: Any) -> Prepared:
     base: dict[str, Any] = {
         "out": str(tmp_path / "run"), "faces": (str(place / "crops"),), "student": "mobilefacenet-relu:0.125",
         "steps": 2, "batch": 4, "precision": "fp32", "cache": str(place / "cache"), "teacher": "projection",
+        "method": "proxylesskd",
     }  # fmt: skip
     return prepare(DistillConfig(**(base | choices)), TEACHER, QUIET)
 

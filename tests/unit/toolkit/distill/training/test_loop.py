@@ -19,7 +19,7 @@ from pkd.toolkit.distill.config import DistillConfig
 from pkd.toolkit.distill.heads.head import read_head
 from pkd.toolkit.distill.losses.registry import METHODS, WeightedSum
 from pkd.toolkit.distill.models.student import TorchEncoder, load_student, weights_digest
-from pkd.toolkit.distill.training.loop import distill
+from pkd.toolkit.distill.training.loop import distill, separation
 from pkd.toolkit.distill.training.schedule import learning_rate, resolve
 from pkd.toolkit.distill.training.setup import Prepared, prepare
 from pkd.toolkit.distill.training.trainer import Trainer
@@ -43,12 +43,24 @@ def make_config(tmp_path: Path, folder: Path, /, **choices: Any) -> DistillConfi
     base: dict[str, Any] = {
         "out": str(tmp_path / "run"), "faces": (str(folder),), "student": "mobilefacenet-relu:0.125", "steps": 6,
         "batch": 8, "precision": "fp32", "threads": 1, "cache": str(tmp_path / "cache"), "teacher": "projection",
+        "method": "proxylesskd",
     }  # fmt: skip
     return DistillConfig(**(base | choices))
 
 
 def train(config: DistillConfig, teacher: Encoder | None) -> dict[str, Any]:
     return distill(config, prepare(config, teacher, QUIET), teacher, QUIET)
+
+
+def test_separation_is_the_mean_standard_score_of_the_own_image() -> None:
+    random = np.random.default_rng(0)
+    queries, gallery = (random.normal(size=(40, 8)) for _ in range(2))
+    queries, gallery = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (queries, gallery))
+    scores = queries @ gallery.T
+    plain = np.mean([(row[i] - row.mean()) / row.std() for i, row in enumerate(scores)])
+    assert separation(queries, gallery) == pytest.approx(plain, rel=1e-9)
+    assert separation(gallery, gallery) > 2 > separation(queries, gallery)
+    assert separation(0.5 * queries, gallery) == pytest.approx(plain, rel=1e-9), "no scale of the cosines counts"
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:
