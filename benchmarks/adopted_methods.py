@@ -182,12 +182,13 @@ def table(results: Report) -> str:
     one = rows[1]
     text = prose(
         f"Every row begins with the same student: MobileFaceNet Y1, shrunk to {rows[0]['parameters']:,} parameters "
-        f"behind its map ({one['parameters']:,} as the last layer is one and batch normalisation is back), and trains the last quarter of its arithmetic for {one['steps']:,} steps of 128 images of "
-        f"train.txt ({one['images']:,} images of {one['identities']:,} people after a tenth of the people was held "
-        f"out). TAR at FMR 1e-3 on test.txt ({results['test_images']:,} images of {results['people']:,} people), every "
-        "identity weighing the same: the mean over the seeds with the least and the greatest, or of one seed with its "
-        "95 % identity-level bootstrap interval. Margin ArcFace 0.5, scale 64 and the head `means` where a row does "
-        "not say otherwise."
+        f"behind its map ({one['parameters']:,} when its last layer is whole and batch normalisation is back). It "
+        f"trains the last quarter of its arithmetic for {one['steps']:,} steps of 128 images of train.txt "
+        f"({one['images']:,} images of {one['identities']:,} people after a tenth of the people was held out). TAR at "
+        f"FMR 1e-3 on test.txt ({results['test_images']:,} images of {results['people']:,} people), every identity "
+        "weighing the same: the mean over the seeds with the least and the greatest, or of one seed with its 95 % "
+        "identity-level bootstrap interval. Margin ArcFace 0.5, scale 64 and the head `means` where a row does not say "
+        "otherwise."
     )
     head = ("loss", "seeds", "S–T", "", "S–S", "", "cosine to the teacher", "S–T on val.txt")
     return f"{text}\n\n{markdown_table(head, shown)}"
