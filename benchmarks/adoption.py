@@ -5,7 +5,8 @@ Run as: python benchmarks/adoption.py [--runs DIR]
 It needs the photographs and models of PKD_SHARED (or ../shared), which are for research only and not part of the
 project, and writes benchmarks/results/adoption.json and the table of docs/adoption.md. Embeddings are cached in
 $PKD_CACHE; the first time takes an hour of one core for 58,000 images. Layer and ridge weight are chosen on held-out
-people of the fitting data; test.txt is used for the figures alone.
+people of the fitting data; test.txt is used for the figures alone. It draws docs/images/adoption.svg, too; --page
+writes table and picture from the last figures.
 
 With --runs the trainings of ``RECIPES`` are run, too, by pkd-distill as users call it, and kept in DIR; a run that is
 there already is measured and not trained again.
@@ -40,9 +41,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("PKD_SHARED") or ROOT.parent / "shared")
 RESULTS = ROOT / "benchmarks" / "results" / "adoption.json"
 PAGE = ROOT / "docs" / "adoption.md"
+PICTURE = ROOT / "docs" / "images" / "adoption.svg"
 BEGIN, END = "<!-- figures: benchmarks/adoption.py -->\n", "<!-- end of figures -->\n"
 FMRS = (1e-2, 1e-3, 1e-4)
-AMOUNTS = (300, 1000, 3000, 14_000)
+AMOUNTS = (100, 300, 1000, 3000, 14_000)
 Report = dict[str, Any]
 L2KD = ("--method", "l2kd", "--no-mirror", "--ema", "0.999", "--threads", "1", "--precision", "bf16")
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -68,7 +70,11 @@ def main() -> int:
     parser.add_argument("--unlabelled", type=int, default=50_000, help="images without identity; 0: no such row")
     parser.add_argument("--seeds", type=int, default=3, help="draws of each row that draws its images")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="train, too: folder of the runs, kept and used again")
+    parser.add_argument("--page", action="store_true", help="write table and picture of the last figures alone")
     args = parser.parse_args()
+    if args.page:
+        write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
+        return 0
     seeds = range(args.seeds)
     if not (SHARED / "faces").is_dir():
         print(f"skipped: no photographs in {SHARED}. Set PKD_SHARED to the folder that holds faces/ and models/.")
@@ -100,7 +106,7 @@ def main() -> int:
         rows.append({"what": what, "seed": 0, **place.trained(args.runs / name, options, train)})
     results = {"rows": rows, "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    write_table(results)
+    write_page(results)
     print(f"wrote {RESULTS.relative_to(ROOT)}")
     return 0
 
@@ -185,8 +191,8 @@ def newcomer(train: FaceSet, random: np.random.Generator) -> FaceSet:
     return train.select(np.sort(np.concatenate(rows)))
 
 
-def write_table(results: Mapping[str, Any]) -> None:
-    """Put the figures between the marks of docs/adoption.md."""
+def write_page(results: Mapping[str, Any]) -> None:
+    """Put the figures between the marks of docs/adoption.md, and draw them."""
     lines = [
         "| fitted on | images | S–T TAR at FMR 1e-2 / 1e-3 / 1e-4 | S–S at 1e-3 | layer | fit |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -214,6 +220,37 @@ def write_table(results: Mapping[str, Any]) -> None:
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
         after = rest.split(END)[1]
         PAGE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+    draw(by_what)
+
+
+def draw(by_what: Mapping[str, list[Report]]) -> None:
+    """Draw the map's TAR by the number of images that it is fitted on, as the mean and the range over the draws."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "pkd"
+    import matplotlib.pyplot as plt
+
+    maps = {
+        rows[0]["images"]: rows
+        for what, rows in by_what.items()
+        if rows[0].get("kind") and not what.startswith("newcomer")
+    }
+    counts = sorted(maps)
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for fmr, colour in (("0.01", "#0b63c5"), ("0.001", "#b45309"), ("0.0001", "#475569")):
+        values = [[row["tar"][fmr] for row in maps[count]] for count in counts]
+        axes.plot(counts, [np.mean(each) for each in values], marker="o", color=colour, label=f"FMR {fmr}")
+        axes.fill_between(counts, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, lw=0)
+        axes.axhline(by_what["the teacher itself"][0]["tar"][fmr], color=colour, lw=0.8, ls=":")
+    axes.set_xscale("log")
+    axes.set_xlabel("images that the map is fitted on")
+    axes.set_ylabel("S–T TAR (dotted: T–T)")
+    axes.set_ylim(0, 1)
+    axes.grid(color="#e2e8f0")
+    axes.legend(loc="lower right")
+    figure.savefig(PICTURE, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
 
 
 if __name__ == "__main__":
