@@ -305,8 +305,8 @@ def write_table(results: Report) -> None:
     if speed:
         lines += [
             "",
-            f"{speed['templates']:,} templates of {speed['dim']} numbers took {speed['total_seconds']:.0f} s, "
-            f"{speed['cpu_seconds']:.0f} s of one core: killed "
+            f"{speed['templates']:,} templates of {speed['dim']} numbers took {speed['cpu_seconds']:.0f} s of one core "
+            f"and {speed['total_seconds']:.0f} s by the clock, on two cores that others used: killed "
             f"after {speed['killed_with']:,}, of which no search had seen any, and resumed; {speed['lost']} were lost.",
         ]
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
