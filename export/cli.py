@@ -68,7 +68,6 @@ def _later(bundle: str, missing: Mapping[str, Mapping[str, str]]) -> str:
 
 def _tell(console: Console, result: Result) -> None:
     """Print the result in a few lines, for people."""
-    certificates = ", ".join(" against ".join(map(short, pair.split(" against "))) for pair in result["certificates"])
     size = f"{result['bytes'] / 1e6:.1f} MB"
     console.print(f"{short(result['encoder'])} ({result['role']}, {result['dim']}-d, {size}, opset {result['opset']})")
     for target in result["targets"]:
@@ -77,7 +76,14 @@ def _tell(console: Console, result: Result) -> None:
         error = target["settings"].get("similarity_rms")
         moved = "" if error is None else f", similarities of held-out crops moved by {error:.3f} (RMS)"
         console.print(f"target {target['name']}: {state}{moved}{own}")
-    console.print(f"certificates: {certificates or 'none; add them with --certificates EVAL'}")
+    for pair, one in zip(result["certificates"], result["accuracy"], strict=True):
+        names = " against ".join(map(short, pair.split(" against ")))
+        verdict = f": {one['verdict']}" if one["verdict"] else ""
+        console.print(
+            f"certificate {names}: TAR {100 * one['tar']:.1f} % at FMR {100 * one['fmr']:g} %{verdict}", soft_wrap=True
+        )
+    if not result["certificates"]:
+        console.print("certificates: none; add them with --certificates EVAL")
     console.print(f"gate: {result['gate']}")
     console.print(f"signed by: {result['signed_by'] or 'nobody; sign with --sign KEY.pem'}", soft_wrap=True)
     stale = zip_path(Path(result["bundle"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,12 +25,16 @@ from pkd.export.quantization.ranges import Calibration, read_calibration
 from pkd.toolkit.bundle.archive import zip_path
 from pkd.toolkit.bundle.bundle import Bundle, Manifest, write_bundle
 from pkd.toolkit.bundle.target import Target
+from pkd.toolkit.certificates.certificate import Certificate, usefulness
 from pkd.toolkit.certificates.signing import SigningKey
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.encoder_info import EncoderInfo, in_mode
 from pkd.toolkit.core.progress import Progress
 from pkd.toolkit.core.tables import show_table
 from pkd.toolkit.encoders.detector import open_detector
+
+SHOWN_FMR = 1e-3
+"""False match rate at which a certified pair's TAR is shown: pkd-serve's own."""
 
 
 def export(options: ExportOptions, console: Console, progress: Progress, *, bench_rounds: int = ROUNDS) -> Result:
@@ -226,10 +231,17 @@ def result(
         "missing": {name: asdict(entry) for name, entry in built.missing.items()},
         "uncertified": [target.name for target in _uncertified(bundle)],
         "certificates": [f"{c.query} against {c.gallery}" for c in bundle.certificates()],
+        "accuracy": [_accuracy(certificate) for certificate in bundle.certificates()],
         "gate": manifest.gate,
         "bench": json.loads(bundle.read(BENCH)) if BENCH in manifest.files else None,
         "gated": [row.model_dump() for row in gated.rows],
     }
+
+
+def _accuracy(certificate: Certificate) -> dict[str, float | str | None]:
+    """Say how many of the right people a certified pair accepts at the server's own rate, or the next it has."""
+    point = min(certificate.points, key=lambda one: abs(math.log(one.fmr / SHOWN_FMR)))
+    return {"fmr": point.fmr, "tar": point.tar_balanced, "verdict": usefulness(point)}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from onnx import helper
 
 from pkd.export.cli import main
 from pkd.toolkit.bundle.bundle import Bundle
+from pkd.toolkit.certificates.certificate import usefulness
 from pkd.toolkit.certificates.signing import TrustedKeys, new_key
 from pkd.toolkit.cli.verify import main as verify
 from pkd.toolkit.core.errors import BadVector
@@ -70,6 +71,9 @@ def test_certificates_and_report_go_into_the_bundle(teacher: list[str], capsys: 
     assert written.certificates() == [measured]
     assert written.read("report.html") == b"<p>"
     assert result["certificates"] == [f"{measured.query} against {measured.gallery}"]
+    (shown,) = result["accuracy"]
+    assert (shown["fmr"], shown["tar"]) in {(point.fmr, point.tar_balanced) for point in measured.points}
+    assert shown["verdict"] == usefulness(measured.points[0])
 
 
 def test_force_replaces_the_bundle_and_the_float_graph(teacher: list[str], capsys: pytest.CaptureFixture[str]) -> None:
