@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ def read_list(listing: Path, labelled: bool) -> Found:
         raise InputError(f"{listing}: the list is empty.")
     root = next((r for r in roots if (r / names[0]).is_file()), None)
     if root is None:
-        parts = names[0].split()
+        parts = re.split(r"[\s,;\"]+", names[0])  # what sets labels apart in other projects' lists
         more = " A list holds one path a line and no labels: the identity is the image's folder." * (len(parts) > 1)
         raise InputError(f"{listing}: its first image {names[0]!r} lies neither in {roots[0]} nor in {roots[2]}.{more}")
     missing = [row for row in range(len(names)) if not os.path.isfile(posixpath.join(root, names[row]))]  # noqa: PTH113

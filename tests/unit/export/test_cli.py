@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from shutil import rmtree
+from typing import cast
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_certificates_and_report_go_into_the_bundle(teacher: list[str], capsys: 
     assert written.certificates() == [measured]
     assert written.read("report.html") == b"<p>"
     assert result["certificates"] == [f"{measured.query} against {measured.gallery}"]
-    (shown,) = result["accuracy"]
+    (shown,) = cast("list[dict[str, object]]", result["accuracy"])
     assert (shown["fmr"], shown["tar"]) in {(point.fmr, point.tar_balanced) for point in measured.points}
     assert shown["verdict"] == usefulness(measured.points[0])
 

@@ -101,9 +101,10 @@ def test_lists_of_windows_and_lists_with_labels(tmp_path: Path) -> None:
     touch(tmp_path, "ann/1.png", "bob/2.png")
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfann\\1.png\r\nbob\\2.png\r\n")
     assert FaceSet.read(tmp_path / "list.txt").names == ("ann/1.png", "bob/2.png")
-    (tmp_path / "labels.txt").write_text("ann/1.png 0\nbob/2.png 1\n")
-    with pytest.raises(InputError, match="A list holds one path a line and no labels"):
-        FaceSet.read(tmp_path / "labels.txt")
+    for labelled in ("ann/1.png 0", "ann/1.png\t0", "ann/1.png,ann", "ann/1.png;0", '"ann/1.png","ann"', "1 ann/1.png"):
+        (tmp_path / "labels.txt").write_text(labelled + "\n")
+        with pytest.raises(InputError, match="A list holds one path a line and no labels"):
+            FaceSet.read(tmp_path / "labels.txt")
 
 
 def test_what_a_tar_has_besides_images_is_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
