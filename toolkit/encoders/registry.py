@@ -34,7 +34,7 @@ def open_target(bundle: Bundle, name: str, *, threads: int = 1) -> Encoder:
             f"pkd-export --from-bundle {bundle.path} on a machine that can."
         )
     if target.runtime not in RUNTIMES:
-        raise TargetUnavailable(f"{bundle.path}: {name}: this pkd runs {', '.join(RUNTIMES)} targets only.")
+        raise TargetUnavailable(f"{bundle.path}: {name}: this pkd knows {', '.join(RUNTIMES)} targets only.")
     try:
         return RUNTIMES[target.runtime](bundle, target, target.file, threads)
     except PkdError:
@@ -65,6 +65,13 @@ def _coreml(bundle: Bundle, target: Target, file: str, threads: int) -> Encoder:
     )
 
 
+def _npu(bundle: Bundle, target: Target, file: str, threads: int) -> Encoder:
+    raise TargetUnavailable(
+        f"{bundle.path}: {target.name} is what the compilers of NPUs read: nothing runs it as it is. Try what they make of "
+        f"it on the device, with the kit: pkd-verify {bundle.path} --device-kit kit (docs/device.md)."
+    )
+
+
 RUNTIMES: dict[str, Open] = {
     "onnxruntime": _onnxruntime,
     "openvino": open_openvino,
@@ -72,6 +79,7 @@ RUNTIMES: dict[str, Open] = {
     "executorch": open_executorch,
     "litert": open_litert,
     "coreml": _coreml,
+    "npu": _npu,
     "tensorrt": open_tensorrt,
     "tensorrt_rtx": open_tensorrt,
 }

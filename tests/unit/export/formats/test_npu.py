@@ -16,8 +16,9 @@ from pkd.export.formats.npu import OPSET, to_npu
 from pkd.export.graph.build import opset_of, serialise, torch_network, uint8_graph
 from pkd.export.quantization.quantize import embeddings
 from pkd.toolkit.bundle.bundle import Bundle
-from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.errors import InputError, TargetUnavailable
 from pkd.toolkit.core.preprocess import Preprocess
+from pkd.toolkit.encoders.registry import open_target
 from tests.support.bundle_factory import DIM, network, teacher_file
 
 
@@ -48,6 +49,8 @@ def test_the_target_is_the_encoder_once_a_device_scales_and_normalises(
     golden = bundle.golden()
     rows = as_a_device(bundle.read(str(target.file)), dict(target.settings), golden.crops)
     np.testing.assert_allclose(rows, golden.embeddings, atol=2e-6)
+    with pytest.raises(TargetUnavailable, match="npu-fp32 is what the compilers of NPUs read"):
+        open_target(bundle, "npu-fp32")
 
 
 @pytest.mark.parametrize("spec", ["mobilefacenet:0.25", "mobilefacenet-relu:0.25", "repvit:0.25", "iresnet18"])
