@@ -67,8 +67,8 @@ def _coreml(bundle: Bundle, target: Target, file: str, threads: int) -> Encoder:
 
 def _npu(bundle: Bundle, target: Target, file: str, threads: int) -> Encoder:
     raise TargetUnavailable(
-        f"{bundle.path}: {target.name} is what the compilers of NPUs read: nothing runs it as it is. Try what they make of "
-        f"it on the device, with the kit: pkd-verify {bundle.path} --device-kit kit (docs/device.md)."
+        f"{bundle.path}: {target.name} is what the compilers of NPUs read: nothing runs it as it is. Try what they "
+        f"make of it on the device, with the kit: pkd-verify {bundle.path} --device-kit kit (docs/device.md)."
     )
 
 
