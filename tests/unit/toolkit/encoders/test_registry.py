@@ -124,7 +124,7 @@ def test_what_cannot_be_opened_says_why(bundle: Bundle) -> None:
     for name, kind, said in [
         ("openvino-int8", BundleError, "no target openvino-int8; it has openvino-fp32, "),
         ("tensorrt-fp32", TargetUnavailable, "not built yet, only its graph encoder.onnx"),
-        ("future-fp32", TargetUnavailable, "runs onnxruntime, openvino"),
+        ("future-fp32", TargetUnavailable, "knows onnxruntime, openvino"),
     ]:
         with pytest.raises(kind, match=said):
             open_target(bundle, name)
