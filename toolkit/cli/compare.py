@@ -12,6 +12,7 @@ from rich.table import Table
 from pkd.toolkit.core.cli_options import Argument, Options, run_command
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.results_folder import replaced
 from pkd.toolkit.core.tables import show_table
 from pkd.toolkit.evaluation.comparison.compare import Ranking, rank
 from pkd.toolkit.evaluation.comparison.load import read_runs
@@ -20,6 +21,8 @@ from pkd.toolkit.evaluation.report.compare_plots import probability, what
 from pkd.toolkit.evaluation.report.drawing import require_plots
 from pkd.toolkit.evaluation.report.page import points
 
+RESULTS = ("compare.json", "compare.html", "figures/*.png")
+"""Files that a comparison consists of."""
 EXAMPLES = """
   pkd-compare runs/l2kd/evaluation runs/proxylesskd/evaluation --out comparison
   pkd-compare plain=eval-a "with margin=eval-b" --cell S-T --fmr 1e-3 --out comparison
@@ -64,9 +67,9 @@ def compare(options: CompareOptions, console: Console) -> Result:
     if (out / "report.json").exists():
         raise InputError(f"{out}: is the folder of an evaluation. Give another --out.")
     found = rank(read_runs(options.runs), by=options.by, cell=options.cell, at=options.fmr)
-    page = render_ranking(found, out / "figures")
-    (out / "compare.json").write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (out / "compare.html").write_text(page, encoding="utf-8")
+    with replaced(out, RESULTS) as new:
+        (new / "compare.html").write_text(render_ranking(found, new / "figures"), encoding="utf-8")
+        (new / "compare.json").write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
     _show(console, found, out)
     summary: dict[str, Any] = found.model_dump(mode="json", exclude={"runs": {"__all__": {"comparison"}}})
     return {"out": str(out), "verdict": verdict(found), **summary}

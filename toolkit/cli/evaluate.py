@@ -17,6 +17,7 @@ from pkd.toolkit.core.cli_options import Argument, Options, run_command
 from pkd.toolkit.core.cli_support import Result
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.progress import ConsoleProgress, Progress
+from pkd.toolkit.core.results_folder import replaced
 from pkd.toolkit.core.tables import show_table
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.seen import seen_in
@@ -42,6 +43,8 @@ from pkd.toolkit.evaluation.report.drawing import require_plots
 from pkd.toolkit.evaluation.report.evaluation_page import render, render_worst, verdicts
 from pkd.toolkit.evaluation.results.schema import Evaluation
 
+RESULTS = ("certificates/*__*.json*", "figures/*.png", "report.json*", "report.html", "worst.html", "draws.npz")
+"""Files that an evaluation consists of."""
 EXAMPLES = """
   pkd-evaluate --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --student run --faces test --out eval
   pkd-evaluate --teacher teacher-bundle --student student-bundle --gallery passports --probe selfies --out eval
@@ -294,20 +297,18 @@ def _name(source: Path) -> str:
 
 
 def _write(out: Path, result: ProtocolResult, key: SigningKey | None) -> None:
-    """Certificates of an earlier run into the same folder are removed: they would pass for this run's."""
-    folder = out / "certificates"
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in [*folder.glob("*__*.json"), *folder.glob("*__*.json.sig")]:
-        stale.unlink()
-    for certificate in result.certificates:
-        write_signed(folder / certificate.file_name, (certificate.model_dump_json(indent=2) + "\n").encode(), key)
-    write_resample_values(out, result.resample_values)
-    write_signed(out / "report.json", (result.evaluation.model_dump_json(indent=2) + "\n").encode(), key)
-    (out / "report.html").write_text(render(result.evaluation, out / "figures"), encoding="utf-8")
-    if worst := render_worst(result.evaluation):
-        (out / "worst.html").write_text(worst, encoding="utf-8")
-    else:
-        (out / "worst.html").unlink(missing_ok=True)
+    """Write everything, then put it in place: an earlier run's certificates or draws would pass for this run's."""
+    with replaced(out, RESULTS) as new:
+        (new / "certificates").mkdir()
+        for certificate in result.certificates:
+            data = (certificate.model_dump_json(indent=2) + "\n").encode()
+            write_signed(new / "certificates" / certificate.file_name, data, key)
+        write_resample_values(new, result.resample_values)
+        write_signed(new / "report.json", (result.evaluation.model_dump_json(indent=2) + "\n").encode(), key)
+        (new / "report.html").write_text(render(result.evaluation, new / "figures"), encoding="utf-8")
+        if worst := render_worst(result.evaluation):
+            (new / "worst.html").write_text(worst, encoding="utf-8")
+    (out / "certificates").mkdir(exist_ok=True)
 
 
 def _show(console: Console, evaluation: Evaluation, out: Path) -> None:
