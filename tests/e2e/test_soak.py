@@ -36,6 +36,8 @@ SLOPE = 5.0
 """MB an hour that memory may grow by, judged by the upper end of a 95 % interval."""
 PEAK = 1000
 """MB that no moment may take."""
+PATIENCE = 120
+"""Seconds that a client waits: a busy machine is slow, and nothing is concluded from that."""
 REFUSED = ("bad-image", "unknown-subject", "not-aligned", "no-face", "multiple-faces", "too-many-faces", "too-large")
 ALWAYS = {"embed", "enrol", "identify", "verify", "delete", "bad-image", "unknown-subject"}
 """Kinds of requests that a short run sends, too, however slow the machine is."""
@@ -80,7 +82,7 @@ class Pace:
     def rest(self) -> float:
         """Wait until no request is under way, and a second more; what the server then holds, in MB."""
         self.go.clear()
-        until(lambda: self.busy == 0, 120)
+        until(lambda: self.busy == 0, PATIENCE)
         held = []
         for _ in range(4):
             time.sleep(0.3)
@@ -184,13 +186,16 @@ def visit(url: str, fleet: made.Fleet, number: int, pace: Pace, answers: Counter
         "cut off": lambda client: client.embed(LARGE[: len(LARGE) // 2]),
         "huge": lambda client: client.embed(HUGE),
         "broken body": lambda client: httpx.post(
-            f"{url}/v1/embed", content=chance.choice(BODIES), headers={"content-type": chance.choice(TYPES)}
+            f"{url}/v1/embed",
+            content=chance.choice(BODIES),
+            headers={"content-type": chance.choice(TYPES)},
+            timeout=PATIENCE,
         ),
     }
     for name, act in costly.items():
         deeds[name] = lambda client, *_, act=act: act(client)  # type: ignore[misc]
     weights = [1.0 if name not in costly else 0.04 for name in deeds]
-    with Client(url) as client:
+    with Client(url, timeout=PATIENCE) as client:
         while pace.enter():
             (deed,) = chance.choices(list(deeds), weights)
             try:
