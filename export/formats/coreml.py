@@ -119,7 +119,10 @@ class _Translation:
         def body(crops: Any) -> Any:
             self.held[taken.name] = crops
             for number, node in enumerate(self.graph.node):
-                self._node(node, f"n{number}")
+                try:
+                    self._node(node, f"n{number}")
+                except KeyError as missing:  # a constant, where the translation knows values alone, or the reverse
+                    raise unknown(node, f"of {missing} is not translated") from None
             return self.build.identity(x=self.held[given.name], name=given.name)
 
         # the builder names inputs by the parameters of the function

@@ -85,7 +85,10 @@ class _Translation:
         start = self.file.tensor(self.shapes[taken.name], "uint8")
         self.held[taken.name] = _Held(start, False)
         for node in self.graph.node:
-            self._node(node)
+            try:
+                self._node(node)
+            except KeyError as missing:  # a constant, where the translation knows values alone
+                raise _unknown(node, f"of the constant {missing} is not translated") from None
         return self.file.write((taken.name, start), (given.name, self.held[given.name].tensor))
 
     def _node(self, node: onnx.NodeProto) -> None:

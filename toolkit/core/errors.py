@@ -146,6 +146,8 @@ def plain_reason(error: BaseException) -> str:
     Names of source files, C++ signatures, failed checks and links are left out; of the other lines the last says why.
     The exception's type stands for it where nothing else is left.
     """
+    if isinstance(error, KeyError):  # whose text is the key alone
+        return f"{error} is missing."
     lines = [PREFIX.sub("", line.split(" Status Message:")[0].strip()) for line in str(error).splitlines()]
     said = [line for line in lines if line and not CODE.search(line)] or [type(error).__name__]
     return said[-1][:300].rstrip(".: ") + "."

@@ -133,3 +133,19 @@ def test_what_is_not_translated_is_named() -> None:
 
     with pytest.raises(InputError, match=r"LiteRT: Erf \(net/bell\) is not translated\. Leave --format litert out"):
         to_litert(serialise(uint8_graph(unknown_operator("Erf"), Preprocess(), DIM)))
+
+
+def test_a_constant_that_is_quantised_within_the_graph_is_named() -> None:
+    graph = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 17]>
+        g (uint8[N, 2, 2, 3] crops) => (float[N, 12] embedding)
+        <float[1] kept = {0.5}, float step = {0.1}, int8 zero = {0}> {
+            numbers = Cast <to = 1> (crops)
+            small = QuantizeLinear (kept, step, zero)
+            held = DequantizeLinear (small, step, zero)
+            product = Mul (numbers, held)
+            embedding = Flatten (product)
+        }"""
+    )
+    with pytest.raises(InputError, match=r"QuantizeLinear \(small\) of the constant 'kept' is not translated"):
+        to_litert(graph.SerializeToString())

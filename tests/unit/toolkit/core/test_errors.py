@@ -81,3 +81,7 @@ FOREIGN = {
 @pytest.mark.parametrize("said", FOREIGN)
 def test_what_a_runtime_throws_becomes_one_sentence_without_code(said: str) -> None:
     assert errors.plain_reason(RuntimeError(said)) == FOREIGN[said]
+
+
+def test_a_missing_key_is_said_in_a_sentence() -> None:
+    assert errors.plain_reason(KeyError("pooled")) == "'pooled' is missing."
