@@ -89,7 +89,10 @@ def test_headers_below_the_limits_are_taken_again_and_again(address: tuple[str, 
             client.sendall(request[:100])
             time.sleep(0.02)
             client.sendall(request[100:])
-            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+            answer = client.recv(65536)
+            while not answer.endswith(b"}"):  # head and body may come one after the other
+                answer += client.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200")
         body = bytes(3 * MAX_HEADER_BYTES)  # a body is no header
         client.sendall(b"POST /v1/embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n")
         client.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
