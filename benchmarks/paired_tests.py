@@ -275,7 +275,8 @@ def method_table(found: dict[str, Any]) -> str:
 
 def power_table(found: dict[str, Any]) -> str:
     """Write how often a true difference is found, between the noises that were simulated."""
-    rows = {people: row["noises"] for people, row in found["power"].items() if len(row["noises"]) > 2}
+    rows = {n: found["power"][n]["noises"] for n in sorted(found["power"], key=int)}
+    rows = {people: noises for people, noises in rows.items() if len(noises) > 2}
     lines = [
         "Percent of comparisons in which a true difference is found (p ≤ 0.05, the better encoder named), people of a "
         "power law; between simulated differences by a line, a dash beyond them. *Comparisons*: of each of three to "
