@@ -272,7 +272,10 @@ def warn_of_descriptors(warned: bool) -> bool:
     if sys.platform != "linux":
         return False
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - ten times as fast as Path.iterdir, on the event loop
+    try:
+        used = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - ten times as fast as Path.iterdir, on the event loop
+    except OSError:  # not even one is left to look with
+        used = limit
     if used > 0.9 * limit and not warned:
         logger.error("%d of %d file descriptors are used: further connections will fail. Raise ulimit -n.", used, limit)
     return used > (0.8 if warned else 0.9) * limit
@@ -286,7 +289,7 @@ def _untaken(transport: asyncio.WriteTransport) -> int:
     """
     waiting = transport.get_write_buffer_size()
     if waiting and sys.platform == "linux":
-        with suppress(OSError):  # closed in this very moment
+        with suppress(OSError, ValueError):  # closed in this very moment: its number may be −1 then
             outgoing = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
             waiting += struct.unpack("i", outgoing)[0]
     return waiting

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import resource
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,3 +131,22 @@ def test_descriptors_that_run_out_are_logged_once(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(resource, "getrlimit", lambda kind, limit=limit: (limit, limit))
         assert server.warn_of_descriptors(warned) is warns
     assert len(logged) == 1 and "Raise ulimit -n" in logged[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_server_without_one_descriptor_left_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = []
+    monkeypatch.setattr(server.logger, "error", lambda message, *values: logged.append(message % values))
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (60, 60))
+    monkeypatch.setattr(os, "listdir", raises(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+    assert server.warn_of_descriptors(False)
+    assert logged == ["60 of 60 file descriptors are used: further connections will fail. Raise ulimit -n."]
+
+
+def raises(error: OSError) -> Callable[[str], list[str]]:
+    """Make a function that fails as a system call does."""
+
+    def fail(path: str) -> list[str]:
+        raise error
+
+    return fail
