@@ -7,7 +7,6 @@ What a token may be signed with is decided by the key and never by the token: a 
 from __future__ import annotations
 
 import ipaddress
-import json
 import logging
 import threading
 import time
@@ -21,6 +20,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pkd.serving.core.errors import BadToken
 from pkd.toolkit.core.errors import InputError, MissingExtra
+from pkd.toolkit.core.models import read_json
 
 logger = logging.getLogger("pkd.serving")
 ALGORITHMS: Mapping[str, tuple[str, ...]] = {
@@ -150,7 +150,7 @@ class KeySet:
         self._stamp = self._file_stamp()
         text = _fetch(self.source) if self._url else _read(Path(self.source))
         try:
-            listed = json.loads(text)["keys"]
+            listed = read_json(text, f"jwks {self.source}")["keys"]
             if not isinstance(listed, list) or not 0 < len(listed) <= MAX_KEYS:
                 raise ValueError
             keys = [found for one in listed if (found := _parse(one))]

@@ -6,7 +6,6 @@ roll-back are each a change of one line, without a restart; both bundles are ser
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from pkd.serving.inference.artifacts import Artifacts, BundledEncoder, needed
 from pkd.toolkit.bundle.bundle import MANIFEST, SIGNATURE
 from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.errors import InputError, PkdError
+from pkd.toolkit.core.models import read_json
 from pkd.toolkit.core.text import read_text
 
 LOOK_SECONDS = 1.0
@@ -105,7 +105,7 @@ class DeviceClasses:
     def _read(self, path: Path) -> Mapping[str, DeviceClass]:
         remedy = 'Give a JSON object, for example {"phone": {"encoder": "student@2f61ab…", "target": "litert-int8"}}.'
         try:
-            rows = _Rows.model_validate(json.loads(read_text(path))).root
+            rows = _Rows.model_validate(read_json(read_text(path), path)).root
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}. {remedy}") from None
         except ValidationError as error:

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ from pkd.serving.core.schemas import EmbeddingSide, ImageInput, Number, Sent
 from pkd.serving.core.signed_tokens import Expected, KeySet, header
 from pkd.toolkit.certificates.attack_detection import AttackCertificate
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.models import read_json
 from pkd.toolkit.core.text import read_text
 
 Shown = bytes | str | ImageInput | EmbeddingSide
@@ -204,7 +206,10 @@ def digest_of(shown: Shown) -> str:
 def read_config(path: Path, model: type[Any]) -> Any:
     """Read a JSON file of the operator as ``model``. Raises InputError that names the field at fault."""
     try:
-        return model.model_validate_json(read_text(path))
+        text = read_text(path)
+        with suppress(ValueError, RecursionError):  # what is no JSON is told below
+            read_json(text, path)
+        return model.model_validate_json(text)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}. Give a JSON file; docs/security.md shows one.") from None
     except UnicodeDecodeError:

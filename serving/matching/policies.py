@@ -7,7 +7,6 @@ Rules lie in a file and not in the store, so that no key of the API can loosen t
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from pydantic import RootModel, ValidationError
 from pkd.serving.core.gallery_schemas import GalleryPolicy
 from pkd.serving.core.schemas import Name
 from pkd.toolkit.core.errors import InputError
+from pkd.toolkit.core.models import read_json
 from pkd.toolkit.core.text import read_text
 
 logger = logging.getLogger("pkd.serving")
@@ -64,7 +64,7 @@ class Policies:
 def _read(path: Path) -> Mapping[str, GalleryPolicy]:
     remedy = 'Give a JSON object of rules by gallery, for example {"staff": {"quality": {"yaw": 30}}, "*": {}}.'
     try:
-        given = json.loads(read_text(path), object_pairs_hook=_once)
+        given = read_json(read_text(path), path)
         if not isinstance(given, dict):
             raise ValueError("not an object")
         others = {OTHERS: GalleryPolicy.model_validate(given.pop(OTHERS))} if OTHERS in given else {}
@@ -76,14 +76,6 @@ def _read(path: Path) -> Mapping[str, GalleryPolicy]:
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}. {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}. {remedy}") from None
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse a name that is given twice: the second one would silently win."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError(f"{next(n for n, _ in pairs if [m for m, _ in pairs].count(n) > 1)!r} is given twice")
-    return made
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

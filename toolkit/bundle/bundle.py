@@ -58,7 +58,7 @@ class GraphSpec(Record):
     input: str = "uint8 N×H×W×3 RGB"
     output_name: str = "embedding"
     output: str = "float32 N×D, unit rows"
-    opset: int
+    opset: int = Field(ge=1, le=1000)
 
 
 class Manifest(Record):

@@ -102,7 +102,8 @@ def read_attack_certificate(path: Path, trusted: TrustedKeys | None = None) -> A
     if trusted:
         trusted.require(data, signature_beside(path), path, "pkd-pad --sign KEY.pem")
     try:
-        return AttackCertificate.model_validate(read_json(data, path))
+        read_json(data, path)
+        return AttackCertificate.model_validate_json(data, strict=True)
     except ValidationError as error:
         raise BundleError(f"{path}: {fault_of(error)}. Measure the model with pkd-pad.") from None
     except (ValueError, RecursionError):

@@ -24,12 +24,17 @@ class Record(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
-def read_json(data: bytes, where: str | Path) -> Any:
+MOST = 2**63
+"""Integers lie below this: larger ones are no number to most programs that read JSON, nor can they be written again."""
+
+
+def read_json(data: bytes | str, where: str | Path) -> Any:
     """Parse JSON and refuse an object with two equal keys, for readers differ in which of them they take.
 
-    ``where`` is what errors name. Raises BundleError for equal keys; ValueError or RecursionError for what is no JSON.
+    ``where`` is what errors name. Raises BundleError for equal keys and for integers of more than 64 bits; ValueError
+    or RecursionError for what is no JSON.
     """
-    return json.loads(data, object_pairs_hook=partial(_once, where))
+    return json.loads(data, object_pairs_hook=partial(_checked, where))
 
 
 def fault_of(error: ValidationError) -> str:
@@ -42,9 +47,15 @@ def fault_of(error: ValidationError) -> str:
     return f"{field}: {said}" if field else said
 
 
-def _once(where: str | Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _checked(where: str | Path, pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise BundleError(f"{where}: has {name[:100]!r} twice in one object. Do not trust it.")
+        raise BundleError(
+            f"{where}: has {name[:100]!r} twice in one object, and programs differ in which they take. Give it once."
+        )
+    for name, value in pairs:
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int) and not -MOST <= one < MOST:
+                raise BundleError(f"{where}: {name[:100]}: a number of more than 64 bits. Do not trust it.")
     return found

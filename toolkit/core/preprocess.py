@@ -20,7 +20,7 @@ PerChannel = Annotated[tuple[float, ...], Field(min_length=3, max_length=3)]
 class Preprocess(Record):
     """State crop geometry and pixel scaling: network input = (pixel − mean) / std, in ``channels`` order."""
 
-    size: int = Field(default=112, ge=8)
+    size: int = Field(default=112, ge=8, le=8192)
     """Height and width of the square crop, pixels."""
     template: str = "arcface5pt"
     """Alignment template the crop was warped to; ``none`` for images that are not faces. Only ``arcface5pt`` can be
@@ -38,6 +38,13 @@ class Preprocess(Record):
         if not np.all(std):
             raise ValueError("must not be 0")
         return std
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _near_pixels(cls, value: float | PerChannel) -> float | PerChannel:
+        if np.max(np.abs(value)) > 1e6:
+            raise ValueError("must be in units of pixels, which are 0 to 255")
+        return value
 
     @property
     def scales_nothing(self) -> bool:

@@ -42,7 +42,7 @@ def test_a_changed_file_is_read_again_and_a_broken_one_is_not_taken(tmp_path: Pa
         ('{"staff": {"quality": {"yaw": true}}}', r"staff\.quality\.yaw"),
         ('{"staff": {"quality": {"yaw": 999}}}', r"staff\.quality\.yaw"),
         ('{"../x": {}}', "String should match"),
-        ('{"staff": {}, "staff": {}}', "'staff' is given twice"),
+        ('{"staff": {}, "staff": {}}', "'staff' twice in one object"),
         ("{", "Expecting"),
     ],
 )
