@@ -149,9 +149,9 @@ def measure(folder: Path, runs: Mapping[tuple[str, int], Path]) -> Report:
         for part, place in places.items():
             own = embed_stored(student, place.test, cache=place.cache)[:]
             cosine = float(np.einsum("nd,nd->n", own, place.expected).mean())
-            report[part] = {
-                "cosine": cosine, "S–T": place.rates(own, place.expected), "S–S": place.rates(own, own)
-            }  # fmt: skip
+            report[part] = {"cosine": cosine, "S–T": place.rates(own, place.expected)}
+            if part == "test":
+                report[part]["S–S"] = place.rates(own, own)
         rows.append(report)
         print(name, seed, {part: report[part]["S–T"]["tar"]["0.001"] for part in places}, flush=True)
     return {"rows": rows, "test_images": len(places["test"].test), "people": len(places["test"].test.identities)}

@@ -141,7 +141,7 @@ class MilvusStore:
                 records.result()
             if self._catalogue.add(row):
                 self._log.append(actor, "create", name)
-                return self._with(name, self._describe, "strong")
+                return self._describe(self._open(row), row)  # by name, one that is being withdrawn might be read
             self._drop(row.id)
             time.sleep(random.random())
         raise GalleryConflict(f"gallery {name} is being created by others at this moment. Try again.")

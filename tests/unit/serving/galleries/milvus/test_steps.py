@@ -179,6 +179,17 @@ def test_two_create_one_gallery_at_once(milvus_opened: Open, backdoor: Backdoor)
     assert gallery == made[0]
 
 
+def test_a_name_that_two_create_is_read_when_one_of_them_has_withdrawn(milvus_opened: Open, backdoor: Backdoor) -> None:
+    milvus_opened().create("staff", OLD, None, ALICE)
+    stays = backdoor.row()
+    other = replace(stays, id="0" * len(stays.id), created=stays.created + 1)
+    backdoor.connection.insert(backdoor.catalogue.table, [other.row()])
+    withdrawal = threading.Timer(0.3, backdoor.catalogue.remove, (other,))
+    withdrawal.start()
+    assert backdoor.catalogue.find("staff", "strong") == stays
+    withdrawal.join()
+
+
 def test_one_idempotency_key_in_two_processes_enrols_at_most_once(milvus_opened: Open, backdoor: Backdoor) -> None:
     stores = [milvus_opened(), milvus_opened()]
     stores[0].create("staff", OLD, None, ALICE)
