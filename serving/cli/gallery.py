@@ -18,6 +18,7 @@ from rich.console import Console
 from pkd.serving.cli.gallery_store import StoreOptions
 from pkd.serving.cli.migrate import MappedOptions, MigrateOptions, list_mapped, migrate
 from pkd.serving.cli.review import MoveOptions, ReviewOptions, move, review_gallery
+from pkd.serving.cli.serve import EXTRAS
 from pkd.toolkit.core.cli_options import Argument, Options, add_options, read_options
 from pkd.toolkit.core.cli_support import Result, make_parser, run
 from pkd.toolkit.core.errors import InputError, MissingExtra, NotTrusted
@@ -102,7 +103,7 @@ def _run(args: argparse.Namespace, console: Console) -> Result:
     try:
         return body(read_options(model, args), console)
     except ModuleNotFoundError as missing:
-        if missing.name in ("fastapi", "starlette", "orjson", "threadpoolctl"):
+        if missing.name in EXTRAS:
             raise MissingExtra(missing.name, "serve") from None
         raise
 

@@ -26,7 +26,11 @@ EXAMPLES = """
 
   PKD_BUNDLES=bundles/teacher:bundles/student PKD_PORT=9000 pkd-serve    # each option has a variable; a flag wins
 """
-EXTRAS = ("fastapi", "starlette", "uvicorn", "orjson", "prometheus_client", "multipart", "python_multipart")
+EXTRAS = (
+    "fastapi", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client", "multipart", "python_multipart",
+    "threadpoolctl", "uvloop",
+)  # fmt: skip
+"""Modules of the extra ``serve``; who reads access tokens asks for PyJWT itself."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

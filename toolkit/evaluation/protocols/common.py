@@ -232,6 +232,12 @@ def notes_on(encoder_set: EncoderSet, options: EvaluationOptions, comparisons: S
                 )
         if c.suspects and {*c.name} <= {"T", "–", "S"}:
             s = c.suspects
+            if s.count >= c.genuine_identities:
+                notes.append(
+                    f"{c.name}: {s.count:,} pairs of names look like one person, more than there are people: that is "
+                    "no fault of labels. The encoder hardly tells these people apart: check its preprocessing first."
+                )
+                continue
             notes.append(
                 f"{c.name}: {s.count:,} pair(s) of names look like one person under two labels (worst.html has them), "
                 f"or like twins. {100 * s.share:.0f} % of the false matches at FMR {s.fmr:g} are theirs; without them "
