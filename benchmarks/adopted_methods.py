@@ -79,6 +79,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help=f"seeds of {', '.join(TIED)}; the others have one")
     parser.add_argument("--train-only", action="store_true", help="train, and measure later")
+    parser.add_argument("--no-training", action="store_true", help="measure the runs that are there alone")
     args = parser.parse_args()
     if args.page:
         write_table(json.loads(RESULTS.read_text(encoding="utf-8")))
@@ -97,6 +98,8 @@ def main() -> int:
             if seed and name not in TIED:
                 continue
             run = args.runs / f"{name.replace(', ', '-').replace(' ', '-')}-s{seed}"
+            if args.no_training and not (run / "student.pt").is_file():
+                continue
             if not (run / "student.pt").is_file():
                 people = many(args.runs) if "many photographs" in name else everybody()
                 options = ("--student", str(args.runs / "start"), *BUDGET, "--seed", str(seed), *ROWS[name])
