@@ -65,7 +65,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "l2kd, people with many photographs": ("--method", "l2kd"),
     "proxylesskd, people with many photographs": ("--method", "proxylesskd"),
 }
-"""What pkd-distill is told, by the name of the row."""
+"""Options of pkd-distill, by the name of the row."""
 Report = dict[str, Any]
 
 
