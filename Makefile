@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEMO := $(VENV)/.ready-demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo check test-fast test docs docs-serve soak bench vendor dist sbom clean
+.PHONY: help demo check test-fast test docs docs-serve soak bench results vendor dist sbom clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -62,6 +62,15 @@ soak: $(READY) ## the long forms of the tests that have one, an hour and a half
 
 bench: $(READY) ## every benchmark, hours: benchmarks/results/, docs/performance.md
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+results: $(READY) ## students of real teachers on real faces, a day of one core: docs/results.md, docs/adoption.md
+	$(BIN)/python benchmarks/adoption.py --runs runs/students
+	$(BIN)/python benchmarks/adopted_methods.py
+	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/sizes.py
+	$(BIN)/python benchmarks/real_faces.py
+	$(BIN)/python benchmarks/method_table.py
+	$(BIN)/python benchmarks/performance.py
 
 vendor: $(READY) ## onnxruntime-web for browsers, anew from tools/vendor/package-lock.json: serving/web/vendor
 	cd tools/vendor && npm ci --ignore-scripts --no-audit --no-fund

@@ -219,7 +219,7 @@ def write_page(results: Mapping[str, Any]) -> None:
         lines.append(f"| {what} | {rows[0]['images']:,} | {rates} | {np.mean(alone):.3f} | {layer} | {time_} |")
     if PAGE.is_file():
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        after = rest.split(END)[1]
+        after = rest.split(END, 1)[1]
         PAGE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
     draw(by_what)
 
