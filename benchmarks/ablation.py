@@ -2,11 +2,11 @@
 
 Run as: python benchmarks/ablation.py [RUNS] [--rows NAME ...]
 
-RUNS is the folder of the trainings (runs/students); one that is there is measured and not trained again. The start is that of
-adopted_methods.py, and lies in the same folder. Every row trains all of the student by l2kd for 100 steps of 64 of
-4,000 images of train.txt, so that images come about twice; but for the change all options are the defaults. Three to
-six minutes of one core a row. It needs PKD_SHARED, and writes benchmarks/results/ablation.json and the table of
-docs/adoption.md; --page writes the table alone.
+RUNS is the folder of the trainings (runs/students); one that is there is measured and not trained again. The start is
+that of adopted_methods.py, and lies in the same folder. Every row trains all of the student by l2kd for 100 steps of
+64 of 4,000 images of train.txt, so that images come about twice; but for the change all options are the defaults.
+Three to six minutes of one core a row. It needs PKD_SHARED, and writes benchmarks/results/ablation.json and the table
+of docs/adoption.md; --page writes the table alone.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 Run as: python benchmarks/adopted_methods.py [RUNS] [--rows NAME ...] [--seeds 3]
 
-RUNS is the folder of the trainings (runs/students); one that is there is measured and not trained again. The start is MobileFaceNet Y1,
-shrunk to 0.39 M parameters behind its map (`pkd-distill --method map --shrink`): a student that is weak enough for the
-loss to matter. Every row then trains the last quarter of its arithmetic by pkd-distill for 300 steps of 128 images of
-train.txt; only the loss differs. About seven minutes of one core for the start, six for the first row, which fills
-the cache, three for every other. It needs PKD_SHARED, and writes benchmarks/results/adopted_methods.json and the table
-of docs/adoption.md; --page writes the table alone.
+RUNS is the folder of the trainings (runs/students); one that is there is measured and not trained again. The start is
+MobileFaceNet Y1, shrunk to 0.39 M parameters behind its map (`pkd-distill --method map --shrink`): a student that is
+weak enough for the loss to matter. Every row then trains the last quarter of its arithmetic by pkd-distill for 300
+steps of 128 images of train.txt; only the loss differs. About seven minutes of one core for the start, six for the
+first row, which fills the cache, three for every other. It needs PKD_SHARED, and writes
+benchmarks/results/adopted_methods.json and the table of docs/adoption.md; --page writes the table alone.
 """
 
 from __future__ import annotations

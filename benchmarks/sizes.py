@@ -2,11 +2,11 @@
 
 Run as: python benchmarks/sizes.py [RUNS] [--rows NAME ...]
 
-RUNS is the folder of the trainings (runs/students); one that is there is measured and not trained again. Each student is MobileFaceNet
-Y1 behind its map, shrunk to the size of the row, then trained for 300 steps of 128 of 10,000 images of train.txt, and
-exported with 8-bit weights and 16-bit activations (pkd-export --precision w8a16). Ten to fifteen minutes of one core a
-row. It needs PKD_SHARED, and writes benchmarks/results/sizes.json and the table of docs/adoption.md; --page writes the
-table alone.
+RUNS is the folder of the trainings (runs/students); one that is there is measured and not trained again. Each student
+is MobileFaceNet Y1 behind its map, shrunk to the size of the row, then trained for 300 steps of 128 of 10,000 images
+of train.txt, and exported with 8-bit weights and 16-bit activations (pkd-export --precision w8a16). Ten to fifteen
+minutes of one core a row. It needs PKD_SHARED, and writes benchmarks/results/sizes.json and the table of
+docs/adoption.md; --page writes the table alone.
 """
 
 from __future__ import annotations
