@@ -126,6 +126,8 @@ def test_a_shrunk_student_is_trained_exported_and_smaller(place: Path, capsys: p
     crops = FaceSet.read(place / "crops").load(range(5), SIZE)
     found = open_bundle(Bundle.open(place / "small-bundle")).embed(crops)
     np.testing.assert_allclose(found, student.embed(crops), atol=1e-5)
+    assert distill(place, "again", "--student", str(place / "small"), "--method", "map") == 0
+    assert parameters(load_student(place / "again").module) <= 5000, "its last layer stays of rank 8"
 
 
 def _exported(place: Path, run: str) -> onnx.ModelProto:

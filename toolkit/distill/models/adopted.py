@@ -213,6 +213,12 @@ class Adopted:
         """Return the graph that computes a tensor of the trunk, for any number of images."""
         return free_batch(_cut(self.trunk, self.trunk.graph.input[0].name, tensor))
 
+    def own_rank(self, dim: int) -> int | None:
+        """Tell the rank of its last layers where they are two small ones, which save as much for ``dim`` outputs."""
+        rank = int(np.linalg.matrix_rank(self.weight, tol=1e-5 * np.linalg.norm(self.weight, 2)))
+        saves = rank < min(self.weight.shape) and rank * (self.width + dim) < self.width * dim
+        return rank if saves else None
+
     def network(self, dim: int) -> AdoptedNetwork:
         """Make a trainable network with ``dim`` outputs; its map is that of the model's own embedding where it fits."""
         made = AdoptedNetwork(self.trunk, self.width, dim)

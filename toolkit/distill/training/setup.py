@@ -200,13 +200,16 @@ def _start(
     from pkd.toolkit.distill.training.closed_form import fit_map
 
     cache = Path(config.cache) if config.cache else default_cache()
+    rank = config.map_rank or student.own_rank(targets.shape[1])
+    if rank and not config.map_rank:
+        console.print(f"last layer: two of {rank} values in between, as the student has it; --map-rank sets another")
     with ConsoleProgress(console)("student features", len(faces)) as advance:
         fitted = fit_map(
-            student, targets, faces, cache=cache, measure=measure, refit=True, rank=config.map_rank,
+            student, targets, faces, cache=cache, measure=measure, refit=True, rank=rank,
             seed=config.seed, jobs=config.threads, advance=advance,
         )  # fmt: skip
     network = student.network(targets.shape[1])
-    network.set_map(fitted.weight, fitted.bias, config.map_rank)
+    network.set_map(fitted.weight, fitted.bias, rank)
     frozen = _freeze(config, student, network, faces, console, cache)
     if config.method != "map":
         some, preprocess = _some(config, faces), student.info.preprocess

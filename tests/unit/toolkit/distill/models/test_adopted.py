@@ -248,6 +248,16 @@ def test_a_backbone_of_the_zoo_is_adopted_from_its_run(tmp_path: Path) -> None:
     ), "its own batch normalisation is kept"
 
 
+@pytest.mark.parametrize("rank", [3, None])
+def test_a_last_layer_of_low_rank_is_known_again(rank: int | None, tmp_path: Path) -> None:
+    torch_old(tmp_path / "mobile.onnx")
+    network = adopt(str(tmp_path / "mobile.onnx"), STATED, CROPS).network(12).eval()
+    network.set_map(RANDOM.normal(size=(24, 12)), RANDOM.normal(size=12), rank)
+    info = describe("low", "student", weights_digest(network.state_dict()), Preprocess.parse(STATED), 12)
+    save_student(tmp_path, network, "low", info, {})
+    assert adopt(str(tmp_path), None, CROPS).own_rank(12) == rank
+
+
 def test_a_bundle_is_adopted_as_the_network_inside_and_only_if_it_shows_it(tmp_path: Path) -> None:
     torch_old(tmp_path / "m.onnx")
     stated = ["--teacher", str(tmp_path / "m.onnx"), "--teacher-preprocess", STATED]
