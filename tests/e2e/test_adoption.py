@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+from torch import nn
+
 from pkd.export.cli import main as export
 from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.cli.distill import main
@@ -128,6 +130,9 @@ def test_a_shrunk_student_is_trained_exported_and_smaller(place: Path, capsys: p
     np.testing.assert_allclose(found, student.embed(crops), atol=1e-5)
     assert distill(place, "again", "--student", str(place / "small"), "--method", "map") == 0
     assert parameters(load_student(place / "again").module) <= 5000, "its last layer stays of rank 8"
+    whole = ("--student", str(place / "small"), "--method", "map", "--map-rank", "24")
+    assert distill(place, "whole", *whole) == 0
+    assert isinstance(load_student(place / "whole").module.map, nn.Linear)
 
 
 def _exported(place: Path, run: str) -> onnx.ModelProto:

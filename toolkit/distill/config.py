@@ -52,7 +52,8 @@ class DistillConfig(Record):
     student_preprocess: str | None = None
     """Scaling of an adopted student's pixels, in the form of --teacher-preprocess."""
     map_rank: int | None = None
-    """Number of values between two halves of an adopted student's last layer, for a smaller file; none: one layer."""
+    """Number of values between two halves of an adopted student's last layer, for a smaller file; none: one layer, or
+    as many as the student has."""
     shrink: int | None = None
     """Number of parameters to which an adopted student is shrunk, its map included: channels inside its blocks are
     removed and the rest fitted anew, in closed form. For a smaller and faster student, which training then mends."""

@@ -200,9 +200,14 @@ def _start(
     from pkd.toolkit.distill.training.closed_form import fit_map
 
     cache = Path(config.cache) if config.cache else default_cache()
-    rank = config.map_rank or student.own_rank(targets.shape[1])
-    if rank and not config.map_rank:
-        console.print(f"last layer: two of {rank} values in between, as the student has it; --map-rank sets another")
+    own, whole = student.own_rank(targets.shape[1]), min(student.width, targets.shape[1])
+    rank = config.map_rank or own
+    if own and rank and rank >= whole:
+        rank = None
+    elif own and not config.map_rank:
+        console.print(
+            f"last layer: two with {own} values in between, as the student has; --map-rank {whole} makes it whole"
+        )
     with ConsoleProgress(console)("student features", len(faces)) as advance:
         fitted = fit_map(
             student, targets, faces, cache=cache, measure=measure, refit=True, rank=rank,
