@@ -236,11 +236,9 @@ EXPORT_ANSWER: Content = {"end": True, "subjects": 1}
 FORM = "multipart/form-data"
 
 
-def responses(
-    model: type[BaseModel], *examples: Examples, description: str = "Done"
-) -> dict[int | str, dict[str, Any]]:
-    """Describe what a route answers: ``model``, and the problems of all ``examples``."""
-    return {200: {"model": model, "description": description}, **documented(_merged(examples))}
+def responses(*examples: Examples, description: str = "Done", status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """Describe what a route answers beside the model that it returns: the problems of all ``examples``."""
+    return {status: {"description": description}, **documented(_merged(examples))}
 
 
 def stream(example: Content, *examples: Examples) -> dict[int | str, dict[str, Any]]:

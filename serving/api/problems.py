@@ -64,7 +64,7 @@ class ProblemType(NamedTuple):
 
 
 _TOO_LARGE = ProblemType("too-large", 413, "The body or the image is too large")
-_NOT_FOUND = ProblemType("not-found", 404, "No such route")
+_NOT_FOUND = ProblemType("not-found", 404, "There is nothing by this name")
 _INVALID = ProblemType("invalid-request", 422, "The request is not what this route takes")
 INTERNAL = ProblemType("internal", 500, "The server failed")
 

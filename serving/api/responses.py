@@ -7,15 +7,25 @@ from contextlib import aclosing
 from typing import Any
 
 import orjson
+from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 NDJSON = "application/x-ndjson"
 
 
-def json_response(content: Mapping[str, Any], status: int = 200) -> Response:
-    """Answer with JSON straight from numpy arrays: five times faster than through lists of Python floats."""
-    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type="application/json")
+def json_response(answer: BaseModel, status: int = 200) -> Response:
+    """Answer with a model, where a route does not return it: it chooses the status, or goes past FastAPI."""
+    return Response(answer.model_dump_json(), status, media_type="application/json")
+
+
+def embeddings_response(content: Mapping[str, Any]) -> Response:
+    """Answer /v1/embed with JSON straight from numpy arrays, shaped as EmbedAnswer.
+
+    No model is made, since one takes vectors as lists of Python floats: of 512 numbers that is 51 µs of CPU instead of
+    10 for one face, and 2.0 ms instead of 0.34 for 32. tests/unit/serving/inference/test_embed.py reads the answers.
+    """
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
 
 def line(content: Mapping[str, Any]) -> bytes:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
+from pkd.serving.cli.extras import serving_installed
 from pkd.serving.cli.gallery_store import StoreOptions
 from pkd.serving.cli.migrate import MappedOptions, MigrateOptions, list_mapped, migrate
 from pkd.serving.cli.review import MoveOptions, ReviewOptions, move, review_gallery
-from pkd.serving.cli.serve import EXTRAS
 from pkd.toolkit.core.cli_options import Argument, Options, add_options, read_options
 from pkd.toolkit.core.cli_support import Result, make_parser, run
-from pkd.toolkit.core.errors import InputError, MissingExtra, NotTrusted
+from pkd.toolkit.core.errors import InputError, NotTrusted
 from pkd.toolkit.core.progress import ConsoleProgress
 
 if TYPE_CHECKING:
@@ -100,12 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, console: Console) -> Result:
     _, model, body = COMMANDS[args.command]
-    try:
+    with serving_installed():
         return body(read_options(model, args), console)
-    except ModuleNotFoundError as missing:
-        if missing.name in EXTRAS:
-            raise MissingExtra(missing.name, "serve") from None
-        raise
 
 
 def _new_key(options: NewKeyOptions, console: Console) -> Result:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from pkd.serving.cli.extras import serving_installed
 from pkd.toolkit.core.cli_support import Result, make_parser, run
 from pkd.toolkit.core.errors import MissingExtra, PkdError
 
@@ -26,11 +27,6 @@ EXAMPLES = """
 
   PKD_BUNDLES=bundles/teacher:bundles/student PKD_PORT=9000 pkd-serve    # each option has a variable; a flag wins
 """
-EXTRAS = (
-    "fastapi", "starlette", "uvicorn", "httptools", "orjson", "prometheus_client", "multipart", "python_multipart",
-    "threadpoolctl", "uvloop",
-)  # fmt: skip
-"""Modules of the extra ``serve``; who reads access tokens asks for PyJWT itself."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,11 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenCV's own limit holds. It reads this once, when it is imported.
     os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")
     try:
-        parser = make_serve_parser()
-    except ModuleNotFoundError as missing:
-        if missing.name not in EXTRAS:
-            raise
-        error = MissingExtra(missing.name, "serve")
+        with serving_installed():
+            parser = make_serve_parser()
+    except MissingExtra as error:
         print(f"pkd-serve: {error}", file=sys.stderr)
         return error.exit_code
     return run(parser, _serve, argv)
@@ -76,16 +70,12 @@ def make_serve_parser() -> argparse.ArgumentParser:
 
 
 def _serve(args: argparse.Namespace, console: Console) -> Result:
-    try:
+    with serving_installed():
         if args.new_api_key:
             return _new_key(args, console)
         if (args.log or os.environ.get("PKD_LOG")) != "json" or args.check_config:
             return _run(args, console)
         return _run_in_json(args, console)
-    except ModuleNotFoundError as missing:
-        if missing.name in EXTRAS:
-            raise MissingExtra(missing.name, "serve") from None
-        raise
 
 
 def _new_key(args: argparse.Namespace, console: Console) -> Result:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     AwareDatetime,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -21,6 +20,8 @@ from pkd.serving.core.embedding_codec import Encoding
 from pkd.serving.core.schemas import (
     ASSURANCE,
     MAX_IMAGES,
+    Answer,
+    CertificateAnswer,
     Input,
     Name,
     Number,
@@ -228,14 +229,14 @@ class MigrationBody(Sent):
     space: str = Field(max_length=300, description="Id of the space to move to")
 
 
-class MapOriginAnswer(BaseModel):
+class MapOriginAnswer(Answer):
     """Say where mapped templates come from."""
 
     old: str = Field(description="Encoder that made them")
     new: str = Field(description="Teacher whose own templates replace them")
 
 
-class GalleryAnswer(BaseModel):
+class GalleryAnswer(Answer):
     """Describe a gallery."""
 
     name: str
@@ -250,17 +251,17 @@ class GalleryAnswer(BaseModel):
     staged: list[str] = Field([], description="Mapped encoders whose templates are not all there: no search sees them")
 
 
-class GalleriesAnswer(BaseModel):
+class GalleriesAnswer(Answer):
     """List galleries."""
 
     galleries: list[GalleryAnswer]
 
 
-class MeasuredQuality(BaseModel):
+class MeasuredQuality(Answer):
     """Hold what was measured of an enrolled image; null for an embedding, and where there was no detection."""
 
     detection_score: float | None
-    face_pixels: float | None
+    face_pixels: float | None = Field(description="Shorter side of the face's box: a smaller face is blown up")
     sharpness: float
     exposure: float
     inter_eye: float | None
@@ -270,7 +271,7 @@ class MeasuredQuality(BaseModel):
     occlusion: float | None
 
 
-class EnrolledTemplate(BaseModel):
+class EnrolledTemplate(Answer):
     """Describe a template that was enrolled."""
 
     id: str
@@ -279,7 +280,7 @@ class EnrolledTemplate(BaseModel):
     quality: MeasuredQuality | None
 
 
-class DoubtAnswer(BaseModel):
+class DoubtAnswer(Answer):
     """Say why a template was doubted by the gallery's policy."""
 
     kind: Literal["duplicate", "unlike"]
@@ -292,7 +293,7 @@ class DoubtAnswer(BaseModel):
     calibrated: bool = Field(description="False: the threshold is extrapolated beyond what was measured")
 
 
-class EnrolAnswer(BaseModel):
+class EnrolAnswer(Answer):
     """Answer an enrolment."""
 
     gallery: str
@@ -303,7 +304,7 @@ class EnrolAnswer(BaseModel):
     doubts: list[DoubtAnswer] = Field(default=[], description="Reasons for the flag, by the gallery's policy")
 
 
-class TemplateAnswer(BaseModel):
+class TemplateAnswer(Answer):
     """Describe a template."""
 
     id: str
@@ -313,7 +314,7 @@ class TemplateAnswer(BaseModel):
     expires: datetime | None
 
 
-class SubjectAnswer(BaseModel):
+class SubjectAnswer(Answer):
     """Describe a subject."""
 
     gallery: str
@@ -323,14 +324,14 @@ class SubjectAnswer(BaseModel):
     templates: list[TemplateAnswer]
 
 
-class SubjectsAnswer(BaseModel):
+class SubjectsAnswer(Answer):
     """List a page of subjects."""
 
     subjects: list[str]
     next: str | None = Field(description="Pass it as `after` for the next page; null: this is the last one")
 
 
-class ReceiptAnswer(BaseModel):
+class ReceiptAnswer(Answer):
     """Prove a deletion: what was removed, and the place of its record in the audit log."""
 
     gallery: str
@@ -342,7 +343,7 @@ class ReceiptAnswer(BaseModel):
     hash: str = Field(description="SHA-256 of the audit record")
 
 
-class Candidate(BaseModel):
+class Candidate(Answer):
     """Describe a subject that a search found."""
 
     subject: str
@@ -355,25 +356,28 @@ class Candidate(BaseModel):
     match: bool
 
 
-class Searched(BaseModel):
+class Searched(Answer):
     """Describe the search of one encoder's templates, under its own certificate."""
 
     encoder: str
     templates: int
     threshold: float | None = Field(description="null where nothing was searched")
     calibrated: bool = Field(description="False: the threshold is extrapolated beyond what was measured")
-    certificate: dict[str, Any]
+    certificate: CertificateAnswer
 
 
-class NotSearched(BaseModel):
+NotSearchedReason = Literal["not-certified", "other-space", "staged", "unsupported-fmr"]
+
+
+class NotSearched(Answer):
     """Count templates that were not searched."""
 
     encoder: str
     templates: int
-    reason: Literal["not-certified", "other-space", "staged", "unsupported-fmr"]
+    reason: NotSearchedReason
 
 
-class IdentifyAnswer(BaseModel):
+class IdentifyAnswer(Answer):
     """Answer a search."""
 
     gallery: str
@@ -393,7 +397,7 @@ class IdentifyAnswer(BaseModel):
     not_searched: list[NotSearched]
 
 
-class MigrationAnswer(BaseModel):
+class MigrationAnswer(Answer):
     """Describe how far a migration is."""
 
     gallery: str
@@ -405,7 +409,7 @@ class MigrationAnswer(BaseModel):
     next: str | None
 
 
-class MovedAnswer(BaseModel):
+class MovedAnswer(Answer):
     """Answer the end of a migration."""
 
     gallery: str
@@ -414,7 +418,7 @@ class MovedAnswer(BaseModel):
     receipt: ReceiptAnswer
 
 
-class AuditRecord(BaseModel):
+class AuditRecord(Answer):
     """Describe one change of a gallery, as the audit log has it."""
 
     sequence: int
@@ -428,14 +432,14 @@ class AuditRecord(BaseModel):
     hash: str = Field(description="SHA-256, which the next record holds")
 
 
-class AuditAnswer(BaseModel):
+class AuditAnswer(Answer):
     """List a page of the audit log, newest first."""
 
     records: list[AuditRecord]
     next: int | None = Field(description="Pass it as `before` for older records; null: these are the first")
 
 
-class ChainAnswer(BaseModel):
+class ChainAnswer(Answer):
     """Tell whether the audit log's chain of hashes is whole."""
 
     whole: bool
@@ -444,17 +448,21 @@ class ChainAnswer(BaseModel):
     fault: str | None = Field(description="The first record that is missing or was changed")
 
 
-class BulkAnswer(BaseModel):
+class BulkAnswer(Answer):
     """Answer one line of a bulk enrolment: durable by the time it is sent, or refused."""
 
     line: int | None = Field(description="Number of the line of the request, from 1; null: about the body as a whole")
     subject: str | None = None
     key: str | None = None
-    templates: list[str] | None = Field(None, description="Ids")
+    templates: list[str] | None = Field(default=None, description="Ids")
     sequence: int | None = None
     replayed: bool | None = None
-    doubts: list[DoubtAnswer] | None = Field(None, description="Reasons why it is flagged, by the gallery's policy")
-    problem: dict[str, Any] | None = Field(None, description="Reason why this item was refused; the others go on")
+    doubts: list[DoubtAnswer] | None = Field(
+        default=None, description="Reasons why it is flagged, by the gallery's policy"
+    )
+    problem: dict[str, Any] | None = Field(
+        default=None, description="Reason why this item was refused; the others go on"
+    )
 
 
 class ExportHeader(Sent):

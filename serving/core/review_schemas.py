@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from pkd.serving.core.gallery_schemas import ReceiptAnswer
+from pkd.serving.core.schemas import Answer
 
 
-class PairAnswer(BaseModel):
+class PairAnswer(Answer):
     """Describe two subjects who may be one person."""
 
     subject: str
@@ -20,7 +21,7 @@ class PairAnswer(BaseModel):
     calibrated: bool = Field(description="False: the rate is extrapolated beyond what was measured")
 
 
-class OutlierAnswer(BaseModel):
+class OutlierAnswer(Answer):
     """Describe a template that matches none of its subject's others."""
 
     subject: str
@@ -33,7 +34,7 @@ class OutlierAnswer(BaseModel):
     nearest: str | None = Field(description="Subject whom it matches instead")
 
 
-class ReviewAnswer(BaseModel):
+class ReviewAnswer(Answer):
     """Answer a review: the most doubtful first."""
 
     gallery: str
@@ -45,7 +46,7 @@ class ReviewAnswer(BaseModel):
     not_compared: dict[str, int] = Field(description="Encoder → templates that no certificate covers")
 
 
-class MoveAnswer(BaseModel):
+class MoveAnswer(Answer):
     """Answer a move."""
 
     gallery: str

@@ -1,7 +1,4 @@
-"""Define the JSON that clients send and get.
-
-Requests are validated with these models; answers are documented by them.
-"""
+"""Define the JSON that clients send and get: requests are read with these models, and answers are written with them."""
 
 from __future__ import annotations
 
@@ -57,6 +54,12 @@ def _no_boolean(sent: object) -> object:
 
 Number = Annotated[float, BeforeValidator(_no_boolean)]
 """A number that ``true`` and ``false`` are not, wherever it is read."""
+
+
+class Answer(BaseModel):
+    """Hold what is answered. It can be made of any object with attributes of these names (``model_validate``)."""
+
+    model_config = ConfigDict(from_attributes=True)
 
 
 class EmbedOptions(Sent):
@@ -195,7 +198,7 @@ class VerifyFiles(Sent):
         return VerifyBody(a=side("a"), b=side("b"), policy=policy, liveness=self.liveness)
 
 
-class SpaceAnswer(BaseModel):
+class SpaceAnswer(Answer):
     """Describe an embedding space."""
 
     id: str
@@ -203,7 +206,7 @@ class SpaceAnswer(BaseModel):
     metric: str
 
 
-class EncoderAnswer(BaseModel):
+class EncoderAnswer(Answer):
     """Describe the encoder that made embeddings."""
 
     id: str
@@ -211,7 +214,7 @@ class EncoderAnswer(BaseModel):
     preprocess: str
 
 
-class Quality(BaseModel):
+class Quality(Answer):
     """Hold what was measured of a face."""
 
     sharpness: float = Field(description="Variance of the Laplacian of the grey crop, squared grey levels (0–255)")
@@ -223,7 +226,7 @@ class Quality(BaseModel):
     occlusion: float | None = Field(None, description="Share that is covered; null unless the detector says so")
 
 
-class FaceAnswer(BaseModel):
+class FaceAnswer(Answer):
     """Describe one face and its embedding."""
 
     index: int = Field(description="Number of the image in the request")
@@ -236,7 +239,7 @@ class FaceAnswer(BaseModel):
     encoding: Encoding
 
 
-class Timing(BaseModel):
+class Timing(Answer):
     """Count milliseconds, summed over the images of the request."""
 
     decode: float
@@ -245,7 +248,7 @@ class Timing(BaseModel):
     infer: float
 
 
-class EmbedAnswer(BaseModel):
+class EmbedAnswer(Answer):
     """Answer /v1/embed."""
 
     space: SpaceAnswer
@@ -254,7 +257,7 @@ class EmbedAnswer(BaseModel):
     timing_ms: Timing
 
 
-class SignatureAnswer(BaseModel):
+class SignatureAnswer(Answer):
     """Describe who signed a certificate."""
 
     key: str = Field(description="Fingerprint of the ed25519 key that is said to have signed")
@@ -264,7 +267,7 @@ class SignatureAnswer(BaseModel):
     )
 
 
-class CertificateAnswer(BaseModel):
+class CertificateAnswer(Answer):
     """Describe the certificate that an answer rests on."""
 
     query: str
@@ -278,7 +281,7 @@ class CertificateAnswer(BaseModel):
     signature: SignatureAnswer | None = Field(description="null where neither the certificate nor its bundle is signed")
 
 
-class ComparedTemplate(BaseModel):
+class ComparedTemplate(Answer):
     """Name the template of a subject that decided."""
 
     gallery: str
@@ -287,15 +290,18 @@ class ComparedTemplate(BaseModel):
     encoder: str
 
 
-class NotCompared(BaseModel):
+NotComparedReason = Literal["not-certified", "space-mismatch", "unsupported-fmr"]
+
+
+class NotCompared(Answer):
     """Count templates that no comparison was permitted with."""
 
     encoder: str
     templates: int
-    reason: Literal["not-certified", "space-mismatch", "unsupported-fmr"]
+    reason: NotComparedReason
 
 
-class VerifyAnswer(BaseModel):
+class VerifyAnswer(Answer):
     """Answer /v1/verify."""
 
     match: bool
@@ -319,10 +325,12 @@ class VerifyAnswer(BaseModel):
     comparisons: int = Field(
         1, description="Pairs compared; rates are per comparison, the best of n errs up to n times"
     )
-    not_compared: list[NotCompared] = Field([], description="Templates of the subjects that were left out, and why")
+    not_compared: list[NotCompared] = Field(
+        default=[], description="Templates of the subjects that were left out, and why"
+    )
 
 
-class EncoderListed(BaseModel):
+class EncoderListed(Answer):
     """Describe a loaded encoder."""
 
     id: str
@@ -335,13 +343,13 @@ class EncoderListed(BaseModel):
     default: bool = Field(description="True: images go to this one where a request names none")
 
 
-class EncodersAnswer(BaseModel):
+class EncodersAnswer(Answer):
     """List the loaded encoders."""
 
     encoders: list[EncoderListed]
 
 
-class FileAnswer(BaseModel):
+class FileAnswer(Answer):
     """Describe a file to download."""
 
     name: str = Field(description="Pass it as `file`")
@@ -349,7 +357,7 @@ class FileAnswer(BaseModel):
     bytes: int
 
 
-class TargetAnswer(BaseModel):
+class TargetAnswer(Answer):
     """Describe the encoder for one runtime in one precision."""
 
     name: str = Field(description="Pass it as `target`")
@@ -362,7 +370,7 @@ class TargetAnswer(BaseModel):
     )
 
 
-class Comparable(BaseModel):
+class Comparable(Answer):
     """List encoder ids that some certificate joins with this one."""
 
     as_query_against: list[str]
@@ -378,7 +386,7 @@ class EncoderDetail(EncoderListed):
     targets: list[TargetAnswer]
 
 
-class DeviceLatest(BaseModel):
+class DeviceLatest(Answer):
     """Say what a class of devices is to run now."""
 
     device_class: str
@@ -399,13 +407,13 @@ class SpaceListed(SpaceAnswer):
     encoders: list[str]
 
 
-class SpacesAnswer(BaseModel):
+class SpacesAnswer(Answer):
     """List the spaces of the loaded encoders."""
 
     spaces: list[SpaceListed]
 
 
-class DriftPoint(BaseModel):
+class DriftPoint(Answer):
     """Count how often one operating point was reached."""
 
     kind: Literal["identify", "verify"]
@@ -417,7 +425,7 @@ class DriftPoint(BaseModel):
     at_most: float = Field(description="Most that would, with the allowance for the people of the gallery")
 
 
-class DriftAnswer(BaseModel):
+class DriftAnswer(Answer):
     """Say whether a certificate still holds."""
 
     query: str
@@ -431,7 +439,7 @@ class DriftAnswer(BaseModel):
     assumptions: list[str]
 
 
-class CertificatesAnswer(BaseModel):
+class CertificatesAnswer(Answer):
     """List certificates."""
 
     certificates: list[Certificate]

@@ -33,6 +33,11 @@ class Space:
     id: str
     dim: int
 
+    @property
+    def metric(self) -> str:
+        """Return the only one there is."""
+        return "cosine"
+
 
 @dataclass(frozen=True)
 class Consent:

@@ -16,10 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
-from typing import Any
 from weakref import finalize
 
 from pkd.serving.core.errors import ServerFault, UnknownEncoder, UnknownFile
+from pkd.serving.core.schemas import FileAnswer
 from pkd.serving.inference.registry import Encoders, Loaded, find_id
 from pkd.toolkit.bundle.bundle import MANIFEST, SIGNATURE, Bundle
 from pkd.toolkit.bundle.target import Target
@@ -145,10 +145,10 @@ class Artifacts:
             except BundleError as error:
                 raise _changed(error) from None
 
-    def describe(self, bundle: Bundle, names: list[str]) -> list[dict[str, Any]]:
-        """Describe files, as the schema FileAnswer."""
+    def describe(self, bundle: Bundle, names: list[str]) -> list[FileAnswer]:
+        """Describe files with their sizes and digests."""
         found = [self.get(bundle, name) for name in names]
-        return [{"name": one.name, "sha256": one.sha256, "bytes": one.size} for one in found]
+        return [FileAnswer(name=one.name, sha256=one.sha256, bytes=one.size) for one in found]
 
     def _in_copy_folder(self, bundle: Bundle, name: str) -> Artifact:
         path = bundle.path / name

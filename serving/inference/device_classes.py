@@ -84,8 +84,10 @@ class DeviceClasses:
         if self._path and self._clock() - self._looked >= LOOK_SECONDS:
             self._reload(self._path)
         if name not in self._classes:
+            known = ", ".join(self._classes) or "none"
             raise UnknownFile(
-                f"there is no device class {name!r} here. The operator names them in the file of --device-classes.",
+                f"there is no device class {name!r} here; there are: {known}. The operator names them in the file of "
+                "--device-classes.",
                 details={"got": name, "classes": list(self._classes)},
             )
         return self._classes[name]

@@ -8,7 +8,7 @@ Two requests at the same moment do not see each other: pkd-gallery review finds 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -65,10 +65,6 @@ class Doubt:
                 "works": {"accept_doubts": True},
             },
         )  # fmt: skip
-
-    def described(self) -> dict[str, Any]:
-        """Describe it, as the schema DoubtAnswer."""
-        return asdict(self)
 
 
 async def find_doubts(service: Service, gallery: Gallery, enrolments: Sequence[Enrolment]) -> list[list[Doubt]]:

@@ -7,9 +7,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pkd.serving.core.errors import UnknownFile
+from pkd.serving.core.gallery_schemas import IdentifyAnswer
+from pkd.serving.core.schemas import DriftAnswer, DriftPoint, VerifyAnswer
 from pkd.serving.galleries.description import utc
 from pkd.serving.galleries.store import Gallery, SearchResult
 from pkd.serving.inference.registry import Encoders
@@ -63,12 +64,12 @@ class DriftMonitor:
         """True once there is enough to ``flush``."""
 
     def identified(
-        self, gallery: Gallery, query: str, found: Mapping[str, SearchResult], answer: Mapping[str, Any]
+        self, gallery: Gallery, query: str, found: Mapping[str, SearchResult], answer: IdentifyAnswer
     ) -> None:
         """Observe a search: the best subject who is not its answer."""
-        matching = [one["subject"] for one in answer["candidates"] if one["match"]]
-        right = matching[0] if answer["decision"] == "match" else None
-        first = answer["candidates"][0]["subject"] if answer["candidates"] else None
+        matching = [one.subject for one in answer.candidates if one.match]
+        right = matching[0] if answer.decision == "match" else None
+        first = answer.candidates[0].subject if answer.candidates else None
         if first is None or self._again(gallery.name, first):
             return
         for encoder, result in found.items():
@@ -79,16 +80,14 @@ class DriftMonitor:
                 seen = drift.searched(certificate, others[rank], result.searched, gallery.subjects)
                 self.due |= self._ledger.observe(self._keys[query, encoder], "identify", seen)
 
-    def verified(self, decision: Mapping[str, Any], gallery: Gallery | None, subject: str | None) -> None:
+    def verified(self, decision: VerifyAnswer, gallery: Gallery | None, subject: str | None) -> None:
         """Observe a verification, against a subject of a gallery or without one."""
-        pair = decision["certificate"]["query"], decision["certificate"]["gallery"]
+        pair = decision.certificate.query, decision.certificate.gallery
         if gallery and subject and self._again(gallery.name, subject):
             return
         certificate = self._encoders.files[pair].certificate
         people = gallery.subjects if gallery else certificate.identities
-        seen = drift.verified(
-            certificate, decision["score"], decision["threshold"], decision["comparisons"], people
-        )  # fmt: skip
+        seen = drift.verified(certificate, decision.score, decision.threshold, decision.comparisons, people)
         self.due |= self._ledger.observe(self._keys[pair], "verify", seen)
 
     def flush(self) -> None:
@@ -135,29 +134,29 @@ class DriftMonitor:
         return False
 
 
-def describe(found: Drift) -> dict[str, Any]:
-    """Describe the state of a certificate, as the schema DriftAnswer."""
+def describe(found: Drift) -> DriftAnswer:
+    """Describe the state of a certificate."""
     c, watched = found.file.certificate, found.watched
     thresholds = {point.fmr: point.threshold for point in c.points}
-    return {
-        "query": c.query,
-        "gallery": c.gallery,
-        "since": utc(watched.since),
-        "alarm": found.alarm,
-        "evidence": min(found.evidence, 1e300),
-        "alarm_at": drift.alarm_at(),
-        "false_alarm_rate": drift.ALPHA,
-        "observed": [
-            {
-                "kind": kind,
-                "fmr": fmr,
-                "threshold": thresholds[fmr],
-                "observations": round(sums.observed),
-                "reached": round(sums.exceeded),
-                "expected": sums.expected,
-                "at_most": sums.promised,
-            }
+    return DriftAnswer(
+        query=c.query,
+        gallery=c.gallery,
+        since=utc(watched.since),
+        alarm=found.alarm,
+        evidence=min(found.evidence, 1e300),
+        alarm_at=drift.alarm_at(),
+        false_alarm_rate=drift.ALPHA,
+        observed=[
+            DriftPoint(
+                kind=kind,
+                fmr=fmr,
+                threshold=thresholds[fmr],
+                observations=round(sums.observed),
+                reached=round(sums.exceeded),
+                expected=sums.expected,
+                at_most=sums.promised,
+            )
             for (kind, fmr), sums in sorted(watched.sums.items(), key=lambda one: (one[0][0], -one[0][1]))
         ],
-        "assumptions": list(ASSUMPTIONS),
-    }
+        assumptions=list(ASSUMPTIONS),
+    )

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Any
 
 import numpy as np
 import orjson
 
 from pkd.serving.core.embedding_codec import decode
 from pkd.serving.core.errors import GalleryConflict, IdempotencyConflict, InvalidRequest, LowQuality, ServingError
-from pkd.serving.core.gallery_schemas import ConsentBody, EnrolOptions, QualityLimits
+from pkd.serving.core.gallery_schemas import (
+    ConsentBody,
+    DoubtAnswer,
+    EnrolAnswer,
+    EnrolledTemplate,
+    EnrolOptions,
+    MeasuredQuality,
+    QualityLimits,
+)
 from pkd.serving.core.schemas import EmbeddingSide, ImageInput
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, NewTemplate
 from pkd.serving.matching.admission import check_encoder_allowed, encoder_to_enrol, searchable
 from pkd.serving.matching.doubts import Doubt, find_doubts, first_refusal, replace_mapped
-from pkd.serving.matching.quality import Quality, measure_quality, require_quality, server_limits, strictest
+from pkd.serving.matching.quality import measure_quality, require_quality, server_limits, strictest
 from pkd.serving.matching.service import Photograph, Service
 from pkd.toolkit.core.errors import NotCertified, PkdError, SpaceMismatch
 
@@ -33,7 +40,7 @@ class Ready:
     """Hold what can be stored, and what was measured of each of its templates."""
 
     enrolment: Enrolment
-    qualities: Sequence[Quality | None]
+    qualities: Sequence[MeasuredQuality | None]
 
 
 def new_enrolment(subject: str, inputs: Sequence[EnrolInput], options: EnrolOptions, key: str | None) -> Enrolment:
@@ -59,7 +66,7 @@ async def prepare(
 
     Cheap refusals come before any image is decoded. The detail ``index`` of an error says which input it is about.
     """
-    made: dict[int, tuple[NewTemplate, Quality | None]] = {}
+    made: dict[int, tuple[NewTemplate, MeasuredQuality | None]] = {}
     images: dict[int, bytes | str] = {}
     for index, item in enumerate(inputs):
         if isinstance(item, EmbeddingSide):
@@ -84,7 +91,7 @@ async def enrol(
     options: EnrolOptions,
     key: str | None,
     actor: str,
-) -> dict[str, Any]:
+) -> EnrolAnswer:
     """Answer POST …/templates. All inputs are enrolled, or none."""
     gallery = await service.stored(service.store.get, name)
     ready = await prepare(service, gallery, new_enrolment(subject, inputs, options, key), inputs, options)
@@ -95,7 +102,17 @@ async def enrol(
     await replace_mapped(service, gallery, [(ready.enrolment, outcome)], actor)
     if outcome.replayed:  # what is there may be of another encoder than one would take today
         ready = await _as_stored(service, name, ready, outcome)
-    return {**describe_enrolment(name, ready, outcome), "doubts": [one.described() for one in doubts]}
+    parts = zip(outcome.templates, ready.enrolment.templates, ready.qualities, strict=True)
+    return EnrolAnswer(
+        gallery=name,
+        subject=outcome.subject,
+        templates=[
+            EnrolledTemplate(id=id, encoder=one.encoder, space=one.space, quality=quality) for id, one, quality in parts
+        ],
+        sequence=outcome.sequence,
+        replayed=outcome.replayed,
+        doubts=[DoubtAnswer.model_validate(one) for one in doubts],
+    )
 
 
 async def examine(
@@ -130,21 +147,6 @@ async def _examined(
     if isinstance(judged, PkdError):
         raise judged
     return replace(ready, enrolment=judged[0]), judged[1]
-
-
-def describe_enrolment(gallery: str, ready: Ready, enrolled: Enrolled) -> dict[str, Any]:
-    """Describe an enrolment, as the schema EnrolAnswer."""
-    parts = zip(enrolled.templates, ready.enrolment.templates, ready.qualities, strict=True)
-    return {
-        "gallery": gallery,
-        "subject": enrolled.subject,
-        "templates": [
-            {"id": id, "encoder": one.encoder, "space": one.space, "quality": quality and asdict(quality)}
-            for id, one, quality in parts
-        ],
-        "sequence": enrolled.sequence,
-        "replayed": enrolled.replayed,
-    }
 
 
 def explained(error: PkdError, service: Service, gallery: Gallery, enrolment: Enrolment) -> PkdError:
@@ -182,7 +184,7 @@ def _received(service: Service, gallery: Gallery, side: EmbeddingSide, index: in
 
 async def _embedded(
     service: Service, gallery: Gallery, images: dict[int, bytes | str], options: EnrolOptions
-) -> dict[int, tuple[NewTemplate, Quality | None]]:
+) -> dict[int, tuple[NewTemplate, MeasuredQuality | None]]:
     loaded = encoder_to_enrol(service.encoders, gallery, options.encoder)
     encoder = loaded.encoder.info.id
     space = check_encoder_allowed(service.encoders, gallery, encoder)
@@ -193,7 +195,7 @@ async def _embedded(
     except PkdError as error:
         error.details["index"] = places[error.details.get("index", 0)]
         raise
-    made: dict[int, tuple[NewTemplate, Quality | None]] = {}
+    made: dict[int, tuple[NewTemplate, MeasuredQuality | None]] = {}
     for index, embedded in zip(places, done, strict=True):
         quality = measure_quality(embedded, 0)
         try:

@@ -9,10 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pkd.serving.core.errors import GalleryConflict
-from pkd.serving.core.gallery_schemas import IdentifyOptions
+from pkd.serving.core.gallery_schemas import (
+    Candidate,
+    IdentifyAnswer,
+    IdentifyOptions,
+    NotSearched,
+    NotSearchedReason,
+    Searched,
+)
 from pkd.serving.galleries.store import Gallery, SearchResult
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.admission import another_space
@@ -22,8 +29,6 @@ from pkd.toolkit.certificates.extrapolation import Threshold, threshold_for
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import NotCertified, UnsupportedFmr
 
-Reason = Literal["not-certified", "other-space", "staged", "unsupported-fmr"]
-
 
 @dataclass(frozen=True)
 class SearchPlan:
@@ -31,7 +36,7 @@ class SearchPlan:
 
     files: Mapping[str, CertificateFile]
     """Template encoder → the certificate of the query's encoder against it."""
-    not_searched: Mapping[str, Reason]
+    not_searched: Mapping[str, NotSearchedReason]
     """Template encoder → why its templates are left out."""
 
 
@@ -61,7 +66,7 @@ def plan_search(encoders: Encoders, gallery: Gallery, query: str, partial: bool)
     if space is not None and space not in spaces:
         raise another_space(gallery, query, space, {"query": query, "space": space}, works)
     files = {one: file for one in present if (file := encoders.files.get((query, one)))}
-    reasons: dict[str, Reason] = {
+    reasons: dict[str, NotSearchedReason] = {
         one: "not-certified" if one in wanted else "other-space" for one in present if one not in files
     }
     if staged and not wanted and space is not None and space != gallery.space.id:
@@ -105,10 +110,10 @@ def resolve_thresholds(
     fmr: float | None,
     threshold: float | None,
     assurance: Assurance = "point",
-) -> tuple[dict[str, MatchRule], dict[str, Reason]]:
+) -> tuple[dict[str, MatchRule], dict[str, NotSearchedReason]]:
     """Give the match rule of every encoder that was searched, and the encoders that no threshold can be given for."""
     rules: dict[str, MatchRule] = {}
-    refused: dict[str, Reason] = {}
+    refused: dict[str, NotSearchedReason] = {}
     for encoder, file in plan.files.items():
         certificate, searched = file.certificate, found[encoder].searched
         if not searched:
@@ -124,13 +129,13 @@ def resolve_thresholds(
     return rules, refused
 
 
-def candidates(rules: Mapping[str, MatchRule], found: Mapping[str, SearchResult]) -> list[dict[str, Any]]:
+def candidates(rules: Mapping[str, MatchRule], found: Mapping[str, SearchResult]) -> list[Candidate]:
     """List every subject once, by the template that speaks most for them; matches first, then the smallest rates.
 
     Equal rates, as past the last resolved score, are ranked by the margin over the threshold. Matches come before
     rates because one certificate resolves smaller rates than another: 1e-4 past its end may match where 5e-5 does not.
     """
-    best: dict[str, tuple[Rank, dict[str, Any]]] = {}
+    best: dict[str, tuple[Rank, Candidate]] = {}
     for encoder, rule in rules.items():
         if rule.threshold is None:
             continue
@@ -140,18 +145,18 @@ def candidates(rules: Mapping[str, MatchRule], found: Mapping[str, SearchResult]
             if hit.subject not in best or order < best[hit.subject][0]:
                 best[hit.subject] = (
                     order,
-                    {
-                        "subject": hit.subject,
-                        "template": hit.template,
-                        "encoder": encoder,
-                        "score": hit.score,
-                        "fmr_at_score": rate.fmr,
-                        "fmr_is_upper_bound": rate.is_upper_bound,
-                        "threshold": rule.threshold.score,
-                        "match": hit.score >= rule.threshold.score,
-                    },
+                    Candidate(
+                        subject=hit.subject,
+                        template=hit.template,
+                        encoder=encoder,
+                        score=hit.score,
+                        fmr_at_score=rate.fmr,
+                        fmr_is_upper_bound=rate.is_upper_bound,
+                        threshold=rule.threshold.score,
+                        match=hit.score >= rule.threshold.score,
+                    ),
                 )
-    return [one for _, one in sorted(best.values(), key=lambda entry: (entry[0], entry[1]["subject"]))]
+    return [one for _, one in sorted(best.values(), key=lambda entry: (entry[0], entry[1].subject))]
 
 
 def describe_search(
@@ -163,44 +168,44 @@ def describe_search(
     options: IdentifyOptions,
     default_fpir: float,
     default_assurance: Assurance = "point",
-) -> dict[str, Any]:
-    """Answer a search, as the schema IdentifyAnswer. ``found``: template encoder → what its search found."""
+) -> IdentifyAnswer:
+    """Answer a search. ``found``: template encoder → what its search found."""
     searched = sum(found[encoder].searched for encoder in plan.files)
     fpir = None if options.threshold is not None else options.target_fpir or default_fpir
     fmr = per_comparison(fpir, searched) if fpir is not None and searched else None
     assurance = options.assurance or default_assurance
     rules, refused = resolve_thresholds(plan, found, fmr, options.threshold, assurance)
     ranked = candidates(rules, found)
-    matching = sum(bool(one["match"]) for one in ranked)
+    matching = sum(one.match for one in ranked)
     described = [_describe(encoders, encoder, rule) for encoder, rule in rules.items()]
     not_searched = {**plan.not_searched, **refused}
-    return {
-        "gallery": gallery.name,
-        "decision": "no_match" if not matching else "match" if matching == 1 else "ambiguous",
-        "candidates": ranked[: options.top_k],
-        "query_encoder": query,
-        "target_fpir": fpir,
-        "target_fmr": fmr,
-        "assurance": None if fpir is None else assurance,
-        "templates": searched,
-        "calibrated": all(one["calibrated"] for one in described),
-        "searched": described,
-        "not_searched": [
-            {"encoder": encoder, "templates": gallery.templates[encoder], "reason": reason}
+    return IdentifyAnswer(
+        gallery=gallery.name,
+        decision="no_match" if not matching else "match" if matching == 1 else "ambiguous",
+        candidates=ranked[: options.top_k],
+        query_encoder=query,
+        target_fpir=fpir,
+        target_fmr=fmr,
+        assurance=None if fpir is None else assurance,
+        templates=searched,
+        calibrated=all(one.calibrated for one in described),
+        searched=described,
+        not_searched=[
+            NotSearched(encoder=encoder, templates=gallery.templates[encoder], reason=reason)
             for encoder, reason in not_searched.items()
         ],
-    }
+    )
 
 
-def _describe(encoders: Encoders, encoder: str, rule: MatchRule) -> dict[str, Any]:
+def _describe(encoders: Encoders, encoder: str, rule: MatchRule) -> Searched:
     threshold = rule.threshold
-    return {
-        "encoder": encoder,
-        "templates": rule.templates,
-        "threshold": threshold.score if threshold else None,
-        "calibrated": threshold is None or threshold.calibrated,
-        "certificate": describe_certificate(encoders, rule.file),
-    }
+    return Searched(
+        encoder=encoder,
+        templates=rule.templates,
+        threshold=threshold.score if threshold else None,
+        calibrated=threshold is None or threshold.calibrated,
+        certificate=describe_certificate(encoders, rule.file),
+    )
 
 
 def _resolved(certificate: Certificate, score: float) -> bool:

@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from pkd.serving.core.errors import LowQuality
-from pkd.serving.core.gallery_schemas import QualityLimits
+from pkd.serving.core.gallery_schemas import MeasuredQuality, QualityLimits
 from pkd.serving.core.options import Settings
 from pkd.serving.inference.pipeline import Embedded
-from pkd.toolkit.images.quality import FaceQuality
 
 AT_MOST = frozenset({"yaw", "pitch", "roll", "occlusion"})
 """Measures whose limit is the largest value, on either side of 0; of the others it is the smallest."""
 
 
-@dataclass(frozen=True)
-class Quality(FaceQuality):
-    """Hold what was measured of a face, and what its detector said; None where nothing was detected."""
-
-    detection_score: float | None = None
-    face_pixels: float | None = None
-    """Shorter side of the face's box in the photograph: a smaller face is a crop that was blown up."""
-
-
-def measure_quality(embedded: Embedded, face: int) -> Quality:
+def measure_quality(embedded: Embedded, face: int) -> MeasuredQuality:
     """Measure one face of an embedded image."""
     measured = asdict(embedded.quality[face])
     if embedded.faces is None:
-        return Quality(**measured)
+        return MeasuredQuality(**measured, detection_score=None, face_pixels=None)
     found = embedded.faces[face]
     x1, y1, x2, y2 = (float(edge) for edge in found.box)
-    return Quality(**measured, detection_score=round(found.score, 4), face_pixels=round(min(x2 - x1, y2 - y1), 1))
+    return MeasuredQuality(
+        **measured, detection_score=round(found.score, 4), face_pixels=round(min(x2 - x1, y2 - y1), 1)
+    )
 
 
 def server_limits(settings: Settings) -> QualityLimits:
@@ -55,12 +47,12 @@ def strictest(limits: Iterable[QualityLimits]) -> QualityLimits:
     )
 
 
-def require_quality(quality: Quality, limits: QualityLimits) -> None:
+def require_quality(quality: MeasuredQuality, limits: QualityLimits) -> None:
     """Raise LowQuality with what was measured and what is required, unless every value is good enough.
 
     What could not be measured, as the pose in a crop that was aligned elsewhere, is not asked for.
     """
-    measured, required = asdict(quality), limits.model_dump()
+    measured, required = quality.model_dump(), limits.model_dump()
     bad = [name for name, value in measured.items() if value is not None and not _passes(name, value, required[name])]
     if not bad:
         return

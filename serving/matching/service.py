@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,9 +16,19 @@ from numpy.typing import NDArray
 
 from pkd.serving.core.embedding_codec import decode, encode
 from pkd.serving.core.errors import NoGalleries, NotLive, UnknownSubject
-from pkd.serving.core.gallery_schemas import IdentifyOptions, LivenessDemand, QualityLimits
+from pkd.serving.core.gallery_schemas import IdentifyAnswer, IdentifyOptions, LivenessDemand, QualityLimits
 from pkd.serving.core.options import Settings
-from pkd.serving.core.schemas import EmbeddingSide, EmbedOptions, Faces, ImageSide, Side, SubjectSide, VerifyBody
+from pkd.serving.core.schemas import (
+    ComparedTemplate,
+    EmbeddingSide,
+    EmbedOptions,
+    Faces,
+    ImageSide,
+    Side,
+    SubjectSide,
+    VerifyAnswer,
+    VerifyBody,
+)
 from pkd.serving.galleries.store import GalleryStore, SearchResult
 from pkd.serving.inference.artifacts import Artifacts
 from pkd.serving.inference.batching import Inference
@@ -166,7 +176,7 @@ class Service:
             "timing_ms": Timing.total([one.timing for one in done]),
         }
 
-    async def verify(self, body: VerifyBody) -> dict[str, Any]:
+    async def verify(self, body: VerifyBody) -> VerifyAnswer:
         """Answer /v1/verify. Cheap refusals come first: pair, policy and vectors before any image is decoded."""
         sides = [await self._resolve(name, side) for name, side in (("a", body.a), ("b", body.b))]
         rules, refused = resolve_rules(
@@ -189,15 +199,15 @@ class Service:
         a, b = (side.vectors for side in sides)
         deciding = partial(decide, self.encoders, rules, a, b)
         decision = deciding() if is_quick(a, b) else await asyncio.to_thread(deciding)
-        decision["not_compared"] = [
+        decision.not_compared = [
             *left_out(a, {query for query, _ in rules}, {query: problem for (query, _), problem in refused.items()}),
             *left_out(b, {one for _, one in rules}, {one: problem for (_, one), problem in refused.items()}),
         ]
-        self.state.metrics.decision("verify", "match" if decision["match"] else "no_match")
+        self.state.metrics.decision("verify", "match" if decision.match else "no_match")
         await self._watch_verification(decision, body.b)
         return decision
 
-    async def identify(self, name: str, query: EmbeddingSide | Photograph, options: IdentifyOptions) -> dict[str, Any]:
+    async def identify(self, name: str, query: EmbeddingSide | Photograph, options: IdentifyOptions) -> IdentifyAnswer:
         """Answer POST …/identify. Whether the query may be compared is decided before it is embedded."""
         gallery = await self.stored(self.store.get, name)
         if isinstance(query, Photograph):
@@ -228,7 +238,7 @@ class Service:
         answer = identification.describe_search(
             self.encoders, gallery, encoder, plan, found, options, self.settings.target_fpir, self.settings.assurance
         )
-        self.state.metrics.decision("identify", answer["decision"])
+        self.state.metrics.decision("identify", answer.decision)
         self.drift.identified(gallery, encoder, found, answer)
         self._keep_drift()
         return answer
@@ -285,7 +295,7 @@ class Service:
                     details={"reason": "attack", "index": index, "detector": detector.certificate.detector},
                 )
 
-    async def _watch_verification(self, decision: Mapping[str, Any], side: Side) -> None:
+    async def _watch_verification(self, decision: VerifyAnswer, side: Side) -> None:
         gallery = await self.stored(self.store.get, side.gallery) if isinstance(side, SubjectSide) else None
         self.drift.verified(decision, gallery, side.subject if isinstance(side, SubjectSide) else None)
         self._keep_drift()
@@ -303,7 +313,7 @@ class Service:
         for one in subject.templates:
             assert one.vector is not None
             vector = one.vector.astype(np.float64)
-            of = {"gallery": side.gallery, "subject": side.subject, "template": one.id, "encoder": one.encoder}
+            of = ComparedTemplate(gallery=side.gallery, subject=side.subject, template=one.id, encoder=one.encoder)
             shown.append(ProbeVector(one.encoder, vector / np.linalg.norm(vector), of))
         return shown
 

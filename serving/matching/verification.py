@@ -6,13 +6,23 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pkd.serving.core.embedding_codec import decode
-from pkd.serving.core.schemas import EmbeddingSide, Policy, Side
+from pkd.serving.core.schemas import (
+    CertificateAnswer,
+    ComparedTemplate,
+    EmbeddingSide,
+    NotCompared,
+    NotComparedReason,
+    Policy,
+    Side,
+    SignatureAnswer,
+    VerifyAnswer,
+)
 from pkd.serving.inference.registry import Encoders, Loaded
 from pkd.toolkit.certificates.certificate import Assurance, CertificateFile
 from pkd.toolkit.core.errors import BadVector, NotCertified, PkdError, SpaceMismatch, UnsupportedFmr
@@ -25,7 +35,7 @@ FEW = 64
 """Most comparisons that are made one by one: they take less time than a thread would."""
 AT_ONCE = 2**20
 """Most scores of one matrix product, about."""
-REASONS: Mapping[type[PkdError], str] = {
+REASONS: Mapping[type[PkdError], NotComparedReason] = {
     UnsupportedFmr: "unsupported-fmr",
     NotCertified: "not-certified",
     SpaceMismatch: "space-mismatch",
@@ -52,7 +62,7 @@ class ProbeVector:
     encoder: str
     vector: Vectors
     """Unit, D."""
-    template: Mapping[str, str] | None = None
+    template: ComparedTemplate | None = None
 
 
 def resolve_rules(
@@ -124,7 +134,7 @@ def is_quick(a: Sequence[ProbeVector], b: Sequence[ProbeVector]) -> bool:
 
 def decide(
     encoders: Encoders, rules: Mapping[Pair, MatchRule], a: Sequence[ProbeVector], b: Sequence[ProbeVector]
-) -> dict[str, Any]:
+) -> VerifyAnswer:
     """Answer /v1/verify with the permitted comparison that speaks most for a match, of equal ones the first.
 
     Raises BadVector where sizes differ.
@@ -138,51 +148,38 @@ def decide(
     ]
     _, score, rule, one, other = min(compared, key=lambda entry: entry[0])
     rate = rule.file.certificate.fmr_at(score)
-    return {
-        "match": score >= rule.threshold,
-        "score": score,
-        "threshold": rule.threshold,
-        "target_fmr": rule.target_fmr,
-        "assurance": rule.assurance,
-        "fmr_at_score": rate.fmr,
-        "fmr_ci95": rate.ci95,
-        "fmr_is_upper_bound": rate.is_upper_bound,
-        "certificate": describe_certificate(encoders, rule.file),
-        "a": one.template,
-        "b": other.template,
-        "comparisons": len(compared) if quick else _count(rules, a, b),
-    }
+    return VerifyAnswer(
+        match=score >= rule.threshold,
+        score=score,
+        threshold=rule.threshold,
+        target_fmr=rule.target_fmr,
+        assurance=rule.assurance,
+        fmr_at_score=rate.fmr,
+        fmr_ci95=rate.ci95,
+        fmr_is_upper_bound=rate.is_upper_bound,
+        certificate=describe_certificate(encoders, rule.file),
+        a=one.template,
+        b=other.template,
+        comparisons=len(compared) if quick else _count(rules, a, b),
+    )
 
 
-def left_out(
-    vectors: Sequence[ProbeVector], permitted: set[str], refused: Mapping[str, PkdError]
-) -> list[dict[str, Any]]:
-    """Count the templates of one side whose encoder takes part in no permitted pair, as the schema NotCompared."""
+def left_out(vectors: Sequence[ProbeVector], permitted: set[str], refused: Mapping[str, PkdError]) -> list[NotCompared]:
+    """Count the templates of one side whose encoder takes part in no permitted pair."""
     counts = Counter(one.encoder for one in vectors if one.encoder not in permitted)
     return [
-        {"encoder": encoder, "templates": count, "reason": REASONS[type(refused[encoder])]}
+        NotCompared(encoder=encoder, templates=count, reason=REASONS[type(refused[encoder])])
         for encoder, count in counts.items()
     ]
 
 
-def describe_certificate(encoders: Encoders, file: CertificateFile) -> dict[str, Any]:
-    """Describe the certificate that an answer rests on, as the schema CertificateAnswer."""
-    c = file.certificate
+def describe_certificate(encoders: Encoders, file: CertificateFile) -> CertificateAnswer:
+    """Describe the certificate that an answer rests on, and who signed it."""
     signature = None
     if signed := file.signature or file.bundle:
-        covers = "certificate" if file.signature else "bundle"
-        signature = {"key": signed.key, "verified": encoders.keys is not None, "covers": covers}
-    return {
-        "query": c.query,
-        "gallery": c.gallery,
-        "space": c.space,
-        "identities": c.identities,
-        "impostor_pairs": c.impostor_pairs,
-        "data_name": c.data_name,
-        "synthetic": c.synthetic,
-        "created": c.created,
-        "signature": signature,
-    }
+        covers: Literal["certificate", "bundle"] = "certificate" if file.signature else "bundle"
+        signature = SignatureAnswer(key=signed.key, verified=encoders.keys is not None, covers=covers)
+    return CertificateAnswer.model_validate({**dict(file.certificate), "signature": signature})
 
 
 def rank(score: float, threshold: float, fmr: float) -> Rank:

@@ -12,10 +12,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pkd.toolkit.certificates.drift import RATIOS, Observation
 from pkd.toolkit.core.errors import InputError
 
+Kind = Literal["identify", "verify"]
+"""Kind of request that an observation was made in."""
 AT_ONCE = 50
 """Observations after which a process adds what it has seen to the file."""
 _COLUMNS = ("observed", "exceeded", "expected", "promised", *(f"log{i}" for i in range(len(RATIOS))))
@@ -58,7 +61,7 @@ class Watched:
     """Seconds since 1970 of the first observation; None: nothing was seen."""
     peak: float
     """Largest evidence so far: an alarm stays one."""
-    sums: dict[tuple[str, float], Sums]
+    sums: dict[tuple[Kind, float], Sums]
     """Kind and operating point → what was observed."""
 
 
@@ -67,7 +70,7 @@ class DriftLedger:
 
     def __init__(self, path: Path | None = None) -> None:
         """Open or create the file; None: memory, of this process alone. Raises InputError."""
-        self._lock, self._pending, self._count = threading.Lock(), dict[tuple[str, str, float], Sums](), 0
+        self._lock, self._pending, self._count = threading.Lock(), dict[tuple[str, Kind, float], Sums](), 0
         try:
             self._db = sqlite3.connect(path or ":memory:", timeout=5.0, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA cache_size = -256")  # KiB
@@ -78,7 +81,7 @@ class DriftLedger:
         except (sqlite3.Error, OSError) as error:
             raise InputError(f"{path}: {error}. Remove it, or choose a folder you can write to.") from None
 
-    def observe(self, certificate: str, kind: str, seen: Sequence[Observation]) -> bool:
+    def observe(self, certificate: str, kind: Kind, seen: Sequence[Observation]) -> bool:
         """Take in what one request showed of a certificate; True once it is time to ``flush``."""
         with self._lock:
             for one in seen:

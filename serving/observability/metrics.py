@@ -15,7 +15,7 @@ from pkd.toolkit.core.encoder_info import short
 
 if TYPE_CHECKING:
     from pkd.serving.galleries.store import Gallery
-    from pkd.serving.observability.drift import Sums
+    from pkd.serving.observability.drift import Kind, Sums
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
 """Variable that names the folder of shared numbers; prometheus_client reads it when it is imported."""
@@ -132,7 +132,7 @@ class Metrics:
         self._expired.inc(expired)
 
     def drift(
-        self, query: str, gallery: str, sums: Mapping[tuple[str, float], Sums], evidence: float, alarm: bool
+        self, query: str, gallery: str, sums: Mapping[tuple[Kind, float], Sums], evidence: float, alarm: bool
     ) -> None:
         """Show how a certificate, named by the short ids of its pair, compares with what was seen."""
         for (kind, fmr), one in sums.items():

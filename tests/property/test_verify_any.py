@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pkd.serving.core.schemas import ComparedTemplate
 from pkd.serving.matching import verification
 from pkd.serving.matching.verification import FEW, MatchRule, ProbeVector, decide, is_quick
 from pkd.toolkit.certificates.certificate import CertificateFile
@@ -31,6 +32,10 @@ def terms(pair: Any) -> Any:
     calibration = certificate.calibration.model_copy(update={"score": scores})
     file = CertificateFile(None, b"", certificate.model_copy(update={"calibration": calibration}), None)  # type: ignore[arg-type]
     return MatchRule(file, 0.6 + SHIFTS[pair], 1e-3, "point")
+
+
+def compared(template: str) -> ComparedTemplate:
+    return ComparedTemplate(gallery="g", subject="s", template=template, encoder="p")
 
 
 RULES = {pair: terms(pair) for pair in SHIFTS}
@@ -62,7 +67,7 @@ def subjects(draw: Any) -> Any:
             vector = directions[rng.integers(len(directions))] + noise * rng.normal(size=DIM)
             vector = (vector / np.linalg.norm(vector)).astype(rng.choice([np.float16, np.float64])).astype(float)  # type: ignore[arg-type]
             encoder = encoders[rng.integers(len(encoders))] if number else "p"
-            shown.append(ProbeVector(encoder, vector / np.linalg.norm(vector), {"template": f"{name}{number}"}))
+            shown.append(ProbeVector(encoder, vector / np.linalg.norm(vector), compared(f"{name}{number}")))
         return shown
 
     return subject("a", draw(st.sampled_from(["p", "pq", "pqr"]))), subject("b", draw(st.sampled_from(["p", "pqr"])))
@@ -75,7 +80,7 @@ def test_many_templates_are_decided_as_if_each_two_were_compared(two: Any, at_on
         patch.setattr(verification, "AT_ONCE", at_once)
         decision = decide(KEYLESS, RULES, *two)  # type: ignore[arg-type]
     expected = one_by_one(RULES, *two)
-    assert tuple(decision[part] for part in ("score", "a", "b", "comparisons")) == expected
+    assert (decision.score, decision.a, decision.b, decision.comparisons) == expected
     assert decision == decide(KEYLESS, RULES, *two) or not is_quick(*two)  # type: ignore[arg-type]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
@@ -15,9 +15,18 @@ from starlette.types import Receive, Scope, Send
 
 from pkd.serving.api import openapi
 from pkd.serving.api.problems import RangeNotSatisfiable, problem_response
-from pkd.serving.api.responses import json_response
 from pkd.serving.core.errors import InvalidRequest, UnknownFile
-from pkd.serving.core.schemas import CertificatesAnswer, DriftAnswer, EncoderDetail, EncodersAnswer, SpacesAnswer
+from pkd.serving.core.schemas import (
+    CertificatesAnswer,
+    Comparable,
+    DriftAnswer,
+    EncoderDetail,
+    EncoderListed,
+    EncodersAnswer,
+    SpaceListed,
+    SpacesAnswer,
+    TargetAnswer,
+)
 from pkd.serving.inference.artifacts import BundledEncoder, needed
 from pkd.serving.matching.drift import describe
 from pkd.serving.matching.service import Service
@@ -35,26 +44,17 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["catalogue"])
     encoders, artifacts = service.encoders, service.artifacts
 
-    @router.get("/v1/encoders", responses=openapi.responses(EncodersAnswer, openapi.READ))
-    async def list_encoders() -> Response:
+    @router.get("/v1/encoders", responses=openapi.responses(openapi.READ))
+    async def list_encoders() -> EncodersAnswer:
         """List the encoders that images can be sent to."""
-        listed = [
-            {
-                **item.encoder.info.model_dump(),
-                "licence": item.bundle.manifest.licence,
-                "default": item is encoders.default,
-            }
-            for item in encoders.loaded.values()
-        ]
-        return json_response({"encoders": listed})
+        return EncodersAnswer(
+            encoders=[listed(BundledEncoder(item, item.encoder.info)) for item in encoders.loaded.values()]
+        )
 
-    @router.get(
-        "/v1/encoders/{encoder}",
-        responses=openapi.responses(EncoderDetail, openapi.ENCODER, openapi.READ),
-    )
-    async def get_encoder(encoder: Spec) -> Response:
+    @router.get("/v1/encoders/{encoder}", responses=openapi.responses(openapi.ENCODER, openapi.READ))
+    async def get_encoder(encoder: Spec) -> EncoderDetail:
         """Describe one encoder, loaded or as a target in a bundle: its certificates, and the files a device needs."""
-        return json_response(await run_in_threadpool(detail, artifacts.find(encoder)))
+        return await run_in_threadpool(detail, artifacts.find(encoder))
 
     @router.get(
         "/v1/encoders/{encoder}/artifact",
@@ -110,66 +110,64 @@ def routes(service: Service) -> APIRouter:
         headers["Content-Disposition"] = 'attachment; filename="detector.onnx"'
         return Response(data, headers=headers, media_type="application/octet-stream")
 
-    @router.get("/v1/spaces", responses=openapi.responses(SpacesAnswer, openapi.READ))
-    async def list_spaces() -> Response:
+    @router.get("/v1/spaces", responses=openapi.responses(openapi.READ))
+    async def list_spaces() -> SpacesAnswer:
         """List the embedding spaces of the loaded encoders."""
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, SpaceListed] = {}
         for id, item in encoders.loaded.items():
             space = item.encoder.info.space
-            found.setdefault(space.id, {**space.model_dump(), "encoders": []})["encoders"].append(id)
-        return json_response({"spaces": list(found.values())})
+            found.setdefault(space.id, SpaceListed(**space.model_dump(), encoders=[])).encoders.append(id)
+        return SpacesAnswer(spaces=list(found.values()))
 
-    @router.get("/v1/certificates", responses=openapi.responses(CertificatesAnswer, openapi.READ))
+    @router.get("/v1/certificates", responses=openapi.responses(openapi.READ))
     async def list_certificates(
         query: Annotated[str | None, Query(max_length=300, description="Encoder of the query side")] = None,
         gallery: Annotated[str | None, Query(max_length=300, description="Encoder of the gallery side")] = None,
-    ) -> Response:
+    ) -> CertificatesAnswer:
         """List the ordered encoder pairs that may be compared, with their thresholds and calibration."""
         wanted = [None if spec is None else encoders.resolve(spec) for spec in (query, gallery)]
         found = [
-            one.model_dump(mode="json")
-            for one in encoders.certificates
-            if wanted[0] in (None, one.query) and wanted[1] in (None, one.gallery)
+            one for one in encoders.certificates if wanted[0] in (None, one.query) and wanted[1] in (None, one.gallery)
         ]
-        return json_response({"certificates": found})
+        return CertificatesAnswer(certificates=found)
 
-    @router.get(
-        "/v1/certificates/{id}/drift", responses=openapi.responses(DriftAnswer, openapi.CERTIFICATE, openapi.READ)
-    )
+    @router.get("/v1/certificates/{id}/drift", responses=openapi.responses(openapi.CERTIFICATE, openapi.READ))
     async def get_drift(
         id: Annotated[str, Path(max_length=300, description="QUERY__GALLERY, each as name@ and ten digits of the id")],
-    ) -> Response:
+    ) -> DriftAnswer:
         """Say whether a certificate still holds, by the impostors of searches and by refused verifications.
 
         No score is kept, and nothing about a person. `alarm` is false for ever with 95 % probability while the
         certificate holds, however often it is asked.
         """
-        return json_response(describe(await run_in_threadpool(service.drift.find, id)))
+        return describe(await run_in_threadpool(service.drift.find, id))
 
-    def detail(offer: BundledEncoder) -> dict[str, Any]:
+    def listed(offer: BundledEncoder) -> EncoderListed:
+        default = offer.info.id == encoders.default.encoder.info.id
+        return EncoderListed(**dict(offer.info), licence=offer.bundle.manifest.licence, default=default)
+
+    def detail(offer: BundledEncoder) -> EncoderDetail:
         bundle, id = offer.bundle, offer.info.id
-        return {
-            **offer.info.model_dump(),
-            "licence": bundle.manifest.licence,
-            "default": id == encoders.default.encoder.info.id,
-            "loaded": id in encoders.loaded,
-            "certificates": {
-                "as_query_against": sorted(g for q, g in encoders.files if q == id),
-                "as_gallery_for": sorted(q for q, g in encoders.files if g == id),
-            },
-            "artifact": artifacts.describe(bundle, [offer.default_file])[0],
-            "targets": [
-                {
-                    "name": one.name,
-                    "runtime": one.runtime,
-                    "precision": one.precision,
-                    "golden_tolerance": one.golden_tolerance,
-                    "settings": one.settings,
-                    "files": artifacts.describe(bundle, needed(bundle, one)),
-                }
+        return EncoderDetail(
+            **dict(listed(offer)),
+            loaded=id in encoders.loaded,
+            certificates=Comparable(
+                as_query_against=sorted(g for q, g in encoders.files if q == id),
+                as_gallery_for=sorted(q for q, g in encoders.files if g == id),
+            ),
+            artifact=artifacts.describe(bundle, [offer.default_file])[0],
+            targets=[
+                TargetAnswer(
+                    name=one.name,
+                    runtime=one.runtime,
+                    precision=one.precision,
+                    golden_tolerance=one.golden_tolerance,
+                    settings=one.settings,
+                    files=artifacts.describe(bundle, needed(bundle, one)),
+                )
                 for one in offer.targets
             ],
-        }
+        )
 
     return router
 

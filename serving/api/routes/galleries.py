@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -13,10 +11,17 @@ from pkd.serving.api.request_body import require_json
 from pkd.serving.api.responses import json_response
 from pkd.serving.api.routes.parameters import GalleryName
 from pkd.serving.core.errors import GalleryConflict
-from pkd.serving.core.gallery_schemas import GalleriesAnswer, GalleryAnswer, GalleryBody, ReceiptAnswer
+from pkd.serving.core.gallery_schemas import (
+    GalleriesAnswer,
+    GalleryAnswer,
+    GalleryBody,
+    MapOriginAnswer,
+    ReceiptAnswer,
+)
+from pkd.serving.core.schemas import SpaceAnswer
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.description import utc
-from pkd.serving.galleries.store import Gallery, Receipt, Space
+from pkd.serving.galleries.store import Gallery
 from pkd.serving.matching.admission import find_space
 from pkd.serving.matching.service import Service
 
@@ -27,8 +32,9 @@ def routes(service: Service) -> APIRouter:
 
     @router.put(
         "/v1/galleries/{gallery}",
+        response_model=GalleryAnswer,
         responses={
-            **openapi.responses(GalleryAnswer, openapi.CREATION, openapi.NAMED, openapi.TAKEN),
+            **openapi.responses(openapi.CREATION, openapi.NAMED, openapi.TAKEN),
             201: {"model": GalleryAnswer, "description": "Created"},
         },
         openapi_extra=openapi.json_body(GalleryBody, openapi.GALLERY_EXAMPLE, required=False),
@@ -59,58 +65,39 @@ def routes(service: Service) -> APIRouter:
             )
         return json_response(describe_gallery(made, service), 200 if gallery in there else 201)
 
-    @router.get("/v1/galleries", responses=openapi.responses(GalleriesAnswer, openapi.NO_STORE, openapi.READ))
-    async def list_galleries(request: Request) -> Response:
+    @router.get("/v1/galleries", responses=openapi.responses(openapi.NO_STORE, openapi.READ))
+    async def list_galleries(request: Request) -> GalleriesAnswer:
         """List all galleries, by name."""
         require(request, "verify")
-        return json_response(
-            {"galleries": [describe_gallery(one, service) for one in await service.stored(service.store.list)]}
-        )
+        found = await service.stored(service.store.list)
+        return GalleriesAnswer(galleries=[describe_gallery(one, service) for one in found])
 
-    @router.get("/v1/galleries/{gallery}", responses=openapi.responses(GalleryAnswer, openapi.NAMED, openapi.READ))
-    async def get_gallery(request: Request, gallery: GalleryName) -> Response:
+    @router.get("/v1/galleries/{gallery}", responses=openapi.responses(openapi.NAMED, openapi.READ))
+    async def get_gallery(request: Request, gallery: GalleryName) -> GalleryAnswer:
         """Describe one gallery: its space, and how many templates each encoder made."""
         require(request, "verify", "enrol")
-        return json_response(describe_gallery(await service.stored(service.store.get, gallery), service))
+        return describe_gallery(await service.stored(service.store.get, gallery), service)
 
-    @router.delete("/v1/galleries/{gallery}", responses=openapi.responses(ReceiptAnswer, openapi.NAMED, openapi.TAKEN))
-    async def delete_gallery(request: Request, gallery: GalleryName) -> Response:
+    @router.delete("/v1/galleries/{gallery}", responses=openapi.responses(openapi.NAMED, openapi.TAKEN))
+    async def delete_gallery(request: Request, gallery: GalleryName) -> ReceiptAnswer:
         """Delete a gallery with everyone in it, and its key. The answer is the receipt."""
         actor = require(request, "admin")
-        return json_response(describe_receipt(await service.written(service.store.delete, gallery, actor)))
+        return ReceiptAnswer.model_validate(await service.written(service.store.delete, gallery, actor))
 
     return router
 
 
-def describe_gallery(gallery: Gallery, service: Service) -> dict[str, Any]:
-    """Describe a gallery, as the schema GalleryAnswer."""
-    return {
-        "name": gallery.name,
-        "space": describe_space(gallery.space),
-        "moving_to": gallery.moving_to and describe_space(gallery.moving_to),
-        "created": utc(gallery.created),
-        "retention_seconds": gallery.retention,
-        "subjects": gallery.subjects,
-        "templates": dict(gallery.templates),
-        "policy": service.policies.of(gallery.name).model_dump(mode="json"),
-        "maps": {id: one.model_dump() for id, one in gallery.mapping.maps.items()},
-        "staged": list(gallery.mapping.staged),
-    }
-
-
-def describe_space(one: Space) -> dict[str, Any]:
-    """Describe a space, as the schema SpaceAnswer."""
-    return {"id": one.id, "dim": one.dim, "metric": "cosine"}
-
-
-def describe_receipt(one: Receipt) -> dict[str, Any]:
-    """Describe a deletion, as the schema ReceiptAnswer."""
-    return {
-        "gallery": one.gallery,
-        "subject": one.subject,
-        "templates": one.templates,
-        "rows": one.rows,
-        "covers": list(one.covers),
-        "sequence": one.sequence,
-        "hash": one.hash,
-    }
+def describe_gallery(gallery: Gallery, service: Service) -> GalleryAnswer:
+    """Describe a gallery with what the operator demands of it."""
+    return GalleryAnswer(
+        name=gallery.name,
+        space=SpaceAnswer.model_validate(gallery.space),
+        moving_to=SpaceAnswer.model_validate(gallery.moving_to) if gallery.moving_to else None,
+        created=utc(gallery.created),
+        retention_seconds=gallery.retention,
+        subjects=gallery.subjects,
+        templates=dict(gallery.templates),
+        policy=service.policies.of(gallery.name),
+        maps={id: MapOriginAnswer.model_validate(one) for id, one in gallery.mapping.maps.items()},
+        staged=list(gallery.mapping.staged),
+    )

@@ -17,7 +17,7 @@ from pkd.serving.api.request_body import (
     require_json,
     with_query,
 )
-from pkd.serving.api.responses import json_response
+from pkd.serving.api.responses import embeddings_response, json_response
 from pkd.serving.api.routes.parameters import GalleryName
 from pkd.serving.api.tokens import require_embedding, require_gallery
 from pkd.serving.core.errors import InvalidRequest
@@ -43,7 +43,7 @@ def routes(service: Service) -> APIRouter:
     async def embed(request: Request) -> Response:
         """Embed the faces of one or many images."""
         require(request, "embed")
-        return json_response(await service.embed(*await read_embed(request)))
+        return embeddings_response(await service.embed(*await read_embed(request)))
 
     async def verify(request: Request) -> Response:
         """Decide whether `a` (query) and `b` (gallery) show the same person: images, embeddings or subjects."""
@@ -68,7 +68,8 @@ def routes(service: Service) -> APIRouter:
             embed,
             methods=["POST"],
             include_in_schema=shown,
-            responses=openapi.responses(EmbedAnswer, openapi.IMAGE, openapi.TAKEN),
+            response_model=EmbedAnswer,
+            responses=openapi.responses(openapi.IMAGE, openapi.TAKEN),
             openapi_extra=openapi.images_body(EmbedBody, EmbedOptions, openapi.EMBED_EXAMPLE),
         )
         router.add_api_route(
@@ -76,7 +77,8 @@ def routes(service: Service) -> APIRouter:
             verify,
             methods=["POST"],
             include_in_schema=shown,
-            responses=openapi.responses(VerifyAnswer, openapi.IMAGE, openapi.PAIR, openapi.SUBJECT, openapi.TAKEN),
+            response_model=VerifyAnswer,
+            responses=openapi.responses(openapi.IMAGE, openapi.PAIR, openapi.SUBJECT, openapi.TAKEN),
             openapi_extra=openapi.pair_body(VerifyBody, VerifyFiles, openapi.VERIFY_EXAMPLE),
         )
     return router
@@ -88,10 +90,10 @@ def search_routes(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/galleries/{gallery}/identify",
-        responses=openapi.responses(IdentifyAnswer, openapi.IMAGE, openapi.SEARCH, openapi.NAMED, openapi.TAKEN),
+        responses=openapi.responses(openapi.IMAGE, openapi.SEARCH, openapi.NAMED, openapi.TAKEN),
         openapi_extra=openapi.images_body(IdentifyBody, IdentifyImage, openapi.IDENTIFY_EXAMPLE),
     )
-    async def identify(request: Request, gallery: GalleryName) -> Response:
+    async def identify(request: Request, gallery: GalleryName) -> IdentifyAnswer:
         """Search a gallery for the face of an image or for an embedding.
 
         Templates of every encoder are searched under the certificate of the query's encoder against theirs, and ranked
@@ -106,13 +108,13 @@ def search_routes(service: Service) -> APIRouter:
             require_embedding(token_of(request), body.query)
             query = body.query if isinstance(body.query, EmbeddingSide) else Photograph.of(body.query)
             fields = body.model_dump(exclude={"query"}, exclude_unset=True)
-            return json_response(await service.identify(gallery, query, with_query(request, IdentifyOptions, fields)))
+            return await service.identify(gallery, query, with_query(request, IdentifyOptions, fields))
         require_embedding(token_of(request), None)
         images, fields = await read_files(request, kind)
         if len(images) != 1:
             raise InvalidRequest(f"{len(images)} images; one is searched for at a time.")
         options = with_query(request, IdentifyImage, fields)
         query = Photograph(images[0], options.encoder, options.aligned, options.faces)
-        return json_response(await service.identify(gallery, query, options))
+        return await service.identify(gallery, query, options)
 
     return router

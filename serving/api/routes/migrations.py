@@ -8,17 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
 from pkd.serving.api.request_body import require_json
-from pkd.serving.api.responses import json_response
-from pkd.serving.api.routes.galleries import describe_receipt, describe_space
 from pkd.serving.api.routes.parameters import After, GalleryName, Limit
-from pkd.serving.api.routes.subjects import page
 from pkd.serving.core.errors import GalleryConflict
-from pkd.serving.core.gallery_schemas import MigrationAnswer, MigrationBody, MovedAnswer
+from pkd.serving.core.gallery_schemas import MigrationAnswer, MigrationBody, MovedAnswer, ReceiptAnswer
+from pkd.serving.core.schemas import SpaceAnswer
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.store import Gallery
 from pkd.serving.matching.admission import find_space, spaces_of
@@ -31,10 +28,10 @@ def routes(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/galleries/{gallery}/migrations",
-        responses=openapi.responses(MigrationAnswer, openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
+        responses=openapi.responses(openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
         openapi_extra=openapi.json_body(MigrationBody, openapi.MIGRATION_EXAMPLE),
     )
-    async def begin_migration(request: Request, gallery: GalleryName) -> Response:
+    async def begin_migration(request: Request, gallery: GalleryName) -> MigrationAnswer:
         """Take templates of a second space, too. The same again is no error: a migration is resumable."""
         actor = require(request, "admin")
         require_json(request)
@@ -43,56 +40,57 @@ def routes(service: Service) -> APIRouter:
             begun = await service.written(service.store.begin_migration, gallery, wanted, actor)
         except GalleryConflict as conflict:
             raise await explained(conflict, gallery, {"space": wanted.id}) from None
-        return json_response(await describe(begun, "", 100))
+        return await describe(begun, "", 100)
 
-    @router.get(
-        "/v1/galleries/{gallery}/migrations", responses=openapi.responses(MigrationAnswer, openapi.NAMED, openapi.READ)
-    )
-    async def get_migration(request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100) -> Response:
+    @router.get("/v1/galleries/{gallery}/migrations", responses=openapi.responses(openapi.NAMED, openapi.READ))
+    async def get_migration(
+        request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100
+    ) -> MigrationAnswer:
         """Count the subjects that are moved, and list a page of those that are not."""
         require(request, "admin")
-        return json_response(await describe(await service.stored(service.store.get, gallery), after, limit))
+        return await describe(await service.stored(service.store.get, gallery), after, limit)
 
     @router.post(
         "/v1/galleries/{gallery}/migrations/finish",
-        responses=openapi.responses(MovedAnswer, openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
+        responses=openapi.responses(openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
     )
-    async def finish_migration(request: Request, gallery: GalleryName) -> Response:
+    async def finish_migration(request: Request, gallery: GalleryName) -> MovedAnswer:
         """Keep the second space alone. Refused while somebody would be left without a template."""
-        return json_response(await end(gallery, require(request, "admin"), abandon=False))
+        return await end(gallery, require(request, "admin"), abandon=False)
 
     @router.post(
         "/v1/galleries/{gallery}/migrations/abandon",
-        responses=openapi.responses(MovedAnswer, openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
+        responses=openapi.responses(openapi.MIGRATION, openapi.NAMED, openapi.TAKEN),
     )
-    async def abandon_migration(request: Request, gallery: GalleryName) -> Response:
+    async def abandon_migration(request: Request, gallery: GalleryName) -> MovedAnswer:
         """Keep the first space alone. Refused while somebody is enrolled in the second one only."""
-        return json_response(await end(gallery, require(request, "admin"), abandon=True))
+        return await end(gallery, require(request, "admin"), abandon=True)
 
-    async def describe(one: Gallery, after: str, limit: int) -> dict[str, Any]:
+    async def describe(one: Gallery, after: str, limit: int) -> MigrationAnswer:
         moving = one.moving_to is not None
         found = await service.stored(service.store.unmoved, one.name, after=after, limit=limit + 1) if moving else []
-        return {
-            "gallery": one.name,
-            "space": describe_space(one.space),
-            "moving_to": one.moving_to and describe_space(one.moving_to),
-            "moved": one.moved,
-            "total": one.subjects,
-            **page("unmoved", found, limit),
-        }
+        return MigrationAnswer(
+            gallery=one.name,
+            space=SpaceAnswer.model_validate(one.space),
+            moving_to=SpaceAnswer.model_validate(one.moving_to) if one.moving_to else None,
+            moved=one.moved,
+            total=one.subjects,
+            unmoved=list(found[:limit]),
+            next=found[limit - 1] if len(found) > limit else None,
+        )
 
-    async def end(gallery: str, actor: str, *, abandon: bool) -> dict[str, Any]:
+    async def end(gallery: str, actor: str, *, abandon: bool) -> MovedAnswer:
         try:
             moved = await service.written(service.store.end_migration, gallery, actor, abandon=abandon)
         except GalleryConflict as conflict:
             raise await explained(conflict, gallery, {}, back=abandon) from None
         left = await service.stored(service.store.get, gallery)
-        return {
-            "gallery": gallery,
-            "space": describe_space(left.space),
-            "templates": moved.templates,
-            "receipt": describe_receipt(moved.receipt),
-        }
+        return MovedAnswer(
+            gallery=gallery,
+            space=SpaceAnswer.model_validate(left.space),
+            templates=moved.templates,
+            receipt=ReceiptAnswer.model_validate(moved.receipt),
+        )
 
     async def explained(
         conflict: GalleryConflict, gallery: str, asked: dict[str, Any], *, back: bool = False
@@ -102,12 +100,12 @@ def routes(service: Service) -> APIRouter:
         state = await describe(now, "", 100)
         others = [id for id in spaces_of(service.encoders) if id != now.space.id]
         moving = now.moving_to is not None
-        behind = state["unmoved"]
+        behind = state.unmoved
         if moving and back:  # an abandoned migration leaves those with nothing who are in the second space alone
             behind = list(await service.stored(service.store.unmoved, gallery, limit=100, back=True))
         return conflict.explain(
             expected={"moving_to": now.moving_to.id} if now.moving_to else {"spaces": others},
-            got={**asked, "moving_to": state["moving_to"], "unmoved": state["unmoved"]},
+            got={**asked, **state.model_dump(include={"moving_to", "unmoved"})},
             works={"enrol_or_delete": behind} if moving else {"spaces": others},
         )
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import Response
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
 from pkd.serving.api.request_body import require_json
-from pkd.serving.api.responses import json_response
-from pkd.serving.api.routes.galleries import describe_receipt
 from pkd.serving.api.routes.parameters import GalleryName, SubjectId
 from pkd.serving.core.errors import TooLarge
 from pkd.serving.core.gallery_schemas import MoveBody
@@ -33,7 +29,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.get(
         "/v1/galleries/{gallery}/review",
-        responses=openapi.responses(ReviewAnswer, openapi.NAMED, openapi.READ, openapi.REVIEW),
+        responses=openapi.responses(openapi.NAMED, openapi.READ, openapi.REVIEW),
     )
     async def review_gallery(
         request: Request,
@@ -45,7 +41,7 @@ def routes(service: Service) -> APIRouter:
             float, Query(gt=0, lt=1, description="False match rate of the threshold for a subject's own templates")
         ] = 1e-3,
         limit: Annotated[int, Query(ge=1, le=1000, description="Most pairs, and most outliers")] = 100,
-    ) -> Response:
+    ) -> ReviewAnswer:
         """List subjects who may be one person, and templates that match none of their subject's others.
 
         Everybody is compared with everybody, which takes about a second for 5,000 templates. A gallery of more than
@@ -53,21 +49,15 @@ def routes(service: Service) -> APIRouter:
         """
         require(request, "admin")
         found = await service.stored(look, gallery, expected_false, own_fmr)
-        return json_response(
-            {
-                "gallery": gallery,
-                **asdict(found),
-                "pairs": [asdict(one) for one in found.pairs[:limit]],
-                "outliers": [asdict(one) for one in found.outliers[:limit]],
-            }
-        )
+        shown = {"gallery": gallery, "pairs": found.pairs[:limit], "outliers": found.outliers[:limit]}
+        return ReviewAnswer.model_validate({**vars(found), **shown})
 
     @router.post(
         "/v1/galleries/{gallery}/subjects/{subject}/move",
-        responses=openapi.responses(MoveAnswer, openapi.MOVED, openapi.SUBJECT, openapi.TAKEN),
+        responses=openapi.responses(openapi.MOVED, openapi.SUBJECT, openapi.TAKEN),
         openapi_extra=openapi.json_body(MoveBody, openapi.MOVE_EXAMPLE),
     )
-    async def move_templates(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
+    async def move_templates(request: Request, gallery: GalleryName, subject: SubjectId) -> MoveAnswer:
         """Move templates to another subject: all of them to merge the two, some to take one apart.
 
         Attributes and consent stay with whom they were given for, dates with the templates.
@@ -78,16 +68,7 @@ def routes(service: Service) -> APIRouter:
         done = await service.written(
             service.store.move, gallery, subject, body.into, actor, templates=body.templates, new=body.new
         )
-        return json_response(
-            {
-                "gallery": done.gallery,
-                "subject": done.subject,
-                "into": done.into,
-                "templates": list(done.templates),
-                "sequence": done.sequence,
-                "receipt": describe_receipt(done.receipt),
-            }
-        )
+        return MoveAnswer.model_validate(done)
 
     def look(gallery: str, expected_false: float, own_fmr: float) -> Review:
         count = sum(service.store.get(gallery).templates.values())

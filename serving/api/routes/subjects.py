@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -11,7 +9,6 @@ from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import require
 from pkd.serving.api.request_body import JSON, media_type, read_files, with_query
 from pkd.serving.api.responses import json_response
-from pkd.serving.api.routes.galleries import describe_receipt
 from pkd.serving.api.routes.parameters import After, GalleryName, IdempotencyKey, Limit, SubjectId
 from pkd.serving.core.gallery_schemas import (
     EnrolAnswer,
@@ -34,10 +31,9 @@ def routes(service: Service) -> APIRouter:
 
     @router.post(
         "/v1/galleries/{gallery}/subjects/{subject}/templates",
+        response_model=EnrolAnswer,
         responses={
-            **openapi.responses(
-                EnrolAnswer, openapi.IMAGE, openapi.ENROLMENT, openapi.NAMED, openapi.TAKEN, description="Replayed"
-            ),
+            **openapi.responses(openapi.IMAGE, openapi.ENROLMENT, openapi.NAMED, openapi.TAKEN, description="Replayed"),
             201: {"model": EnrolAnswer, "description": "Enrolled, and durable"},
         },
         openapi_extra=openapi.images_body(EnrolBody, EnrolOptions, openapi.ENROL_EXAMPLE),
@@ -51,37 +47,36 @@ def routes(service: Service) -> APIRouter:
         if options.accept_doubts:
             require(request, "admin")
         made = await enrol(service, gallery, subject, inputs, options, idempotency_key, actor)
-        return json_response(made, 200 if made["replayed"] else 201)
+        return json_response(made, 200 if made.replayed else 201)
 
-    @router.get(
-        "/v1/galleries/{gallery}/subjects", responses=openapi.responses(SubjectsAnswer, openapi.NAMED, openapi.READ)
-    )
-    async def list_subjects(request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100) -> Response:
+    @router.get("/v1/galleries/{gallery}/subjects", responses=openapi.responses(openapi.NAMED, openapi.READ))
+    async def list_subjects(
+        request: Request, gallery: GalleryName, after: After = "", limit: Limit = 100
+    ) -> SubjectsAnswer:
         """List a page of the subjects' ids, in ascending order."""
         require(request, "admin")
         found = await service.stored(service.store.subjects, gallery, after=after, limit=limit + 1)
-        return json_response(page("subjects", found, limit))
+        return SubjectsAnswer(subjects=list(found[:limit]), next=found[limit - 1] if len(found) > limit else None)
 
     @router.get(
         "/v1/galleries/{gallery}/subjects/{subject}",
-        responses=openapi.responses(SubjectAnswer, openapi.SUBJECT, openapi.READ),
+        responses=openapi.responses(openapi.SUBJECT, openapi.READ),
     )
-    async def get_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
+    async def get_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> SubjectAnswer:
         """Describe what is kept of a subject; vectors are given out by the export alone."""
         require(request, "admin")
         found = await service.stored(service.store.subject, gallery, subject)
-        return json_response({"gallery": gallery, **of_subject(found)})
+        return SubjectAnswer.model_validate({"gallery": gallery, **of_subject(found)})
 
     @router.delete(
         "/v1/galleries/{gallery}/subjects/{subject}",
-        responses=openapi.responses(ReceiptAnswer, openapi.SUBJECT, openapi.TAKEN),
+        responses=openapi.responses(openapi.SUBJECT, openapi.TAKEN),
     )
-    async def delete_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> Response:
+    async def delete_subject(request: Request, gallery: GalleryName, subject: SubjectId) -> ReceiptAnswer:
         """Delete a subject's templates and key. The answer is the receipt."""
         actor = require(request, "delete")
-        return json_response(
-            describe_receipt(await service.written(service.store.delete_subject, gallery, subject, actor))
-        )
+        done = await service.written(service.store.delete_subject, gallery, subject, actor)
+        return ReceiptAnswer.model_validate(done)
 
     async def _read(request: Request) -> tuple[list[EnrolInput], EnrolOptions]:
         kind = media_type(request)
@@ -93,8 +88,3 @@ def routes(service: Service) -> APIRouter:
         return list(images), with_query(request, EnrolOptions, fields)
 
     return router
-
-
-def page(name: str, found: Any, limit: int) -> dict[str, Any]:
-    """Make a page of ids, ``limit`` + 1 of which were asked for."""
-    return {name: list(found[:limit]), "next": found[limit - 1] if len(found) > limit else None}

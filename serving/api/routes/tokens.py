@@ -5,22 +5,21 @@ from __future__ import annotations
 from datetime import datetime
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, Field
-from starlette.responses import Response
+from pydantic import Field
 
 from pkd.serving.api import openapi
 from pkd.serving.api.api_keys import IN_SCOPE, ApiKey, ApiKeys, require
 from pkd.serving.api.problems import Forbidden
 from pkd.serving.api.request_body import require_json
-from pkd.serving.api.responses import json_response
 from pkd.serving.api.tokens import TokenBody, TokenScope
 from pkd.serving.core.errors import InvalidRequest, NoGalleries
+from pkd.serving.core.schemas import Answer
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.description import utc
 from pkd.serving.matching.service import Service
 
 
-class TokenAnswer(BaseModel):
+class TokenAnswer(Answer):
     """Answer POST /v1/tokens."""
 
     token: str = Field(description="Sent as `Authorization: Bearer TOKEN`; kept nowhere on the server")
@@ -39,17 +38,10 @@ def routes(service: Service, keys: ApiKeys | None) -> APIRouter:
     @router.post(
         "/v1/tokens",
         status_code=201,
-        responses={
-            **{
-                status: one
-                for status, one in openapi.responses(TokenAnswer, openapi.NAMED, openapi.LINES, openapi.TAKEN).items()
-                if status != 200
-            },
-            201: {"model": TokenAnswer, "description": "Made"},
-        },
+        responses=openapi.responses(openapi.NAMED, openapi.LINES, openapi.TAKEN, description="Made", status=201),
         openapi_extra=openapi.json_body(TokenBody, openapi.TOKEN_EXAMPLE),
     )
-    async def make_token(request: Request) -> Response:
+    async def make_token(request: Request) -> TokenAnswer:
         """Make a token for a page or a device: embeddings only, one gallery, a rate, and an end.
 
         With the scope `verify` it compares embeddings, searches its gallery and reads the catalogue; with `embed` it
@@ -72,6 +64,6 @@ def routes(service: Service, keys: ApiKeys | None) -> APIRouter:
             )
         text, token = keys.tokens.mint(key.digest, body)
         shown = {**token.model_dump(exclude={"key"}), "expires": utc(token.expires)}
-        return json_response({"token": text, "fragment": f"#token={text}", **shown}, 201)
+        return TokenAnswer(token=text, fragment=f"#token={text}", **shown)
 
     return router

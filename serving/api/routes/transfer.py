@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -17,7 +16,7 @@ from pkd.serving.api.request_body import media_type
 from pkd.serving.api.responses import NDJSON, Stream, line
 from pkd.serving.api.routes.parameters import GalleryName
 from pkd.serving.core.errors import ServingError, UnsupportedMedia
-from pkd.serving.core.gallery_schemas import BulkItem, ExportedSubject
+from pkd.serving.core.gallery_schemas import BulkAnswer, BulkItem, DoubtAnswer, ExportedSubject
 from pkd.serving.matching.bulk import LineResult, enrol_lines, read_items
 from pkd.serving.matching.service import Service
 from pkd.serving.matching.transfer import Import, export
@@ -101,23 +100,25 @@ def routes(service: Service) -> APIRouter:
                 for one in some:
                     if one.error:
                         service.state.metrics.refusal(problem_type(one.error).slug)
-                yield b"".join(line(bulk_answer(one)) for one in some)
+                yield b"".join(line(bulk_answer(one).model_dump(exclude_unset=True)) for one in some)
 
     return router
 
 
-def bulk_answer(result: LineResult) -> dict[str, Any]:
-    """Describe what became of one line, as the schema BulkAnswer."""
-    said: dict[str, Any] = {"line": result.line.number, "subject": result.line.subject, "key": result.line.key}
+def bulk_answer(result: LineResult) -> BulkAnswer:
+    """Describe what became of one line."""
+    of = result.line
     if result.error:
-        return {**said, "problem": problem_body(result.error)}
-    return {
-        **said,
-        "templates": [id for one in result.enrolled for id in one.templates],
-        "sequence": max((one.sequence for one in result.enrolled), default=None),
-        "replayed": all(one.replayed for one in result.enrolled),
-        "doubts": [one.described() for one in result.doubts],
-    }
+        return BulkAnswer(line=of.number, subject=of.subject, key=of.key, problem=problem_body(result.error))
+    return BulkAnswer(
+        line=of.number,
+        subject=of.subject,
+        key=of.key,
+        templates=[id for one in result.enrolled for id in one.templates],
+        sequence=max((one.sequence for one in result.enrolled), default=None),
+        replayed=all(one.replayed for one in result.enrolled),
+        doubts=[DoubtAnswer.model_validate(one) for one in result.doubts],
+    )
 
 
 def _require_lines(request: Request) -> None:

@@ -150,8 +150,8 @@ def test_with_keys_every_bundle_must_be_signed_and_a_signed_certificate_by_one_o
     mixed_file = opened.certificate_file(mixed.query, mixed.gallery)
     assert own_file.signature.key == own_file.bundle.key == mixed_file.bundle.key == ours.fingerprint  # type: ignore[union-attr]
     assert mixed_file.signature is None
-    told = [describe_certificate(opened, file)["signature"] for file in (mixed_file, own_file)]
-    assert [(one["covers"], one["verified"]) for one in told] == [("bundle", True), ("certificate", True)]
+    told = [describe_certificate(opened, file).signature for file in (mixed_file, own_file)]
+    assert [one and (one.covers, one.verified) for one in told] == [("bundle", True), ("certificate", True)]
 
     foreign = f"is signed by {theirs.fingerprint}, trusted is {ours.fingerprint}"
     certificate = f"certificates/{mixed.file_name}"

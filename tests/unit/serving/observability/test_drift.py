@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
+from pkd.serving.core.gallery_schemas import Candidate, IdentifyAnswer
 from pkd.serving.core.options import Settings
 from pkd.serving.galleries.sqlite.store import SqliteStore
 from pkd.serving.galleries.store import Enrolment, Gallery, Hit, NewTemplate, SearchResult, Space
@@ -133,10 +134,13 @@ def test_the_answer_of_a_search_is_no_impostor(fleet: made.Fleet) -> None:
     staff = Gallery("staff", Space(space.id, space.dim), None, 0.0, None, 1000, {id: 10})
     hits = (Hit("ann", "1", 0.9), Hit("bob", "2", 0.2))
 
+    def answer(decision: str, candidate: Candidate) -> IdentifyAnswer:
+        return IdentifyAnswer.model_construct(decision=decision, candidates=[candidate])
+
     def observed(name: str, decision: str, match: bool) -> list[bool]:
-        candidate = {"subject": name, "match": match}
+        candidate = Candidate.model_construct(subject=name, match=match)
         found = {id: SearchResult(tuple(Hit(name, "1", h.score) if h.subject == "ann" else h for h in hits), 10)}
-        monitor.identified(staff, id, found, {"decision": decision, "candidates": [candidate]})
+        monitor.identified(staff, id, found, answer(decision, candidate))
         sums = monitor._ledger.watched(monitor._keys[id, id]).sums.values()
         return [one.exceeded > 0 for one in sums]
 

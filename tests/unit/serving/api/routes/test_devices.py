@@ -85,7 +85,9 @@ def test_the_answer_names_files_that_can_be_downloaded(shop: Shop) -> None:
     assert latest(shop, **{"if-none-match": answer.headers["etag"]}).status_code == 304
     shop.phone("second")
     assert latest(shop, **{"if-none-match": answer.headers["etag"]}).json()["encoder"] == shop.fleet.second.info.id
-    assert problem(shop.client.get("/v1/devices/watch/latest"), 404, "not-found")["classes"] == ["phone"]
+    unknown = problem(shop.client.get("/v1/devices/watch/latest"), 404, "not-found")
+    assert unknown["classes"] == ["phone"] and "'watch' here; there are: phone." in unknown["detail"]
+    assert "route" not in unknown["title"]
 
 
 def test_a_broken_file_leaves_the_classes_as_they_were(shop: Shop) -> None:

@@ -53,7 +53,7 @@ def test_generations_side_by_side(
     }  # fmt: skip
     assert (body.templates, body.not_searched, body.calibrated) == (5, [], True)
     for one in body.searched:
-        assert one.certificate["query"] == fleet.second.info.id and one.certificate["gallery"] == one.encoder
+        assert one.certificate.query == fleet.second.info.id and one.certificate.gallery == one.encoder
 
 
 def test_a_query_without_every_certificate(client: httpx.Client, fleet: made.Fleet, mixed: Any) -> None:
@@ -171,7 +171,7 @@ def test_a_match_is_never_hidden_by_a_better_resolved_rate(fleet: made.Fleet) ->
         hits[name] = SearchResult((Hit("ann", template, 0.95),), 1)
     (ann,) = candidates(terms, hits)
     assert fine.fmr_at(0.95).fmr < coarse.fmr_at(0.95).fmr
-    assert (ann["template"], ann["match"], ann["fmr_is_upper_bound"]) == ("t1", True, True)
+    assert (ann.template, ann.match, ann.fmr_is_upper_bound) == ("t1", True, True)
 
 
 def test_the_default_rate_is_the_servers(fleet: made.Fleet, tmp_path: Path) -> None:
