@@ -7,7 +7,7 @@ The people are those of ``benchmarks/simulated_people.py``, fresh ones in every 
 row measure together: the FMR at a threshold that is fixed beforehand, the true rate of each trial's own thresholds, and
 the true accept rates where the FMR is the target. A prediction is right where the next trial's people measure an FMR
 inside it, at the threshold of the trial's own people. ``benchmarks/interval_methods.py`` has the other methods, which
-the first trials of a row are given to. True accept rates need resamples, so that they get fewer trials. Paired
+the first trials of a row are given to. True accept rates need resamples, so that they may get fewer trials. Paired
 comparisons are in ``benchmarks/paired_tests.py``.
 """
 
@@ -17,37 +17,20 @@ import argparse
 import json
 import math
 import sys
-from functools import cache
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interval_methods import Seen, before, drawn_again, fay_feuer, gamma_exact, jackknife, tail_model
-from simulated_people import SCENARIOS, embeddings, scored, seeds
-
-from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, fmr_variance, interval
-from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, matching, rates, smallest_fmr
-from pkd.toolkit.evaluation.metrics.intervals import proportion_intervals, small_rate_interval, student_quantile
-from pkd.toolkit.evaluation.metrics.pair_scores import PairScores
-from pkd.toolkit.evaluation.metrics.pairing import Doubles
+from coverage_trials import COMPARED, RATES, Row, Sums, opened
+from simulated_people import SCENARIOS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
-RATES = {60: (1e-1, 1e-2), 120: (1e-1, 1e-2), 400: (1e-2, 1e-3), 2000: (1e-3, 1e-4)}
-"""False match rates by number of people, who resolve them."""
-LOWEST = {60: -0.2, 120: -0.2, 400: 0.2, 2000: 0.4}
-"""Score below any threshold of interest, by number of people."""
-PILOTS = 12
-GRID = np.linspace(-1, 1, 4001)
-COMPARED = 400
-"""Most people with which the other methods are compared."""
-FIRST = 100
-"""Trials of a row, its first, in which they are."""
+TRIALS = Path(tempfile.gettempdir()) / "pkd-coverage"
 BLOCK = 50
-"""Trials of true accept rates after which the results are written."""
+"""Trials after which they are written."""
 FEW = ("wolves/120", "families/120", "wolves/400")
 """Rows of ``must_table``."""
-Sums = dict[str, list[float]]
-"""``statistic/rate/method`` → times that it held, sum of its widths (or values), trials."""
 
 
 def main() -> int:
@@ -59,218 +42,46 @@ def main() -> int:
     parser.add_argument("--tar-trials", type=int, default=400, help="of true accept rates")
     parser.add_argument("--resamples", type=int, default=100)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--keep", type=Path, default=TRIALS, help="folder of single trials, to go on from")
     args = parser.parse_args()
     found = json.loads(args.results.read_text()) if args.results.exists() else {"cells": {}}
     found["resamples"] = args.resamples
+    args.keep.mkdir(parents=True, exist_ok=True)
     for people in args.people:
         for name in args.scenarios:
             cell = found["cells"].setdefault(f"{name}/{people}", {"trials": 0, "tar_trials": 0})
-            if args.trials > (0 if "trials" in cell.get("seen", ()) else cell["trials"]):
-                sums, truth = fmr_row(name, people, args.trials)
-                cell |= {"trials": args.trials, "fmr": sums, "truth": truth, "tar_trials": 0, "seen": []}
-                args.results.write_text(json.dumps(found, indent=1) + "\n")
-            if args.tar_trials and "tar_trials" in cell.get("seen", ()):
-                cell |= {"tar_trials": 0, "seen": []}
-            while (done := cell["tar_trials"]) < args.tar_trials:
-                part = range(done, min(done + BLOCK, args.tar_trials))
-                sums = tar_row(name, people, part, args.resamples, cell["truth"])
-                cell["tar"] = merged(cell["tar"], sums) if done else sums
-                cell["tar_trials"] = part.stop
+            fmr, tar = (_still_to_do(cell, *one) for one in (("trials", args.trials), ("tar_trials", args.tar_trials)))
+            if not fmr and not tar:
+                continue
+            file = args.keep / f"{name}-{people}.json"
+            row, more = opened(name, people, file), True
+            while more:
+                more = row.extend(fmr, tar, resamples=args.resamples, most=BLOCK)
+                row.save(file)
+                take_over(cell, row)
                 args.results.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
     return 0
 
 
-def merged(one: Sums, other: Sums) -> Sums:
-    """Add up the trials of two parts of a row, one of which may have more methods."""
-    none = [0, 0.0, 0]
-    keys = {**one, **other}
-    return {key: [a + b for a, b in zip(one.get(key, none), other.get(key, none), strict=True)] for key in keys}
+def take_over(cell: dict[str, Any], row: Row) -> None:
+    """Replace what a cell says by the trials of a row: where these are more, or the cell's people no fresh ones."""
+    if len(row.fmr) > _fresh(cell, "trials"):
+        cell |= {"trials": len(row.fmr), "fmr": row.fmr_sums(), "truth": row.truth()}
+        cell["seen"] = [key for key in cell.get("seen", ()) if key != "trials"]
+    if len(row.tar) > _fresh(cell, "tar_trials") or (row.tar and len(row.tar) == cell["tar_trials"]):
+        cell |= {"tar_trials": len(row.tar), "tar": row.tar_sums(cell["truth"])}
+        cell["seen"] = [key for key in cell.get("seen", ()) if key != "tar_trials"]
 
 
-@cache
-def pilot(name: str, people: int) -> tuple[Doubles, float]:
-    """Choose thresholds near the target rates, and a score below all of interest, from other people."""
-    found = [
-        rates(scored(*embeddings(SCENARIOS[name], people, seed), LOWEST[people]), targets(people))
-        for seed in seeds(f"pilot {name}", people, PILOTS)
-    ]
-    thresholds = np.array([each.threshold for each in found])
-    lowest = min(thresholds.min(), min(each.raw_threshold.min() for each in found))
-    return thresholds.mean(axis=0), float(lowest) - (0.04 if people > COMPARED else 0.08)
+def _fresh(cell: dict[str, Any], key: str) -> int:
+    """Count a cell's trials of people who were not seen while the methods were chosen."""
+    return 0 if key in cell.get("seen", ()) else int(cell[key])
 
 
-def targets(people: int) -> Doubles:
-    """Return the false match rates of a row."""
-    return np.array(RATES[people])
-
-
-def fmr_row(name: str, people: int, trials: int, *, others: bool = True) -> tuple[Sums, dict[str, list[float]]]:
-    """Simulate one row: FMR, prediction, and what thresholds as a point and as a bound lead to.
-
-    ``others``: also compute the intervals of the other methods.
-    """
-    scenario, goal = SCENARIOS[name], targets(people)
-    fixed, lowest = pilot(name, people)
-    sums: Sums = {}
-    pooled = Pooled()
-    observed: list[Doubles] = []
-    held: list[list[dict[str, tuple[float, float]]]] = []
-    own = []
-    last: tuple[Doubles, list[dict[str, tuple[float, float]]]] | None = None
-    for seed in seeds(name, people, trials + 1):
-        scores = scored(*embeddings(scenario, people, seed), lowest)
-        if last is not None:
-            for fmr, fresh, methods in zip(goal, fmr_at(scores, last[0]), last[1], strict=True):
-                for method, (low, high) in methods.items():
-                    add(sums, f"prediction/{fmr:g}/{method}", low <= fresh <= high, high - low)
-        if len(observed) == trials:
-            break
-        pooled.add(scores)
-        at_fixed = fmr_at(scores, fixed)
-        variance = fmr_variance(scores, matching(scores.impostor, fixed))
-        observed.append(at_fixed)
-        held.append(
-            [
-                _intervals(scores, float(fixed[k]), k, at_fixed, variance, seed, others and len(held) < FIRST)
-                for k in range(len(goal))
-            ]
-        )
-        measured = rates(scores, goal).threshold
-        own_variance = fmr_variance(scores, matching(scores.impostor, measured))
-        own_rate = fmr_at(scores, measured)
-        predicted = []
-        for k in range(len(goal)):
-            seen = own_rate[k], own_variance.total[k], own_variance.people[k]
-            factor = math.exp(student_quantile(float(seen[2])) * math.sqrt(2 * seen[1]) / seen[0])
-            r, v, effective = map(float, seen)
-            now = small_rate_interval(r, v, effective, float(own_variance.largest[k]), samples=2)
-            predicted.append({"now": now, "before": (seen[0] / factor, seen[0] * factor)})
-        last = measured, predicted
-        own.append([_assured(scores, float(goal[k]), float(measured[k]), own_rate, own_variance, k) for k in range(2)])
-    real = np.mean(observed, axis=0)
-    for row in held:
-        for fmr, truth, methods in zip(goal, real, row, strict=True):
-            for method, (low, high) in methods.items():
-                add(sums, f"FMR/{fmr:g}/{method}", low <= truth <= high, high - low)
-    for row in own:
-        for fmr, thresholds in zip(goal, row, strict=True):
-            for kind, (threshold, tar) in thresholds.items():
-                rate = pooled.fmr(threshold)
-                add(sums, f"rate over target/{fmr:g}/{kind}", rate <= fmr, rate / fmr)
-                add(sums, f"TAR at/{fmr:g}/{kind}", False, tar)
-    return sums, pooled.truth(goal)
-
-
-class Pooled:
-    """Add up the curves of all trials of a row."""
-
-    def __init__(self) -> None:
-        self._curves = {key: np.zeros(len(GRID)) for key in ("FMR", "TAR", "raw FMR", "raw TAR")}
-        self._totals = dict.fromkeys(self._curves, 0.0)
-
-    def add(self, scores: PairScores) -> None:
-        """Add one set of people."""
-        p = scores.pairing
-        has = p.genuine_per_identity > 0
-        own = 1 / p.genuine_per_identity[scores.genuine_identity]
-        for key, values, weight, total in (
-            ("FMR", scores.impostor, scores.share, p.identity_pairs),
-            ("raw FMR", scores.impostor, scores.weight, p.impostor_pairs),
-            ("TAR", scores.genuine, own, np.count_nonzero(has)),
-            ("raw TAR", scores.genuine, np.ones(len(own)), p.genuine_pairs),
-        ):
-            self._curves[key] += np.append(0.0, np.cumsum(weight))[matching(values, GRID)]
-            self._totals[key] += total
-
-    def _rate(self, key: str) -> Doubles:
-        rate: Doubles = self._curves[key] / self._totals[key]
-        return rate
-
-    def fmr(self, threshold: float) -> float:
-        """Return the true FMR of a threshold."""
-        return float(np.interp(threshold, GRID, self._rate("FMR")))
-
-    def truth(self, goal: Doubles) -> dict[str, list[float]]:
-        """Return the true accept rates where the FMR is that of the target, balanced and raw."""
-        found = {}
-        for tar, fmr in (("TAR", "FMR"), ("raw TAR", "raw FMR")):
-            at = np.interp(goal, self._rate(fmr)[::-1], GRID[::-1])
-            found[tar] = np.interp(at, GRID, self._rate(tar)).tolist()
-        return found
-
-
-def add(sums: Sums, key: str, held: bool, width: float) -> None:
-    """Count one trial."""
-    one = sums.setdefault(key, [0, 0.0, 0])
-    sums[key] = [one[0] + bool(held), one[1] + float(width), one[2] + 1]
-
-
-def _intervals(
-    scores: PairScores, threshold: float, k: int, rate: Doubles, variance: Any, seed: int, others: bool
-) -> dict[str, tuple[float, float]]:
-    """Compute the interval of the FMR by every method; none where nothing matches."""
-    if rate[k] == 0:
-        return {}
-    n = scores.pairing.identities
-    seen = [float(x) for x in (rate[k], variance.total[k], variance.people[k], variance.largest[k])]
-    made = {"now": small_rate_interval(*seen)}
-    if not others or n > 1.2 * COMPARED:
-        return made | {"before": before(Seen(*seen, np.empty((0, 0), np.float32)))}
-    matched = np.zeros((n, n), np.float32)
-    here = slice(0, int(matching(scores.impostor, np.array([threshold]))[0]))
-    a, b = (side[here] for side in scores.impostor_identities)
-    np.add.at(matched, (a, b), scores.share[here])
-    s = Seen(*seen, matched + matched.T)
-    people = scores.impostor_identities
-    return made | {
-        "before": before(s),
-        "gamma": gamma_exact(s),
-        "gamma and one more person": fay_feuer(s),
-        "jackknife": jackknife(s),
-        "exponential tail": tail_model(
-            scores.impostor, scores.share, people, threshold, float(scores.pairing.identity_pairs)
-        ),
-        **drawn_again(s, seed),
-    }
-
-
-def _assured(
-    scores: PairScores, fmr: float, measured: float, rate: Doubles, variance: Any, k: int
-) -> dict[str, tuple[float, float]]:
-    """Find the thresholds for a rate as measured, as a point and as a bound, and the balanced TAR at each."""
-    p, v = float(rate[k]), float(variance.total[k])
-    bound = small_rate_interval(p, v, float(variance.people[k]), float(variance.largest[k]), probability=0.95)[1]
-    point, kept = rates(scores, np.array([fmr / (1 + v / p**2), fmr * fmr / max(bound, fmr)])).threshold
-    own = 1 / scores.pairing.genuine_per_identity[scores.genuine_identity]
-    total = own.sum()
-    return {
-        kind: (float(t), float(own[: matching(scores.genuine, np.array([t]))[0]].sum() / total))
-        for kind, t in (("measured", measured), ("point", point), ("bound", kept))
-    }
-
-
-def tar_row(name: str, people: int, trials: int | range, resamples: int, truth: dict[str, list[float]]) -> Sums:
-    """Simulate one row of true accept rates."""
-    scenario, goal = SCENARIOS[name], targets(people)
-    _, lowest = pilot(name, people)
-    sums: Sums = {}
-    for seed in seeds(name, people, trials):
-        scores = scored(*embeddings(scenario, people, seed), lowest)
-        drawn = bootstrap(scores, goal, np.empty(0), resamples=resamples, seed=seed % 2**32)
-        for k, fmr in enumerate(goal):
-            if fmr < smallest_fmr(scores.pairing):
-                continue
-            for key, rate, samples, size in (
-                ("TAR", drawn.observed_tar_balanced, drawn.tar_balanced, drawn.people[1]),
-                ("raw TAR", drawn.observed_tar, drawn.tar, drawn.people[0]),
-            ):
-                low, high = proportion_intervals(rate[k : k + 1], samples[:, k : k + 1].var(axis=0), size)
-                add(sums, f"{key}/{fmr:g}/now", low[0] <= truth[key][k] <= high[0], high[0] - low[0])
-                low_before, high_before = interval(samples[:, k], size)
-                held = low_before <= truth[key][k] <= high_before
-                add(sums, f"{key}/{fmr:g}/before", held, high_before - low_before)
-    return sums
+def _still_to_do(cell: dict[str, Any], key: str, trials: int) -> int:
+    """Return the number of trials to reach; 0 where a cell has them."""
+    return trials if trials > _fresh(cell, key) else 0
 
 
 def table(found: dict[str, Any]) -> str:

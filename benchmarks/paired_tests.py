@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from coverage import FIRST, RATES, Sums, add, merged, pilot, targets
+from coverage_trials import FIRST, RATES, Sums, add, merged, pilot, targets
 from simulated_people import SCENARIOS, embeddings, scored, seeds
 
 from pkd.toolkit.evaluation.metrics.bootstrap import bootstrap, fmr_variance, resampled_accuracies

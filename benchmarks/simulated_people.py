@@ -17,7 +17,7 @@ from pkd.toolkit.evaluation.metrics.pair_scores import BINS, PairScores
 from pkd.toolkit.evaluation.metrics.pairing import Floats, Ints, Pairing
 
 DIM, AVERAGE = 16, 4
-STEP = 2048
+STEP = 256
 """Rows of a tile of scores."""
 FRESH = 20_000
 """First trial of every row."""
@@ -104,12 +104,15 @@ def scored(vectors: Floats, labels: Ints, lowest: float, *, gallery: Floats | No
     other = (vectors if gallery is None else gallery)[order]
     vectors, labels = vectors[order], labels[order]
     files, parts = np.arange(len(labels)), []
+    own_first, own_second = _genuine(labels)
     for top in range(0, len(labels), STEP):
         scores = vectors[top : top + STEP] @ other[top:].T
-        same = labels[top : top + STEP, None] == labels[top:]
-        row, column = np.divmod(np.flatnonzero((scores >= lowest) | same), scores.shape[1])
-        later = row < column
-        parts.append((scores[row[later], column[later]], top + row[later], top + column[later]))
+        high, column = np.divmod(np.flatnonzero(scores >= lowest), scores.shape[1])
+        row, column = top + high, top + column
+        impostor = (row < column) & (labels[row] != labels[column])
+        own = slice(*np.searchsorted(own_first, (top, top + STEP)))
+        row, column = np.append(own_first[own], row[impostor]), np.append(own_second[own], column[impostor])
+        parts.append((scores[row - top, column - top], row, column))
     kept, first, second = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(-kept, kind="stable")
     kept, first, second = kept[order], first[order].astype(np.int32), second[order].astype(np.int32)
@@ -126,6 +129,15 @@ def scored(vectors: Floats, labels: Ints, lowest: float, *, gallery: Floats | No
         cut=-np.inf,
         histogram=np.zeros(BINS, np.int64),
     )
+
+
+def _genuine(labels: Ints) -> tuple[Ints, Ints]:
+    """List every pair of images of one name, i < j in ascending order of i; ``labels`` ascend."""
+    place = np.arange(len(labels))
+    later = np.searchsorted(labels, labels, "right") - place - 1
+    first = np.repeat(place, later)
+    second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(later) - later, later)
+    return first, second
 
 
 def seeds(name: str, people: int, trials: int | range) -> Iterator[int]:

@@ -46,7 +46,7 @@ class Drawn:
         scores = score_pairs(self.pairing, self.vectors, self.vectors)
         points = measure(scores, "T–T", ENCODER, ENCODER, fmrs=FMRS, resamples=100, seed=0)[0].points
         groups = divide(self.labels, self.names, self.pairing, one_set=True)
-        (found,) = measure_groups(groups, self.vectors, self.vectors, scores, points, resamples=100, seed=0)
+        (found,) = measure_groups(groups, self.vectors, self.vectors, scores, points, seed=0)
         return found, [p.threshold for p in points]
 
 
@@ -121,7 +121,7 @@ def test_a_group_without_genuine_or_without_impostor_pairs_is_counted_and_not_ra
     groups = divide(Labels("l", "0" * 64, ("kind",), values), names, pairing, one_set=True)  # type: ignore[arg-type]
     scores = score_pairs(pairing, unit, unit)
     points = measure(scores, "T–T", ENCODER, ENCODER, fmrs=(0.1,), resamples=100, seed=0)[0].points
-    (found,) = measure_groups(groups, unit, unit, scores, points, resamples=100, seed=0)
+    (found,) = measure_groups(groups, unit, unit, scores, points, seed=0)
     alone, rest, single = found.groups
     assert (single.genuine_pairs, single.rates[0].fnmr, alone.impostor_pairs, alone.rates[0].fmr) == (0, None, 0, None)
     assert single.rates[0].fmr is not None and alone.min_fmr is None and rest.min_fmr is not None
@@ -135,7 +135,7 @@ def test_a_probe_and_a_gallery_set_are_divided_alike() -> None:
     scores = score_pairs(pairing, drawn.vectors[q], drawn.vectors[g])
     points = measure(scores, "S–T", ENCODER, ENCODER, fmrs=(0.3, 0.1), resamples=100, seed=0)[0].points
     groups = divide(drawn.labels, drawn.names, pairing, one_set=False)
-    (found,) = measure_groups(groups, drawn.vectors[q], drawn.vectors[g], scores, points, resamples=100, seed=0)
+    (found,) = measure_groups(groups, drawn.vectors[q], drawn.vectors[g], scores, points, seed=0)
     everyone = oracle.all_pairs(pairing, drawn.vectors[q], drawn.vectors[g])
     assert sum(group.images for group in found.groups) == int((drawn.group[drawn.owners] != "").sum())
     for group in found.groups:

@@ -76,7 +76,6 @@ def measure_groups(
     scores: PairScores,
     points: Sequence[OperatingPoint],
     *,
-    resamples: int,
     seed: int,
     advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[Attribute, ...]:
@@ -91,7 +90,7 @@ def measure_groups(
         scored = None
         if points and part.pairing.genuine_pairs + part.pairing.impostor_pairs:
             scored = score_pairs(part.pairing, query[part.query], gallery[part.gallery], seed=seed)
-        found[part.attribute].append(_group(part, scored, points, everyone, resamples=resamples, seed=seed))
+        found[part.attribute].append(_group(part, scored, points, everyone))
         advance(1)
     return tuple(
         Attribute(name=name, unlabelled=len(groups.unlabelled[name]), groups=tuple(found[name]))
@@ -118,15 +117,12 @@ def _group(
     scores: PairScores | None,
     points: Sequence[OperatingPoint],
     everyone: Sequence[float],
-    *,
-    resamples: int,
-    seed: int,
 ) -> Group:
     p = part.pairing
     smallest = smallest_fmr(p)
     rates: tuple[GroupRates, ...] = ()
     if scores:
-        rates = _rates(scores, points, everyone, smallest, resamples=resamples, seed=seed)
+        rates = _rates(scores, points, everyone, smallest)
     return Group(
         value=part.value,
         identities=p.identities,
@@ -145,15 +141,12 @@ def _rates(
     points: Sequence[OperatingPoint],
     everyone: Sequence[float],
     smallest: float,
-    *,
-    resamples: int,
-    seed: int,
 ) -> tuple[GroupRates, ...]:
     thresholds = np.array([point.threshold for point in points])
     false = [_FalseMatches(None, None, False)] * len(points)
     resolved = [smallest * (1 - 1e-9) <= point.fmr for point in points]
     if any(resolved):
-        drawn = bootstrap(scores, np.empty(0), thresholds, resamples=resamples, seed=seed)
+        drawn = bootstrap(scores, np.empty(0), thresholds, resamples=0)
         false = [_false_matches(drawn, k, smallest) if resolved[k] else false[k] for k in range(len(points))]
     rejected = _false_non_matches(scores, thresholds)
     return tuple(

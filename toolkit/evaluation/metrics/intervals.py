@@ -68,20 +68,21 @@ def proportion_interval(
 def proportion_intervals(
     rates: Doubles,
     variances: Doubles,
-    people: float,
+    people: float | Doubles,
     *,
     trials_per_person: float | Doubles = TRIALS_PER_PERSON,
     tail: float = 0.025,
 ) -> tuple[Doubles, Doubles]:
     """Compute the lower and the upper ends of several rates' intervals, as ``proportion_interval`` does.
 
-    ``tail``: chance of a true rate beyond either end.
+    ``people``: of all rates, or of each. ``tail``: chance of a true rate beyond either end.
     """
     rates = np.clip(rates, 0.0, 1.0)
     certain = (variances <= 0) | (rates <= 0) | (rates >= 1)
     trials = rates * (1 - rates) / np.where(certain, 1.0, variances)
-    trials *= (NormalDist().inv_cdf(0.975) / student_quantile(people)) ** 2
-    most = max(people, 1.0)
+    quantiles = np.array([student_quantile(each) for each in np.atleast_1d(people)])
+    trials *= (NormalDist().inv_cdf(0.975) / quantiles) ** 2
+    most = np.maximum(people, 1.0)
     trials = np.where(certain, most, np.clip(trials, 1.0, most * trials_per_person))
     hits = rates * trials
     low = np.where(hits > 0, _beta_quantile(tail, hits, trials - hits + 1), 0.0)

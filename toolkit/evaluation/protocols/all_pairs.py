@@ -112,7 +112,6 @@ def cross_matrix(
                     vectors[g, False],
                     scores,
                     comparison.points,
-                    resamples=options.resamples,
                     seed=options.seed,
                     advance=advance,
                 )
