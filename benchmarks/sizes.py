@@ -23,6 +23,7 @@ from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.models.open_encoder import open_encoder
 
 RESULTS = ROOT / "benchmarks" / "results" / "sizes.json"
+PICTURE = ROOT / "docs" / "images" / "sizes.svg"
 IMAGES = 10_000
 TARGETS = {"float32": "onnxruntime-fp32", "w8a16": "onnxruntime-w8a16"}
 BUDGET = (
@@ -62,13 +63,17 @@ def main() -> int:
     if args is None:
         return 0
     if args.page:
-        put("sizes", text(json.loads(RESULTS.read_text(encoding="utf-8"))))
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+        put("sizes", text(results))
+        draw(results)
         return 0
     runs = trained(args, ROWS, adopted())
     if not args.train_only:
         places = Places()
         rows = [measured(places, name, run) for (name, _), run in runs.items()]
-        write({"rows": rows, **places.size()}, RESULTS, "sizes", text)
+        results = {"rows": rows, **places.size()}
+        write(results, RESULTS, "sizes", text)
+        draw(results)
     return 0
 
 
@@ -110,6 +115,31 @@ def text(results: Report) -> str:
     ]  # fmt: skip
     head = ("parameters", "float32", "S–T", "S–S", "w8a16", "S–T", "S–S")
     return f"{said}\n\n{markdown_table(head, lines)}"
+
+
+def draw(results: Report) -> None:
+    """Draw S–T TAR at FMR 1e-3 against the size of the file, float32 and 8-bit."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "pkd"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for kind, colour in (("float32", "#0b63c5"), ("w8a16", "#b45309")):
+        points = sorted((row[kind]["bytes"] / 1e6, row[kind]["test"]["S–T"]) for row in results["rows"])
+        sizes = [size for size, _ in points]
+        found = [rates["tar"]["0.001"] for _, rates in points]
+        bars = [[abs(rates["interval"]["0.001"][end] - rates["tar"]["0.001"]) for _, rates in points] for end in (0, 1)]
+        axes.errorbar(sizes, found, bars, marker="o", capsize=2, color=colour, label=kind)
+    axes.set_xscale("log")
+    axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    axes.set_xlabel("size of the file, MB")
+    axes.set_ylabel("S–T TAR at FMR 1e-3")
+    axes.grid(color="#e2e8f0")
+    axes.legend(loc="lower right")
+    figure.savefig(PICTURE, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
 
 
 def rate(report: Report, pair: str) -> str:
