@@ -26,19 +26,8 @@ from pkd.toolkit.distill.models.adopted import AdoptedNetwork
 RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
 IMAGES = 4000
 BUDGET = (
-    "--method",
-    "l2kd",
-    "--steps",
-    "100",
-    "--batch",
-    "64",
-    "--precision",
-    "bf16",
-    "--threads",
-    "1",
-    "--map-rank",
-    "512",
-)
+    "--method", "l2kd", "--steps", "100", "--batch", "64", "--precision", "bf16", "--threads", "1", "--map-rank", "512",
+)  # fmt: skip
 
 
 def some(runs: Path) -> Path:
