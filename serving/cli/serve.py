@@ -50,12 +50,6 @@ def make_serve_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "pkd-serve", "Serve encoders over HTTP: embed faces, and verify pairs under measured error rates.", EXAMPLES
     )
-    parser.add_argument(
-        "bundles",
-        nargs="*",
-        metavar="BUNDLE",
-        help="folder, zip or BUNDLE/targets/NAME; first teacher: the default ($PKD_BUNDLES)",
-    )
     add_options(parser)
     parser.add_argument(
         "--check-config",
@@ -73,7 +67,7 @@ def _serve(args: argparse.Namespace, console: Console) -> Result:
     with serving_installed():
         if args.new_api_key:
             return _new_key(args, console)
-        if (args.log or os.environ.get("PKD_LOG")) != "json" or args.check_config:
+        if (vars(args).get("log") or os.environ.get("PKD_LOG")) != "json" or args.check_config:
             return _run(args, console)
         return _run_in_json(args, console)
 

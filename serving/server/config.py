@@ -1,6 +1,10 @@
 """Read what one pkd-serve was asked for. Every option is a flag and an environment variable; the flag wins.
 
 Secrets are files: no option takes a key itself, since arguments and environment can be read by others.
+
+Options are models, as in every command (``cli_options``); variables are read here and not by pydantic-settings. That
+takes a misspelt variable for none, which would leave ``PKD_API_KEY`` without effect, and its errors are six lines that
+name the field and neither flag nor variable (both in tests/unit/serving/server/test_config.py).
 """
 
 from __future__ import annotations
@@ -9,267 +13,151 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any
 
-from pkd.serving.core.options import Settings, check
+from pydantic import AfterValidator, Field
+from pydantic.fields import FieldInfo
+
+from pkd.serving.core.options import Settings
 from pkd.serving.galleries.open import StoreUrl
 from pkd.serving.observability.logs import LogFormat
-from pkd.toolkit.certificates.certificate import Assurance
+from pkd.toolkit.core.cli_options import Argument, Model, Options, flag, validate_options
+from pkd.toolkit.core.cli_options import add_options as add_fields
 from pkd.toolkit.core.errors import InputError
-from pkd.toolkit.core.gpu import Device
 
 OTHERS = frozenset({"PKD_SHARED", "PKD_CACHE", "PKD_KEY_PASSPHRASE", "PKD_BIN"})
 """Variables of other commands of pkd, and of scripts that try them."""
 SERVICE_LINK = re.compile(r"PKD(_[A-Z0-9_]+)?_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP)(_.*)?)?)|PKD_PORT")
 """Variables that Kubernetes sets in every pod beside a Service whose name begins with pkd."""
-YES, NO = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off", ""})
 GPU_THREADS = 64
 """Worker threads in front of a GPU: as many as fill two of the largest batches, one that runs and one that gathers."""
 
-LIMITS = frozenset(each.name for each in fields(Settings))
-"""The options that are fields of Settings."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """Describe one option: its flag, its variable and its values."""
-
-    name: str
-    """Name of the field of Configuration or Settings."""
-    kind: str
-    """``yes`` for a switch, ``list``, or a placeholder for the value in --help."""
-    help: str
-    default: str
-    """Default for people, as --help shows it."""
-    parse: Callable[[str], Any] = str
-
-    @property
-    def flag(self) -> str:
-        """Return its flag: ``--master-key``."""
-        return f"--{self.name.replace('_', '-')}"
-
-    @property
-    def variable(self) -> str:
-        """Return its environment variable: ``PKD_MASTER_KEY_FILE``, for secrets are given as files."""
-        return f"PKD_{self.name.upper()}" + {"FILE": "_FILE", "list": "_FILES"}.get(self.kind, "")
-
-
-def _switch(text: str) -> bool:
-    if text.lower() not in YES | NO:
-        raise InputError("give 1 or 0.")
-    return text.lower() in YES
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"-?\d{1,15}", text) or not low <= int(text) <= high:
-            raise InputError(f"give a number from {low} to {high}.")
-        return int(text)
-
-    return parse
-
-
-def _one_of(*known: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in known:
-            raise InputError(f"give {' or '.join(known)}.")
-        return text
-
-    return parse
-
 
 def _gallery(text: str) -> str:
-    StoreUrl(text)
-    return text
+    try:
+        return StoreUrl(text).url
+    except InputError as error:
+        raise ValueError(str(error)) from None
 
 
-def _list(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(os.pathsep) if part)
+File = Annotated[str | None, Argument("FILE")]
 
 
-def _option(value: Any, kind: str, help: str, default: str, parse: Callable[[str], Any] = str) -> Any:
-    """Make a field of Configuration that is an option; ``value``: its default."""
-    return field(default=value, metadata={"kind": kind, "help": help, "default": default, "parse": parse})
+class ServerOptions(Options):
+    """Hold what is served, where, and to whom."""
+
+    bundles: Annotated[tuple[str, ...], Argument("BUNDLE", positional=True)] = ()
+    """Folder, zip or BUNDLE/targets/NAME; the first teacher is the default."""
+    host: Annotated[str, Argument("ADDRESS")] = "127.0.0.1"
+    """Address to listen on; by default only this machine reaches it."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port number; 0 picks a free one."""
+    workers: int = Field(default=1, ge=1, le=256)
+    """Number of processes that share port and galleries."""
+    detector: Annotated[str | None, Argument("SPEC")] = None
+    """YuNet .onnx file, insightface:PACK or insightface:FOLDER; without one only aligned crops are taken."""
+    gallery: Annotated[Annotated[str, AfterValidator(_gallery)] | None, Argument("DIR|milvus[+tls]://HOST:PORT")] = None
+    """Place where galleries are kept: a folder of this machine, or a Milvus server; without one there are none."""
+    master_key: File = None
+    """Key that every gallery's key is wrapped by, needed with --gallery; kept away from galleries and their backups."""
+    audit: File = None
+    """Audit log of this machine, needed beside Milvus, which cannot keep one."""
+    milvus_token: File = None
+    """File that holds USER:PASSWORD of Milvus, where it asks for one."""
+    milvus_shards: int = Field(default=1, ge=1, le=64)
+    """Number of parts that a new gallery has in Milvus, for its nodes to share."""
+    api_keys: File = None
+    """Lines SHA256 NAME SCOPES [rate=N/s], needed beyond loopback; read again when it changes; see --new-api-key."""
+    policies: File = None
+    """JSON of what each gallery demands, such as quality; read again when it changes."""
+    liveness: File = None
+    """JSON that names whose signed verdicts on living people are believed; without it none is."""
+    attack_detector: File = None
+    """ONNX model that tells attacks from living people in photographs that come without a signed verdict."""
+    attack_certificate: File = None
+    """Certificate that pkd-pad wrote of that model, with its threshold."""
+    oidc: File = None
+    """JSON that names an OpenID Connect issuer whose access tokens are taken beside keys."""
+    device_classes: File = None
+    """JSON of the encoder that each class of devices is to run; read again when it changes."""
+    insecure_no_keys: bool = False
+    """Listen beyond loopback without keys, for anyone to use."""
+    no_page: bool = False
+    """Serve no page for browsers at /."""
+    open_metrics: bool = False
+    """Answer /metrics without a key; keep it from strangers by the proxy."""
+    trust_key: Annotated[tuple[str, ...], Argument("FILE", repeatable=True)] = ()
+    """File of an ed25519 public key; refuse bundles and certificates that no such key has signed; repeatable."""
+    log: LogFormat = "text"
+    """Form of the lines on stderr."""
+    log_requests: bool = False
+    """Log a line for every request, too."""
+    traces: bool = False
+    """Send OpenTelemetry spans to where OTEL_EXPORTER_OTLP_ENDPOINT says."""
 
 
-@dataclass(frozen=True)
-class Configuration:
+class Configuration(ServerOptions):
     """Hold everything that a server process needs to know, as plain data: it is handed to worker processes."""
 
-    bundles: tuple[str, ...]
-    host: str = _option("127.0.0.1", "ADDRESS", "address to listen on", "127.0.0.1, only this machine")
-    port: int = _option(8000, "N", "port; 0 picks a free one", "8000", _whole(0, 65535))
-    workers: int = _option(1, "N", "processes that share port and galleries", "1", _whole(1, 256))
-    detector: str | None = _option(
-        None,
-        "SPEC",
-        "YuNet .onnx file, insightface:PACK or insightface:FOLDER",
-        "none: only aligned crops are taken",
-    )
-    gallery: str | None = _option(
-        None,
-        "DIR|milvus[+tls]://HOST:PORT",
-        "place where galleries are kept: a folder of this machine, or a Milvus server",
-        "none: no galleries",
-        _gallery,
-    )
-    master_key: str | None = _option(
-        None,
-        "FILE",
-        "the key that every gallery's key is wrapped by; kept away from the galleries and their backups",
-        "none; needed with --gallery",
-    )
-    audit: str | None = _option(
-        None,
-        "FILE",
-        "audit log of this machine, beside Milvus, which cannot keep one",
-        "none; needed with milvus://",
-    )
-    milvus_token: str | None = _option(
-        None, "FILE", "file that holds USER:PASSWORD of Milvus", "none: Milvus asks for none"
-    )
-    milvus_shards: int = _option(
-        1, "N", "parts that a new gallery has in Milvus, for its nodes to share", "1", _whole(1, 64)
-    )
-    api_keys: str | None = _option(
-        None,
-        "FILE",
-        "lines SHA256 NAME SCOPES [rate=N/s]; read again when it changes; see --new-api-key",
-        "none; needed beyond loopback",
-    )
-    policies: str | None = _option(
-        None,
-        "FILE",
-        "JSON of what each gallery demands, such as quality; read again when it changes",
-        "none: what the server demands",
-    )
-    liveness: str | None = _option(
-        None,
-        "FILE",
-        "JSON that names whose signed verdicts on living people are believed",
-        "none: no verdict is believed",
-    )
-    attack_detector: str | None = _option(
-        None,
-        "FILE",
-        "ONNX model that tells attacks from living people in photographs that come without a signed verdict",
-        "none: no model is run",
-    )
-    attack_certificate: str | None = _option(
-        None, "FILE", "certificate that pkd-pad wrote of that model, with its threshold", "none"
-    )
-    oidc: str | None = _option(
-        None,
-        "FILE",
-        "JSON that names an OpenID Connect issuer whose access tokens are taken beside keys",
-        "none: keys alone",
-    )
-    device_classes: str | None = _option(
-        None,
-        "FILE",
-        "JSON of the encoder that each class of devices is to run; read again when it changes",
-        "none: there are no device classes",
-    )
-    insecure_no_keys: bool = _option(
-        False, "yes", "listen beyond loopback without keys, for anyone to use", "off", _switch
-    )
-    no_page: bool = _option(False, "yes", "serve no page for browsers at /", "off", _switch)
-    open_metrics: bool = _option(
-        False, "yes", "answer /metrics without a key; keep it from strangers by the proxy", "off", _switch
-    )
-    trust_key: tuple[str, ...] = _option(
-        (),
-        "list",
-        "ed25519 public key; refuse bundles and certificates that no such key has signed; repeatable",
-        "none: they may come from anyone",
-        _list,
-    )
-    log: LogFormat = _option("text", "text|json", "form of the lines on stderr", "text", _one_of(*get_args(LogFormat)))  # noqa: RUF009
-    log_requests: bool = _option(False, "yes", "log a line for every request, too", "off", _switch)
-    traces: bool = _option(
-        False, "yes", "send OpenTelemetry spans to where OTEL_EXPORTER_OTLP_ENDPOINT says", "off", _switch
-    )
-    settings: Settings = field(default_factory=Settings)
+    settings: Settings = Field(default_factory=Settings)
 
 
-def _setting(each: Field[Any]) -> Option:
-    """Make the option of a field of Settings, whose range is checked with its name."""
-
-    def parse(text: str) -> float:
-        try:
-            value: float = int(text) if each.type == "int" else float(text)
-        except ValueError:
-            raise InputError(f"give a {'whole ' if each.type == 'int' else ''}number.") from None
-        check(each.name, value)
-        return value
-
-    default = f"one per core; {GPU_THREADS} with --device cuda"
-    if each.default is not MISSING:
-        default = str(each.default) if each.default >= 1e4 else f"{each.default:g}"
-    return Option(each.name, "N", each.metadata["says"], default, parse)
+MODELS: tuple[type[Options], ...] = (ServerOptions, Settings)
+"""Models whose fields are the options, in the order of --help."""
 
 
-DEVICE = Option(
-    "device",
-    "cpu|cuda",
-    "device that encoders run on; on a GPU the crops of many requests go through together",
-    "cpu",
-    _one_of(*get_args(Device)),
-)
-ASSURANCE = Option(
-    "assurance",
-    "point|bound",
-    "meaning of target rates, where a request states none: met on average, or kept with 95 % confidence",
-    "point",
-    _one_of(*get_args(Assurance)),
-)
-_OWN = [Option(each.name, **each.metadata) for each in fields(Configuration) if each.metadata]
-OPTIONS = (*_OWN[:3], DEVICE, *_OWN[3:], ASSURANCE, *(_setting(each) for each in fields(Settings) if each.metadata))
-"""Options in the order of --help."""
+def variable(name: str) -> str:
+    """Name the environment variable of an option: ``PKD_MASTER_KEY_FILE``, for secrets are given as files."""
+    field = _fields()[name]
+    file = any(isinstance(each, Argument) and each.metavar == "FILE" for each in field.metadata)
+    return f"PKD_{name.upper()}{('_FILES' if _is_many(field) else '_FILE') if file else ''}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` a flag for every option. Their values stay text until ``configure``."""
-    for option in OPTIONS:
-        says = f"{option.help} (default: {option.default}; ${option.variable})".replace("%", "%%")
-        if option.kind == "yes":
-            parser.add_argument(option.flag, action="store_const", const="1", help=says)
-        elif option.kind == "list":
-            parser.add_argument(option.flag, action="append", metavar="FILE", help=says)
-        else:
-            parser.add_argument(option.flag, metavar=option.kind, help=says)
+    """Give ``parser`` a flag for every option, whose help names its variable, too."""
+    for model in MODELS:
+        add_fields(parser, model, note=lambda name: f" (${variable(name)})")
 
 
 def configure(args: argparse.Namespace, environment: Mapping[str, str]) -> Configuration:
     """Read flags, else variables, else defaults. Raises InputError that names the flag or the variable at fault."""
     _refuse_unknown_variables(environment)
-    given: dict[str, Any] = {}
-    for option in OPTIONS:
-        given_text = getattr(args, option.flag[2:].replace("-", "_"))
-        source, text = (
-            (option.flag, given_text) if given_text is not None else (option.variable, environment.get(option.variable))
+    if "port" not in args and environment.get("PKD_PORT", "").startswith("tcp://"):
+        raise InputError(
+            f"PKD_PORT {environment['PKD_PORT']}: Kubernetes set this for a Service named pkd: set "
+            "enableServiceLinks: false in the pod."
         )
-        if isinstance(text, list):
-            given[option.name] = tuple(text)
-        elif text is not None and (text or option.kind == "yes"):
-            try:
-                given[option.name] = option.parse(text)
-            except InputError as error:
-                raise InputError(f"{source} {text}: {error}{_hint(source, text)}") from None
-    if given.get("device") == "cuda":
-        given.setdefault("threads", GPU_THREADS)
-    bundles = tuple(args.bundles) or _list(environment.get("PKD_BUNDLES", ""))
-    if not bundles:
+    settings = _read(Settings, args, environment)
+    if settings.device == "cuda" and "threads" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"threads": GPU_THREADS})
+    made = Configuration(**dict(_read(ServerOptions, args, environment)), settings=settings)
+    if not made.bundles:
         raise InputError("no bundle to serve. Give one as an argument or in PKD_BUNDLES; pkd-export makes them.")
-    settings = Settings(**{name: value for name, value in given.items() if name in LIMITS})
-    made = Configuration(
-        bundles, settings=settings, **{name: value for name, value in given.items() if name not in LIMITS}
-    )
     _check_combinations(made)
     return made
+
+
+def _read(model: type[Model], args: argparse.Namespace, environment: Mapping[str, str]) -> Model:
+    values: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        given, text = vars(args).get(name), environment.get(variable(name))
+        if given is not None and given != []:
+            values[name] = given
+        elif text:
+            values[name] = tuple(filter(None, text.split(os.pathsep))) if _is_many(field) else text
+            names[name] = variable(name)
+    return validate_options(model, values, names)
+
+
+def _fields() -> Mapping[str, FieldInfo]:
+    return {name: field for model in MODELS for name, field in model.model_fields.items()}
+
+
+def _is_many(field: FieldInfo) -> bool:
+    return bool(field.default == ())
 
 
 def _check_combinations(made: Configuration) -> None:
@@ -321,7 +209,7 @@ def _check_combinations(made: Configuration) -> None:
 
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    known = {option.variable for option in OPTIONS} | {"PKD_BUNDLES"} | OTHERS
+    known = {variable(name) for name in _fields()} | OTHERS
     for name in environment:
         if name.startswith("PKD_") and name not in known and not SERVICE_LINK.fullmatch(name):
             near = difflib.get_close_matches(name, known, 1)
@@ -330,18 +218,19 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
             raise InputError(f"{name}: no such setting; {meant}{files}See pkd-serve --help.")
 
 
-def _hint(source: str, text: str) -> str:
-    if source == "PKD_PORT" and text.startswith("tcp://"):
-        return " Kubernetes set this for a Service named pkd: set enableServiceLinks: false in the pod."
-    return ""
-
-
 def table() -> str:
     """Write every option as a row of Markdown: docs/operations.md holds this text."""
     rows = [
-        f"| `{option.flag}` | `{option.variable}` | {option.help} | {option.default} |".replace(
-            "cpu|cuda", r"cpu\|cuda"
-        )
-        for option in OPTIONS
+        f"| {'argument' if name == 'bundles' else f'`{flag(name)}`'} | `{variable(name)}` | {field.description} "
+        f"| {_default(field)} |"
+        for name, field in _fields().items()
     ]
     return "\n".join(["| flag | variable | what it is | default |", "| --- | --- | --- | --- |", *rows])
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory:
+        return "one per core"
+    if field.default in (None, ()):
+        return "none"
+    return "off" if field.default is False else str(field.default)

@@ -41,8 +41,14 @@ from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.models import Record
 
 Model = TypeVar("Model", bound=BaseModel)
+NO_NAMES: Mapping[str, str] = {}
 PLACEHOLDERS = {int: "N", float: "X", Path: "PATH"}
 """Type of a value → its placeholder in --help, where the field's Argument names none."""
+KINDS = {
+    "int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number",
+    "bool_parsing": "1 or 0",
+}  # fmt: skip
+"""Kind of pydantic's error about a text → what to give instead."""
 
 
 class Options(Record):
@@ -81,8 +87,13 @@ def run_command(
     return run(parser, lambda args, console: body(read_options(model, args), console), argv)
 
 
-def add_options(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
-    """Give ``parser`` an argument for every field. One that is not on the command line is absent from its result."""
+def add_options(
+    parser: argparse.ArgumentParser, model: type[BaseModel], note: Callable[[str], str] = lambda name: ""
+) -> None:
+    """Give ``parser`` an argument for every field. One that is not on the command line is absent from its result.
+
+    ``note``: adds to the help of the option of a name.
+    """
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, field in model.model_fields.items():
         given = next((each for each in field.metadata if isinstance(each, Argument)), Argument())
@@ -91,7 +102,7 @@ def add_options(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None
             if given.group not in groups:
                 groups[given.group] = parser.add_argument_group(given.group)
             add = groups[given.group].add_argument
-        settings = _settings(field, given) | {"default": argparse.SUPPRESS, "help": _help(field)}
+        settings = _settings(field, given) | {"default": argparse.SUPPRESS, "help": _help(field) + note(name)}
         if given.positional:
             add(name, **settings)
         else:
@@ -103,8 +114,11 @@ def read_options(model: type[Model], args: argparse.Namespace) -> Model:
     return validate_options(model, {name: vars(args)[name] for name in model.model_fields if name in vars(args)})
 
 
-def validate_options(model: type[Model], values: Mapping[str, Any]) -> Model:
-    """Make the model from values by field name. Raises InputError that names option, value and remedy."""
+def validate_options(model: type[Model], values: Mapping[str, Any], names: Mapping[str, str] = NO_NAMES) -> Model:
+    """Make the model from values by field name. Raises InputError that names option, value and remedy.
+
+    ``names``: field → name of it in errors, where that is not its flag.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -112,7 +126,8 @@ def validate_options(model: type[Model], values: Mapping[str, Any]) -> Model:
         name = str(first["loc"][0]) if first["loc"] else ""
         if name not in model.model_fields:
             raise InputError(f"{name or 'options'}: {first['msg']}.") from None
-        raise InputError(f"{flag(name)} {_shown(first['input'])}: {_remedy(model.model_fields[name], first)}") from None
+        said = names.get(name, flag(name))
+        raise InputError(f"{said} {_shown(first['input'])}: {_remedy(model.model_fields[name], first)}") from None
 
 
 def flag(name: str) -> str:
@@ -180,4 +195,7 @@ def _remedy(field: FieldInfo, error: Any) -> str:
         return f"give {error['ctx']['expected']}."
     if error["type"] == "finite_number":
         return "give a finite number."
-    return f"{error['msg'][:1].lower()}{error['msg'][1:]}."
+    if error["type"] in KINDS:
+        return f"give {KINDS[error['type']]}."
+    said = error["msg"].removeprefix("Value error, ").removesuffix(".")
+    return f"{said[:1].lower()}{said[1:]}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from pkd.serving.cli.serve import make_serve_parser
 from pkd.serving.core.options import Settings
 from pkd.serving.server import config
-from pkd.serving.server.config import OPTIONS, Configuration, configure
+from pkd.serving.server.config import MODELS, Configuration, configure, variable
 from pkd.toolkit.core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -25,7 +24,7 @@ def configured(*arguments: Any, **environment: Any) -> Any:
 
 def test_defaults_are_those_of_the_settings_and_only_this_machine_is_listened_to() -> None:
     made = configured("bundle")
-    assert made == Configuration(("bundle",))
+    assert made == Configuration(bundles=("bundle",))
     assert (made.host, made.workers, made.settings) == ("127.0.0.1", 1, Settings())
 
 
@@ -73,29 +72,28 @@ def test_every_option_takes_both_forms_and_gives_the_same() -> None:
         "milvus_token": milvus,
         "milvus_shards": milvus,
     }
-    assert {option.name for option in OPTIONS} == {
-        *(each.name for each in fields(Configuration) if each.name not in ("bundles", "settings")),
-        *(each.name for each in fields(Settings)),
-    }
-    for option in OPTIONS:
-        text = texts.get(option.name, "0.25")
-        text = "1" if option.kind == "yes" else text
-        flag = [option.flag] if option.kind == "yes" else [option.flag, text]
-        other = together.get(option.name, {})
-        by_flag, by_variable = configured("b", *flag, **other), configured("b", **{**other, option.variable: text})
-        assert by_flag == by_variable, option
+    for name, field in {name: field for model in MODELS for name, field in model.model_fields.items()}.items():
+        if name == "bundles":
+            continue
+        switch = field.annotation is bool
+        text = "1" if switch else texts.get(name, "0.25")
+        option = f"--{name.replace('_', '-')}"
+        other = together.get(name, {})
+        by_flag = configured("b", *([option] if switch else [option, text]), **other)
+        assert by_flag == configured("b", **{**other, variable(name): text}), option
         assert by_flag != configured("b"), option
 
 
 @pytest.mark.parametrize(
     ("variable", "text", "said"),
     [
-        ("PKD_PORT", "http", "PKD_PORT http: give a number from 0 to 65535"),
+        ("PKD_PORT", "http", "PKD_PORT http: give a whole number"),
+        ("PKD_PORT", "70000", "PKD_PORT 70000: must lie between 0 and 65535"),
         ("PKD_PORT", "tcp://10.0.0.1:80", "enableServiceLinks: false"),
-        ("PKD_THREADS", "0", "PKD_THREADS 0: give a number from 1 to 1024"),
+        ("PKD_THREADS", "0", "PKD_THREADS 0: must lie between 1 and 1024"),
         ("PKD_THREADS", "1.5", "PKD_THREADS 1.5: give a whole number"),
         ("PKD_TARGET_FMR", "nan", "PKD_TARGET_FMR nan"),
-        ("PKD_DEVICE", "gpu", "PKD_DEVICE gpu: give cpu or cuda"),
+        ("PKD_DEVICE", "gpu", "PKD_DEVICE gpu: give 'cpu' or 'cuda'"),
         ("PKD_TRACES", "maybe", "PKD_TRACES maybe: give 1 or 0"),
         ("PKD_GALLERY", "mysql://db", "PKD_GALLERY mysql://db: give a folder, milvus://HOST:PORT"),
         ("PKD_GALLERY", "milvus://db", "PKD_GALLERY milvus://db"),

@@ -30,7 +30,7 @@ class Process:
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Any:
-    made = supervisor._Parent(Configuration(("bundle",), workers=2), SimpleNamespace(), tmp_path, quiet=True)  # type: ignore[arg-type]
+    made = supervisor._Parent(Configuration(bundles=("bundle",), workers=2), SimpleNamespace(), tmp_path, quiet=True)  # type: ignore[arg-type]
     long_ago = time.monotonic() - 2 * supervisor.SILENT_SECONDS
     for index in range(2):
         ours, theirs = multiprocessing.Pipe()
