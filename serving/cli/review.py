@@ -6,7 +6,6 @@ import csv
 import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,7 +21,7 @@ from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.core.tables import show_table
 
 if TYPE_CHECKING:
-    from pkd.serving.galleries.review import Review
+    from pkd.serving.core.review_schemas import Review
     from pkd.toolkit.certificates.certificate import Certificate
 
 
@@ -71,11 +70,13 @@ def review_gallery(options: ReviewOptions, console: Console) -> Result:
     if options.csv:
         _write_csv(options.csv, found)
     _show(console, found, options)
-    return {"gallery": options.gallery, **asdict(found)}
+    return {"gallery": options.gallery, **found.model_dump()}
 
 
 def move(options: MoveOptions, console: Console) -> Result:
     """Move templates from one subject to another; returns the receipt."""
+    from pkd.serving.core.review_schemas import MoveAnswer
+
     with closing(options.open()) as store:
         there = store.subject(options.gallery, options.subject)
         done = store.move(
@@ -89,14 +90,7 @@ def move(options: MoveOptions, console: Console) -> Result:
         markup=False,
         soft_wrap=True,
     )
-    return {
-        "gallery": done.gallery,
-        "subject": done.subject,
-        "into": done.into,
-        "templates": list(done.templates),
-        "sequence": done.sequence,
-        "receipt": vars(done.receipt),
-    }
+    return MoveAnswer.model_validate(done).model_dump()
 
 
 def _certificates(sources: Sequence[Path]) -> list[Certificate]:

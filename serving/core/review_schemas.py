@@ -8,20 +8,20 @@ from pkd.serving.core.gallery_schemas import ReceiptAnswer
 from pkd.serving.core.schemas import Answer
 
 
-class PairAnswer(Answer):
+class DoubtfulPair(Answer):
     """Describe two subjects who may be one person."""
 
     subject: str
     other: str
     template: str
     other_template: str
-    encoders: list[str]
+    encoders: tuple[str, str]
     score: float
     expected_false: float = Field(description="Pairs of different people that reach such a score here by chance")
     calibrated: bool = Field(description="False: the rate is extrapolated beyond what was measured")
 
 
-class OutlierAnswer(Answer):
+class Outlier(Answer):
     """Describe a template that matches none of its subject's others."""
 
     subject: str
@@ -34,16 +34,21 @@ class OutlierAnswer(Answer):
     nearest: str | None = Field(description="Subject whom it matches instead")
 
 
-class ReviewAnswer(Answer):
-    """Answer a review: the most doubtful first."""
+class Review(Answer):
+    """Hold what a review found: the most doubtful first."""
 
-    gallery: str
     subjects: int
     templates: int
     compared: int = Field(description="Pairs of templates of different subjects")
-    pairs: list[PairAnswer]
-    outliers: list[OutlierAnswer]
+    pairs: list[DoubtfulPair]
+    outliers: list[Outlier]
     not_compared: dict[str, int] = Field(description="Encoder → templates that no certificate covers")
+
+
+class ReviewAnswer(Review):
+    """Answer a review."""
+
+    gallery: str
 
 
 class MoveAnswer(Answer):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from pkd.serving.core.review_schemas import DoubtfulPair, Outlier, Review
 from pkd.serving.galleries.store import Subject
 from pkd.toolkit.certificates.certificate import Certificate
 from pkd.toolkit.certificates.extrapolation import threshold_for
@@ -28,54 +29,6 @@ BLOCK = 1024
 MOST_PAIRS = 100_000
 """Most doubtful pairs that are kept: a list of more tells that the threshold is wrong for these people."""
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class DoubtfulPair:
-    """Hold two subjects who may be one person."""
-
-    subject: str
-    other: str
-    template: str
-    other_template: str
-    encoders: tuple[str, str]
-    score: float
-    expected_false: float
-    """Pairs of different people in this gallery that reach such a score by chance."""
-    calibrated: bool
-    """False: the score lies beyond what the certificate resolves, and the rate is extrapolated."""
-
-
-@dataclass(frozen=True)
-class Outlier:
-    """Hold a template that does not match its subject's others."""
-
-    subject: str
-    template: str
-    encoder: str
-    score: float
-    """Cosine to the most similar other template of the subject."""
-    threshold: float
-    others: int
-    """Templates that it was compared with."""
-    genuine_below: float
-    """Share of genuine pairs of templates that score as low: 1 − TAR of the certificate."""
-    nearest: str | None
-    """Subject whom it matches better, at the threshold of doubtful pairs; None where it matches nobody."""
-
-
-@dataclass
-class Review:
-    """Hold what a review found: pairs and outliers, the most doubtful first."""
-
-    subjects: int = 0
-    templates: int = 0
-    compared: int = 0
-    """Pairs of templates of different subjects."""
-    pairs: list[DoubtfulPair] = field(default_factory=list)
-    outliers: list[Outlier] = field(default_factory=list)
-    not_compared: dict[str, int] = field(default_factory=dict)
-    """Encoder → templates that no certificate covers against themselves or others."""
 
 
 @dataclass
@@ -108,7 +61,8 @@ def review(
                 of.templates.append(template.id)
                 of.vectors.append(template.vector)
         names.append(subject.id)
-    made = Review(len(names), sum(len(of.templates) for of in rows.values()))
+    templates = sum(len(of.templates) for of in rows.values())
+    made = Review(subjects=len(names), templates=templates, compared=0, pairs=[], outliers=[], not_compared={})
     plan = [(a, b) for i, a in enumerate(sorted(rows)) for b in sorted(rows)[i:]]
     chosen = {pair: known for pair in plan if (known := _certificate(certificates, *pair))}
     covered = {encoder for pair in chosen for encoder in pair}
@@ -150,7 +104,18 @@ def review(
             reached, needed, _, missed = max(found, key=lambda one: one[0] - one[1])
             near = elsewhere.get((encoder, id))
             others, name = sum(one[2] for one in found), names[owner[id, encoder]]
-            made.outliers.append(Outlier(name, id, encoder, reached, needed, others, missed, near[1] if near else None))
+            made.outliers.append(
+                Outlier(
+                    subject=name,
+                    template=id,
+                    encoder=encoder,
+                    score=reached,
+                    threshold=needed,
+                    others=others,
+                    genuine_below=missed,
+                    nearest=near[1] if near else None,
+                )
+            )
     made.outliers.sort(key=lambda one: (one.score - one.threshold, one.subject, one.template))
     return made
 
@@ -199,8 +164,16 @@ def _look_at_others(
             continue
         score, (p, q) = float(scores[i, j]), (rows[a].subjects[start + i], rows[b].subjects[j])
         rate, calibrated = rate_at(certificate, score)
-        templates = rows[a].templates[start + i], rows[b].templates[j]
-        one = DoubtfulPair(names[p], names[q], *templates, pair, score, rate * compared, calibrated)
+        one = DoubtfulPair(
+            subject=names[p],
+            other=names[q],
+            template=rows[a].templates[start + i],
+            other_template=rows[b].templates[j],
+            encoders=pair,
+            score=score,
+            expected_false=rate * compared,
+            calibrated=calibrated,
+        )
         for side, template, subject in ((a, one.template, q), (b, one.other_template, p)):
             if score > elsewhere.get((side, template), (-2.0, ""))[0]:
                 elsewhere[side, template] = score, names[subject]

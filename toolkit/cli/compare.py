@@ -16,10 +16,10 @@ from pkd.toolkit.core.results_folder import replaced
 from pkd.toolkit.core.tables import show_table
 from pkd.toolkit.evaluation.comparison.compare import Ranking, rank
 from pkd.toolkit.evaluation.comparison.load import read_runs
-from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict
 from pkd.toolkit.evaluation.report.compare_plots import probability, what
 from pkd.toolkit.evaluation.report.drawing import require_plots
 from pkd.toolkit.evaluation.report.page import points
+from pkd.toolkit.evaluation.report.reports import render_ranking, verdict
 
 RESULTS = ("compare.json", "compare.html", "figures/*.png")
 """Files that a comparison consists of."""

@@ -40,7 +40,7 @@ from pkd.toolkit.evaluation.protocols.pair_list import pair_list_accuracy
 from pkd.toolkit.evaluation.protocols.registry import find_protocol
 from pkd.toolkit.evaluation.protocols.templates import template_matching
 from pkd.toolkit.evaluation.report.drawing import require_plots
-from pkd.toolkit.evaluation.report.evaluation_page import render, render_worst, verdicts
+from pkd.toolkit.evaluation.report.reports import render, render_worst, verdicts
 from pkd.toolkit.evaluation.results.schema import Evaluation
 
 RESULTS = ("certificates/*__*.json*", "figures/*.png", "report.json*", "report.html", "worst.html", "draws.npz")

@@ -13,9 +13,9 @@ from pkd.serving.api.request_body import require_json
 from pkd.serving.api.routes.parameters import GalleryName, SubjectId
 from pkd.serving.core.errors import TooLarge
 from pkd.serving.core.gallery_schemas import MoveBody
-from pkd.serving.core.review_schemas import MoveAnswer, ReviewAnswer
+from pkd.serving.core.review_schemas import MoveAnswer, Review, ReviewAnswer
 from pkd.serving.core.validation import parse
-from pkd.serving.galleries.review import Review, review
+from pkd.serving.galleries.review import review
 from pkd.serving.galleries.store import Subject
 from pkd.serving.matching.service import Service
 
@@ -49,8 +49,8 @@ def routes(service: Service) -> APIRouter:
         """
         require(request, "admin")
         found = await service.stored(look, gallery, expected_false, own_fmr)
-        shown = {"gallery": gallery, "pairs": found.pairs[:limit], "outliers": found.outliers[:limit]}
-        return ReviewAnswer.model_validate({**vars(found), **shown})
+        shown = {"pairs": found.pairs[:limit], "outliers": found.outliers[:limit]}
+        return ReviewAnswer.model_validate({**dict(found), **shown, "gallery": gallery})
 
     @router.post(
         "/v1/galleries/{gallery}/subjects/{subject}/move",

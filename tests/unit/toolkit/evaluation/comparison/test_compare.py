@@ -15,8 +15,8 @@ from pkd.toolkit.evaluation.comparison.compare import Ranking, rank
 from pkd.toolkit.evaluation.comparison.load import read_runs
 from pkd.toolkit.evaluation.metrics.paired import paired
 from pkd.toolkit.evaluation.metrics.resamples import read_resample_values, write_resample_values
-from pkd.toolkit.evaluation.report.compare_page import render_ranking, verdict
 from pkd.toolkit.evaluation.report.page import points
+from pkd.toolkit.evaluation.report.reports import render_ranking, verdict
 from pkd.toolkit.evaluation.results.schema import Evaluation
 from tests.support.evaluation_runs import write_run
 

@@ -10,9 +10,9 @@ import pytest
 from pkd.toolkit.core.encoder_info import describe
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.evaluation.metrics.identification import measure_searches, search
-from pkd.toolkit.evaluation.report.evaluation_page import render
 from pkd.toolkit.evaluation.report.page import percent
 from pkd.toolkit.evaluation.report.plots import open_set_curves
+from pkd.toolkit.evaluation.report.reports import render
 from pkd.toolkit.evaluation.results.schema import Data, Evaluation, Identification
 
 TEACHER = describe("t", "teacher", "0" * 64, Preprocess(), 8)

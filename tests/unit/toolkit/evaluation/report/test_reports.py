@@ -18,7 +18,7 @@ from pkd.toolkit.evaluation.metrics.operating_points import histogram, measure
 from pkd.toolkit.evaluation.metrics.pair_scores import score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
 from pkd.toolkit.evaluation.report.drawing import require_plots
-from pkd.toolkit.evaluation.report.evaluation_page import render, render_worst, verdicts
+from pkd.toolkit.evaluation.report.reports import render, render_worst, verdicts
 from pkd.toolkit.evaluation.results.schema import (
     Agreement,
     Comparison,
