@@ -82,13 +82,14 @@ def _draw(picture: Picture, folder: Path | None) -> str:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context({**STYLE, "svg.hashsalt": f"pkd {picture.name}"}):
-        figure = Figure(figsize=picture.size, layout="constrained")
+        figure = Figure(figsize=picture.size)
         FigureCanvasAgg(figure)
         picture.draw(figure)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # the layout is found, and would be looked for in every file again
+        # Found once. A figure that has a layout engine is drawn twice for each file.
+        ConstrainedLayoutEngine().execute(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     if folder:

@@ -133,6 +133,9 @@ def more_people(comparisons: dict[str, Comparison], name: str) -> Picture:
             here = np.argmin(np.abs(np.array(last.people) - c.genuine_identities))
             axes.plot(last.people[here], values[here], "o", color=colour)
         axes.set(xscale="log", xlabel="people with several images")
+        people = next(iter(comparisons.values())).planned[-1].people
+        axes.set_xticks(people, [f"{count:,}" for count in people])
+        axes.minorticks_off()
         axes.set(ylabel="upper end / FMR" if of_fmr else "width, points", ylim=(1 if of_fmr else 0, None))
         axes.grid(True, which="major")
         axes.legend(loc="upper right", fontsize=9)
