@@ -6,6 +6,9 @@ READY := $(VENV)/.ready
 DEMO := $(VENV)/.ready-demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# Where it is set, every command that a test starts compiles all of pkd anew.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: help demo check test-fast test docs docs-serve soak bench results vendor dist sbom clean
 .DEFAULT_GOAL := help
 

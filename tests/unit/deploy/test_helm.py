@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 
@@ -56,6 +55,8 @@ def test_lint_finds_nothing(helm: Helm) -> None:
 
 @pytest.mark.parametrize("values", [{}, EVERYTHING, {"galleries": {"enabled": False}}], ids=["plain", "all", "none"])
 def test_what_is_rendered_is_taken_by_kubernetes_and_pkd_serve(helm: Helm, values: dict[str, Any]) -> None:
+    import kubernetes_validate  # two seconds, which every worker would spend when it collects
+
     resources = rendered(helm, values)
     for one in resources.values():
         if one["kind"] != "ServiceMonitor":  # a resource of the Prometheus operator

@@ -24,9 +24,9 @@ from pkd.toolkit.core.errors import InputError, PkdError, TargetUnavailable
 from pkd.toolkit.core.preprocess import Preprocess
 from pkd.toolkit.encoders.registry import open_target
 from tests.support.bundle_factory import DIM, teacher_file
+from tests.support.extras import need
 
-pytest.importorskip("torch", reason="the program is computed in torch")
-pytest.importorskip("coremltools.proto", reason="pip install 'pkd[coreml]'")
+need("torch", "coremltools", reason="pip install 'pkd[coreml]'")
 CROPS = synthetic_crops(3, 112)
 
 
