@@ -60,7 +60,7 @@ docs: $(READY) ## the documentation with its API reference: site/index.html
 docs-serve: $(READY) ## the documentation while you write it: http://127.0.0.1:8001
 	REFERENCE=false NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
-soak: $(READY) ## the long forms of the tests that have one, an hour and a half
+soak: $(READY) ## the long forms of the tests that have one, two hours
 	$(BIN)/pytest -m soak --soak --timeout 7200
 
 bench: $(READY) ## every benchmark, hours: benchmarks/results/, docs/performance.md

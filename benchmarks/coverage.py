@@ -74,6 +74,11 @@ def take_over(cell: dict[str, Any], row: Row) -> None:
         cell["seen"] = [key for key in cell.get("seen", ()) if key != "tar_trials"]
 
 
+def _seen(cell: dict[str, Any]) -> bool:
+    """Say whether some people of a cell were seen while the methods were chosen."""
+    return bool(cell.get("seen"))
+
+
 def _fresh(cell: dict[str, Any], key: str) -> int:
     """Count a cell's trials of people who were not seen while the methods were chosen."""
     return 0 if key in cell.get("seen", ()) else int(cell[key])
@@ -86,7 +91,42 @@ def _still_to_do(cell: dict[str, Any], key: str, trials: int) -> int:
 
 def table(found: dict[str, Any]) -> str:
     """Write every table in Markdown."""
-    return "\n\n".join([made(found) for made in (must_table, coverage_table, method_table, assurance_table)])
+    return "\n\n".join(
+        [made(found) for made in (range_table, must_table, coverage_table, method_table, assurance_table)]
+    )
+
+
+def range_table(found: dict[str, Any]) -> str:
+    """Write by number of people how often intervals held: the mean of all scenarios, the lowest and the highest."""
+    lines = [
+        "Percent of the trials in which a 95 % interval held the truth, by number of people: mean of all scenarios at "
+        "both rates (the lowest – the highest row). In brackets: the fewest trials of a row, and one standard error of "
+        "a row in points where 95 % is right.",
+        "",
+        "| people | FMR | prediction | bound kept | of | TAR | raw TAR | of |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for people in RATES:
+        cells = [cell for key, cell in found["cells"].items() if key.endswith(f"/{people}") and cell["trials"]]
+        texts = []
+        for kind, names in (
+            ("trials", ("FMR/{}/now", "prediction/{}/now", "rate over target/{}/bound")),
+            ("tar_trials", ("TAR/{}/now", "raw TAR/{}/now")),
+        ):
+            for name in names:
+                keys = [name.format(f"{fmr:g}") for fmr in RATES[people]]
+                rows = [
+                    100 * _mean(one, 0)
+                    for cell in cells
+                    for key in keys
+                    if (one := (cell["fmr"] | cell.get("tar", {})).get(key))
+                ]
+                texts.append(f"{np.mean(rows):.1f} ({min(rows):.1f}–{max(rows):.1f})" if rows else "–")
+            fewest = min((cell[kind] for cell in cells), default=0)
+            texts.append(f"[{fewest:,}: {_error(fewest)}]" if fewest else "–")
+        if cells:
+            lines.append(f"| {people} | {' | '.join(texts)} |")
+    return "\n".join(lines)
 
 
 def must_table(found: dict[str, Any]) -> str:
@@ -120,11 +160,11 @@ def coverage_table(found: dict[str, Any]) -> str:
     cells = found["cells"]
     counted, tar = ({cell[key] for cell in cells.values() if cell[key]} for key in ("trials", "tar_trials"))
     errors = "; ".join(f"{n:,}: {_error(n)}" for n in sorted(counted | tar))
+    seen = "; †: of people who were seen while the methods were chosen" if any(map(_seen, cells.values())) else ""
     lines = [
         "Percent of the trials in which a 95 % interval held the truth, before → now, at the first; the second rate of "
-        "the row. *Trials*: of FMR and prediction; of TAR and raw TAR; †: of people who were seen while the methods "
-        f"were chosen. One standard error in points, by trials: {errors}. Width: of the FMR's interval over the rate, "
-        "and of the TAR's in points.",
+        f"the row. *Trials*: of FMR and prediction; of TAR and raw TAR{seen}. One standard error in points, by trials: "
+        f"{errors}. Width: of the FMR's interval over the rate, and of the TAR's in points.",
         "",
         "| people | scenario | trials | at FMR | FMR | width | prediction | TAR | width | raw TAR |",
         "| ---: | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
