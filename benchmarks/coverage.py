@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from coverage_trials import COMPARED, RATES, Row, Sums, opened
+from coverage_trials import COMPARED, RATES, SMALLEST, Row, Sums, opened
 from simulated_people import SCENARIOS
 
 RESULTS = Path(__file__).resolve().parent / "results" / "coverage.json"
@@ -43,18 +43,21 @@ def main() -> int:
     parser.add_argument("--resamples", type=int, default=100)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--keep", type=Path, default=TRIALS, help="folder of single trials, to go on from")
+    parser.add_argument("--smallest", action="store_true", help="at the smallest rate that the people resolve")
     args = parser.parse_args()
     found = json.loads(args.results.read_text()) if args.results.exists() else {"cells": {}}
     found["resamples"] = args.resamples
     args.keep.mkdir(parents=True, exist_ok=True)
     for people in args.people:
         for name in args.scenarios:
-            cell = found["cells"].setdefault(f"{name}/{people}", {"trials": 0, "tar_trials": 0})
+            cell = found.setdefault("smallest" if args.smallest else "cells", {}).setdefault(
+                f"{name}/{people}", {"trials": 0, "tar_trials": 0}
+            )
             fmr, tar = (_still_to_do(cell, *one) for one in (("trials", args.trials), ("tar_trials", args.tar_trials)))
             if not fmr and not tar:
                 continue
-            file = args.keep / f"{name}-{people}.json"
-            row, more = opened(name, people, file), True
+            file = args.keep / f"{name}-{people}{'-smallest' if args.smallest else ''}.json"
+            row, more = opened(name, people, file, smallest=args.smallest), True
             while more:
                 more = row.extend(fmr, tar, resamples=args.resamples, most=BLOCK)
                 row.save(file)
@@ -99,34 +102,41 @@ def table(found: dict[str, Any]) -> str:
 def range_table(found: dict[str, Any]) -> str:
     """Write by number of people how often intervals held: the mean of all scenarios, the lowest and the highest."""
     lines = [
-        "Percent of the trials in which a 95 % interval held the truth, by number of people: mean of all scenarios at "
-        "both rates (the lowest – the highest row). In brackets: the fewest trials of a row, and one standard error of "
-        "a row in points where 95 % is right.",
+        "Percent of the trials in which a 95 % interval held the truth, by number of people: mean of all scenarios "
+        "(lowest to highest row). In brackets: the fewest trials of a row, and one standard error of a row in points "
+        "where 95 % is right. Below: the smallest rates that so many people resolve.",
         "",
-        "| people | FMR | prediction | bound kept | of | TAR | raw TAR | of |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| people | at FMR | FMR | prediction | bound kept | of | TAR | raw TAR | of |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for people in RATES:
-        cells = [cell for key, cell in found["cells"].items() if key.endswith(f"/{people}") and cell["trials"]]
+    for people, goals, cells in (
+        (people, goals, _of(found.get(part, {}), people))
+        for part, sizes in (("cells", RATES), ("smallest", SMALLEST))
+        for people, goals in sizes.items()
+    ):
         texts = []
         for kind, names in (
             ("trials", ("FMR/{}/now", "prediction/{}/now", "rate over target/{}/bound")),
             ("tar_trials", ("TAR/{}/now", "raw TAR/{}/now")),
         ):
-            for name in names:
-                keys = [name.format(f"{fmr:g}") for fmr in RATES[people]]
-                rows = [
-                    100 * _mean(one, 0)
-                    for cell in cells
-                    for key in keys
-                    if (one := (cell["fmr"] | cell.get("tar", {})).get(key))
-                ]
-                texts.append(f"{np.mean(rows):.1f} ({min(rows):.1f}–{max(rows):.1f})" if rows else "–")
+            texts += [_range(cells, [name.format(f"{fmr:g}") for fmr in goals]) for name in names]
             fewest = min((cell[kind] for cell in cells), default=0)
             texts.append(f"[{fewest:,}: {_error(fewest)}]" if fewest else "–")
         if cells:
-            lines.append(f"| {people} | {' | '.join(texts)} |")
+            lines.append(f"| {people} | {'; '.join(f'{fmr:g}' for fmr in goals)} | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def _range(cells: list[dict[str, Any]], keys: list[str]) -> str:
+    """Write the mean, the lowest and the highest percent of these statistics over cells."""
+    both = [cell["fmr"] | cell.get("tar", {}) for cell in cells]
+    rows = [100 * _mean(one[key], 0) for one in both for key in keys if key in one]
+    return f"{np.mean(rows):.1f} ({min(rows):.1f}–{max(rows):.1f})" if rows else "–"
+
+
+def _of(cells: dict[str, Any], people: int) -> list[dict[str, Any]]:
+    """List the cells of a number of people that have trials."""
+    return [cell for key, cell in cells.items() if key.endswith(f"/{people}") and cell["trials"]]
 
 
 def must_table(found: dict[str, Any]) -> str:

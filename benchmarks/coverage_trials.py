@@ -32,6 +32,8 @@ from pkd.toolkit.evaluation.metrics.pairing import Doubles
 
 RATES = {60: (1e-1, 1e-2), 120: (1e-1, 1e-2), 400: (1e-2, 1e-3), 2000: (1e-3, 1e-4)}
 """False match rates by number of people, who resolve them."""
+SMALLEST = {60: (5.7e-3,), 120: (1.41e-3,), 400: (1.26e-4,), 2000: (5.1e-6,)}
+"""About the smallest rates that ``smallest_fmr`` lets these people resolve."""
 LOWEST = {60: -0.2, 120: -0.2, 400: 0.2, 2000: 0.6}
 """Score below any threshold of interest, by number of people."""
 PILOTS = 12
@@ -52,6 +54,8 @@ class Row:
 
     name: str
     people: int
+    rates: list[float]
+    """False match rates that thresholds are found for."""
     fixed: list[float]
     """Thresholds near the target rates that were found on other people."""
     lowest: float
@@ -66,7 +70,7 @@ class Row:
     @property
     def goal(self) -> Doubles:
         """Return the false match rates of the row."""
-        return targets(self.people)
+        return np.array(self.rates)
 
     def extend(self, fmr: int, tar: int, *, resamples: int = 100, most: int = 10**9, others: bool = True) -> bool:
         """Simulate up to ``most`` more trials, until ``fmr`` and ``tar`` are there → whether some are still to do.
@@ -136,7 +140,7 @@ class Row:
         sums: Sums = {}
         for key in sorted({key for one in self.tar for key in one}):
             statistic, _, fmr = key.partition("/")
-            real = truth[statistic][RATES[self.people].index(float(fmr))]
+            real = truth[statistic][self.rates.index(float(fmr))]
             trials = [one[key] for one in self.tar if key in one]
             rate, variance, people = (np.array([one[n] for one in trials]) for n in ("rate", "variance", "people"))
             now = zip(*proportion_intervals(rate, variance, people), strict=True)
@@ -164,19 +168,20 @@ class Row:
         part.replace(file)
 
 
-def opened(name: str, people: int, file: Path | None = None) -> Row:
-    """Read a row that ``save`` wrote, or begin one."""
+def opened(name: str, people: int, file: Path | None = None, *, smallest: bool = False) -> Row:
+    """Read a row that ``save`` wrote, or begin one, at ``RATES`` or at the ``smallest`` that are resolved."""
     if file is not None and file.exists():
         return Row(**json.loads(file.read_text(encoding="utf-8")))
-    fixed, lowest = pilot(name, people)
-    return Row(name, people, fixed.tolist(), lowest)
+    goal = (SMALLEST if smallest else RATES)[people]
+    fixed, lowest = pilot(name, people, goal)
+    return Row(name, people, list(goal), fixed.tolist(), lowest)
 
 
 @cache
-def pilot(name: str, people: int) -> tuple[Doubles, float]:
+def pilot(name: str, people: int, goal: tuple[float, ...]) -> tuple[Doubles, float]:
     """Choose thresholds near the target rates, and a score below all of interest, from other people."""
     found = [
-        rates(scored(*embeddings(SCENARIOS[name], people, seed), LOWEST[people]), targets(people))
+        rates(scored(*embeddings(SCENARIOS[name], people, seed), LOWEST[people]), np.array(goal))
         for seed in seeds(f"pilot {name}", people, PILOTS)
     ]
     thresholds = np.array([each.threshold for each in found])

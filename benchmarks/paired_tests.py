@@ -102,7 +102,7 @@ def main() -> int:
 def size_row(name: str, people: int, trials: range, before: int) -> Sums:
     """Compare two equally good encoders; count claims by statistic and method, and sum up who differs."""
     goal, scenario = targets(people), SCENARIOS[name]
-    _, lowest = pilot(name, people)
+    _, lowest = pilot(name, people, RATES[people])
     sums: Sums = {}
     for number, seed in zip(trials, seeds(f"two encoders {name}", people, trials), strict=True):
         made = [embeddings(scenario, people, seed, encoder=e) for e in (0, 1)]
