@@ -100,7 +100,8 @@ def measure(attack: Attack, bundle: Path, detector: Path) -> dict[str, Any]:
             worst, stop = [0.0], threading.Event()
             watcher = threading.Thread(target=watch, args=(url, worst, stop))
             watcher.start()
-            time.sleep(1)  # its own first connection is no answer of a busy server
+            while not worst[0]:  # its own first connection is no answer of a busy server
+                time.sleep(0.01)
             worst[0], cpu = 0.0, cpu_seconds(server.pid)
             answers = attack(client)
             spent, peak = cpu_seconds(server.pid) - cpu, status(server.pid, "VmHWM")
