@@ -14,19 +14,9 @@ from pydantic.json_schema import models_json_schema
 from pkd.serving.api.problems import ProblemBody, documented
 from pkd.serving.api.responses import NDJSON
 from pkd.serving.api.tokens import TokenBody
-from pkd.serving.core.gallery_schemas import (
-    BulkAnswer,
-    BulkItem,
-    EnrolBody,
-    ExportedSubject,
-    ExportEnd,
-    ExportHeader,
-    GalleryBody,
-    IdentifyBody,
-    MigrationBody,
-    MoveBody,
-)
+from pkd.serving.core.gallery_schemas import EnrolBody, GalleryBody, IdentifyBody, MigrationBody, MoveBody
 from pkd.serving.core.schemas import EmbedBody, VerifyBody
+from pkd.serving.core.transfer_schemas import BulkAnswer, BulkItem, ExportedSubject, ExportEnd, ExportHeader
 
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """\

@@ -23,7 +23,6 @@ from pydantic import BaseModel
 from pkd.serving.client.connection import Connection, Unreachable, lines_of
 from pkd.serving.core.embedding_codec import decode, encode
 from pkd.serving.core.gallery_schemas import (
-    BulkAnswer,
     EnrolAnswer,
     GalleriesAnswer,
     GalleryAnswer,
@@ -42,6 +41,7 @@ from pkd.serving.core.schemas import (
     SpacesAnswer,
     VerifyAnswer,
 )
+from pkd.serving.core.transfer_schemas import BulkAnswer
 from pkd.toolkit.certificates.certificate import Assurance, Certificate
 from pkd.toolkit.core.errors import PkdError
 

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from pkd.serving.core.gallery_schemas import BulkAnswer
+from pkd.serving.core.transfer_schemas import BulkAnswer
 from pkd.toolkit.core.errors import MissingExtra, PkdError
 
 try:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pkd.serving.core.errors import Draining, InvalidRequest, ServingError, TooLarge
-from pkd.serving.core.gallery_schemas import BulkItem
 from pkd.serving.core.schemas import MANY_VALUES
+from pkd.serving.core.transfer_schemas import BulkItem
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.store import Enrolled, Enrolment, Gallery
 from pkd.serving.matching.doubts import Doubt, replace_mapped

@@ -21,8 +21,8 @@ from pydantic import Discriminator, RootModel, Tag
 
 from pkd.serving.core.embedding_codec import decode
 from pkd.serving.core.errors import InvalidRequest
-from pkd.serving.core.gallery_schemas import ExportedSubject, ExportedTemplate, ExportEnd, ExportHeader
 from pkd.serving.core.schemas import MANY_VALUES
+from pkd.serving.core.transfer_schemas import ExportedSubject, ExportedTemplate, ExportEnd, ExportHeader
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.description import Json, of_gallery, of_subject
 from pkd.serving.galleries.store import Enrolment, Gallery, NewTemplate, Subject

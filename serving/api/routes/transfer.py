@@ -16,7 +16,8 @@ from pkd.serving.api.request_body import media_type
 from pkd.serving.api.responses import NDJSON, Stream, line
 from pkd.serving.api.routes.parameters import GalleryName
 from pkd.serving.core.errors import ServingError, UnsupportedMedia
-from pkd.serving.core.gallery_schemas import BulkAnswer, BulkItem, DoubtAnswer, ExportedSubject
+from pkd.serving.core.gallery_schemas import DoubtAnswer
+from pkd.serving.core.transfer_schemas import BulkAnswer, BulkItem, ExportedSubject
 from pkd.serving.matching.bulk import LineResult, enrol_lines, read_items
 from pkd.serving.matching.service import Service
 from pkd.serving.matching.transfer import Import, export

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pkd.serving.core.gallery_schemas import BulkItem, EnrolBody, IdentifyBody
+from pkd.serving.core.gallery_schemas import EnrolBody, IdentifyBody
 from pkd.serving.core.schemas import EmbedBody, VerifyBody
+from pkd.serving.core.transfer_schemas import BulkItem
 from pkd.serving.core.validation import NO_SUBJECT, parse
 from pkd.serving.inference.decoding import decode
 from pkd.serving.matching.transfer import ExportLine

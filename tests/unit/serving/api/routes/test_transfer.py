@@ -18,7 +18,7 @@ import pytest
 from pkd.serving.api.problems import TYPES
 from pkd.serving.core.embedding_codec import decode
 from pkd.serving.core.errors import TooLarge
-from pkd.serving.core.gallery_schemas import BulkAnswer
+from pkd.serving.core.transfer_schemas import BulkAnswer
 from pkd.serving.inference.pipeline import Pipeline
 from pkd.serving.matching.bulk import BATCH, _lines
 from pkd.toolkit.core.errors import PkdError
