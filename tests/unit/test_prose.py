@@ -9,10 +9,18 @@ import pytest
 
 from tools import prose
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_the_repository_is_clean_outside_its_exceptions() -> None:
     excepted = tuple(prose.exceptions())
     assert not [one for one in prose.findings() if not one.path.startswith(excepted)]
+
+
+def test_no_file_is_longer_than_contributing_says() -> None:
+    files = [path for part in ("toolkit", "export", "serving") for path in (ROOT / part).rglob("*.py")]
+    assert len(files) > 300
+    assert not [(path.name, n) for path in files if (n := len(path.read_text(encoding="utf-8").splitlines())) > 500]
 
 
 @pytest.mark.parametrize(
