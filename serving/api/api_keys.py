@@ -18,7 +18,6 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +27,7 @@ from starlette.requests import HTTPConnection
 from pkd.serving.api.problems import Forbidden, RateLimited, Unauthenticated
 from pkd.serving.api.tokens import PREFIX, Token, Tokens
 from pkd.serving.core.signed_tokens import looks_signed
+from pkd.serving.core.watched_file import LOOK_SECONDS, file_stamp
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.text import read_text
 
@@ -52,8 +52,6 @@ HASH = re.compile(r"[0-9a-f]{64}")
 TOKEN_ID = re.compile(r"[0-9a-f]{16}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RATE = re.compile(r"rate=(\d{1,6}(?:\.\d{1,3})?)/s")
-LOOK_SECONDS = 1.0
-"""Shortest time between two looks whether the file has changed, seconds."""
 LINE = "Write SHA256 NAME SCOPES [rate=N/s], SCOPES from " + ",".join(SCOPES) + " or - for none"
 IN_SCOPE = "pkd.key"
 """Name under which the middleware leaves the key in the ASGI scope; the key is None on a server without keys."""
@@ -131,7 +129,7 @@ class ApiKeys:
         self._buckets: dict[bytes, Bucket] = {}
         self._ends: dict[bytes, float] = {}
         """Bucket of a token → when it runs out, seconds since 1970."""
-        self._stamp = _stamp(path) if path else None
+        self._stamp = file_stamp(path) if path else None
         self._looked = clock()
         self.shared: Path | None = None
         """Private folder through which several processes share one rate; None: this process is alone."""
@@ -190,9 +188,9 @@ class ApiKeys:
     def reload(self, *, changed: bool = False) -> None:
         """Read the file again; with ``changed`` only if it has. One that cannot be read leaves the old keys valid."""
         self._looked = self._clock()
-        if self.path is None or (changed and _stamp(self.path) == self._stamp):
+        if self.path is None or (changed and file_stamp(self.path) == self._stamp):
             return
-        self._stamp = _stamp(self.path)
+        self._stamp = file_stamp(self.path)
         try:
             self._keys, self._revoked = _read(self.path)
         except InputError as error:
@@ -327,11 +325,4 @@ def _fault(words: list[str]) -> str | None:
         return "its fourth word is no rate such as rate=20/s"
     if words[4:]:
         return "it has more than four words"
-    return None
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    with suppress(OSError):
-        seen = path.stat()
-        return seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino, seen.st_size  # ctime: who may read it has changed
     return None

@@ -6,26 +6,22 @@ roll-back are each a change of one line, without a restart; both bundles are ser
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
+from pydantic import BaseModel, ConfigDict, RootModel
 
 from pkd.serving.core.errors import UnknownFile
 from pkd.serving.core.schemas import Name
+from pkd.serving.core.watched_file import WatchedFile, read_json_file
 from pkd.serving.inference.artifacts import Artifacts, BundledEncoder, needed
 from pkd.toolkit.bundle.bundle import MANIFEST, SIGNATURE
 from pkd.toolkit.bundle.target import Target
 from pkd.toolkit.core.errors import InputError, PkdError
-from pkd.toolkit.core.models import read_json
-from pkd.toolkit.core.text import read_text
 
-LOOK_SECONDS = 1.0
-"""Shortest time between two looks whether the file has changed, seconds."""
-logger = logging.getLogger("pkd.serving")
+REMEDY = 'Give a JSON object, for example {"phone": {"encoder": "student@2f61ab…", "target": "litert-int8"}}.'
 
 
 class _Row(BaseModel):
@@ -74,47 +70,22 @@ class DeviceClasses:
         self, artifacts: Artifacts, path: Path | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Read the file. Raises InputError that names what is wrong with it."""
-        self._artifacts, self._path, self._clock = artifacts, path, clock
-        self._looked = clock()
-        self._stamp = _stamp(path) if path else None
-        self._classes = self._read(path) if path else {}
+        self._artifacts = artifacts
+        self._file: WatchedFile[Mapping[str, DeviceClass]] = WatchedFile(path, self._read, {}, "device classes", clock)
 
     def find(self, name: str) -> DeviceClass:
         """Return what a class is to run now. Raises UnknownFile for a class that the file does not name."""
-        if self._path and self._clock() - self._looked >= LOOK_SECONDS:
-            self._reload(self._path)
-        if name not in self._classes:
-            known = ", ".join(self._classes) or "none"
+        classes = self._file.current()
+        if name not in classes:
             raise UnknownFile(
-                f"there is no device class {name!r} here; there are: {known}. The operator names them in the file of "
-                "--device-classes.",
-                details={"got": name, "classes": list(self._classes)},
+                f"there is no device class {name!r} here; there are: {', '.join(classes) or 'none'}. The operator "
+                "names them in the file of --device-classes.",
+                details={"got": name, "classes": list(classes)},
             )
-        return self._classes[name]
-
-    def _reload(self, path: Path) -> None:
-        self._looked = self._clock()
-        if (stamp := _stamp(path)) == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            self._classes = self._read(path)
-        except InputError as error:
-            logger.error("%s The classes read before stay in force.", error)
-            return
-        logger.info("%s: read again, %d device classes.", path, len(self._classes))
+        return classes[name]
 
     def _read(self, path: Path) -> Mapping[str, DeviceClass]:
-        remedy = 'Give a JSON object, for example {"phone": {"encoder": "student@2f61ab…", "target": "litert-int8"}}.'
-        try:
-            rows = _Rows.model_validate(read_json(read_text(path), path)).root
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}. {remedy}") from None
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}. {remedy}") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: {error}. {remedy}") from None
+        rows = read_json_file(path, _Rows.model_validate, REMEDY).root
         return {name: self._resolved(path, name, row) for name, row in rows.items()}
 
     def _resolved(self, path: Path, name: str, row: _Row) -> DeviceClass:
@@ -132,11 +103,3 @@ class DeviceClasses:
             return DeviceClass(name, offer, None)
         # What a target computes may be an encoder of its own.
         return DeviceClass(name, BundledEncoder(offer.loaded, target.encoder), target)
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    try:
-        seen = path.stat()
-    except OSError:
-        return None
-    return seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino, seen.st_size

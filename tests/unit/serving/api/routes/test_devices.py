@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
+from pkd.serving.core import watched_file
 from pkd.serving.core.options import Settings
 from pkd.serving.core.schemas import DeviceLatest
 from pkd.serving.galleries.sqlite.store import SqliteStore
-from pkd.serving.inference import device_classes
 from pkd.serving.inference.artifacts import Artifacts
 from pkd.serving.inference.device_classes import DeviceClasses
 from pkd.serving.inference.registry import Encoders
@@ -55,7 +55,7 @@ def update(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.fixture
 def shop(fleet: made.Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
-    monkeypatch.setattr(device_classes, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(watched_file, "LOOK_SECONDS", 0.0)
     classes = tmp_path / "classes.json"
     classes.write_text('{"phone": {"encoder": "first"}}')
     store = SqliteStore(tmp_path / "store", made.MASTER)
