@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from pkd.export.checks import gate as checks
 from pkd.export.checks.gate import Gate, GateResults, fewest_people, gate_table, most_lost, require_passed, unseen
 from pkd.export.cli import main
 from pkd.export.options import GateOptions
@@ -21,6 +23,7 @@ from pkd.toolkit.core.progress import no_progress
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.evaluation.metrics.paired import Contributions, compared
 from pkd.toolkit.evaluation.metrics.pairing import Doubles
+from pkd.toolkit.evaluation.protocols.common import EvaluationOptions
 from pkd.toolkit.images.codec import Rgb
 from tests.support.evaluation_faces import PREPROCESS, write_people, write_teacher
 
@@ -47,7 +50,9 @@ class Projection:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embed anew, and draw 200 times, not 1,000: what decides is the same."""
     monkeypatch.setenv("PKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(checks, "EvaluationOptions", partial(EvaluationOptions, resamples=200))
 
 
 @pytest.fixture(scope="module")
