@@ -135,9 +135,9 @@ class ApiKeys:
         """Private folder through which several processes share one rate; None: this process is alone."""
 
     @classmethod
-    def read(cls, path: str | Path) -> ApiKeys:
+    def read(cls, path: str | Path, clock: Callable[[], float] = time.monotonic) -> ApiKeys:
         """Read a file of keys. Raises InputError that names the line, and never repeats it."""
-        keys = cls((), Path(path))
+        keys = cls((), Path(path), clock)
         keys._keys, keys._revoked = _read(Path(path))
         return keys
 

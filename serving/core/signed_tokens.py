@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pkd.serving.core.errors import BadToken
+from pkd.serving.core.watched_file import file_stamp
 from pkd.toolkit.core.errors import InputError, MissingExtra
 from pkd.toolkit.core.models import read_json
 
@@ -164,11 +165,7 @@ class KeySet:
         return {kid: (key, algorithms) for kid, key, algorithms in keys}
 
     def _file_stamp(self) -> object:
-        try:
-            seen = None if self._url else Path(self.source).stat()
-        except OSError:
-            return None
-        return seen and (seen.st_mtime_ns, seen.st_ctime_ns, seen.st_ino, seen.st_size)
+        return None if self._url else file_stamp(Path(self.source))
 
 
 def header(token: str) -> dict[str, Any]:

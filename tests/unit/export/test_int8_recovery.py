@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
+from pkd.export.checks import gate
 from pkd.export.cli import main
 from pkd.export.options import ExportOptions
 from pkd.export.pipeline import export
 from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.core.cli_options import add_options, read_options
 from pkd.toolkit.core.progress import Advance, no_progress
+from pkd.toolkit.evaluation.protocols.common import EvaluationOptions
 from tests.support.evaluation_faces import PREPROCESS, write_people
 
 BAD = "net/Bad"
@@ -59,6 +62,7 @@ def write_uneven(path: Path, factor: float) -> None:
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gate, "EvaluationOptions", partial(EvaluationOptions, resamples=200))  # decides the same
     write_uneven(tmp_path / "t.onnx", 200.0)
     write_people(tmp_path / "calib", [2] * 30, seed=1)
     write_people(tmp_path / "people", [4] * 40, noise=60.0)

@@ -129,9 +129,7 @@ class Clock:
 
 
 def limited(path: Path, clock: Any, rate: Any) -> Any:
-    ApiKeys.read(write(path, f"{hashed('one')} kiosk embed rate={rate}/s"))
-    keys = ApiKeys.read(path)
-    return ApiKeys(keys._keys, path, clock)
+    return ApiKeys.read(write(path, f"{hashed('one')} kiosk embed rate={rate}/s"), clock)
 
 
 def refusal(keys: Any) -> Any:
