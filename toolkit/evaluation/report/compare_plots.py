@@ -68,7 +68,7 @@ def pairwise(r: Ranking) -> Picture:
                 axes.add_patch(_square(x, y, colour))
                 text = points(sign * v.difference.difference)
                 if not small:
-                    text += f"\n$p$ {probability(v.p_adjusted)}"
+                    text += f"\np {probability(v.p_adjusted)}"
                 axes.text(x, y, text, ha="center", va="center", size=6.5 if small else 9, color=INK)
         for i in range(len(names)):
             axes.add_patch(_square(i, i, FAINT))
