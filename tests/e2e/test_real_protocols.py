@@ -64,7 +64,7 @@ def test_view_2_reproduces_the_independent_figures(
     In the short form a part of the pairs, where three in a hundred may be wrong; the second teacher is slow.
     """
     lfw = shared / "faces/lfw"
-    count = 300 if soak else 10 if flip else 30
+    count = 300 if soak else 5 if flip else 30
     pairs = lfw / "protocol/pairs.txt" if soak else part_of_view_2(shared, tmp_path / "part.txt", count)
     more: tuple[str | Path, ...] = ("--pairs", pairs, "--faces", lfw / "aligned", *flip)
     (found,) = evaluate(shared, tmp_path / "e", cache, teacher, *more).pair_accuracies
