@@ -70,8 +70,9 @@ class DistillConfig(Record):
     """Loss of the training: proxylesskd, l2kd, raml, d3still, csd, infonce, kd, adadistill, margindistillation, none
     (undistilled), fitnets, at, fsp, rkd, cckd, or a weighted sum such as proxylesskd+l2kd:0.5. The last five, named
     alone, are added to the student's own classifier. map, for an adopted student and alone, fits its last layer in
-    closed form and trains nothing. MODULE:NAME is a loss of your own, alone or in a sum. The default is proxylesskd
-    instead where --head, --head-labels, --margin, --gradient or --scale is given."""
+    closed form and trains nothing. MODULE:NAME is a loss of your own, alone or in a sum. The default is infonce for a
+    student that starts weak, a new or a shrunk one, and proxylesskd where --head, --head-labels, --margin, --gradient
+    or --scale is given."""
     margin: str = "arcface:0.5"
     """Margin of the classification losses: softmax, cosface:M (cosine units) or arcface:M (radians)."""
     gradient: Literal["exact", "straight-through"] = "exact"
@@ -148,6 +149,8 @@ class DistillConfig(Record):
         more: dict[str, Any] = dict(SGD_DEFAULTS) if values.get("optimizer") == "sgd" else {}
         if any(values.get(name) for name in CLASSIFIER):
             more["method"] = "proxylesskd"
+        elif not adopted or values.get("shrink"):
+            more["method"] = "infonce"
         if any(values.get(name) for name in VIEWS):
             more["freeze"] = 0.0
             adopted = adopted and adopted | UNFROZEN
