@@ -61,7 +61,7 @@ class Server:
     def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """On a new connection, which any worker may take; with ``headers`` in every request."""
         headers = {**self.headers, **options.pop("headers", {})}
-        return httpx.request(method, self.url + path, headers=headers, **options)
+        return httpx.request(method, self.url + path, headers=headers, **{"timeout": 60, **options})
 
     def workers(self) -> set[int]:
         """Process ids of ``--workers``."""
