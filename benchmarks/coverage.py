@@ -59,7 +59,7 @@ def main() -> int:
             file = args.keep / f"{name}-{people}{'-smallest' if args.smallest else ''}.json"
             row, more = opened(name, people, file, smallest=args.smallest), True
             while more:
-                more = row.extend(fmr, tar, resamples=args.resamples, most=BLOCK)
+                more = row.extend(fmr, tar, resamples=args.resamples, most=BLOCK, others=not args.smallest)
                 row.save(file)
                 take_over(cell, row)
                 args.results.write_text(json.dumps(found, indent=1) + "\n")
