@@ -36,7 +36,7 @@ EXAMPLES = """
   pkd-distill --teacher teacher.onnx --teacher-preprocess mean=127.5,std=127.5 --faces crops/ --out runs/adopted \\
       --student mobile.onnx --student-preprocess mean=0,std=1 --method map              (an existing model, in a minute)
   pkd-distill --method none --faces crops/ --student iresnet18 --out runs/teacher     (a teacher with its classifier)
-  pkd-distill --teacher runs/teacher --faces crops/ --out runs/student                (inherits that classifier)
+  pkd-distill --teacher runs/teacher --method proxylesskd --faces crops/ --out RUN    (inherits that classifier)
   pkd-distill --resume --out runs/student
   torchrun --nproc_per_node 2 -m pkd.toolkit.cli.distill OPTIONS                      (over several processes or GPUs)
 """
