@@ -21,6 +21,7 @@ from students import Places, Report, Row, adopted, arguments, everybody, put, tr
 from pkd.export.cli import main as export
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.models.open_encoder import open_encoder
+from pkd.toolkit.distill.models.student import load_student
 
 RESULTS = ROOT / "benchmarks" / "results" / "sizes.json"
 PICTURE = ROOT / "docs" / "images" / "sizes.svg"
@@ -85,7 +86,8 @@ def measured(places: Places, name: str, run: Path) -> Report:
         options = ["--precision", "fp32", "w8a16", "--calib", str(calibration)]
         if export([str(run), "-o", str(bundle), *options]):
             raise SystemExit(f"pkd-export failed for {run.name}")
-    report = places.run(name, 0, run)
+    training = load_student(run).training
+    report: Report = {key: training.get(key) for key in ("method", "images", "identities", "parameters", "steps")}
     for kind, target in TARGETS.items():
         encoder = open_encoder(str(bundle / "targets" / target))
         report[kind] = {
@@ -134,6 +136,7 @@ def draw(results: Report) -> None:
         axes.errorbar(sizes, found, bars, marker="o", capsize=2, color=colour, label=kind)
     axes.set_xscale("log")
     axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    axes.minorticks_off()
     axes.set_xlabel("size of the file, MB")
     axes.set_ylabel("S–T TAR at FMR 1e-3")
     axes.grid(color="#e2e8f0")

@@ -154,7 +154,8 @@ def table(rows: Sequence[Report], first: str) -> str:
             figures += [f"{values.mean():.3f}", spread]
         figures.append(f"{np.mean([row['test']['cosine'] for row in seeds]):.3f}")
         figures.append(f"{np.mean([row['val']['S–T']['tar']['0.001'] for row in seeds]):.3f}")
-        shown.append((name, *figures))
+        lost = ", lost: the map is kept" if any(row.get("lost") for row in seeds) else ""
+        shown.append((f"{name}{lost}", *figures))
     head = (first, "seeds", "S–T", "", "S–S", "", "cosine to the teacher", "S–T on val.txt")
     return markdown_table(head, shown)
 
