@@ -44,6 +44,9 @@ def many(runs: Path) -> Path:
 ROWS = {
     "l2kd": Row(("--method", "l2kd"), seeds=3),
     "infonce": Row(("--method", "infonce"), seeds=3),
+    "infonce, 1,900 steps, low-rank last layer": Row(
+        ("--method", "infonce", "--steps", "1900", "--ema", "0.999", "--map-rank", "96")
+    ),
     "infonce+l2kd:5": Row(("--method", "infonce+l2kd:5")),
     "infonce+raml:5": Row(("--method", "infonce+raml:5")),
     "raml": Row(("--method", "raml"), seeds=3),

@@ -53,9 +53,33 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
         "map, then 20 minutes of training of its last layers, with images without identity",
         ("--max-minutes", "20", *L2KD),
     ),
+    "trained-infonce": (
+        "the same by infonce",
+        ("--steps", "1581", "--batch", "128", *L2KD, "--method", "infonce"),
+    ),
     "shrunk": (
         "shrunk to 0.39 M parameters, then 6,000 steps, with images without identity",
         ("--steps", "6000", "--batch", "128", "--shrink", "390000", "--map-rank", "96", "--lr", "3e-3", *MIRRORED),
+    ),
+    "shrunk-infonce": (
+        "shrunk to 0.39 M parameters, then 2,000 steps of infonce, with images without identity",
+        (
+            "--steps",
+            "2000",
+            "--batch",
+            "128",
+            "--shrink",
+            "390000",
+            "--map-rank",
+            "96",
+            "--freeze",
+            "0.9",
+            "--lr",
+            "3e-3",
+            *MIRRORED,
+            "--method",
+            "infonce",
+        ),
     ),
     "newcomer": (
         "newcomer: map, then 4 minutes of training",
