@@ -11,33 +11,22 @@ benchmarks/results/ablation.json and the table of docs/adoption.md; --page write
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
-from pathlib import Path
 from unittest import mock
 
-import numpy as np
 from real_faces import ROOT, prose
-from students import Places, Report, Row, adopted, arguments, everybody, put, table, trained, write
+from students import Report, Row, adopted, drawn, table, table_of_runs
 
-from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.models.adopted import AdoptedNetwork
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablation.json"
-IMAGES = 4000
 BUDGET = (
     "--method", "l2kd", "--steps", "100", "--batch", "64", "--precision", "bf16", "--threads", "1",
     "--held-out", "0",
 )  # fmt: skip
 
 
-def some(runs: Path) -> Path:
-    """Write the list of the images: a draw of ``IMAGES`` of train.txt."""
-    faces = FaceSet.read(everybody())
-    chosen = np.sort(np.random.default_rng(0).choice(len(faces), IMAGES, replace=False))
-    path = runs / "some.txt"
-    path.write_text("".join(f"{faces.path(int(i))}\n" for i in chosen), encoding="utf-8")
-    return path
+SOME = drawn(4000, seed=0)
 
 
 def folded() -> AbstractContextManager[object]:
@@ -47,13 +36,13 @@ def folded() -> AbstractContextManager[object]:
 
 def row(*options: str, freeze: str = "0") -> Row:
     """Make a row on the drawn images."""
-    return Row(("--freeze", freeze, *options), some)
+    return Row(("--freeze", freeze, *options), SOME)
 
 
 ROWS = {
-    "map alone": Row(("--method", "map"), some),
+    "map alone": Row(("--method", "map"), SOME),
     "defaults, all layers": row(),
-    "batch normalisation left folded": Row(("--freeze", "0"), some, changed=folded),
+    "batch normalisation left folded": Row(("--freeze", "0"), SOME, changed=folded),
     "trunk at the rate of the last layer": row("--trunk-lr", "1"),
     "live teacher": row("--teacher-live"),
     "moving average of the weights, 0.97": row("--ema", "0.97"),
@@ -61,7 +50,7 @@ ROWS = {
     "SGD": row("--optimizer", "sgd"),
     "last tenth of the arithmetic alone": row(freeze="0.9"),
     "ten times the rate": row("--lr", "1e-2"),
-    "ten times the rate, batch normalisation left folded": Row(("--freeze", "0", "--lr", "1e-2"), some, changed=folded),
+    "ten times the rate, batch normalisation left folded": Row(("--freeze", "0", "--lr", "1e-2"), SOME, changed=folded),
     "gradients clipped at 1": row("--clip-norm", "1"),
     "trunk at a hundredth of the rate": row("--trunk-lr", "0.01"),
     "no augmentation": row("--augment", "0"),
@@ -71,18 +60,7 @@ ROWS = {
 
 def main() -> int:
     """Train what is missing, measure, and write the JSON and the table."""
-    args = arguments(__doc__, ROWS)
-    if args is None:
-        return 0
-    if args.page:
-        put("ablation", text(json.loads(RESULTS.read_text(encoding="utf-8"))))
-        return 0
-    runs = trained(args, ROWS, (*adopted(), *BUDGET))
-    if not args.train_only:
-        places = Places()
-        rows = [places.run(name, seed, run) for (name, seed), run in runs.items()]
-        write({"rows": rows, **places.size()}, RESULTS, "ablation", text)
-    return 0
+    return table_of_runs(__doc__, ROWS, lambda runs: (*adopted(), *BUDGET), None, RESULTS, text)
 
 
 def text(results: Report) -> str:

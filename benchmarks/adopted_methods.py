@@ -12,12 +12,11 @@ benchmarks/results/adopted_methods.json and the table of docs/adoption.md; --pag
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from real_faces import ROOT, prose
-from students import Places, Report, Row, arguments, everybody, put, shrunk, table, trained, write
+from students import Report, Row, everybody, listed, shrunk, table, table_of_runs
 
 from pkd.toolkit.data.face_set import FaceSet
 
@@ -36,9 +35,7 @@ def many(runs: Path) -> Path:
     faces = FaceSet.read(everybody())
     count = np.bincount(faces.labels, minlength=len(faces.identities))
     kept = np.flatnonzero(count[faces.labels] >= MANY)
-    path = runs / "many.txt"
-    path.write_text("".join(f"{faces.path(int(i))}\n" for i in kept), encoding="utf-8")
-    return path
+    return listed(faces, kept, runs, "many.txt")
 
 
 ROWS = {
@@ -74,19 +71,7 @@ ROWS = {
 
 def main() -> int:
     """Train what is missing, measure, and write the JSON and the table."""
-    args = arguments(__doc__, ROWS)
-    if args is None:
-        return 0
-    if args.page:
-        put("adopted_methods", text(json.loads(RESULTS.read_text(encoding="utf-8"))))
-        return 0
-    runs = trained(args, ROWS, (*shrunk(args.runs), *BUDGET))
-    if not args.train_only:
-        places = Places()
-        measured = {("start", 0): args.runs / "start", **runs}
-        rows = [places.run(name, seed, run) for (name, seed), run in measured.items()]
-        write({"rows": rows, **places.size()}, RESULTS, "adopted_methods", text)
-    return 0
+    return table_of_runs(__doc__, ROWS, lambda runs: (*shrunk(runs), *BUDGET), "start", RESULTS, text)
 
 
 def text(results: Report) -> str:

@@ -48,6 +48,7 @@ AMOUNTS = (100, 300, 1000, 3000, 14_000)
 Report = dict[str, Any]
 MIRRORED = ("--method", "l2kd", "--ema", "0.999", "--threads", "1", "--precision", "bf16")
 L2KD = (*MIRRORED, "--no-mirror")
+SHRUNK = ("--batch", "128", "--shrink", "390000", "--map-rank", "96", "--freeze", "0.9", "--lr", "3e-3", *MIRRORED)
 RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "trained": (
         "map, then 20 minutes of training of its last layers, with images without identity",
@@ -59,27 +60,11 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "shrunk": (
         "shrunk to 0.39 M parameters, then 6,000 steps, with images without identity",
-        ("--steps", "6000", "--batch", "128", "--shrink", "390000", "--map-rank", "96", "--lr", "3e-3", *MIRRORED),
+        ("--steps", "6000", *SHRUNK),
     ),
     "shrunk-infonce": (
         "shrunk to 0.39 M parameters, then 2,000 steps of infonce, with images without identity",
-        (
-            "--steps",
-            "2000",
-            "--batch",
-            "128",
-            "--shrink",
-            "390000",
-            "--map-rank",
-            "96",
-            "--freeze",
-            "0.9",
-            "--lr",
-            "3e-3",
-            *MIRRORED,
-            "--method",
-            "infonce",
-        ),
+        ("--steps", "2000", *SHRUNK, "--method", "infonce"),
     ),
     "newcomer": (
         "newcomer: map, then 4 minutes of training",

@@ -14,18 +14,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 from real_faces import ROOT, SHARED, markdown_table, prose
-from students import Places, Report, Row, adopted, arguments, everybody, put, trained, write
+from students import Places, Report, Row, adopted, arguments, drawn, put, trained, write
 
 from pkd.export.cli import main as export
-from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.models.open_encoder import open_encoder
 from pkd.toolkit.distill.models.student import load_student
 
 RESULTS = ROOT / "benchmarks" / "results" / "sizes.json"
 PICTURE = ROOT / "docs" / "images" / "sizes.svg"
-IMAGES = 10_000
 TARGETS = {"float32": "onnxruntime-fp32", "w8a16": "onnxruntime-w8a16"}
 BUDGET = (
     "--method", "infonce", "--steps", "300", "--batch", "128", "--no-mirror", "--ema", "0.99", "--precision", "bf16",
@@ -33,24 +30,18 @@ BUDGET = (
 )  # fmt: skip
 
 
-def some(runs: Path) -> Path:
-    """Write the list of the images: a draw of ``IMAGES`` of train.txt."""
-    faces = FaceSet.read(everybody())
-    chosen = np.sort(np.random.default_rng(1).choice(len(faces), IMAGES, replace=False))
-    path = runs / "ten-thousand.txt"
-    path.write_text("".join(f"{faces.path(int(i))}\n" for i in chosen), encoding="utf-8")
-    return path
+SOME = drawn(10_000, seed=1)
 
 
 def shrunk(parameters: int, rank: int) -> Row:
     """Make a row of a shrunk student, whose last three quarters are frozen and whose rate is higher."""
     return Row(
-        ("--shrink", str(parameters), "--map-rank", str(rank), "--freeze", "0.75", "--lr", "3e-3", *BUDGET), some
+        ("--shrink", str(parameters), "--map-rank", str(rank), "--freeze", "0.75", "--lr", "3e-3", *BUDGET), SOME
     )
 
 
 ROWS = {
-    "whole": Row(("--freeze", "0.9", "--lr", "2e-3", *BUDGET), some),
+    "whole": Row(("--freeze", "0.9", "--lr", "2e-3", *BUDGET), SOME),
     "0.70 M": shrunk(700_000, 128),
     "0.39 M": shrunk(390_000, 96),
     "0.20 M": shrunk(200_000, 64),
@@ -73,7 +64,7 @@ def main() -> int:
         places = Places()
         rows = [measured(places, name, run) for (name, _), run in runs.items()]
         results = {"rows": rows, **places.size()}
-        write(results, RESULTS, "sizes", text)
+        write(results, RESULTS, text)
         draw(results)
     return 0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from adoption import Bench
+from numpy.typing import NDArray
 from real_faces import ROOT, SHARED, markdown_table
 
 from pkd.toolkit.cli.distill import main as distill
@@ -103,6 +104,50 @@ def everybody() -> Path:
     return SHARED / "faces" / "splits" / "train.txt"
 
 
+def drawn(count: int, seed: int) -> Callable[[Path], Path]:
+    """Make what writes the list of ``count`` images, a draw of train.txt, into the folder of the runs."""
+
+    def write_list(runs: Path) -> Path:
+        faces = FaceSet.read(everybody())
+        return listed(faces, np.random.default_rng(seed).choice(len(faces), count, replace=False), runs, f"{count}.txt")
+
+    return write_list
+
+
+def listed(faces: FaceSet, rows: NDArray[np.int64], runs: Path, name: str) -> Path:
+    """Write the list of these images into the folder of the runs."""
+    path = runs / name
+    path.write_text("".join(f"{faces.path(int(i))}\n" for i in np.sort(rows)), encoding="utf-8")
+    return path
+
+
+def table_of_runs(
+    doc: str | None,
+    rows: Mapping[str, Row],
+    source: Callable[[Path], tuple[str, ...]],
+    start: str | None,
+    file: Path,
+    text: Callable[[Report], str],
+) -> int:
+    """Train what is missing, each row from ``source``, measure, and write the JSON and the table of docs/adoption.md.
+
+    ``start``: run, beside the others, that is measured first.
+    """
+    args = arguments(doc, rows)
+    if args is None:
+        return 0
+    if args.page:
+        put(file.stem, text(json.loads(file.read_text(encoding="utf-8"))))
+        return 0
+    runs = trained(args, rows, source(args.runs))
+    if not args.train_only:
+        places = Places()
+        first = {(start, 0): args.runs / start} if start else {}
+        measured = [places.run(name, seed, run) for (name, seed), run in {**first, **runs}.items()]
+        write({"rows": measured, **places.size()}, file, text)
+    return 0
+
+
 class Places:
     """Measure students on val.txt, on which options are chosen, and on test.txt."""
 
@@ -160,15 +205,15 @@ def table(rows: Sequence[Report], first: str) -> str:
     return markdown_table(head, shown)
 
 
-def write(results: Report, file: Path, mark: str, text: Callable[[Report], str]) -> None:
-    """Keep the figures, and put the table between its marks in docs/adoption.md."""
+def write(results: Report, file: Path, text: Callable[[Report], str]) -> None:
+    """Keep the figures, and put the table between the marks of their name in docs/adoption.md."""
     file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    put(mark, text(results))
+    put(file.stem, text(results))
 
 
 def put(mark: str, text: str) -> None:
     """Put ``text`` between ``<!-- figures: benchmarks/MARK.py -->`` and the next ``<!-- end of figures -->``."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(f"<!-- figures: benchmarks/{mark}.py -->\n")
-    after = rest.split("<!-- end of figures -->\n", 1)[1]
     begin, end = f"<!-- figures: benchmarks/{mark}.py -->\n", "<!-- end of figures -->\n"
+    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end, 1)[1]
     PAGE.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
