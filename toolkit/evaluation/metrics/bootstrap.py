@@ -15,11 +15,11 @@ import numpy as np
 
 from pkd.toolkit.certificates.certificate import Assurance, Interval
 from pkd.toolkit.evaluation.metrics.error_rates import (
+    LinearSums,
     accepted_rates,
     first_beyond,
     fmr_at,
     impostor_cumulative,
-    linear_cumulative,
     matching,
     raw_impostor_cumulative,
 )
@@ -32,6 +32,9 @@ from pkd.toolkit.evaluation.metrics.intervals import (
 )
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores
 from pkd.toolkit.evaluation.metrics.pairing import Doubles, Ints, Mask
+
+AT_ONCE = 1 << 18
+"""Pairs times resamples that are measured at once: 2 MB an array, in the cache, however many resamples there are."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,13 @@ def bootstrap(
     pairing = scores.pairing
     random = np.random.default_rng(seed)
     even = np.full(pairing.identities, 1 / pairing.identities)
+
+    def draw() -> Doubles:
+        while True:
+            drawn = random.multinomial(pairing.identities, even).astype(np.float64)
+            if pairing.identity_pair_weight(drawn) > 0 and drawn[wanted].any():
+                return drawn
+
     last = matching(scores.impostor, thresholds)
     has_genuine = pairing.genuine_per_identity > 0
     wanted = has_genuine if has_genuine.any() else ~has_genuine  # a group may have impostor pairs alone
@@ -159,21 +169,19 @@ def bootstrap(
     )
     tar, balanced = np.empty((resamples, len(fmrs))), np.empty((resamples, len(fmrs)))
     fmr = np.empty((resamples, len(thresholds)))
-    for r in range(resamples):
-        multiplicity = random.multinomial(pairing.identities, even).astype(np.float64)
-        while not (pairing.identity_pair_weight(multiplicity) > 0 and multiplicity[wanted].any()):
-            multiplicity = random.multinomial(pairing.identities, even).astype(np.float64)
-        cumulative = linear_cumulative(scores, multiplicity)
+    at_once = max(1, AT_ONCE // (len(scores.impostor) + len(scores.genuine)))
+    linear = LinearSums(scores, min(at_once, resamples))
+    for start in range(0, resamples, at_once):
+        rows = slice(start, min(start + at_once, resamples))
+        multiplicity = np.stack([draw() for _ in range(rows.start, rows.stop)])
+        (sums, total), (raw_sums, raw_total) = linear.sum(multiplicity)
         if len(fmrs):
-            found = accepted_rates(
-                scores,
-                first_beyond(cumulative, full, shrink, fmrs),
-                first_beyond(linear_cumulative(scores, multiplicity, raw=True), raw_full, raw_shrink, fmrs),
-                multiplicity,
-            )
-            tar[r], balanced[r] = found.tar, found.tar_balanced
-        fmr[r] = np.clip(np.append(0.0, cumulative), 0.0, 1.0)[last]
-        advance(1)
+            places = first_beyond(sums[:, 1:], full, shrink, fmrs, total)
+            raw_places = first_beyond(raw_sums[:, 1:], raw_full, raw_shrink, fmrs, raw_total)
+            found = accepted_rates(scores, places, raw_places, multiplicity)
+            tar[rows], balanced[rows] = found.tar, found.tar_balanced
+        fmr[rows] = np.clip(np.take(sums, last, -1) / total, 0.0, 1.0)
+        advance(len(multiplicity))
     return Bootstrap(
         tar,
         balanced,

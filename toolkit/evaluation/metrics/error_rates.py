@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
 from pkd.toolkit.certificates.certificate import no_less
@@ -19,6 +20,8 @@ from pkd.toolkit.evaluation.metrics.pairing import Doubles, Floats, Ints, Pairin
 
 EXPECTED = 10
 """An FMR is resolved where at least this many pairs of different identities are expected above its threshold."""
+BLOCK = 1 << 15
+"""Pairs that are summed up at a time: what they need stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +91,27 @@ def rates(scores: PairScores, fmrs: Doubles) -> Rates:
     return _accepted(scores, balanced, raw, multiplicity)
 
 
-def first_beyond(cumulative: Doubles, full: Doubles, shrink: Doubles, fmrs: Doubles) -> Ints:
-    """Find the place of the first kept impostor that is one too many for each target.
+def first_beyond(fmr: Doubles, full: Doubles, shrink: Doubles, fmrs: Doubles, total: Doubles | float = 1.0) -> Ints:
+    """Find the place of the first kept impostor that is one too many for each target (F, or R×F of R resamples).
 
-    ``cumulative``: FMR of a resample at each kept impostor; its deviation from ``full``, that of all people, counts
-    times ``shrink`` (one per target).
+    ``fmr``, times 1 / ``total``: FMR of a resample at each kept impostor; its deviation from ``full``, that of all
+    people, counts times ``shrink`` (one per target). It need not rise: the place is where halving ends.
     """
-    low, high = np.zeros(len(fmrs), np.int64), np.full(len(fmrs), len(full))
-    targets = fmrs * (1 + 1e-9)
-    while (low < high).any():
-        middle = np.minimum((low + high) // 2, len(full) - 1)
-        within = shrink * cumulative[middle] + (1 - shrink) * full[middle] <= targets
-        low, high = np.where((low < high) & within, middle + 1, low), np.where((low < high) & ~within, middle, high)
+    low = np.zeros((*fmr.shape[:-1], len(fmrs)), np.int64)
+    high = np.full_like(low, len(full))
+    targets, rest = fmrs * (1 + 1e-9), 1 - shrink
+    for _ in range(len(full).bit_length()):  # one that has ended meets the same answer again and stays
+        middle = np.minimum((low + high) >> 1, len(full) - 1)
+        within = shrink * (np.take_along_axis(fmr, middle, -1) / total) + rest * np.take(full, middle) <= targets
+        low, high = np.where(within, middle + 1, low), np.where(within, high, middle)
     return low
 
 
 def accepted_rates(scores: PairScores, balanced: Ints, raw: Ints, multiplicity: Doubles) -> Rates:
-    """Find rates with every identity as often as it was drawn, where the kept impostors before these places match."""
+    """Find rates with every identity as often as it was drawn, where the kept impostors before these places match.
+
+    ``balanced``, ``raw``: F places. ``multiplicity``: one per identity. All may have a row for each of R resamples.
+    """
     ends = np.append(scores.impostor, np.float32(-np.inf))
     return _accepted(scores, ends[balanced], ends[raw], multiplicity)
 
@@ -152,22 +159,36 @@ def raw_impostor_cumulative(scores: PairScores, multiplicity: Doubles) -> Double
     return _cumulative(scores, multiplicity, scores.weight, scores.pairing.impostor_weight(multiplicity))
 
 
-def linear_cumulative(scores: PairScores, multiplicity: Doubles, *, raw: bool = False) -> Doubles:
-    """Sum up the FMR at each kept impostor score, descending, to first order in each identity's ``multiplicity``.
+class LinearSums:
+    """Sum up impostors, descending, to first order in how often each identity was drawn.
 
-    A pair weighs m(a) + m(b) − 1 in place of m(a)·m(b): the same but for a term that is noise of pairs alone.
+    A pair weighs m(a) + m(b) − 1 in place of m(a)·m(b): the same but for a term that is noise of pairs alone. The
+    arrays are made once: the system takes longer to hand out as much memory than the sums take.
     """
-    part = scores.weight if raw else scores.share
-    pairs = scores.pairing.impostor_pairs_per_identity if raw else scores.pairing.identity_pairs_per_identity
-    query, gallery = scores.impostor_identities
-    more = multiplicity - 1
-    weight = np.take(more, query)
-    weight += np.take(more, gallery)
-    weight += 1
-    weight *= part
-    cumulative: Doubles = np.cumsum(weight, out=weight)
-    cumulative /= max(pairs.sum() / 2 + float(more @ pairs), pairs.max())
-    return cumulative
+
+    def __init__(self, scores: PairScores, resamples: int) -> None:
+        pairing = scores.pairing
+        self._people = scores.impostor_identities
+        self._parts = scores.share, scores.weight
+        self._pairs = pairing.identity_pairs_per_identity, pairing.impostor_pairs_per_identity
+        self._sums = np.zeros((2, resamples, len(scores.impostor) + 1))
+
+    def sum(self, multiplicity: Doubles) -> list[tuple[Doubles, Doubles]]:
+        """Return weight before each kept impostor, then of all, R×(K + 1), and of all pairs, R×1: balanced, then raw.
+
+        Their quotient is the FMR. ``multiplicity``: R×N. The next call overwrites what this one returned.
+        """
+        query, gallery = self._people
+        for r, more in enumerate(multiplicity.astype(np.int32) - 1):
+            for start in range(0, len(query), BLOCK):
+                here = slice(start, start + BLOCK)
+                weight = np.take(more, query[here])
+                weight += np.take(more, gallery[here])
+                weight += 1
+                for sums, part in zip(self._sums[:, r], self._parts, strict=True):
+                    _add_up(weight * part[here], sums[start : start + BLOCK + 1])
+        totals = (np.maximum(p.sum() / 2 + (multiplicity - 1) @ p, p.max())[:, None] for p in self._pairs)
+        return list(zip(self._sums[:, : len(multiplicity)], totals, strict=True))
 
 
 def matching(descending: Floats, thresholds: Doubles) -> Ints:
@@ -192,12 +213,25 @@ def _last_rejected(scores: PairScores, fmrs: Doubles, cumulative: Doubles) -> Fl
 
 def _accepted(scores: PairScores, balanced: Floats, raw: Floats, multiplicity: Doubles) -> Rates:
     """Find the rates where the scores above the last rejected ones match."""
-    drawn = np.take(multiplicity, scores.genuine_identity)
-    every_pair = np.append(0.0, np.cumsum(drawn))
-    drawn /= np.take(scores.pairing.genuine_per_identity, scores.genuine_identity)
-    every_person = np.append(0.0, np.cumsum(drawn))
-    above, raw_above = (np.searchsorted(-scores.genuine, -last, "left") for last in (balanced, raw))
-    return Rates(balanced, every_person[above] / every_person[-1], raw, every_pair[raw_above] / every_pair[-1])
+    person, people = multiplicity / np.maximum(scores.pairing.genuine_per_identity, 1), scores.genuine_identity
+    descending = -scores.genuine
+
+    def accepted(weight: Doubles, last: Floats) -> Doubles:
+        drawn = np.take(weight, people, -1)
+        sums = np.zeros((*drawn.shape[:-1], len(people) + 1))
+        for row, into in zip(drawn.reshape(-1, len(people)), sums.reshape(-1, len(people) + 1), strict=True):
+            for start in range(0, len(people), BLOCK):
+                _add_up(row[start : start + BLOCK], into[start : start + BLOCK + 1])
+        rate: Doubles = np.take_along_axis(sums, np.searchsorted(descending, -last, "left"), -1) / sums[..., -1:]
+        return rate
+
+    return Rates(balanced, accepted(person, balanced), raw, accepted(multiplicity, raw))
+
+
+def _add_up(weights: Doubles, sums: Doubles) -> None:
+    """Continue running sums of N + 1 from their first by N weights, in numpy's order and in a third of its time."""
+    weights[0] += sums[0]
+    sums[1:] = cv2.integral(weights[None], sdepth=cv2.CV_64F)[1, 1:]
 
 
 def _next(last: Floats) -> Doubles:

@@ -9,6 +9,8 @@ import pytest
 from scipy.stats import beta
 
 from pkd.toolkit.core.errors import UnsupportedFmr
+from pkd.toolkit.evaluation.metrics import bootstrap as bootstrap_module
+from pkd.toolkit.evaluation.metrics import error_rates
 from pkd.toolkit.evaluation.metrics.bootstrap import (
     accuracy_interval,
     accuracy_variance,
@@ -16,7 +18,14 @@ from pkd.toolkit.evaluation.metrics.bootstrap import (
     interval,
     resampled_accuracies,
 )
-from pkd.toolkit.evaluation.metrics.error_rates import fmr_at, rates, require_resolved, smallest_fmr
+from pkd.toolkit.evaluation.metrics.error_rates import (
+    fmr_at,
+    impostor_cumulative,
+    rates,
+    raw_impostor_cumulative,
+    require_resolved,
+    smallest_fmr,
+)
 from pkd.toolkit.evaluation.metrics.intervals import proportion_interval
 from pkd.toolkit.evaluation.metrics.pair_scores import PairScores, score_pairs
 from pkd.toolkit.evaluation.metrics.pairing import Pairing
@@ -47,6 +56,42 @@ def test_intervals_repeat_with_the_seed_and_change_with_another() -> None:
     np.testing.assert_array_equal(first.tar, again.tar)
     np.testing.assert_array_equal(first.fmr, again.fmr)
     assert (first.tar != other.tar).any()
+
+
+@pytest.mark.parametrize(("at_once", "block"), [(1, 1 << 15), (10_000, 100), (1 << 18, 4096)])
+def test_resamples_are_to_the_bit_those_of_a_plain_loop(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, block: int
+) -> None:
+    """However many are measured at once, and in however long blocks their pairs are summed up."""
+    monkeypatch.setattr(bootstrap_module, "AT_ONCE", at_once)
+    monkeypatch.setattr(error_rates, "BLOCK", block)
+    scores = people(30, 3, 1)
+    fmrs, thresholds = np.array([0.2, 0.05, 0.02, 0.003]), np.array([-2.0, 0.3, 0.8, 2.0])
+    found = bootstrap(scores, fmrs, thresholds, resamples=11, seed=5)
+    random = np.random.default_rng(5)
+    query, gallery = scores.impostor_identities
+    last = [(scores.impostor >= t).sum() for t in thresholds]
+    for r in range(11):
+        drawn = random.multinomial(30, np.full(30, 1 / 30)).astype(np.float64)
+        weight = drawn[query] + drawn[gallery] - 1
+        own = drawn[scores.genuine_identity]
+        for part, total, tar, full, accepted in (
+            (scores.share, 435 + (drawn - 1).sum() * 29, found.tar_balanced, impostor_cumulative, own / 3),
+            (scores.weight, 9 * (435 + (drawn - 1).sum() * 29), found.tar, raw_impostor_cumulative, own),
+        ):
+            fmr, everyone = np.cumsum(weight * part) / total, full(scores, np.ones(30))
+            shrink = bootstrap_module._shrinkage(scores, everyone, fmrs, tar is found.tar)
+            for k, target in enumerate(fmrs * (1 + 1e-9)):
+                low, high = 0, len(fmr)
+                while low < high:
+                    middle = (low + high) // 2
+                    within = shrink[k] * fmr[middle] + (1 - shrink[k]) * everyone[middle] <= target
+                    low, high = (middle + 1, high) if within else (low, middle)
+                matched = (scores.genuine > np.append(scores.impostor, -np.inf)[low]).sum()
+                sums = np.append(0.0, np.cumsum(accepted))
+                assert tar[r, k] == sums[matched] / sums[-1]
+            if tar is found.tar_balanced:
+                np.testing.assert_array_equal(found.fmr[r], np.clip(np.append(0.0, fmr)[last], 0, 1))
 
 
 def test_identity_level_interval_is_wider_than_one_that_draws_pairs() -> None:
