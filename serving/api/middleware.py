@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from time import perf_counter
 from urllib.parse import SplitResult, urlsplit
 
@@ -74,12 +74,12 @@ class Middleware:
         counts = scope["path"] not in UNCOUNTED
         scope[IN_SCOPE] = None
         self.state.metrics.in_progress += counts
-        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id.set(known := id_of(sent))
+        headers = dict(reversed(scope["headers"]))  # the first of each name
+        request_id.set(known := id_of(headers.get(b"x-request-id", b"")))
         recorder = _ResponseRecorder(send, self.state, known)
         with span(scope) as end_span:
             try:
-                await self._admit(scope, receive, recorder)
+                await self._admit(scope, headers, receive, recorder)
             except PkdError as error:
                 await self._answer(error, scope, receive, recorder)
             except ClientDisconnect:
@@ -100,35 +100,43 @@ class Middleware:
                     log_request(scope["method"], route, recorder.status, seconds, key and key.name, recorder.problem)
                 end_span(route, recorder.status, recorder.problem)
 
-    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        works = scope["method"] not in ("GET", "HEAD")
-        if scope["path"] not in OPEN_PATHS and not is_page(scope["path"]):
-            headers = Headers(scope=scope)
-            if self.keys and self.keys.open_metrics and scope["path"] == METRICS:
+    async def _admit(self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> None:
+        method, path = scope["method"], scope["path"]
+        works, sends_body = method not in ("GET", "HEAD"), method in SENDS_BODY
+        if path not in OPEN_PATHS and not is_page(path):
+            if self.keys and self.keys.open_metrics and path == METRICS:
                 pass
             elif self.keys:
-                scope[IN_SCOPE] = key = await self.keys.identify(headers.get("authorization"))
+                sent = headers.get(b"authorization")
+                scope[IN_SCOPE] = key = await self.keys.identify(None if sent is None else sent.decode("latin-1"))
                 self.keys.take(key)
                 if key.token:
-                    require_open(key.token, scope["method"], scope["path"])
+                    require_open(key.token, method, path)
             else:
                 _require_own_origin(headers, self.local)
-        limits = self._streamed if STREAMED.fullmatch(scope["path"]) else self._timed if works else self._untimed
+        limits = self._streamed if STREAMED.fullmatch(path) else self._timed if works else self._untimed
         if works:
             self.state.require_ready()
             for name, value in scope["headers"]:
                 if name == b"content-length" and not (value.isdigit() and int(value) <= limits.bytes):
                     raise too_large(limits.bytes)
-                if name == b"content-encoding" and scope["method"] in SENDS_BODY:
+                if name == b"content-encoding" and sends_body:
                     _require_uncoded(value)
-        place = self._place(scope[IN_SCOPE]) if works else nullcontext()
-        # What is cancelled while it waits for a worker thread is never executed.
-        with place, RequestGuard(receive, limits, scope["method"] in SENDS_BODY) as guard:
-            await self.app(scope, guard.receive, send)
+        place = self._take_place(scope[IN_SCOPE]) if works else None
+        try:
+            # What is cancelled while it waits for a worker thread is never executed.
+            with RequestGuard(receive, limits, sends_body) as guard:
+                await self.app(scope, guard.receive, send)
+        finally:
+            if place is not None:
+                self.working[place] -= 1
+                if not self.working[place]:
+                    del self.working[place]
 
-    @contextmanager
-    def _place(self, key: ApiKey | None) -> Iterator[None]:
-        """Take a place in the queue. Raises Overloaded where it is full, unless this key has less than its share of it.
+    def _take_place(self, key: ApiKey | None) -> str:
+        """Take a place in the queue, in the name that is returned.
+
+        Raises Overloaded where it is full, unless this key has less than its share of it.
 
         So a key that fills the queue leaves room for the others: each may take as many places as it would have if all
         keys that ask now shared the queue evenly, and all together twice the queue.
@@ -140,12 +148,7 @@ class Middleware:
             raise Overloaded(f"{taken} requests are in progress already. Try again in a moment.")
         self.working[name] += 1
         owner.set(name)
-        try:
-            yield
-        finally:
-            self.working[name] -= 1
-            if not self.working[name]:
-                del self.working[name]
+        return name
 
     def _route_of(self, scope: Scope) -> str:
         """Return the template of the request's route, ``/v1/galleries/{gallery}``: a path would name subjects.
@@ -184,19 +187,28 @@ class _ResponseRecorder:
         await self._send(message)
 
 
-def _require_own_origin(headers: Headers, local: bool) -> None:
+def _require_own_origin(headers: Mapping[bytes, bytes], local: bool) -> None:
     """Raise ForeignOrigin for what a web page of another site had a browser send to a server without keys.
 
     Browsers send forms and plain POSTs anywhere without asking. ``local``: the server answers to names of this machine
     only, so that no foreign name that resolves to it makes it part of a foreign site.
     """
-    host = headers.get("host", "")
+    host, origin, site = (
+        headers.get(name, default).decode("latin-1")
+        for name, default in ((b"host", b""), (b"origin", b""), (b"sec-fetch-site", b"none"))
+    )
     remedy = "Use the server's own address, or start it with --api-keys."
-    if local and host and ("@" in host or not is_loopback(_split(f"//{host}").hostname or "")):
+    if local and host and not _names_this_machine(host):
         raise ForeignOrigin(f"Host {host[:80]!r} is no name of this machine. {remedy}")
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-    if (origin is not None and _split(origin).netloc != host) or site not in ("none", "same-origin"):
+    foreign = b"origin" in headers and _split(origin).netloc != host
+    if foreign or site not in ("none", "same-origin"):
         raise ForeignOrigin(f"A page of {(origin or site)[:80]!r} asked for this. {remedy}")
+
+
+@lru_cache(8)
+def _names_this_machine(host: str) -> bool:
+    """Tell whether a Host header is of the loopback; clients send the same one again and again."""
+    return "@" not in host and is_loopback(_split(f"//{host}").hostname or "")
 
 
 def _split(url: str) -> SplitResult:

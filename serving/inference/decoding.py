@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from pkd.serving.core.base64_text import decode_base64
 from pkd.serving.core.errors import UnsupportedMedia
 from pkd.toolkit.core.errors import BadImage, ImageTooLarge, MissingDecoder
-from pkd.toolkit.images.codec import READERS, Rgb, decode_rgb
+from pkd.toolkit.images.codec import FRAMES, READERS, Rgb, decode_rgb
 
 Undecoded = bytes | str
 """A file's bytes, or the same as base64. Both are decoded by a worker thread, not by the event loop."""
-FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of a JPEG's frame: every kind of coding, arithmetic and lossless ones, too."""
 SCAN, END = 0xDA, 0xD9
 """Further markers of a JPEG; within a scan, 0xFF is followed by 0 or by the number of a restart."""
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -128,7 +126,10 @@ def _require_end(streams: list[bytes], size: int) -> None:
 
 
 def _jpeg_parts(image: bytes) -> tuple[int, int, int]:
-    """Count the segments of a JPEG before its first scan, its scans, and the pixels of its frame."""
+    """Count the segments of a JPEG before its first scan, its scans, and the pixels of its frame.
+
+    Scans that cannot go over ``MAX_SCANNED`` pixels, however many the file holds, are not looked for: 0.
+    """
     parts = pixels = 0
     place = 2
     while parts <= MAX_PARTS and place + 9 <= len(image):
@@ -146,6 +147,8 @@ def _jpeg_parts(image: bytes) -> tuple[int, int, int]:
             height, width = struct.unpack(">HH", image[place + 5 : place + 9])
             pixels = max(pixels, height * width)
         place += 2 + int.from_bytes(image[place + 2 : place + 4], "big")
+    if (len(image) - place) // 2 * pixels <= MAX_SCANNED:  # two bytes each could not be too many
+        return parts, 0, pixels
     data = np.frombuffer(image, np.uint8)  # four times as fast as bytes.count, for 0xFF is common in a scan
     scans = int(np.count_nonzero((data[place:-1] == 0xFF) & (data[place + 1 :] == SCAN)))
     return parts, scans if scans * pixels <= MAX_SCANNED else _scans(data[place:]), pixels

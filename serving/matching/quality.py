@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 from pkd.serving.core.errors import LowQuality
@@ -17,7 +16,7 @@ AT_MOST = frozenset({"yaw", "pitch", "roll", "occlusion"})
 
 def measure_quality(embedded: Embedded, face: int) -> MeasuredQuality:
     """Measure one face of an embedded image."""
-    measured = asdict(embedded.quality[face])
+    measured = vars(embedded.quality[face])
     if embedded.faces is None:
         return MeasuredQuality(**measured, detection_score=None, face_pixels=None)
     found = embedded.faces[face]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -166,7 +166,7 @@ class Service:
                     "index": index,
                     "face": face,
                     **_where(embedded, face),
-                    "quality": asdict(embedded.quality[face]),
+                    "quality": vars(embedded.quality[face]),
                     "embedding": encode(vector, options.encoding),
                     "encoding": options.encoding,
                 }

@@ -16,26 +16,28 @@ TEMPLATE: NDArray[np.float64] = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 """Points of eyes, nose and mouth corners (left before right, as seen in the image) that ArcFace expects in 112×112."""
+COMPLEX = np.array([1, 1j])
+"""Makes a complex number of x and y."""
 
 
 def similarity(points: NDArray[np.floating], target: NDArray[np.floating] = TEMPLATE) -> NDArray[np.float64]:
     """Find the least-squares rotation, scale and shift that maps N×2 ``points`` onto N×2 ``target`` → float64 2×3.
 
-    Closed form of Umeyama (1991, eq. 40–42); never a reflection. Raises NoFace where the points are not finite or
-    all coincide.
+    In the plane the least squares of Umeyama (1991) are a complex number, Σ z̄ w / Σ z̄ z; never a reflection. Raises
+    NoFace where the points are not finite or all coincide.
     """
     source, wanted = np.asarray(points, np.float64), np.asarray(target, np.float64)
     if source.shape != wanted.shape or source.ndim != 2 or source.shape[1] != 2 or not np.isfinite(source).all():
         raise NoFace(f"landmarks of shape {source.shape} are no {len(wanted)} finite points. Use another detector.")
-    source_centre, wanted_centre = source.mean(axis=0), wanted.mean(axis=0)
-    centred = source - source_centre
-    variance = (centred**2).sum() / len(source)
-    if variance < 1e-6:
+    z, w = source @ COMPLEX, wanted @ COMPLEX
+    z_centre, w_centre = z.sum() / len(z), w.sum() / len(w)
+    z = z - z_centre
+    variance = np.vdot(z, z).real
+    if variance < 1e-6 * len(z):
         raise NoFace("the landmarks all lie on one point, so there is no face to align.")
-    u, stretch, v = np.linalg.svd((wanted - wanted_centre).T @ centred / len(source))
-    sign = np.array([1.0, np.sign(np.linalg.det(u) * np.linalg.det(v))])
-    linear = (stretch @ sign / variance) * (u * sign) @ v
-    return np.column_stack([linear, wanted_centre - linear @ source_centre])
+    turn = np.vdot(z, w) / variance  # and scale
+    shift = w_centre - turn * z_centre
+    return np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
 
 
 def warp(image: Rgb, landmarks: NDArray[np.floating], size: int = SIZE) -> Rgb:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import threading
 from pathlib import Path
 
@@ -27,6 +28,10 @@ READERS: dict[bytes, type[ImageFile]] = {
     b"BM": BmpImageFile,
 }
 """First bytes of a file → what reads its header."""
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of a JPEG's frame: every kind of coding, arithmetic and lossless ones, too."""
+SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
+"""Markers of what usually stands before it: tables, profiles and comments."""
 MAX_PIXELS = 40_000_000
 """Larger images are refused from their header, before anything is decoded (40 megapixels = 120 MB of RGB)."""
 
@@ -47,10 +52,12 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
     try:
         if reader is None:
             raise ValueError
-        with reader(io.BytesIO(data)) as header:
-            width, height = header.size
+        if reader is not JpegImageFile or (size := _jpeg_size(data)) is None:
+            with reader(io.BytesIO(data)) as header:
+                size = header.size
     except Exception:  # Pillow raises many kinds for hostile headers
         raise BadImage(f"not a JPEG, PNG, WebP, BMP, AVIF or HEIC image ({len(data):,} bytes).") from None
+    width, height = size
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"image of {width}×{height} pixels is over the limit of {max_pixels:,}. Downscale it first."
@@ -62,6 +69,20 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
     if image is None:
         raise BadImage(f"image of {width}×{height} pixels is truncated or corrupt ({len(data):,} bytes).")
     return image.astype(np.uint8, copy=False)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Read width and height of a JPEG whose header is as usual; None: Pillow is to read it, which reads every table."""
+    place = 2
+    while place + 10 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        length, bits, height, width, planes = struct.unpack_from(">HBHHB", data, place + 2)
+        if marker in FRAMES:
+            return (width, height) if bits == 8 and planes in (1, 3, 4) and width and height else None
+        if marker not in SEGMENTS:
+            return None
+        place += 2 + length
+    return None
 
 
 def read_rgb(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:

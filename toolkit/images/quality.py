@@ -6,7 +6,7 @@ No measure is a score of its own here: each has a unit, and whether it helps on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,14 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rgb = NDArray[np.uint8]
+Grey = NDArray[np.uint8]
 DARK, BRIGHT = 25, 247
 """Grey levels up to and from which a pixel counts as under- and overexposed (ISO/IEC 29794-5)."""
 MODEL = np.array([[-31.5, 0, 0], [31.5, 0, 0], [0, 39, -25], [-26, 70, -2], [26, 70, -2]], np.float64)
 """Five points of a usual adult face, mm: x to the right, y down, z away from the camera; order of the landmarks.
 
 The nose's height puts a pitch of 0 where the median of LFW's photographs is, with YuNet's landmarks."""
-_CENTRED = MODEL - MODEL.mean(0)
-_INVERSE = np.linalg.pinv(_CENTRED)
+_INVERSE = np.linalg.pinv(MODEL - MODEL.mean(0))
+"""Least squares of points whose mean may be anything: its rows add up to 0."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +71,26 @@ MEASURES = (
 """Everything that is measured of a face beside the detector's score and the size of its box."""
 
 
-def sharpness(crop: Rgb) -> float:
-    """Measure the variance of the Laplacian of the grey crop (uint8 H×W×3 RGB), squared grey levels.
-
-    Higher is sharper.
-    """
-    laplacian = cv2.Laplacian(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.CV_16S)
+def sharpness(grey: Grey) -> float:
+    """Measure the variance of the Laplacian of a grey crop (uint8 H×W), squared grey levels; higher is sharper."""
+    laplacian = cv2.Laplacian(grey, cv2.CV_16S)
     mean = cv2.sumElems(laplacian)[0] / laplacian.size
     return cv2.norm(laplacian) ** 2 / laplacian.size - mean**2  # sums of whole numbers: little cancels
 
 
-def exposure(crop: Rgb) -> float:
+def exposure(grey: Grey) -> float:
     """Measure the share of pixels within the face of an aligned crop whose grey level lies between DARK and BRIGHT.
 
-    ``crop``: uint8 S×S×3 RGB. The face is its middle, without hair, background and what lay beyond the photograph.
+    ``grey``: uint8 S×S. The face is its middle, without hair, background and what lay beyond the photograph.
     """
-    size = crop.shape[0]
-    top, bottom, left, right = (round(size * share) for share in (0.3, 0.95, 0.25, 0.75))
-    grey = cv2.cvtColor(crop[top:bottom, left:right], cv2.COLOR_RGB2GRAY)
-    return float(cv2.countNonZero(cv2.inRange(grey, DARK + 1, BRIGHT - 1)) / grey.size)
+    size = len(grey)
+    face = grey[round(size * 0.3) : round(size * 0.95), round(size * 0.25) : round(size * 0.75)]
+    return cv2.countNonZero(cv2.inRange(face, DARK + 1, BRIGHT - 1)) / face.size
 
 
 def inter_eye(landmarks: NDArray[Any]) -> float:
     """Measure the distance between the eyes, pixels of the photograph. ``landmarks``: 5×2, eyes first."""
-    return float(np.linalg.norm(landmarks[1].astype(np.float64) - landmarks[0]))
+    return math.dist(landmarks[0].tolist(), landmarks[1].tolist())
 
 
 def pose(landmarks: NDArray[Any]) -> tuple[float, float, float]:
@@ -102,17 +99,17 @@ def pose(landmarks: NDArray[Any]) -> tuple[float, float, float]:
     The points of a usual face are laid on the landmarks by a scaled orthographic projection: least squares, then the
     nearest rotation (DeMenthon and Davis 1995, first step of POSIT). Roll is exact where yaw and pitch are small; yaw
     and pitch err by some degrees, since a nose may be longer and a chin lower than the usual one's.
+
+    The rotation has (A Aᵀ)^−½ A, of the 2×3 affine map A, as its first two rows. A square root of 2×2 numbers is known
+    in closed form, and its factors cancel from the angles: numpy's SVD and cross product would cost far more.
     """
-    points = landmarks.astype(np.float64)
-    affine = (_INVERSE @ (points - points.mean(0))).T
-    left, _, right = np.linalg.svd(affine, full_matrices=False)
-    first, second = left @ right
-    third = np.cross(first, second)
-    yaw = np.arcsin(np.clip(third[0], -1, 1))
-    pitch = -np.arctan2(third[1], third[2])
-    roll = np.arctan2(second[0], first[0])
-    found: Sequence[float] = np.degrees([yaw, pitch, roll]).tolist()
-    return found[0], found[1], found[2]
+    (ax, ay, az), (bx, by, bz) = (_INVERSE @ landmarks.astype(np.float64)).T.tolist()
+    x, y, z = ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx  # along the rotation's third row
+    aa, bb, ab = ax * ax + ay * ay + az * az, bx * bx + by * by + bz * bz, ax * bx + ay * by + az * bz
+    root = math.sqrt(x * x + y * y + z * z)  # of A Aᵀ's determinant
+    yaw, pitch = math.atan2(x, math.hypot(y, z)), -math.atan2(y, z)
+    roll = math.atan2((aa + root) * bx - ab * ax, (bb + root) * ax - ab * bx)
+    return math.degrees(yaw), math.degrees(pitch), math.degrees(roll)
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,8 @@ class FaceQuality:
 
 def measure_face(crop: Rgb, landmarks: NDArray[Any] | None = None, occlusion: float | None = None) -> FaceQuality:
     """Measure a face. ``crop``: uint8 S×S×3 RGB, aligned; ``landmarks``: 5×2 in pixels of the photograph, if known."""
-    sharp, exposed = round(sharpness(crop), 2), round(exposure(crop), 4)
+    grey: Grey = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY).astype(np.uint8, copy=False)
+    sharp, exposed = round(sharpness(grey), 2), round(exposure(grey), 4)
     if landmarks is None:
         return FaceQuality(sharp, exposed)
     yaw, pitch, roll = (round(angle, 1) for angle in pose(landmarks))

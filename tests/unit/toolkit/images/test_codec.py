@@ -93,8 +93,12 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
         decode_rgb(data)
 
 
-def test_size_limit_counts_before_decoding() -> None:
-    data = encode(Image.fromarray(scene()), "PNG")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("JPEG", {"comment": "a" * 70, "dpi": (72, 72)})],
+)
+def test_size_limit_counts_before_decoding(kind: str, options: dict[str, object]) -> None:
+    data = encode(Image.fromarray(scene()), kind, **options)
     assert decode_rgb(data, max_pixels=40 * 64).shape == (40, 64, 3)
     with pytest.raises(ImageTooLarge, match="64×40 pixels is over the limit of 2,559"):
         decode_rgb(data, max_pixels=40 * 64 - 1)

@@ -36,6 +36,19 @@ def test_pose_is_found_again(angles: tuple[float, float, float]) -> None:
     assert pose(turned(*angles)) == pytest.approx(angles, abs=1e-9)
 
 
+def test_the_pose_of_any_points_is_the_nearest_rotation() -> None:
+    """By the singular value decomposition of the map that fits the usual face to the points best."""
+    for seed in range(200):
+        points = np.random.default_rng(seed).normal(200, 50, (5, 2))
+        affine, *_ = np.linalg.lstsq(MODEL - MODEL.mean(0), points - points.mean(0), rcond=None)
+        left, _, right = np.linalg.svd(affine.T, full_matrices=False)
+        first, second = left @ right
+        x, y, z = np.cross(first, second)
+        expected = np.degrees([np.arcsin(x), -np.arctan2(y, z), np.arctan2(second[0], first[0])])
+        assert pose(points) == pytest.approx(expected, abs=1e-6)
+    assert pose(np.zeros((5, 2))) == (0, 0, 0)
+
+
 def test_signs_of_a_pose() -> None:
     """The nose goes right, up, and the right eye down: each is positive."""
     right, up, clockwise = turned(30, 0, 0), turned(0, 20, 0), turned(0, 0, 20)
@@ -43,13 +56,14 @@ def test_signs_of_a_pose() -> None:
 
 
 def test_exposure_counts_what_is_neither_dark_nor_bright_within_the_face() -> None:
-    half = GREY.copy()
+    grey = GREY[:, :, 0]
+    half = grey.copy()
     half[:, 56:] = 250
-    black = GREY.copy()
+    black = grey.copy()
     black[:20] = black[:, :20] = 0  # beyond the photograph
-    assert [exposure(one) for one in (GREY, half, half * 0, black)] == pytest.approx([1, 0.5, 0, 1])
-    assert exposure(np.full_like(GREY, 25)) == 0 and exposure(np.full_like(GREY, 26)) == 1
-    assert exposure(np.full_like(GREY, 247)) == 0 and exposure(np.full_like(GREY, 246)) == 1
+    assert [exposure(one) for one in (grey, half, half * 0, black)] == pytest.approx([1, 0.5, 0, 1])
+    assert exposure(np.full_like(grey, 25)) == 0 and exposure(np.full_like(grey, 26)) == 1
+    assert exposure(np.full_like(grey, 247)) == 0 and exposure(np.full_like(grey, 246)) == 1
 
 
 def test_measures_of_a_photograph_and_of_a_crop() -> None:
