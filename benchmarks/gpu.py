@@ -167,7 +167,7 @@ def gather_input(bench: Bench, given: Path | None) -> None:
         bench.faces = [str(given / "faces.tar")]
         bench.teacher, bench.student = [str(given / "teacher.onnx")], [str(given / "student.onnx")]
         return
-    write_faces(bench.folder / "faces", 0, bench.count(1000, 4), 6, jobs=min(os.cpu_count() or 1, 16))
+    write_faces(bench.folder / "faces", 0, bench.count(1000, 4), 6)
     write_teacher(bench.folder / "teacher.onnx", FaceSet.read(bench.folder / "faces"))
     bench.faces, bench.teacher = [str(bench.folder / "faces")], [str(bench.folder / "teacher.onnx")]
     bench.student = ["mobilefacenet-relu:0.5" if bench.scale >= 0.1 else "mobilefacenet-relu:0.125"]

@@ -32,12 +32,12 @@ class Groups:
     visitors: Path
 
 
-def draw_groups(folder: Path, people: int, images: int, jobs: int, progress: Callable[[int], None]) -> Groups:
+def draw_groups(folder: Path, people: int, images: int, progress: Callable[[int], None]) -> Groups:
     """Draw synthetic people into ``folder/{train,test,visitors}``."""
     groups = Groups(folder / "train", folder / "test", folder / "visitors")
     first = 0
     for group, (count, each) in zip((groups.train, groups.test, groups.visitors), _sizes(people, images), strict=True):
-        write_faces(group, SEED, count, each, first=first, difficulty=DIFFICULTY, jobs=jobs, progress=progress)
+        write_faces(group, SEED, count, each, first=first, difficulty=DIFFICULTY, progress=progress)
         first += count
     return groups
 

@@ -78,16 +78,17 @@ def _counted(counted: Mapping[str, Any], label: str) -> str:
 
 
 def _heading(figure: Any, outcome: Outcome) -> None:
-    figure.text(0.045, 0.945, "One person, two devices", size=23, weight="bold", color="#0f172a", va="center")
-    figure.text(
-        0.045, 0.902, "The phone runs the student, the server's gallery was made by the teacher, and one certificate "
-        "says how far a score between them can be trusted.", size=10.5, color=SOFT, va="center",
-    )  # fmt: skip
+    _say(figure, 0.045, 0.945, "One person, two devices", 23, color="#0f172a", weight="bold", ha="left")
+    said = "The phone runs the student, the server's gallery was made by the teacher, and one certificate says how far "
+    _say(figure, 0.045, 0.902, said + "a score between them can be trusted.", 10.5, color=SOFT, ha="left")
     if outcome.synthetic:
-        figure.text(
-            0.957, 0.945, "SYNTHETIC FACES · nobody here exists", size=10.5, weight="bold", color=AMBER, ha="right",
-            va="center", bbox={"boxstyle": "round,pad=0.55", "fc": "#fffbeb", "ec": AMBER, "lw": 1.2},
-        )  # fmt: skip
+        box = {"boxstyle": "round,pad=0.55", "fc": "#fffbeb", "ec": AMBER, "lw": 1.2}
+        said = "SYNTHETIC FACES · nobody here exists"
+        _say(figure, 0.957, 0.945, said, 10.5, color=AMBER, weight="bold", ha="right", bbox=box)
+
+
+def _say(figure: Any, x: float, y: float, words: str, size: float, **more: Any) -> None:
+    figure.text(x, y, words, size=size, va="center", **{"color": INK, "ha": "center"} | more)
 
 
 def _row(figure: Any, outcome: Outcome, attempt: Attempt, bottom: float, truth: str) -> None:
@@ -95,54 +96,35 @@ def _row(figure: Any, outcome: Outcome, attempt: Attempt, bottom: float, truth: 
     height = 0.235
     side = height * HEIGHT / WIDTH
     left, right = 0.045, 0.957 - side
-    _crop(figure, attempt.query, (left, bottom, side, height), "phone · student")
-    _crop(figure, attempt.gallery, (right, bottom, side, height), "server · teacher")
-    correct = attempt.match is attempt.genuine
+    for place, path, device in ((left, attempt.query, "phone · student"), (right, attempt.gallery, "server · teacher")):
+        axes = figure.add_axes((place, bottom, side, height))
+        axes.imshow(cv2.resize(read_rgb(path), (448, 448), interpolation=cv2.INTER_CUBIC))
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, color=FAINT)
+        _say(figure, place, bottom - 0.019, device, 10.5, weight="bold", ha="left")
+    correct, threshold, certificate = attempt.match is attempt.genuine, outcome.threshold, outcome.certificate
     colour = IMPOSTOR if not correct else GENUINE if attempt.match else INK
-    middle, threshold = 0.5, outcome.threshold
-    verdict = "match" if attempt.match else "no match"
-    figure.text(
-        middle, bottom + height - 0.012, verdict, size=21, weight="bold", color=colour, ha="center", va="center"
-    )
-    figure.text(
-        middle, bottom + height - 0.051, f"{truth}: {'right' if correct else 'WRONG'}", size=10.5, color=SOFT,
-        ha="center", va="center",
-    )  # fmt: skip
-    start, end = left + side + 0.045, right - 0.045
-    axes = figure.add_axes((start, bottom + 0.085, end - start, 0.05))
+    axes = figure.add_axes((left + side + 0.045, bottom + 0.085, right - left - side - 0.09, 0.05))
     low, high = _span(outcome)
     axes.axis("off")
     axes.set(xlim=(low, high), ylim=(0, 1))
-    axes.plot([low, threshold], [0.5, 0.5], color="#e2e8f0", lw=7, solid_capstyle="round")
-    axes.plot([threshold, high], [0.5, 0.5], color="#99f6e4", lw=7, solid_capstyle="round")
+    for start, end, shade in ((low, threshold, "#e2e8f0"), (threshold, high, "#99f6e4")):
+        axes.plot([start, end], [0.5, 0.5], color=shade, lw=7, solid_capstyle="round")
     axes.plot([threshold, threshold], [0.05, 0.95], color=INK, lw=1.6)
     axes.plot([attempt.score], [0.5], "o", color=colour, ms=15, mec=PAPER, mew=2.2, clip_on=False, zorder=3)
-    axes.annotate(
-        f"threshold {threshold:.3f}", (threshold, 0.0), xytext=(0, -3), textcoords="offset points", size=9.5,
-        color=SOFT, ha="center", va="top",
-    )  # fmt: skip
-    axes.annotate(
-        f"{attempt.score:.3f}", (attempt.score, 0.95), xytext=(0, 3), textcoords="offset points", size=12.5,
-        weight="bold", color=colour, ha="center", va="bottom",
-    )  # fmt: skip
-    interval = f"95 % interval {_rate(attempt.fmr_ci95[0])} to {_rate(attempt.fmr_ci95[1])}"
-    said = f"false match rate at this score {_rate(attempt.fmr_at_score)}  ({interval})"
-    figure.text(middle, bottom + 0.034, said, size=10, color=INK, ha="center", va="center")
-    certificate = outcome.certificate
-    figure.text(
-        middle, bottom + 0.008, f"certificate {short(certificate.query)} against {short(certificate.gallery)}: "
-        f"{certificate.impostor_pairs:,} impostor pairs", size=8.2, color=SOFT, ha="center", va="center",
-    )  # fmt: skip
-
-
-def _crop(figure: Any, path: Path, place: tuple[float, float, float, float], device: str) -> None:
-    axes = figure.add_axes(place)
-    axes.imshow(cv2.resize(read_rgb(path), (448, 448), interpolation=cv2.INTER_CUBIC))
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set(visible=True, color=FAINT)
-    x, y = place[0], place[1] - 0.019
-    figure.text(x, y, device, size=10.5, weight="bold", color=INK, va="center")
+    centred: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
+    axes.annotate(f"threshold {threshold:.3f}", (threshold, 0), (0, -3), size=9.5, color=SOFT, va="top", **centred)
+    score = f"{attempt.score:.3f}"
+    axes.annotate(score, (attempt.score, 0.95), (0, 3), size=12.5, color=colour, weight="bold", va="bottom", **centred)
+    rate, lowest, highest = (f"{100 * r:.3g} %" for r in (attempt.fmr_at_score, *attempt.fmr_ci95))
+    pair = f"certificate {short(certificate.query)} against {short(certificate.gallery)}"
+    said = f"false match rate at this score {rate}  (95 % interval {lowest} to {highest})"
+    _say(
+        figure, 0.5, bottom + height - 0.012, "match" if attempt.match else "no match", 21, color=colour, weight="bold"
+    )
+    _say(figure, 0.5, bottom + height - 0.051, f"{truth}: {'right' if correct else 'WRONG'}", 10.5, color=SOFT)
+    _say(figure, 0.5, bottom + 0.034, said, 10)
+    _say(figure, 0.5, bottom + 0.008, f"{pair}: {certificate.impostor_pairs:,} impostor pairs", 8.2, color=SOFT)
 
 
 def _scores(figure: Any, outcome: Outcome) -> None:
@@ -167,7 +149,3 @@ def _span(outcome: Outcome) -> tuple[float, float]:
     """Find the ends of the score scale, rounded outwards to tenths, that hold every score and the threshold."""
     scores = [a.score for a in outcome.attempts] + [outcome.threshold]
     return float(np.floor(min(scores) * 10 - 0.3) / 10), float(np.ceil(max(scores) * 10 + 0.3) / 10)
-
-
-def _rate(rate: float) -> str:
-    return f"{100 * rate:.3g} %"

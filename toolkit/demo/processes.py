@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import json
 import os
 import re
@@ -12,10 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlencode, urlsplit
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +57,7 @@ class Steps:
         log = self._log(title)
         line = self._announce(title, words)
         with log.open("w", encoding="utf-8") as errors, (self._logs / f"{log.stem}.out").open("w+") as output:
-            with self._timed(title), _process(line, output, errors) as process:
+            with self.timed(title), self.console.status(f"{title} …"), _process(line, output, errors) as process:
                 code = process.wait()
             output.seek(0)
             said = output.read()
@@ -71,9 +73,7 @@ class Steps:
         log = self._log("serve")
         line = self._announce("serve", words)
         with log.open("w", encoding="utf-8") as errors, _process(line, errors, errors) as process:
-            client = Client(self._address(process, log))
-            with closing(client):
-                yield client
+            yield Client(self._address(process, log))
 
     def _address(self, process: subprocess.Popen[bytes], log: Path) -> str:
         deadline = time.monotonic() + START_SECONDS
@@ -81,7 +81,7 @@ class Steps:
             if process.poll() is not None:
                 raise StepFailed(f"serve: {_last_line(log)} (log: {log})", process.returncode or 1)
             found = re.search(r"listening on (http\S+)", log.read_text(encoding="utf-8"))
-            if found and _ready(found[1]):
+            if found and Client(found[1]).ready():
                 return found[1]
             time.sleep(0.1)
         raise StepFailed(f"serve: not ready after {START_SECONDS:.0f} s (log: {log})", 1)
@@ -93,10 +93,10 @@ class Steps:
         return [str(command(shown[0])), *shown[1:]]
 
     @contextmanager
-    def _timed(self, title: str) -> Iterator[None]:
+    def timed(self, title: str) -> Iterator[None]:
+        """Time a step and print how long it took."""
         start = time.monotonic()
-        with self.console.status(f"{title} …"):
-            yield
+        yield
         self.seconds[title] = time.monotonic() - start
         self.console.print(f"  {self.seconds[title]:.0f} s", style="dim")
 
@@ -109,27 +109,20 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        parts = urlsplit(url)
-        self._connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=60)
+        self._open = build_opener(ProxyHandler({})).open  # the server is on this machine, whatever proxy is set
 
     def ready(self) -> bool:
         """Ask whether ``/readyz`` says yes: the golden crops of every bundle reproduced their embeddings."""
         try:
-            self._connection.request("GET", "/readyz")
-            answer = self._connection.getresponse()
-            answer.read()
-        except OSError:
+            with self._open(f"{self.url}/readyz", timeout=60):
+                return True
+        except (OSError, HTTPException):
             return False
-        return answer.status == 200
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._connection.close()
 
     def embed(self, crop: Path, encoder: str) -> Mapping[str, Any]:
         """Call ``POST /embed`` with one aligned crop file → its embedding object for ``verify``."""
         query = urlencode({"encoder": encoder, "aligned": "true", "encoding": "b64_f32"})
-        kind = "jpeg" if crop.suffix.lower() in (".jpg", ".jpeg") else crop.suffix.lower()[1:]
+        kind = crop.suffix.lower()[1:].replace("jpg", "jpeg")
         answer = self._post(f"/embed?{query}", crop.read_bytes(), f"image/{kind}")
         found = answer["data"][0]
         return embedding_object(found["embedding"], answer["encoder"]["id"], answer["space"]["id"])
@@ -141,15 +134,14 @@ class Client:
 
     def _post(self, path: str, body: bytes, kind: str) -> Mapping[str, Any]:
         try:
-            self._connection.request("POST", path, body, {"Content-Type": kind})
-            answer = self._connection.getresponse()
-            content = json.loads(answer.read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise StepFailed(f"serve: {self.url}{path.partition('?')[0]}: {error or type(error).__name__}", 1) from None
-        if answer.status != 200:
-            raise StepFailed(f"serve: POST {path}: {answer.status} {content.get('detail', content)}", 1)
-        found: Mapping[str, Any] = content
-        return found
+            with self._open(Request(self.url + path, body, {"Content-Type": kind}), timeout=60) as answer:
+                found: Mapping[str, Any] = json.load(answer)
+                return found
+        except HTTPError as error:
+            said = f"POST {path}: {error.code} {error.read().decode(errors='replace')}"
+        except (OSError, HTTPException, ValueError) as error:
+            said = f"{self.url}{path.partition('?')[0]}: {error or type(error).__name__}"
+        raise StepFailed(f"serve: {said}", 1)
 
 
 def embedding_object(embedding: str | NDArray[np.float32], encoder: str, space: str) -> dict[str, Any]:
@@ -185,11 +177,6 @@ def _process(line: list[str], output: IO[str], errors: IO[str]) -> Iterator[subp
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _ready(url: str) -> bool:
-    with closing(Client(url)) as client:
-        return client.ready()
 
 
 def _last_line(log: Path) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from rich.console import Console
 from pkd.toolkit.bundle.bundle import Bundle, is_bundle
 from pkd.toolkit.certificates.certificate import Certificate, OperatingPoint
 from pkd.toolkit.core.cli_options import Argument, Options
-from pkd.toolkit.core.errors import InputError, PkdError
+from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.demo.faces import VISITOR_IMAGES, Groups, draw_groups, images_drawn, split_groups
@@ -33,11 +32,8 @@ from pkd.toolkit.encoders.base import open_bundle
 MARK = "demo.lock"
 PARTS = ("faces", "cache", "runs", "evaluation", "bundles", "logs")
 FILES = ("report.html", "demo.png", "demo.json")
-SMALLER = 4.0
-"""The synthetic student must have this many times fewer parameters than its teacher."""
 TARGET_FMR = 1e-2
-STUDENT = "mobilefacenet:0.15"
-DIM = 128
+TEACHER, STUDENT, OWN_STUDENT, DIM = "mobilefacenet:0.35", "mobilefacenet:0.15", "mobilefacenet:0.5", "128"
 STEPS = {"teacher": 400, "student": 500, "control": 250}
 """Steps and not minutes: on a busy machine the demo takes longer and tells the same."""
 OWN_MINUTES = 3.0
@@ -114,122 +110,87 @@ class Outcome:
 def run_demo(config: DemoConfig, console: Console) -> Outcome:
     """Run the whole demo into ``config.out``. Raises StepFailed with the exit code of the command that failed."""
     _check(config)
-    start = time.monotonic()
-    with demo_folder(config.out):
-        steps = Steps(config.out, console)
+    start, out = time.monotonic(), config.out
+    with demo_folder(out):
+        steps = Steps(out, console)
         groups = _faces(config, steps, console)
         parameters = _train(config, groups, steps)
-        out = config.out
-        synthetic: list[str | Path] = []
+        compared: list[str | Path] = []
         if config.faces is None:
-            _train_control(config, groups, steps)
-            synthetic = ["--synthetic", "--control", out / "runs/control", "--fit-faces", groups.train]
+            compared = ["--synthetic", "--control", out / "runs/control", "--fit-faces", groups.train]
         steps.run(
-            "evaluate", "pkd-evaluate", *_named(config), "--student", out / "runs/student", "--faces", groups.test,
-            *synthetic, "--cache", out / "cache", "--out", out / "evaluation",
+            "evaluate", "pkd-evaluate", *_teacher(config), "--student", out / "runs/student", "--faces", groups.test,
+            *compared, "--cache", out / "cache", "--out", out / "evaluation",
         )  # fmt: skip
-        bundles = {role: _export(config, steps, role) for role in ("teacher", "student")}
-        certificate = _certificate(bundles["student"], bundles["teacher"])
+        teacher, student = (_export(config, steps, role) for role in ("teacher", "student"))
+        certificate = _certificate(student, teacher)
         assured = [p for p in certificate.points if p.as_point] or certificate.points
         point = min(assured, key=lambda p: abs(np.log(p.fmr / TARGET_FMR)))
-        with steps.serve(
-            "pkd-serve", bundles["teacher"].path, bundles["student"].path, "--port", str(config.port)
-        ) as server:
+        with steps.serve("pkd-serve", teacher.path, student.path, "--port", str(config.port)) as server:
             console.print(f"  {server.url}", style="dim")
             with ConsoleProgress(console)("matching", 1) as advance:
-                attempts = match_visitors(server, bundles["student"], bundles["teacher"], groups.visitors, point.fmr)
+                attempts = match_visitors(server, student, teacher, groups.visitors, point.fmr)
                 advance(1)
         steps.seconds["total"] = time.monotonic() - start
         outcome = Outcome(
-            config.faces is None, bundles["teacher"], bundles["student"], certificate, point, attempts,
-            steps.seconds, parameters,
-        )  # fmt: skip
+            config.faces is None, teacher, student, certificate, point, attempts, steps.seconds, parameters
+        )
         _write(out, outcome)
         return outcome
 
 
 def _faces(config: DemoConfig, steps: Steps, console: Console) -> Groups:
-    start = time.monotonic()
-    if config.faces is not None:
-        groups = split_groups(config.out / "faces", config.faces)
-    else:
+    with steps.timed("faces"):
+        if config.faces is not None:
+            return split_groups(config.out / "faces", config.faces)
         console.print("\n[bold]faces[/bold]\n  drawing synthetic people: nobody here exists")
         with ConsoleProgress(console)("faces", images_drawn(config.identities, config.images)) as advance:
-            jobs = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-            groups = draw_groups(config.out / "faces", config.identities, config.images, jobs, advance)
-    steps.seconds["faces"] = time.monotonic() - start
-    console.print(f"  {steps.seconds['faces']:.0f} s", style="dim")
-    return groups
+            return draw_groups(config.out / "faces", config.identities, config.images, advance)
 
 
 def _train(config: DemoConfig, groups: Groups, steps: Steps) -> dict[str, int]:
-    """Train what is to be trained → the number of parameters by role."""
-    out = config.out
-    common: list[str | Path] = ["--faces", groups.train, "--cache", config.out / "cache", "--json"]
-    parameters = {}
-    if config.teacher is None:
-        said = steps.run(
-            "teacher", "pkd-distill", "--method", "none", "--student", "mobilefacenet:0.35", "--dim", str(DIM),
-            "--name", "demo-teacher", *RECIPE, *_steps(config, "teacher"),
-            *common, "--out", out / "runs/teacher",
-        )  # fmt: skip
-        parameters["teacher"] = int(json.loads(said)["parameters"])
-        method = ["--student", STUDENT, "--name", "demo-student", *RECIPE]
-        method += _steps(config, "student")
-    else:
-        method = ["--student", "mobilefacenet:0.5", *_own_budget(config)]
-    said = steps.run("student", "pkd-distill", *_named(config), *method, *common, "--out", out / "runs/student")
-    parameters["student"] = int(json.loads(said)["parameters"])
-    if "teacher" in parameters and parameters["teacher"] < SMALLER * parameters["student"]:
-        raise PkdError(f"the student has {parameters['student']:,} parameters, not {SMALLER:g} times fewer.")
-    return parameters
+    """Train what is to be trained → the number of parameters by role.
 
-
-def _train_control(config: DemoConfig, groups: Groups, steps: Steps) -> None:
-    """Train the student's network without the teacher, so that the report says what distillation bought.
-
-    Synthetic only, where it takes half a minute; on your own faces it would take as long as the student.
+    On synthetic faces the student's network is trained without the teacher, too, so that the report says what
+    distillation bought; on your own it would take as long as the student.
     """
-    steps.run(
-        "control", "pkd-distill", "--method", "none", "--student", STUDENT, "--dim", str(DIM), "--name", "demo-control",
-        *RECIPE, *_steps(config, "control"), "--faces", groups.train, "--cache", config.out / "cache", "--json",
-        "--out", config.out / "runs/control",
-    )  # fmt: skip
+    synthetic = [("--method", "none", "--student", TEACHER, "--dim", DIM), ("--student", STUDENT)]
+    synthetic += [("--method", "none", "--student", STUDENT, "--dim", DIM)]
+    parameters = {}
+    for role, words in zip(STEPS, synthetic, strict=True):
+        given: list[str | Path] = list(words)
+        if config.teacher is None:
+            given += ["--name", f"demo-{role}", *RECIPE, "--steps", str(config.steps or STEPS[role])]
+        elif role != "student":
+            continue
+        elif config.steps is not None:
+            given = ["--student", OWN_STUDENT, "--steps", str(config.steps)]
+        else:
+            given = ["--student", OWN_STUDENT, "--max-minutes", f"{config.minutes or OWN_MINUTES:g}"]
+        said = steps.run(
+            role, "pkd-distill", *(_teacher(config) if role == "student" else []), *given, "--faces", groups.train,
+            "--cache", config.out / "cache", "--json", "--out", config.out / "runs" / role,
+        )  # fmt: skip
+        if role != "control":
+            parameters[role] = int(json.loads(said)["parameters"])
+    return parameters
 
 
 def _export(config: DemoConfig, steps: Steps, role: str) -> Bundle:
     """Export one encoder with its certificates. A teacher that is a bundle already is served as it is."""
-    bundle = config.out / "bundles" / role
-    source: list[str | Path] = [config.out / "runs" / role]
+    bundle, source = config.out / "bundles" / role, [config.out / "runs" / role]
     if role == "teacher" and config.teacher is not None:
         if is_bundle(Path(config.teacher)):
             return Bundle.open(config.teacher)
-        if Path(config.teacher).is_dir():
-            source = [config.teacher]  # a run
-        else:
-            source = _named(config)
-    steps.run(
-        f"export {role}", "pkd-export", *source, "-o", bundle, "--certificates", config.out / "evaluation"
-    )  # fmt: skip
+        source = [Path(config.teacher)] if Path(config.teacher).is_dir() else _teacher(config)  # a folder is a run
+    steps.run(f"export {role}", "pkd-export", *source, "-o", bundle, "--certificates", config.out / "evaluation")
     return Bundle.open(bundle)
 
 
-def _named(config: DemoConfig) -> list[str | Path]:
+def _teacher(config: DemoConfig) -> list[Any]:
     """Name the teacher to the other commands."""
-    named: list[str | Path] = ["--teacher", config.teacher or config.out / "runs/teacher"]
-    if config.teacher_preprocess:
-        named += ["--teacher-preprocess", config.teacher_preprocess]
-    return named
-
-
-def _steps(config: DemoConfig, role: str) -> list[str]:
-    return ["--steps", str(config.steps or STEPS[role])]
-
-
-def _own_budget(config: DemoConfig) -> list[str]:
-    if config.steps is not None:
-        return ["--steps", str(config.steps)]
-    return ["--max-minutes", f"{config.minutes or OWN_MINUTES:g}"]
+    scaled = ["--teacher-preprocess", config.teacher_preprocess] if config.teacher_preprocess else []
+    return ["--teacher", config.teacher or config.out / "runs/teacher", *scaled]
 
 
 def _certificate(student: Bundle, teacher: Bundle) -> Certificate:
@@ -275,17 +236,16 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "teacher": outcome.teacher.manifest.encoder.id,
         "student": outcome.student.manifest.encoder.id,
         "parameters": dict(outcome.parameters),
-        "bytes": {r: (b.path / "encoder.onnx").stat().st_size for r, b in _roles(outcome)},
+        "bytes": {
+            role: (bundle.path / "encoder.onnx").stat().st_size
+            for role, bundle in (("teacher", outcome.teacher), ("student", outcome.student))
+        },
         "target_fmr": point.fmr,
         "threshold": outcome.threshold,
         "genuine": _counted(outcome, True) | {"expected": point.tar, "expected_ci95": point.tar_ci95},
         "impostor": _counted(outcome, False) | {"expected": point.fmr, "expected_ci95": point.fmr_ci95},
         "seconds": {name: round(value, 1) for name, value in outcome.seconds.items()},
     }
-
-
-def _roles(outcome: Outcome) -> tuple[tuple[str, Bundle], tuple[str, Bundle]]:
-    return ("teacher", outcome.teacher), ("student", outcome.student)
 
 
 def _counted(outcome: Outcome, genuine: bool) -> dict[str, Any]:

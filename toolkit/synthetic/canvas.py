@@ -6,11 +6,10 @@ Crop units are pixels of the 112×112 crop; the canvas reaches beyond it, becaus
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Plane = NDArray[np.float32]
 """float32 rows×columns, or 3×rows×columns for colour: planes keep numpy's inner loops long."""
@@ -25,104 +24,83 @@ LOW, SPAN, GRID = -16.0, 144.0, 160
 UNIT = GRID / SPAN
 MIDDLE = 56.0
 """The middle line of an average face, crop units."""
+AXIS = LOW + (np.arange(GRID) + 0.5) / UNIT
+"""Crop units of the canvas's columns, and of its rows."""
+
+_T, _S = np.linspace(0, 1, 9)[:, None], np.arange(6)[:, None] / 6
+_CURVE = np.hstack([(1 - _T) * (1 - 2 * _T), 4 * _T * (1 - _T), _T * (2 * _T - 1)])
+_CATMULL = np.hstack(
+    [-_S + 2 * _S**2 - _S**3, 2 - 5 * _S**2 + 3 * _S**3, _S + 4 * _S**2 - 3 * _S**3, _S**3 - _S**2]
+) / 2  # fmt: skip
+_CIRCLE = np.stack([np.cos(np.arange(24) * np.pi / 12), np.sin(np.arange(24) * np.pi / 12)], 1)
 
 
 class Canvas:
     """Hold ``rgb`` float32 3×GRID×GRID, and ``alpha`` float32 GRID×GRID: where the head hides the scene."""
 
     def __init__(self, colour: Colour) -> None:
-        self.rgb: Plane = np.empty((3, GRID, GRID), np.float32)
-        self.rgb[:] = _planes(colour)
+        self.rgb: Plane = np.tile(planes(colour), (1, GRID, GRID))
         self.alpha: Plane = np.zeros((GRID, GRID), np.float32)
 
-    def fill(self, shapes: Points | Sequence[Points], colour: Colour, weight: float = 1.0, soft: float = 0.0) -> None:
-        """Paint polygons into the canvas; ``soft`` is the edge's blur in crop units."""
-        self._blend(_several(shapes), 0.0, colour, weight, soft)
+    def paint(
+        self, shapes: Points | Sequence[Points], colour: Colour | Plane, weight: float = 1.0, soft: float = 0.0,
+        width: float = 0.0, *, inside: Sequence[Points] = (), opaque: bool = False,
+    ) -> None:  # fmt: skip
+        """Paint polygons, or open lines of ``width``, in one colour or 3×GRID×GRID.
 
-    def stroke(
-        self, lines: Points | Sequence[Points], width: float, colour: Colour, weight: float = 1.0, soft: float = 0.0
-    ) -> None:
-        """Paint open lines of ``width`` crop units into the canvas."""
-        self._blend(_several(lines), width, colour, weight, soft)
-
-    def cover(self, shape: Points, colour: Colour, texture: Plane | None = None) -> None:
-        """Fill a polygon and make the head opaque there; ``texture`` GRID×GRID scales the colour."""
-        rows, columns = window([shape], 2)
-        covered = mask([shape], rows, columns)
-        paint = _planes(colour) if texture is None else _planes(colour) * texture[rows, columns]
-        part = self.rgb[:, rows, columns]
-        part += covered * (paint - part)
-        np.maximum(self.alpha[rows, columns], covered, out=self.alpha[rows, columns])
-
-    def mix(self, paint: Plane, weight: Plane) -> None:
-        """Mix 3×GRID×GRID ``paint`` in with a weight per pixel."""
-        paint = paint - self.rgb
-        paint *= weight
-        self.rgb += paint
-
-    def _blend(self, shapes: Sequence[Points], width: float, colour: Colour, weight: float, soft: float) -> None:
-        rows, columns = window(shapes, 2 + width + 2.5 * soft)
-        covered = mask(shapes, rows, columns, width)
+        ``soft``: standard deviation by which edges are blurred. Lengths are in crop units.
+        ``inside``: polygons beyond which nothing is painted. ``opaque``: the head hides the scene there.
+        """
+        shapes = [shapes] if isinstance(shapes, np.ndarray) else shapes
+        rows, columns = box = _window(shapes, 2 + width + 2.5 * soft)
+        covered = mask(shapes, box, width)
         if soft:
             covered = np.asarray(cv2.GaussianBlur(covered, (0, 0), soft * UNIT), np.float32)
-        covered *= np.float32(weight)
-        part = self.rgb[:, rows, columns]
-        part += covered * (_planes(colour) - part)
+        if inside:
+            covered *= mask(inside, box)
+        if opaque:
+            np.maximum(self.alpha[box], covered, out=self.alpha[box])
+        part, paint = self.rgb[:, rows, columns], planes(colour)
+        part += covered * np.float32(weight) * ((paint if paint.shape[1] == 1 else paint[:, rows, columns]) - part)
 
 
-WHOLE = slice(0, GRID)
-
-
-def window(shapes: Sequence[Points], margin: float) -> tuple[slice, slice]:
-    """Find rows and columns of the canvas that hold the shapes and ``margin`` crop units around them."""
-    points = shapes[0] if len(shapes) == 1 else np.concatenate(shapes)
-    (x0, y0), (x1, y1) = points.min(0).tolist(), points.max(0).tolist()
-    slices = []
-    for low, high in ((y0, y1), (x0, x1)):
-        start = min(max(int((low - margin - LOW) * UNIT), 0), GRID - 2)
-        slices.append(slice(start, max(min(int((high + margin - LOW) * UNIT) + 1, GRID), start + 1)))
-    return slices[0], slices[1]
-
-
-def mask(shapes: Sequence[Points], rows: slice = WHOLE, columns: slice = WHOLE, width: float = 0.0) -> Plane:
+def mask(
+    shapes: Sequence[Points], box: tuple[slice, slice] = (slice(0, GRID), slice(0, GRID)), width: float = 0.0
+) -> Plane:
     """Draw an anti-aliased 0…1 mask of polygons, or of open lines where ``width`` is given, on a part of the canvas."""
+    rows, columns = box
     canvas = np.zeros((rows.stop - rows.start, columns.stop - columns.start), np.uint8)
     origin = np.array([LOW + columns.start / UNIT, LOW + rows.start / UNIT])
     fixed = [np.rint((s - origin) * (16 * UNIT)).astype(np.int32) for s in shapes]
-    if not width:
-        cv2.fillPoly(canvas, fixed, 255, cv2.LINE_AA, 4)
-        return _scaled(canvas, 1 / 255)
     thickness = max(1, round(width * UNIT))
-    cv2.polylines(canvas, fixed, False, 255, thickness, cv2.LINE_AA, 4)
-    return _scaled(canvas, min(width * UNIT / thickness, 1.0) / 255)
+    if width:
+        cv2.polylines(canvas, fixed, False, 255, thickness, cv2.LINE_AA, 4)
+    else:
+        cv2.fillPoly(canvas, fixed, 255, cv2.LINE_AA, 4)
+    covered: Plane = canvas * np.float32((min(width * UNIT / thickness, 1.0) if width else 1.0) / 255)
+    return covered
 
 
-def fixed_point(x: float, y: float, rows: slice = WHOLE, columns: slice = WHOLE) -> tuple[int, int]:
-    """Convert a point in crop units → OpenCV's coordinates with 4 fractional bits on a part of the canvas."""
-    return round(((x - LOW) * UNIT - columns.start) * 16), round(((y - LOW) * UNIT - rows.start) * 16)
-
-
-def fixed_radius(radius: float) -> int:
-    """Convert a radius in crop units → OpenCV's, with 4 fractional bits."""
-    return round(radius * UNIT * 16)
+def planes(colour: ArrayLike) -> Plane:
+    """Give a colour the shape 3×1×1; planes stay as they are."""
+    colour = np.asarray(colour, np.float32)
+    return colour if colour.ndim == 3 else colour.reshape(3, 1, 1)
 
 
 def curve(a: Point, b: Point, c: Point) -> Points:
     """Draw a quadratic curve that starts at a, passes b half-way and ends at c → 9×2."""
-    return np.asarray(_bezier() @ np.array([a, b, c]))
+    return np.asarray(_CURVE @ np.array([a, b, c]))
 
 
 def smooth(points: Points) -> Points:
     """Draw a closed Catmull-Rom curve through N points → 6·N points."""
     around = np.stack([np.roll(points, k, axis=0) for k in (1, 0, -1, -2)])
-    return np.asarray(np.einsum("tk,knd->ntd", _catmull(), around).reshape(-1, 2))
+    return np.asarray(np.einsum("tk,knd->ntd", _CATMULL, around).reshape(-1, 2))
 
 
 def mirrored(right: Sequence[Point]) -> Points:
     """Close an outline whose right half is given, as (distance from the middle line, y)."""
-    points = np.array([*right, *((-x, y) for x, y in right[:0:-1])])
-    points[:, 0] += MIDDLE
-    return points
+    return np.asarray(np.add([*right, *((-x, y) for x, y in right[:0:-1])], [MIDDLE, 0]))
 
 
 def both(right: Points) -> list[Points]:
@@ -130,66 +108,28 @@ def both(right: Points) -> list[Points]:
     return [right * [side, 1] + [MIDDLE, 0] for side in (-1, 1)]
 
 
-def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> Points:
-    """Return 24 points of an ellipse; ``angle`` in radians."""
-    circle = _circle() * [rx, ry]
-    if angle:
-        cos, sin = np.cos(angle), np.sin(angle)
-        circle = circle @ np.array([[cos, sin], [-sin, cos]])
-    return np.asarray(circle + np.array([x, y]))
+def between(x: Colour, top: Colour, bottom: Colour) -> Points:
+    """Return the polygon between two lines over the same x."""
+    return np.concatenate([np.stack([x, top], 1), np.stack([x, bottom], 1)[::-1]])
+
+
+def ellipse(x: float, y: float, rx: float, ry: float) -> Points:
+    """Return 24 points of an ellipse."""
+    return np.asarray(_CIRCLE * [rx, ry] + [x, y])
 
 
 def bumps(shapes: Sequence[tuple[float, float, float, float, float]]) -> Plane:
     """Sum separable Gaussians (x, y, σx, σy, height; crop units) → GRID×GRID."""
     x, y, sx, sy, height = np.array(shapes).T[..., None]
-    across = np.exp(-0.5 * ((axis()[None, :] - x) / sx) ** 2)
-    down = np.exp(-0.5 * ((axis()[None, :] - y) / sy) ** 2) * height
-    field: Plane = (down.T @ across).astype(np.float32)
-    return field
+    down, across = np.exp(-0.5 * ((AXIS - y) / sy) ** 2) * height, np.exp(-0.5 * ((AXIS - x) / sx) ** 2)
+    return np.asarray(down.T @ across, np.float32)
 
 
-def ramp(stops: NDArray[np.float64], value: float) -> Colour:
-    """Return the colour at −1…1 along N×3 stops."""
-    position = (min(max(value, -1.0), 1.0) + 1) / 2 * (len(stops) - 1)
-    low = min(int(position), len(stops) - 2)
-    return np.asarray(stops[low] + (position - low) * (stops[low + 1] - stops[low]))
-
-
-@cache
-def axis() -> NDArray[np.float64]:
-    """Return the crop units of the canvas's columns, and of its rows."""
-    return np.asarray(LOW + (np.arange(GRID) + 0.5) / UNIT, np.float64)
-
-
-def _scaled(canvas: NDArray[np.uint8], factor: float) -> Plane:
-    plane: Plane = canvas.astype(np.float32)
-    plane *= np.float32(factor)
-    return plane
-
-
-def _several(shapes: Points | Sequence[Points]) -> Sequence[Points]:
-    return [shapes] if isinstance(shapes, np.ndarray) else shapes
-
-
-def _planes(colour: Colour) -> Plane:
-    return colour.astype(np.float32).reshape(3, 1, 1)
-
-
-@cache
-def _bezier() -> NDArray[np.float64]:
-    t = np.linspace(0, 1, 9)
-    middle = 2 * t * (1 - t)  # the control point is 2b − (a + c) / 2
-    return np.stack([(1 - t) ** 2 - middle / 2, 2 * middle, t**2 - middle / 2], 1)
-
-
-@cache
-def _catmull() -> NDArray[np.float64]:
-    t = np.arange(6)[:, None] / 6
-    weights = [-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, -(t**2) + t**3]
-    return np.asarray(np.concatenate(weights, 1) / 2, np.float64)
-
-
-@cache
-def _circle() -> Points:
-    t = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    return np.stack([np.cos(t), np.sin(t)], 1)
+def _window(shapes: Sequence[Points], margin: float) -> tuple[slice, slice]:
+    """Find rows and columns of the canvas that hold the shapes and ``margin`` crop units around them."""
+    points = shapes[0] if len(shapes) == 1 else np.concatenate(shapes)
+    slices = []
+    for low, high in zip(points.min(0).tolist(), points.max(0).tolist(), strict=True):
+        start = min(max(int((low - margin - LOW) * UNIT), 0), GRID - 2)
+        slices.append(slice(start, max(min(int((high + margin - LOW) * UNIT) + 1, GRID), start + 1)))
+    return slices[1], slices[0]
