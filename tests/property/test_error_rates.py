@@ -114,7 +114,7 @@ def test_error_rate_curve_is_that_of_the_loop(case: tuple[Pairing, np.ndarray, n
     assert oracle.fmr(found, lowest_impostor(scores)) == 1.0
 
 
-@given(st.integers(0, 2**32 - 1), st.booleans(), st.integers(5, 64))
+@given(st.integers(0, 2**32 - 1), st.booleans(), st.integers(17, 64))
 @settings(max_examples=25)
 def test_what_is_kept_of_a_large_set_gives_the_same_rates(seed: int, unordered: bool, tile: int) -> None:
     """With small limits a set of 120 images takes the path of a large one: tiles, strata, both ways of sampling."""

@@ -158,6 +158,8 @@ class Strata:
 
     def weights(self, descending: Floats, histogram: Ints) -> Doubles:
         """Return the pairs that each kept one stands for: its stratum's count over those that were kept."""
+        if len(self.rate) == 1:
+            return np.ones(len(descending))
         stratum = self.of(descending)
         kept = np.bincount(stratum, minlength=len(self.rate))
         there = np.bincount(self.of(bin_edges().astype(np.float32)), histogram, minlength=len(self.rate))
