@@ -111,7 +111,9 @@ class _DirectRoutes:
         method = scope.get("method")
         route = self._routes.get(scope["path"]) if method == "POST" else None
         if route is None:
-            await (_head(self._api, scope, receive, send) if method == "HEAD" else self._api(scope, receive, send))
+            await (
+                answer_head(self._api, scope, receive, send) if method == "HEAD" else self._api(scope, receive, send)
+            )
             return
         scope["route"] = route
         if scope["query_string"] and scope["path"] in self._without_query:
@@ -124,7 +126,7 @@ class _HeadSent(Exception):
     """End a HEAD: its status and headers are sent."""
 
 
-async def _head(api: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+async def answer_head(api: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer as GET would up to the first piece of the body, which the server drops; no other one is made."""
     # Of a part of a file nothing is said: RFC 9110 has Range for GET alone.
     headers = [one for one in scope["headers"] if one[0] != b"range"]

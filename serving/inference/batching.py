@@ -47,7 +47,8 @@ class Batched:
     def __init__(self, encoder: Encoder, waiting: int = 1024) -> None:
         """Start the thread that runs the encoder. ``waiting``: calls that may wait; further ones raise Overloaded."""
         self._encoder = encoder
-        self._queue: Queue[_Item | None] = Queue(waiting)
+        self.queue: Queue[_Item | None] = Queue(waiting)
+        """Calls that wait for the encoder."""
         self._held: _Item | None = None
         self._thread = threading.Thread(target=self._work, name=f"pkd-batch {encoder.info.name}", daemon=True)
         self._thread.start()
@@ -67,14 +68,14 @@ class Batched:
             return np.empty((0, self._encoder.info.space.dim), np.float32)
         item = _Item(crops, current_job())
         try:
-            self._queue.put_nowait(item)
+            self.queue.put_nowait(item)
         except Full:
-            raise Overloaded(f"{self._queue.maxsize} calls wait for the encoder already.") from None
+            raise Overloaded(f"{self.queue.maxsize} calls wait for the encoder already.") from None
         return item.done.result()
 
     def close(self) -> None:
         """Finish the calls that wait, then end the thread."""
-        self._queue.put(None)
+        self.queue.put(None)
         self._thread.join()
 
     def _work(self) -> None:
@@ -94,11 +95,11 @@ class Batched:
             item, self._held = self._held, None
             return item
         try:
-            taken = self._queue.get(block)
+            taken = self.queue.get(block)
         except Empty:
             return None
         if taken is None and not block:
-            self._queue.put(None)  # the end is for the outer loop to see
+            self.queue.put(None)  # the end is for the outer loop to see
         return taken
 
     def _run_batch(self, batch: Sequence[_Item]) -> None:

@@ -97,11 +97,11 @@ def _pixels_only(image: bytes) -> bytes:
             break
         place += 12 + length
     if len(header) == 13 and INFLATES * sum(map(len, streams)) > SPARE:
-        _require_end(streams, _png_size(header))
+        _require_end(streams, png_size(header))
     return b"".join(kept)
 
 
-def _png_size(header: bytes) -> int:
+def png_size(header: bytes) -> int:
     """Count the bytes of a PNG's filtered rows, of each pass where it is interlaced, from its IHDR."""
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
     bits = depth * SAMPLES.get(colour, 4)

@@ -186,7 +186,7 @@ async def _batches(body: AsyncIterator[bytes], limit: int) -> AsyncGenerator[lis
 
     async def fill() -> None:
         nonlocal held
-        async for line in _lines(body, limit):
+        async for line in split_lines(body, limit):
             await room.wait()
             held += line.size
             if held >= limit:
@@ -212,7 +212,7 @@ async def _batches(body: AsyncIterator[bytes], limit: int) -> AsyncGenerator[lis
             await filling
 
 
-async def _lines(body: AsyncIterator[bytes], limit: int) -> AsyncIterator[BulkLine]:
+async def split_lines(body: AsyncIterator[bytes], limit: int) -> AsyncIterator[BulkLine]:
     """Split a body into lines; empty ones are counted and skipped. One that is too long is a line that cannot be read.
 
     The last line says why the body ended early, if it did.

@@ -77,7 +77,9 @@ class PipeLink:
 
 
 @dataclass
-class _Worker:
+class Worker:
+    """Hold one worker process, and what it has said."""
+
     index: int
     process: SpawnProcess
     pipe: Connection
@@ -88,12 +90,14 @@ class _Worker:
 
 
 @dataclass
-class _Parent:
+class Parent:
+    """Hold the workers that there are, and those that are to be replaced."""
+
     configuration: Configuration
     listener: socket.socket
     folder: Path
     quiet: bool
-    workers: dict[int, _Worker] = field(default_factory=dict)
+    workers: dict[int, Worker] = field(default_factory=dict)
     due: dict[int, float] = field(default_factory=dict)
     """Index of a worker that is to be replaced → the time for it."""
     waits: dict[int, float] = field(default_factory=dict)
@@ -104,15 +108,17 @@ class _Parent:
     reload: bool = False
 
     def start(self, index: int) -> None:
+        """Start a worker."""
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         arguments = (self.configuration, self.listener, index, theirs, self.folder, self.quiet or self.serving)
         process = context.Process(target=_work, args=arguments, name=f"pkd-serve {index}", daemon=False)
         process.start()
         theirs.close()
-        self.workers[index] = _Worker(index, process, ours, time.monotonic())
+        self.workers[index] = Worker(index, process, ours, time.monotonic())
 
-    def receive(self, worker: _Worker) -> None:
+    def receive(self, worker: Worker) -> None:
+        """Take in what a worker has sent."""
         with suppress(EOFError, OSError):
             while worker.pipe.poll():
                 message: Any = worker.pipe.recv()
@@ -122,7 +128,7 @@ class _Parent:
                 elif message[0] == "failed":
                     worker.failure = message[1:]
 
-    def reap(self, worker: _Worker) -> None:
+    def reap(self, worker: Worker) -> None:
         """Clear up after a dead worker: drop its gauges, keep its counts, and have a successor started."""
         from prometheus_client.multiprocess import mark_process_dead
 
@@ -147,6 +153,7 @@ class _Parent:
         logger.error("%s%s; another one starts in %g s", said, reason, pause)
 
     def signal_all(self, number: int) -> None:
+        """Send a signal to every worker."""
         for worker in self.workers.values():
             # One that is not ready has not set its handlers yet: SIGHUP would end it, and it reads the keys anyway.
             if worker.process.pid and (worker.ready or number != signal.SIGHUP):
@@ -165,19 +172,20 @@ def supervise(
     logs.set_up(configuration.log, configuration.log_requests)
     with TemporaryDirectory(prefix="pkd-serve-") as folder:
         os.environ[SHARED] = folder
-        parent = _Parent(configuration, listener, Path(folder), quiet)
+        parent = Parent(configuration, listener, Path(folder), quiet)
         with _signals(parent):
             try:
                 for index in range(configuration.workers):
                     parent.start(index)
-                _watch(parent, ready)
+                watch(parent, ready)
             finally:
                 del os.environ[SHARED]
                 _end(parent)
     return parent.encoders
 
 
-def _watch(parent: _Parent, ready: Callable[[], None]) -> None:
+def watch(parent: Parent, ready: Callable[[], None]) -> None:
+    """Replace workers that die or fall silent until the parent is told to stop. ``ready``: called when all are."""
     while not parent.stops:
         _poll(parent)
         now = time.monotonic()
@@ -198,7 +206,7 @@ def _watch(parent: _Parent, ready: Callable[[], None]) -> None:
             ready()
 
 
-def _poll(parent: _Parent) -> None:
+def _poll(parent: Parent) -> None:
     """Wait a little for messages or ends of workers, and handle them."""
     watched: list[Any] = [worker.process.sentinel for worker in parent.workers.values()]
     watched += [worker.pipe for worker in parent.workers.values() if worker.process.is_alive()]
@@ -212,7 +220,7 @@ def _poll(parent: _Parent) -> None:
             parent.reap(worker)
 
 
-def _end(parent: _Parent) -> None:
+def _end(parent: Parent) -> None:
     """Drain: SIGTERM to all, once more for every further signal, and SIGKILL when their time is over."""
     sent, parent.stops = 0, max(1, parent.stops)
     parent.listener.close()
@@ -226,14 +234,14 @@ def _end(parent: _Parent) -> None:
         _poll(parent)
 
 
-def _go(worker: _Worker) -> None:
+def _go(worker: Worker) -> None:
     worker.last_message = time.monotonic()  # until now it had nothing to say: others may have taken long to be ready
     with suppress(OSError):
         worker.pipe.send("go")
 
 
 @contextmanager
-def _signals(parent: _Parent) -> Iterator[None]:
+def _signals(parent: Parent) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         parent.stops += 1
 

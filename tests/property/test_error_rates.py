@@ -183,5 +183,5 @@ def test_the_histogram_bins_a_score_where_bin_of_says(seed: int) -> None:
     random = np.random.default_rng(seed)
     edges = bin_edges()[random.integers(0, BINS, 50)].astype(np.float32)
     scores = np.concatenate([edges, np.nextafter(edges, np.float32(-2)), np.float32([1, -1, 1.000001, -1.000001, 0])])  # type: ignore[arg-type]
-    counts = scores_module._fold(scores_module._count(scores[None]))
+    counts = scores_module.fold_margins(scores_module.count_bins(scores[None]))
     np.testing.assert_array_equal(counts, np.bincount(bin_of(scores), minlength=BINS))

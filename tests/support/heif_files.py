@@ -35,7 +35,7 @@ def turned(image: Image.Image, form: str, orientation: int) -> bytes:
 
 def frames_of(data: bytes) -> tuple[str, bytes, list[Property]]:
     """Kind, bytes and properties of the primary item."""
-    file = heif._read(data)
+    file = heif.read_structure(data)
     item = file.items[file.primary]
     return item.kind, item.data, [file.properties[at] for at in item.properties]
 

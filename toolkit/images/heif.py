@@ -42,7 +42,9 @@ class _Item:
 
 
 @dataclass
-class _File:
+class HeifFile:
+    """Hold what a file consists of."""
+
     primary: int = 0
     items: dict[int, _Item] = field(default_factory=dict)
     tiles: dict[int, list[int]] = field(default_factory=dict)
@@ -89,7 +91,7 @@ def checked(data: bytes, max_pixels: int) -> tuple[str, bytes]:
     Raises BadImage for a file that is damaged, cut off, a film, or orders too much work.
     """
     try:
-        file = _read(data)
+        file = read_structure(data)
         kinds = set[str]()
         work = _work(file, file.primary, kinds, max_pixels, ())
         extra = [
@@ -112,7 +114,7 @@ def checked(data: bytes, max_pixels: int) -> tuple[str, bytes]:
     return kind, bytes(shown)
 
 
-def _work(file: _File, number: int, kinds: set[str], max_pixels: int, above: tuple[int, ...]) -> int:
+def _work(file: HeifFile, number: int, kinds: set[str], max_pixels: int, above: tuple[int, ...]) -> int:
     """Count the pixels that decoding one item orders; a tile counts as often as it is named."""
     item = file.items[number]
     if item.kind == "grid":
@@ -157,7 +159,7 @@ def _hevc_setup(body: bytes) -> tuple[list[tuple[int, int]], int]:
     return sizes, (body[21] & 3) + 1
 
 
-def _read(data: bytes) -> _File:
+def read_structure(data: bytes) -> HeifFile:
     """Read the boxes that say what a file consists of."""
     top = {kind: (begin, end) for kind, begin, end in _boxes(data, 0, len(data), once=("ftyp", "meta", "moov"))}
     if "moov" in top:
@@ -165,7 +167,7 @@ def _read(data: bytes) -> _File:
     begin, end = top["meta"]
     once = ("pitm", "iinf", "iloc", "iprp", "iref", "idat")
     inner = {kind: (a, b) for kind, a, b in _boxes(data, begin + 4, end, once=once)}
-    file = _File()
+    file = HeifFile()
     bits = Bits(data[slice(*inner["pitm"])])
     file.primary = bits.take(16 if bits.take(32) >> 24 == 0 else 32)
     _read_items(file, data, *inner["iinf"])
@@ -201,7 +203,7 @@ def _boxes(data: bytes, begin: int, end: int, once: tuple[str, ...] = ()) -> Ite
         begin += size
 
 
-def _read_items(file: _File, data: bytes, begin: int, end: int) -> None:
+def _read_items(file: HeifFile, data: bytes, begin: int, end: int) -> None:
     counted = 4 + (2 if data[begin] == 0 else 4)
     for kind, a, b in _boxes(data, begin + counted, end):
         version = data[a]
@@ -213,7 +215,7 @@ def _read_items(file: _File, data: bytes, begin: int, end: int) -> None:
         file.items[number] = _Item(data[at : at + 4].decode("latin-1"), at)
 
 
-def _read_places(file: _File, data: bytes, inner: dict[str, tuple[int, int]]) -> None:
+def _read_places(file: HeifFile, data: bytes, inner: dict[str, tuple[int, int]]) -> None:
     """Read where the bytes of each item lie, and the bytes of those that hold frames."""
     bits = Bits(data[slice(*inner["iloc"])])
     version = bits.take(32) >> 24
@@ -240,7 +242,7 @@ def _read_places(file: _File, data: bytes, inner: dict[str, tuple[int, int]]) ->
             item.data = b"".join(pieces)
 
 
-def _read_references(file: _File, data: bytes, begin: int, end: int) -> None:
+def _read_references(file: HeifFile, data: bytes, begin: int, end: int) -> None:
     wide = 16 if data[begin] == 0 else 32
     total = 0
     for kind, a, b in _boxes(data, begin + 4, end):
@@ -257,7 +259,7 @@ def _read_references(file: _File, data: bytes, begin: int, end: int) -> None:
                 file.beside.setdefault(one, []).append(source)
 
 
-def _read_associations(file: _File, bits: Bits) -> None:
+def _read_associations(file: HeifFile, bits: Bits) -> None:
     head = bits.take(32)
     wide = 15 if head & 1 else 7
     for _ in range(_few(bits.take(32))):

@@ -107,7 +107,7 @@ def stream(
     ``exclude`` counts from the first of these rows and may reach beyond them.
     """
     batch, classes = len(unit), len(centres)
-    exact = torch.bfloat16 if centres.dtype == torch.bfloat16 and _fast_bf16(unit) else unit.dtype
+    exact = torch.bfloat16 if centres.dtype == torch.bfloat16 and fast_bf16(unit) else unit.dtype
     size = min(classes, chunk or chunk_rows(batch, unit.device, exact))
     queries = (unit * (scale / math.log(2))).to(exact)
     top = unit.new_full((batch, 1), torch.finfo(unit.dtype).min)
@@ -251,7 +251,7 @@ def _heavy(sums: Tensor, least: Tensor) -> Tensor | None:
     return heavy.nonzero()[:, 0] if 4 * count <= 3 * len(heavy) else None
 
 
-def _fast_bf16(unit: Tensor) -> bool:
+def fast_bf16(unit: Tensor) -> bool:
     """Tell whether products of bfloat16 matrices are worth it: instructions for them, not an emulation."""
     if unit.dtype == torch.float64:
         return False

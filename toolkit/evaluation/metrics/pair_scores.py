@@ -100,7 +100,7 @@ def score_pairs(
         genuine.add(tile, tile.genuine, flat[tile.genuine])
         flat[tile.genuine] = _NO_PAIR
         flat[tile.left_out] = _NO_PAIR
-        histogram += _count(tile.scores)
+        histogram += count_bins(tile.scores)
         candidates = np.flatnonzero(flat >= looked_at)
         inclusion = np.ones(len(candidates))
         if drawn_rate:
@@ -117,7 +117,7 @@ def score_pairs(
         if tile.ends_rows:
             advance(len(tile.rows))
 
-    counted = _fold(histogram)
+    counted = fold_margins(histogram)
     kept, kept_query, kept_gallery = impostor.descending()
     scored, scored_query, scored_gallery = genuine.descending()
     return PairScores(
@@ -265,7 +265,7 @@ def _ranges(start: Ints, length: Ints) -> Ints:
     return np.repeat(start - np.cumsum(length) + length, length) + np.arange(length.sum())
 
 
-def _count(scores: Floats) -> Ints:
+def count_bins(scores: Floats) -> Ints:
     """Count a histogram with ``_MARGIN`` bins more at either end."""
     beyond = 1 + _MARGIN / (BINS / 2)
     counts = cv2.calcHist([scores], [0], None, [BINS + 2 * _MARGIN], [-beyond, beyond])
@@ -273,7 +273,7 @@ def _count(scores: Floats) -> Ints:
     return whole
 
 
-def _fold(histogram: Ints) -> Ints:
+def fold_margins(histogram: Ints) -> Ints:
     """Add what lies beyond −1 and 1 to the outermost bins."""
     inner: Ints = histogram[_MARGIN:-_MARGIN].copy()
     inner[0] += histogram[:_MARGIN].sum()

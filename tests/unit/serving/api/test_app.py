@@ -81,7 +81,7 @@ class TestHead:
             sent.append(message)
 
         scope = {"type": "http", "method": "HEAD", "headers": [(b"range", b"bytes=0-1"), (b"host", b"x")]}
-        asyncio.run(app._head(api, scope, None, send))  # type: ignore[arg-type]
+        asyncio.run(app.answer_head(api, scope, None, send))  # type: ignore[arg-type]
         assert [one["type"] for one in sent] == ["http.response.start", "http.response.body"]
         assert sent[1]["more_body"] is False and (scope["method"], scope["route"]) == ("HEAD", "the route")
 

@@ -86,7 +86,7 @@ def until(true: Any) -> None:
 
 
 def waiting(batched: Any, count: int) -> None:
-    until(lambda: batched._queue.qsize() == count)
+    until(lambda: batched.queue.qsize() == count)
 
 
 def test_rows_are_those_of_the_encoder_alone_whatever_they_were_batched_with(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pkd.serving.inference.decoding import MAX_PARTS, _png_size, check_work, decode
+from pkd.serving.inference.decoding import MAX_PARTS, check_work, decode, png_size
 from pkd.toolkit.core.errors import BadImage
 
 PICTURE = np.random.default_rng(1).integers(0, 256, (256, 320, 3), np.uint8)
@@ -135,7 +135,7 @@ DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 1
 @pytest.mark.parametrize(("colour", "depth"), [(colour, depth) for colour in DEPTHS for depth in DEPTHS[colour]])
 def test_the_size_of_a_pngs_rows(colour: int, depth: int, interlaced: bool) -> None:
     side = 37
-    size = _png_size(struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, interlaced))
+    size = png_size(struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, interlaced))
     palette = chunk(b"PLTE", bytes(6)) if colour == 3 else b""
     whole = {"side": side, "depth": depth, "colour": colour, "interlaced": interlaced, "before": palette}
     assert decode(png_of(bytes(size), **whole)).shape == (side, side, 3)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 
@@ -49,11 +50,12 @@ def test_processes_add_up_and_restarts_go_on(tmp_path: Path) -> None:
 
 
 def test_a_ledger_that_is_locked_loses_nothing(tmp_path: Path) -> None:
-    with closing(DriftLedger(tmp_path / "drift.db")) as ledger:
+    file = tmp_path / "drift.db"
+    with closing(DriftLedger(file)) as ledger, closing(sqlite3.connect(file)) as other:
         ledger.observe("c", "identify", [YES])
-        ledger._db.execute("ALTER TABLE drift RENAME TO away")
+        other.execute("ALTER TABLE drift RENAME TO away")
         assert ledger.flush() == set()
-        ledger._db.execute("ALTER TABLE away RENAME TO drift")
+        other.execute("ALTER TABLE away RENAME TO drift")
         assert ledger.flush() == {"c"}
 
 
@@ -71,7 +73,8 @@ def test_impostors_that_reach_too_much_raise_an_alarm(
 ) -> None:
     service, store, file = served
     now = 0.0
-    service.drift._clock = lambda: now
+    service.drift.close()
+    service.drift = DriftMonitor(service.encoders, service.state.metrics, DriftLedger(file), clock=lambda: now)
     with closing(store), made.made.running(service) as client:
         gallery(client, "staff")
         _crowd(store, fleet)
@@ -141,8 +144,7 @@ def test_the_answer_of_a_search_is_no_impostor(fleet: made.Fleet) -> None:
         candidate = Candidate.model_construct(subject=name, match=match)
         found = {id: SearchResult(tuple(Hit(name, "1", h.score) if h.subject == "ann" else h for h in hits), 10)}
         monitor.identified(staff, id, found, answer(decision, candidate))
-        sums = monitor._ledger.watched(monitor._keys[id, id]).sums.values()
-        return [one.exceeded > 0 for one in sums]
+        return [one.exceeded > 0 for one in monitor.find(f"{short(id)}__{short(id)}").watched.sums.values()]
 
     assert not any(observed("ann", "match", True))  # bob is the impostor, at 0.2
     assert not any(observed("eve", "no_match", False))  # eve may be the person, missed: bob again

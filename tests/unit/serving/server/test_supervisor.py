@@ -10,18 +10,22 @@ from typing import Any
 
 import pytest
 
-from pkd.serving.server import supervisor
 from pkd.serving.server.config import Configuration
+from pkd.serving.server.supervisor import SILENT_SECONDS, Parent, Worker, watch
 
 
 class Process:
-    """One that runs until it is killed."""
+    """One that runs until it is killed, and stops the parent in its third turn."""
 
     def __init__(self) -> None:
         self.sentinel, self._end = multiprocessing.Pipe(duplex=False)
         self.killed = False
+        self.parent: Any = None
+        self.asked = 0
 
     def is_alive(self) -> bool:
+        self.asked += 1
+        self.parent.stops = self.asked >= 2 * 3
         return True
 
     def kill(self) -> None:
@@ -30,44 +34,26 @@ class Process:
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Any:
-    made = supervisor._Parent(Configuration(bundles=("bundle",), workers=2), SimpleNamespace(), tmp_path, quiet=True)  # type: ignore[arg-type]
-    long_ago = time.monotonic() - 2 * supervisor.SILENT_SECONDS
+    made = Parent(Configuration(bundles=("bundle",), workers=2), SimpleNamespace(), tmp_path, quiet=True)  # type: ignore[arg-type]
+    long_ago = time.monotonic() - 2 * SILENT_SECONDS
     for index in range(2):
         ours, theirs = multiprocessing.Pipe()
-        made.workers[index] = supervisor._Worker(
-            index,
-            Process(),  # type: ignore[arg-type]
-            ours,
-            born=long_ago,
-            ready=True,
-            last_message=long_ago,  # type: ignore[arg-type]
-        )
+        process: Any = Process()
+        process.parent = made
+        made.workers[index] = Worker(index, process, ours, born=long_ago, ready=True, last_message=long_ago)  # type: ignore[arg-type]
         made.workers[index].theirs = theirs  # type: ignore[attr-defined]
     return made
 
 
-def watch(parent: Any, turns: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many turns of the parent's loop."""
-    left = iter(range(turns))
-    real = supervisor._poll
-
-    def turn(parent: Any) -> None:
-        real(parent)
-        parent.stops = next(left) == turns - 1
-
-    monkeypatch.setattr(supervisor, "_poll", turn)
-    supervisor._watch(parent, lambda: None)
-
-
-def test_who_waited_for_the_others_is_not_silent(parent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch(parent, 3, monkeypatch)
+def test_who_waited_for_the_others_is_not_silent(parent: Any) -> None:
+    watch(parent, lambda: None)
     assert parent.serving
     for one in parent.workers.values():
         assert one.theirs.recv() == "go" and not one.process.killed
 
 
-def test_who_says_nothing_any_more_is_killed(parent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_says_nothing_any_more_is_killed(parent: Any) -> None:
     parent.serving = True
     parent.workers[0].theirs.send(("alive",))
-    watch(parent, 2, monkeypatch)
+    watch(parent, lambda: None)
     assert [one.process.killed for one in parent.workers.values()] == [False, True]

@@ -18,7 +18,7 @@ from pkd.serving.inference.decoding import decode
 from pkd.toolkit.core.errors import BadImage, ImageTooLarge, MissingDecoder
 from pkd.toolkit.data.tree import walk_images
 from pkd.toolkit.images.codec import SUFFIXES, decode_rgb
-from pkd.toolkit.images.heif import MAX_ITEMS, _read, checked
+from pkd.toolkit.images.heif import MAX_ITEMS, checked, read_structure
 from tests.support.heif_files import Property, box, frames_of, made, saved, turned
 
 AVIF = pytest.importorskip("PIL.AvifImagePlugin")
@@ -99,7 +99,7 @@ def test_of_several_pictures_the_primary_one_is_read(form: str) -> None:
 @pytest.mark.parametrize("form", HEIC)
 def test_a_picture_of_tiles_as_phones_make_it(form: str) -> None:
     data = saved(scene(640, 500), form, quality=80, tile_size=128)
-    assert frames_of(plain(form))[0] == "hvc1" and len(_read(data).items) > 10
+    assert frames_of(plain(form))[0] == "hvc1" and len(read_structure(data).items) > 10
     assert np.abs(decode_rgb(data).astype(int) - np.asarray(scene(640, 500))).mean() < 8
 
 

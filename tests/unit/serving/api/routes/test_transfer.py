@@ -20,7 +20,7 @@ from pkd.serving.core.embedding_codec import decode
 from pkd.serving.core.errors import TooLarge
 from pkd.serving.core.transfer_schemas import BulkAnswer
 from pkd.serving.inference.pipeline import Pipeline
-from pkd.serving.matching.bulk import BATCH, _lines
+from pkd.serving.matching.bulk import BATCH, split_lines
 from pkd.toolkit.core.errors import PkdError
 from tests.support import gallery_fixtures as made
 from tests.support.gallery_fixtures import CROPS, NDJSON, problem
@@ -354,7 +354,7 @@ def test_lines_however_they_are_cut(size: int) -> None:
             for start in range(0, len(body), size):
                 yield body[start : start + size]
 
-        return [item async for item in _lines(pieces(), 20)]
+        return [item async for item in split_lines(pieces(), 20)]
 
     items = asyncio.run(collect())
     assert [item.number for item in items] == [1, 3, 4, 5]

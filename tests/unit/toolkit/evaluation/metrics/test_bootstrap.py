@@ -15,6 +15,7 @@ from pkd.toolkit.evaluation.metrics.bootstrap import (
     accuracy_interval,
     accuracy_variance,
     bootstrap,
+    fmr_variance,
     interval,
     resampled_accuracies,
 )
@@ -80,7 +81,8 @@ def test_resamples_are_to_the_bit_those_of_a_plain_loop(
             (scores.weight, 9 * (435 + (drawn - 1).sum() * 29), found.tar, raw_impostor_cumulative, own),
         ):
             fmr, everyone = np.cumsum(weight * part) / total, full(scores, np.ones(30))
-            shrink = bootstrap_module._shrinkage(scores, everyone, fmrs, tar is found.tar)
+            spread = fmr_variance(scores, np.searchsorted(everyone, fmrs, "right"), raw=tar is found.tar)
+            shrink = np.nan_to_num(np.sqrt(spread.total / spread.resampled), nan=1.0)
             for k, target in enumerate(fmrs * (1 + 1e-9)):
                 low, high = 0, len(fmr)
                 while low < high:
