@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 import math
 import mmap
@@ -259,16 +258,6 @@ def new_key(name: str, scopes: str, rate: str | None = None) -> Mapping[str, str
     if (fault := _fault(line.split())) or not RATE.fullmatch(f"rate={rate or 1}/s"):
         raise InputError(f"--new-api-key {name}: {fault or f'{rate} is no rate'}. {LINE}.")
     return {"key": key, "line": line}
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can connect to ``host``."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # another name may resolve to anything
 
 
 def _read(path: Path) -> tuple[tuple[ApiKey, ...], frozenset[str]]:

@@ -23,12 +23,10 @@ from pkd.serving.api.problems import TYPES, MethodNotAllowed, RouteNotFound, pro
 from pkd.serving.api.routes import (
     audit,
     catalogue,
-    devices,
     galleries,
     health,
     matching,
     migrations,
-    people,
     subjects,
     tokens,
     transfer,
@@ -82,7 +80,7 @@ def create_api(service: Service, keys: ApiKeys | None = None, *, page: bool = Tr
     app.add_exception_handler(Exception, _unforeseen)
 
     makers = [matching.routes, matching.search_routes]
-    makers += [one.routes for one in (galleries, subjects, people, audit, transfer, migrations, catalogue, devices)]
+    makers += [one.routes for one in (galleries, subjects, audit, transfer, migrations, catalogue)]
     routers = [*(make(service) for make in makers), tokens.routes(service, keys)]
     for router in routers:
         app.include_router(router, dependencies=[Depends(known_query)])

@@ -18,13 +18,13 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pkd.serving.api.api_keys import ANONYMOUS, IN_SCOPE, ApiKey, ApiKeys, is_loopback
+from pkd.serving.api.api_keys import ANONYMOUS, IN_SCOPE, ApiKey, ApiKeys
 from pkd.serving.api.pages import is_page
 from pkd.serving.api.problems import ForeignOrigin, problem_response
 from pkd.serving.api.request_limits import Limits, RequestGuard, too_large
 from pkd.serving.api.tokens import require_open
 from pkd.serving.core.errors import Overloaded, UnsupportedMedia
-from pkd.serving.core.options import Settings
+from pkd.serving.core.options import Settings, is_loopback
 from pkd.serving.inference.thread_pool import owner
 from pkd.serving.observability.logs import id_of, log_request, log_unforeseen, request_id
 from pkd.serving.observability.metrics import NO_ROUTE

@@ -23,7 +23,8 @@ from pkd.serving.api.problems import Unauthenticated
 from pkd.serving.core.errors import BadToken
 from pkd.serving.core.schemas import Number, Sent
 from pkd.serving.core.signed_tokens import Expected, KeySet, header
-from pkd.serving.matching.liveness import read_config
+from pkd.serving.core.watched_file import read_json_file
+from pkd.serving.matching.liveness import REMEDY
 
 REMEMBERED = 1024
 """Most tokens whose signature is not checked again until they expire, or keys change."""
@@ -74,7 +75,7 @@ class Oidc:
     @classmethod
     def read(cls, path: Path) -> Oidc:
         """Read the file of --oidc. Raises InputError that names what is wrong with it."""
-        config = read_config(path, OidcConfig)
+        config = read_json_file(path, OidcConfig.model_validate, REMEDY)
         return cls(config, KeySet(config.jwks if "://" in config.jwks else str(path.parent / config.jwks)))
 
     async def check(self, token: str) -> ApiKey:

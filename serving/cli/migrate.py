@@ -18,7 +18,7 @@ from pkd.toolkit.core.errors import GateFailed, InputError, NotCertified
 from pkd.toolkit.core.progress import ConsoleProgress
 
 if TYPE_CHECKING:
-    from pkd.serving.galleries.mapping_state import MappingState
+    from pkd.serving.galleries.store import MappingState
     from pkd.toolkit.certificates.certificate import Certificate
     from pkd.toolkit.encoders.space_map import SpaceMap
     from pkd.toolkit.evaluation.results.schema import MappingCost

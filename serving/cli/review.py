@@ -21,7 +21,7 @@ from pkd.toolkit.core.progress import ConsoleProgress
 from pkd.toolkit.core.tables import show_table
 
 if TYPE_CHECKING:
-    from pkd.serving.core.review_schemas import Review
+    from pkd.serving.core.gallery_schemas import Review
     from pkd.toolkit.certificates.certificate import Certificate
 
 
@@ -75,8 +75,6 @@ def review_gallery(options: ReviewOptions, console: Console) -> Result:
 
 def move(options: MoveOptions, console: Console) -> Result:
     """Move templates from one subject to another; returns the receipt."""
-    from pkd.serving.core.review_schemas import MoveAnswer
-
     with closing(options.open()) as store:
         there = store.subject(options.gallery, options.subject)
         done = store.move(
@@ -90,7 +88,7 @@ def move(options: MoveOptions, console: Console) -> Result:
         markup=False,
         soft_wrap=True,
     )
-    return MoveAnswer.model_validate(done).model_dump()
+    return done.model_dump()
 
 
 def _certificates(sources: Sequence[Path]) -> list[Certificate]:

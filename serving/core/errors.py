@@ -1,34 +1,7 @@
 """Define what a server refuses, apart from HTTP. ``serving/api/problems.py`` says how each error is answered.
 
 Errors of the toolkit are raised where the concept is the same: BadImage, ImageTooLarge, NoFace, BadVector,
-SpaceMismatch, NotCertified, UnsupportedFmr. The others are::
-
-    ServingError                  2  a request that this server cannot fulfil
-    ├── InvalidRequest               a request that is not of the form it must have
-    ├── TooLarge                     more bytes or templates than are taken at once
-    ├── UnsupportedMedia             a kind of file or body that is not read
-    ├── UnknownEncoder               no loaded encoder of this name, or several
-    ├── UnknownFile                  a bundle has no such file or target
-    ├── MultipleFaces                a photograph shows several faces, one was asked for
-    ├── TooManyFaces                 a photograph shows more faces than are embedded at once
-    ├── NotAligned                   an image is not of the size of an aligned crop
-    ├── NoDetector                   a photograph, where only aligned crops can be taken
-    ├── LowQuality                   a face that is not good enough to enrol
-    ├── NotLive                      no proof that a living person is shown, where it is asked for
-    ├── BadToken                     a signed token that proves nothing
-    ├── NoGalleries                  the server was started without a store of galleries
-    ├── UnknownGallery               no gallery of this name
-    ├── UnknownSubject               no subject of this id in a gallery
-    ├── UnknownTemplate              a subject has no template of this id
-    ├── DuplicateFace                a face matches another subject of the gallery
-    ├── UnlikeSubject                a face does not match its subject's own templates
-    ├── GalleryConflict              a gallery is not in a state that allows this
-    ├── IdempotencyConflict          an idempotency key was used for another request
-    ├── Overloaded                1  too much is waiting already
-    ├── NotReady                  1  the self-test is not passed
-    ├── Draining                  1  the server is shutting down
-    ├── StoreUnavailable          1  galleries cannot be read or written
-    └── ServerFault               1  the server cannot do what it should be able to do
+SpaceMismatch, NotCertified, UnsupportedFmr.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ What a token may be signed with is decided by the key and never by the token: a 
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import threading
 import time
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from pkd.serving.core.errors import BadToken
+from pkd.serving.core.options import is_loopback
 from pkd.serving.core.watched_file import file_stamp
 from pkd.toolkit.core.errors import InputError, MissingExtra
 from pkd.toolkit.core.models import read_json
@@ -70,7 +70,7 @@ class KeySet:
             raise MissingExtra("pyjwt", "serve") from None
         self.source, self._clock = source, clock
         self._url = urlsplit(source) if source.partition("://")[1] else None
-        if self._url and self._url.scheme != "https" and not _is_local(self._url.hostname or ""):
+        if self._url and self._url.scheme != "https" and not is_loopback(self._url.hostname or ""):
             raise InputError(f"jwks {source}: whoever is in between could exchange the keys. Give an https address.")
         self._reading = threading.Lock()
         self.generation = 0
@@ -239,10 +239,3 @@ def _read(path: Path) -> bytes:
         raise InputError(
             f"jwks {path}: {error.strerror}. Give a file or an https address with the issuer's keys."
         ) from None
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

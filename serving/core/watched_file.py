@@ -62,7 +62,8 @@ def read_json_file(path: Path, parse: Callable[[object], Content], remedy: str) 
         raise InputError(f"{path}: {error.strerror}. {remedy}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}. {remedy}") from None
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise InputError(f"{path}: {where}: {first['msg']}. {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}. {remedy}") from None
 

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pkd.serving.galleries.failures import BUSY_SECONDS, explained
+from pkd.serving.core.gallery_schemas import ReceiptAnswer
+from pkd.serving.galleries.failures import BUSY_SECONDS, explained, transaction
 from pkd.toolkit.core.errors import InputError, NotTrusted
 
 Action = Literal[
@@ -76,6 +77,15 @@ class Head:
     """Number of the last record; 0 if the log is empty."""
     hash: str
     """Hex."""
+
+    def receipt(
+        self, gallery: str, subject: str | None, templates: int, rows: int, covers: tuple[str, ...]
+    ) -> ReceiptAnswer:
+        """Make the receipt of a deletion whose record this is."""
+        return ReceiptAnswer(
+            gallery=gallery, subject=subject, templates=templates, rows=rows, covers=covers,
+            sequence=self.sequence, hash=self.hash,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -242,15 +252,8 @@ class AuditFile:
 
     @contextmanager
     def _transaction(self, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
-        with self._one, explained():
-            self._db.execute(f"BEGIN {kind}")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # SQLite has undone it by itself where the disk was full
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._one, transaction(self._db, kind):
+            yield self._db
 
 
 def _unpurged(db: sqlite3.Connection) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from pkd.serving.core.errors import StoreUnavailable
 from pkd.serving.galleries.crypto import DecryptionError
@@ -22,6 +23,20 @@ MEANING = {
     "no such table": "the database was replaced or emptied while in use. Restart the server",
 }
 """Part of what SQLite says → what it means."""
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection, kind: Literal["IMMEDIATE", "DEFERRED"]) -> Iterator[None]:
+    """Commit what is done in a block; undo it after any exception. Raises StoreUnavailable as ``explained``."""
+    with explained():
+        db.execute(f"BEGIN {kind}")
+        try:
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:  # SQLite has undone it by itself where the disk was full
+                db.execute("ROLLBACK")
+            raise
 
 
 @contextmanager

@@ -15,8 +15,17 @@ from itertools import islice
 import numpy as np
 
 from pkd.serving.core.errors import GalleryConflict
-from pkd.serving.galleries.mapping_state import MapOrigin, MappingState
-from pkd.serving.galleries.store import Enrolment, Gallery, GalleryStore, NewTemplate, Space, Subject, Template
+from pkd.serving.galleries.store import (
+    Enrolment,
+    Gallery,
+    GalleryStore,
+    MapOrigin,
+    MappingState,
+    NewTemplate,
+    Space,
+    Subject,
+    Template,
+)
 from pkd.serving.galleries.templates import fingerprint
 from pkd.toolkit.core.encoder_info import short
 from pkd.toolkit.core.errors import PkdError

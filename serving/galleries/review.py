@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.serving.core.review_schemas import DoubtfulPair, Outlier, Review
+from pkd.serving.core.gallery_schemas import DoubtfulPair, Outlier, Review
 from pkd.serving.galleries.store import Subject
 from pkd.toolkit.certificates.certificate import Certificate
 from pkd.toolkit.certificates.extrapolation import threshold_for

@@ -13,12 +13,36 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from pkd.serving.core.gallery_schemas import MoveAnswer, ReceiptAnswer
 from pkd.serving.galleries.audit import Action, Head, Record
 from pkd.serving.galleries.crypto import MasterKey
-from pkd.serving.galleries.mapping_state import NOTHING_MAPPED, MappingState
+from pkd.toolkit.core import models
 from pkd.toolkit.core.errors import PkdError
 from pkd.toolkit.core.progress import Progress, no_progress
+
+
+class MapOrigin(models.Record):
+    """Say where the templates of a mapped encoder come from."""
+
+    old: str
+    """Encoder that made them."""
+    new: str
+    """Teacher whose space they were mapped into; its own templates replace them."""
+
+
+class MappingState(models.Record):
+    """Hold what a gallery remembers of its mapped templates."""
+
+    maps: dict[str, MapOrigin] = Field(default_factory=dict)
+    """Mapped encoder → its origin."""
+    staged: tuple[str, ...] = ()
+    """Mapped encoders whose templates are not all there yet: no search sees them."""
+
+
+NOTHING_MAPPED = MappingState()
+
 
 Vectors = NDArray[np.float32]
 """Unit rows N×D."""
@@ -143,38 +167,6 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Receipt:
-    """State what a deletion removed, and where its record is in the audit log."""
-
-    gallery: str
-    subject: str | None
-    templates: int
-    rows: int
-    """Rows removed from the durable store, keys included."""
-    covers: tuple[str, ...]
-    """Places where nothing is left, for example ``rows``, ``index``, ``wal``, ``key``, ``milvus``."""
-    sequence: int
-    """The audit record's."""
-    hash: str
-    """The audit record's, SHA-256 (hex)."""
-
-
-@dataclass(frozen=True)
-class Moved:
-    """State which templates are another subject's now."""
-
-    gallery: str
-    subject: str
-    into: str
-    templates: tuple[str, ...]
-    """Ids that they have now."""
-    sequence: int
-    """Number of the audit record of their arrival."""
-    receipt: Receipt
-    """Templates that left ``subject``, who is gone where no template is left."""
-
-
-@dataclass(frozen=True)
 class Hit:
     """Name one subject near a query, by the best of their templates."""
 
@@ -200,7 +192,7 @@ class EndedMigration:
 
     templates: int
     """Templates of the old space that were deleted."""
-    receipt: Receipt
+    receipt: ReceiptAnswer
 
 
 @dataclass
@@ -232,7 +224,7 @@ class GalleryStore(Protocol):
     def list(self) -> Sequence[Gallery]:
         """Describe all galleries, by name."""
 
-    def delete(self, name: str, actor: str) -> Receipt:
+    def delete(self, name: str, actor: str) -> ReceiptAnswer:
         """Delete a gallery with all that is in it, and its key."""
 
     def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | PkdError]:
@@ -247,17 +239,17 @@ class GalleryStore(Protocol):
     def subjects(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
         """List ids after ``after``: a page, always in one order, ascending but in Milvus, which must not learn ids."""
 
-    def delete_subject(self, gallery: str, subject: str, actor: str) -> Receipt:
+    def delete_subject(self, gallery: str, subject: str, actor: str) -> ReceiptAnswer:
         """Delete a subject's templates and key."""
 
     def remove_templates(
         self, gallery: str, subject: str, templates: Sequence[str], actor: str, *, action: Action = "delete-templates"
-    ) -> Receipt:
+    ) -> ReceiptAnswer:
         """Delete some templates of a subject, and the subject with the last of them. Raises UnknownTemplate."""
 
     def move(
         self, gallery: str, subject: str, into: str, actor: str, *, templates: Sequence[str] = (), new: bool = False
-    ) -> Moved:
+    ) -> MoveAnswer:
         """Move templates, by default all, to another subject, who must be there, or with ``new`` must not.
 
         Attributes and consent stay with whom they were given for; dates stay with the templates. In SQLite it is one

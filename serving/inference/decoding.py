@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pkd.serving.core.base64_text import decode_base64
+from pkd.serving.core.embedding_codec import decode_base64
 from pkd.serving.core.errors import UnsupportedMedia
 from pkd.toolkit.core.errors import BadImage, ImageTooLarge, MissingDecoder
 from pkd.toolkit.images.codec import FRAMES, READERS, Rgb, decode_rgb

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pkd.serving.core.errors import Draining, InvalidRequest, ServingError, TooLarge
+from pkd.serving.core.gallery_schemas import DoubtAnswer
 from pkd.serving.core.schemas import MANY_VALUES
 from pkd.serving.core.transfer_schemas import BulkItem
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.store import Enrolled, Enrolment, Gallery
-from pkd.serving.matching.doubts import Doubt, replace_mapped
+from pkd.serving.matching.doubts import replace_mapped
 from pkd.serving.matching.enrolment import examine, explained, new_enrolment, prepare
 from pkd.serving.matching.service import Service
 from pkd.serving.observability.logs import log_unforeseen
@@ -65,7 +66,7 @@ class LineResult:
     line: ReadLine
     enrolled: Sequence[Enrolled] = ()
     error: Exception | None = None
-    doubts: Sequence[Doubt] = ()
+    doubts: Sequence[DoubtAnswer] = ()
 
 
 Reader = Callable[[Gallery, Sequence[BulkLine]], Coroutine[Any, Any, Sequence[ReadLine]]]

@@ -8,12 +8,12 @@ Two requests at the same moment do not see each other: pkd-gallery review finds 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from pkd.serving.core.errors import DuplicateFace, UnknownSubject, UnlikeSubject
+from pkd.serving.core.gallery_schemas import DoubtAnswer, DuplicateRule, OwnRule
 from pkd.serving.galleries.mapping import replaced
 from pkd.serving.galleries.store import Enrolled, Enrolment, Gallery, Template
 from pkd.serving.inference.registry import Encoders
@@ -23,51 +23,8 @@ from pkd.toolkit.certificates.certificate import Certificate
 from pkd.toolkit.certificates.extrapolation import Threshold, threshold_for
 from pkd.toolkit.core.errors import PkdError, UnsupportedFmr
 
-Action = Literal["refuse", "flag"]
 
-
-@dataclass(frozen=True)
-class Doubt:
-    """Say why a template of an enrolment is doubted."""
-
-    kind: Literal["duplicate", "unlike"]
-    action: Action
-    index: int
-    """Number of the template in the enrolment."""
-    subject: str
-    """Subject that it matches; of ``unlike`` the one that it does not match."""
-    score: float
-    """Cosine similarity: to that subject, the highest there is."""
-    threshold: float
-    rate: float
-    """FPIR of the rule; of ``unlike`` the false match rate that its threshold belongs to."""
-    calibrated: bool
-    """False: the threshold is extrapolated beyond what the certificate resolves."""
-
-    def error(self) -> PkdError:
-        """Make the refusal."""
-        got = {"score": self.score, "threshold": self.threshold, "rate": self.rate, "calibrated": self.calibrated}
-        if self.kind == "duplicate":
-            return DuplicateFace(
-                f"the face matches subject {self.subject} ({self.score:.3f}, {self.threshold:.3f} is enough at FPIR "
-                f"{self.rate:g}). Enrol it under that id, or send accept_doubts with an admin key.",
-                details={
-                    "index": self.index, "expected": {"subject": self.subject}, "got": got,
-                    "works": {"subject": self.subject, "accept_doubts": True},
-                },
-            )  # fmt: skip
-        return UnlikeSubject(
-            f"the face does not match the templates of subject {self.subject} (at best {self.score:.3f}, "
-            f"{self.threshold:.3f} is needed at FMR {self.rate:g}). Check the id and the picture, or send "
-            "accept_doubts with an admin key.",
-            details={
-                "index": self.index, "expected": {"score": self.threshold}, "got": got,
-                "works": {"accept_doubts": True},
-            },
-        )  # fmt: skip
-
-
-async def find_doubts(service: Service, gallery: Gallery, enrolments: Sequence[Enrolment]) -> list[list[Doubt]]:
+async def find_doubts(service: Service, gallery: Gallery, enrolments: Sequence[Enrolment]) -> list[list[DoubtAnswer]]:
     """List the doubts about each enrolment by the gallery's policy, also of one against the others of the list."""
     if not enrolments or (not (policy := service.policies.of(gallery.name)).duplicates and not policy.own):
         return [[] for _ in enrolments]
@@ -92,11 +49,13 @@ async def replace_mapped(
             continue
 
 
-def _find(service: Service, gallery: Gallery, enrolments: Sequence[Enrolment]) -> list[list[Doubt]]:
+def _find(service: Service, gallery: Gallery, enrolments: Sequence[Enrolment]) -> list[list[DoubtAnswer]]:
     return [[*_duplicates(service, gallery, one, enrolments), *_unlike(service, gallery, one)] for one in enrolments]
 
 
-def _duplicates(service: Service, gallery: Gallery, enrolment: Enrolment, beside: Sequence[Enrolment]) -> list[Doubt]:
+def _duplicates(
+    service: Service, gallery: Gallery, enrolment: Enrolment, beside: Sequence[Enrolment]
+) -> list[DoubtAnswer]:
     rule, encoders = service.policies.of(gallery.name).duplicates, service.encoders
     if rule is None:
         return []
@@ -125,15 +84,11 @@ def _duplicates(service: Service, gallery: Gallery, enrolment: Enrolment, beside
             certificate = encoders.files[template.encoder, encoder].certificate
             needed = _threshold(certificate, per_comparison(rule.fpir, searched))
             if needed and score >= needed.score:
-                found.append(
-                    Doubt(
-                        "duplicate", rule.action, index, subject, score, needed.score, rule.fpir, needed.calibrated
-                    )
-                )  # fmt: skip
+                found.append(_doubt("duplicate", rule, index, subject, score, needed, rule.fpir))
     return found
 
 
-def _unlike(service: Service, gallery: Gallery, enrolment: Enrolment) -> list[Doubt]:
+def _unlike(service: Service, gallery: Gallery, enrolment: Enrolment) -> list[DoubtAnswer]:
     rule, encoders = service.policies.of(gallery.name).own, service.encoders
     if rule is None:
         return []
@@ -148,12 +103,23 @@ def _unlike(service: Service, gallery: Gallery, enrolment: Enrolment) -> list[Do
         compared = _compared(encoders, template.encoder, template.vector, own, rule.fmr)
         if compared and all(score < needed.score for score, needed in compared):
             score, needed = max(compared, key=lambda one: one[0] - one[1].score)
-            found.append(
-                Doubt(
-                    "unlike", rule.action, index, enrolment.subject, score, needed.score, rule.fmr, needed.calibrated
-                )
-            )  # fmt: skip
+            found.append(_doubt("unlike", rule, index, enrolment.subject, score, needed, rule.fmr))
     return found
+
+
+def _doubt(
+    kind: Literal["duplicate", "unlike"],
+    rule: DuplicateRule | OwnRule,
+    index: int,
+    subject: str,
+    score: float,
+    needed: Threshold,
+    rate: float,
+) -> DoubtAnswer:
+    return DoubtAnswer(
+        kind=kind, action=rule.action, index=index, subject=subject, score=score,
+        threshold=needed.score, rate=rate, calibrated=needed.calibrated,
+    )  # fmt: skip
 
 
 def _compared(
@@ -181,6 +147,26 @@ def _threshold(certificate: Certificate, fmr: float) -> Threshold | None:
         return None
 
 
-def first_refusal(doubts: Sequence[Doubt]) -> Doubt | None:
-    """Return the first doubt that refuses; None where all are flagged only."""
-    return next((one for one in doubts if one.action == "refuse"), None)
+def first_refusal(doubts: Sequence[DoubtAnswer]) -> PkdError | None:
+    """Make the refusal of the first doubt that refuses; None where all are flagged only."""
+    doubt = next((one for one in doubts if one.action == "refuse"), None)
+    if doubt is None:
+        return None
+    got = doubt.model_dump(include={"score", "threshold", "rate", "calibrated"})
+    if doubt.kind == "duplicate":
+        return DuplicateFace(
+            f"the face matches subject {doubt.subject} ({doubt.score:.3f}, {doubt.threshold:.3f} is enough at FPIR "
+            f"{doubt.rate:g}). Enrol it under that id, or send accept_doubts with an admin key.",
+            details={
+                "index": doubt.index, "expected": {"subject": doubt.subject}, "got": got,
+                "works": {"subject": doubt.subject, "accept_doubts": True},
+            },
+        )  # fmt: skip
+    return UnlikeSubject(
+        f"the face does not match the templates of subject {doubt.subject} (at best {doubt.score:.3f}, "
+        f"{doubt.threshold:.3f} is needed at FMR {doubt.rate:g}). Check the id and the picture, or send "
+        "accept_doubts with an admin key.",
+        details={
+            "index": doubt.index, "expected": {"score": doubt.threshold}, "got": got, "works": {"accept_doubts": True},
+        },
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from pkd.serving.core.gallery_schemas import (
 from pkd.serving.core.schemas import EmbeddingSide, ImageInput
 from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, NewTemplate
 from pkd.serving.matching.admission import check_encoder_allowed, encoder_to_enrol, searchable
-from pkd.serving.matching.doubts import Doubt, find_doubts, first_refusal, replace_mapped
+from pkd.serving.matching.doubts import find_doubts, first_refusal, replace_mapped
 from pkd.serving.matching.quality import measure_quality, require_quality, server_limits, strictest
 from pkd.serving.matching.service import Photograph, Service
 from pkd.toolkit.core.errors import NotCertified, PkdError, SpaceMismatch
@@ -111,13 +111,13 @@ async def enrol(
         ],
         sequence=outcome.sequence,
         replayed=outcome.replayed,
-        doubts=[DoubtAnswer.model_validate(one) for one in doubts],
+        doubts=list(doubts),
     )
 
 
 async def examine(
     service: Service, gallery: Gallery, enrolments: Sequence[Enrolment], accept: Sequence[bool], actor: str
-) -> list[tuple[Enrolment, Sequence[Doubt]] | PkdError]:
+) -> list[tuple[Enrolment, Sequence[DoubtAnswer]] | PkdError]:
     """Judge enrolments by the gallery's policy: each as it is to be stored, with its doubts, or why it is refused.
 
     What was enrolled before under the same idempotency key is answered as then. Refusals are recorded.
@@ -126,13 +126,13 @@ async def examine(
     if not policy.duplicates and not policy.own:
         return [(one, ()) for one in enrolments]
     known = await service.stored(service.store.replayed, gallery.name, enrolments)
-    judged: list[tuple[Enrolment, Sequence[Doubt]] | PkdError] = []
+    judged: list[tuple[Enrolment, Sequence[DoubtAnswer]] | PkdError] = []
     found = await find_doubts(service, gallery, enrolments)
     for one, before, doubts, accepted in zip(enrolments, known, found, accept, strict=True):
         refusal = None if accepted or before else first_refusal(doubts)
         if refusal:
             await service.written(service.store.note, gallery.name, "refuse", one.subject, actor)
-            judged.append(refusal.error())
+            judged.append(refusal)
         elif before or not doubts:
             judged.append((one, ()))
         else:
@@ -142,7 +142,7 @@ async def examine(
 
 async def _examined(
     service: Service, gallery: Gallery, ready: Ready, options: EnrolOptions, actor: str
-) -> tuple[Ready, Sequence[Doubt]]:
+) -> tuple[Ready, Sequence[DoubtAnswer]]:
     (judged,) = await examine(service, gallery, [ready.enrolment], [options.accept_doubts], actor)
     if isinstance(judged, PkdError):
         raise judged

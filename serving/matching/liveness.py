@@ -13,25 +13,23 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
-from pkd.serving.core.base64_text import decode_base64
+from pkd.serving.core.embedding_codec import decode_base64
 from pkd.serving.core.errors import BadToken, NotLive
 from pkd.serving.core.schemas import EmbeddingSide, ImageInput, Number, Sent
 from pkd.serving.core.signed_tokens import Expected, KeySet, header
+from pkd.serving.core.watched_file import read_json_file
 from pkd.toolkit.certificates.attack_detection import AttackCertificate
-from pkd.toolkit.core.errors import InputError
-from pkd.toolkit.core.models import read_json
-from pkd.toolkit.core.text import read_text
 
 Shown = bytes | str | ImageInput | EmbeddingSide
 """One input of a request: a file's bytes, the same as base64, either inside JSON, or an embedding."""
+REMEDY = "docs/security.md shows such a file."
 MAX_USED = 1_000_000
 """Most nonces that are remembered at once; no verdict is taken beyond."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -114,7 +112,7 @@ class Liveness:
     @classmethod
     def read(cls, path: Path) -> Liveness:
         """Read the file of --liveness. Raises InputError that names what is wrong with it."""
-        config = read_config(path, LivenessConfig)
+        config = read_json_file(path, LivenessConfig.model_validate, REMEDY)
         return cls(config, KeySet(config.jwks if "://" in config.jwks else str(path.parent / config.jwks)))
 
     def require(self, token: str, inputs: Sequence[Shown], demand: Demand | None) -> None:
@@ -201,23 +199,6 @@ def digest_of(shown: Shown) -> str:
         return hashlib.sha256(decode_base64(text)).hexdigest()
     except ValueError:
         raise NotLive("an input is not base64, so no verdict can be about it.", details={"reason": "invalid"}) from None
-
-
-def read_config(path: Path, model: type[Any]) -> Any:
-    """Read a JSON file of the operator as ``model``. Raises InputError that names the field at fault."""
-    try:
-        text = read_text(path)
-        with suppress(ValueError, RecursionError):  # what is no JSON is told below
-            read_json(text, path)
-        return model.model_validate_json(text)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}. Give a JSON file; docs/security.md shows one.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is no text. Give a JSON file; docs/security.md shows one.") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise InputError(f"{path}: {where}: {first['msg']}. docs/security.md shows such a file.") from None
 
 
 def _claim(folder: Path, name: str, forgotten: float) -> bool:

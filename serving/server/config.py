@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
-from pkd.serving.core.options import Settings
+from pkd.serving.core.options import Settings, is_loopback
 from pkd.serving.galleries.open import StoreUrl
 from pkd.serving.observability.logs import LogFormat
 from pkd.toolkit.core.cli_options import Argument, Model, Options, flag, validate_options
@@ -162,8 +162,6 @@ def _is_many(field: FieldInfo) -> bool:
 
 def _check_combinations(made: Configuration) -> None:
     """Check what no option can see alone."""
-    from pkd.serving.api.api_keys import is_loopback
-
     if not is_loopback(made.host) and not (made.api_keys or made.oidc or made.insecure_no_keys):
         raise InputError(
             f"--host {made.host} can be reached by others. Pass --api-keys FILE (PKD_API_KEYS_FILE), "

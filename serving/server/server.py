@@ -20,9 +20,10 @@ from weakref import WeakKeyDictionary
 
 import uvicorn
 
-from pkd.serving.api.api_keys import ApiKeys, is_loopback
+from pkd.serving.api.api_keys import ApiKeys
 from pkd.serving.api.app import create_app
 from pkd.serving.core.errors import ServingError
+from pkd.serving.core.options import is_loopback
 from pkd.serving.galleries.crypto import DecryptionError
 from pkd.serving.galleries.store import GalleryStore
 from pkd.serving.matching.service import Service

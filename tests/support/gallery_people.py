@@ -10,8 +10,16 @@ import pytest
 
 from pkd.serving.core.errors import GalleryConflict, InvalidRequest, UnknownGallery, UnknownSubject, UnknownTemplate
 from pkd.serving.galleries.mapping import map_gallery, worst_first
-from pkd.serving.galleries.mapping_state import NOTHING_MAPPED, MapOrigin, MappingState
-from pkd.serving.galleries.store import Consent, Enrolment, GalleryStore, NewTemplate, Subject
+from pkd.serving.galleries.store import (
+    NOTHING_MAPPED,
+    Consent,
+    Enrolment,
+    GalleryStore,
+    MapOrigin,
+    MappingState,
+    NewTemplate,
+    Subject,
+)
 from tests.support.gallery_examples import (
     ALICE,
     BOB,

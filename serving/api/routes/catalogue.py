@@ -1,4 +1,4 @@
-"""Serve /v1/encoders, /v1/detector, /v1/spaces and /v1/certificates: what may be compared, and what devices run."""
+"""Serve /v1/encoders, /v1/detector, /v1/devices, /v1/spaces and /v1/certificates: what may be compared, and run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,19 @@ from pkd.serving.core.errors import InvalidRequest, UnknownFile
 from pkd.serving.core.schemas import (
     CertificatesAnswer,
     Comparable,
+    DeviceLatest,
     DriftAnswer,
     EncoderDetail,
     EncoderListed,
     EncodersAnswer,
+    Name,
+    SpaceAnswer,
     SpaceListed,
     SpacesAnswer,
     TargetAnswer,
 )
 from pkd.serving.inference.artifacts import BundledEncoder, needed
+from pkd.serving.inference.device_classes import DeviceClass
 from pkd.serving.matching.drift import describe
 from pkd.serving.matching.service import Service
 from pkd.toolkit.core.encoder_info import short
@@ -37,6 +41,9 @@ Spec = Annotated[str, Path(max_length=300, description="Id, short id, or a name 
 RANGE = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)")
 MAX_RANGES = 100
 """Most ranges that one request is given."""
+
+
+DeviceClassName = Annotated[Name, Path(description="Device class, as the operator named it")]
 
 
 def routes(service: Service) -> APIRouter:
@@ -167,6 +174,42 @@ def routes(service: Service) -> APIRouter:
                 )
                 for one in offer.targets
             ],
+        )
+
+    @router.get(
+        "/v1/devices/{device_class}/latest",
+        response_model=DeviceLatest,
+        responses={
+            **openapi.responses(openapi.DEVICE_CLASS, openapi.READ),
+            304: {"description": "It is what it was at If-None-Match"},
+        },
+    )
+    async def get_latest(request: Request, device_class: DeviceClassName) -> Response:
+        """Say which encoder a device of this class is to run now, and the files that it needs for that.
+
+        Each file is downloaded by `/v1/encoders/{id}/artifact?file=NAME`. The `ETag` changes with any of it;
+        `If-None-Match` answers 304 to a device that is up to date. After a roll-back it names the older encoder again.
+        """
+        found = await run_in_threadpool(describe_latest, service.device_classes.find(device_class))
+        body = found.model_dump_json().encode()
+        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "Cache-Control": "private, no-cache"}
+        if known_etag(request, headers["ETag"]):
+            return Response(status_code=304, headers=headers)
+        return Response(body, headers=headers, media_type="application/json")
+
+    def describe_latest(found: DeviceClass) -> DeviceLatest:
+        offer, target = found.offer, found.target
+        return DeviceLatest(
+            device_class=found.name,
+            encoder=offer.info.id,
+            space=SpaceAnswer.model_validate(offer.info.space),
+            numeric_mode=offer.info.numeric_mode,
+            target=target.name if target else None,
+            runtime=target.runtime if target else "onnxruntime",
+            golden_tolerance=target.golden_tolerance if target else offer.bundle.manifest.golden_tolerance,
+            certified_against=sorted(g for q, g in encoders.files if q == offer.info.id),
+            bundle_encoder=offer.bundle.manifest.encoder.id,
+            files=artifacts.describe(offer.bundle, found.files),
         )
 
     return router

@@ -14,7 +14,7 @@ from pkd.serving.api.api_keys import require
 from pkd.serving.api.request_body import require_json
 from pkd.serving.api.routes.parameters import After, GalleryName, Limit
 from pkd.serving.core.errors import GalleryConflict
-from pkd.serving.core.gallery_schemas import MigrationAnswer, MigrationBody, MovedAnswer, ReceiptAnswer
+from pkd.serving.core.gallery_schemas import MigrationAnswer, MigrationBody, MovedAnswer
 from pkd.serving.core.schemas import SpaceAnswer
 from pkd.serving.core.validation import parse
 from pkd.serving.galleries.store import Gallery
@@ -89,7 +89,7 @@ def routes(service: Service) -> APIRouter:
             gallery=gallery,
             space=SpaceAnswer.model_validate(left.space),
             templates=moved.templates,
-            receipt=ReceiptAnswer.model_validate(moved.receipt),
+            receipt=moved.receipt,
         )
 
     async def explained(

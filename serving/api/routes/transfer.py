@@ -16,7 +16,6 @@ from pkd.serving.api.request_body import media_type
 from pkd.serving.api.responses import NDJSON, Stream, line
 from pkd.serving.api.routes.parameters import GalleryName
 from pkd.serving.core.errors import ServingError, UnsupportedMedia
-from pkd.serving.core.gallery_schemas import DoubtAnswer
 from pkd.serving.core.transfer_schemas import BulkAnswer, BulkItem, ExportedSubject
 from pkd.serving.matching.bulk import LineResult, enrol_lines, read_items
 from pkd.serving.matching.service import Service
@@ -118,7 +117,7 @@ def bulk_answer(result: LineResult) -> BulkAnswer:
         templates=[id for one in result.enrolled for id in one.templates],
         sequence=max((one.sequence for one in result.enrolled), default=None),
         replayed=all(one.replayed for one in result.enrolled),
-        doubts=[DoubtAnswer.model_validate(one) for one in result.doubts],
+        doubts=list(result.doubts),
     )
 
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pkd.serving.galleries.index.attribute_sets import AttributeSets
 from pkd.serving.galleries.index.combining_queue import CombiningQueue
-from pkd.serving.galleries.index.exact_index import ExactIndex, Floats, Ints, ParallelMap
+from pkd.serving.galleries.index.exact_index import AttributeSets, ExactIndex, Floats, Ints, ParallelMap
 from pkd.serving.galleries.store import Attributes, Hit, SearchResult
 from pkd.serving.galleries.templates import TOLERANCE
 from pkd.toolkit.core.errors import BadVector

@@ -24,9 +24,17 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from pkd.serving.galleries.crypto import DecryptionError, GalleryKey, SubjectKey
-from pkd.serving.galleries.mapping_state import NOTHING_MAPPED, MappingState
 from pkd.serving.galleries.milvus.client import NO_VECTOR, Row
-from pkd.serving.galleries.store import Attributes, Consent, Enrolment, Gallery, Space, Vectors
+from pkd.serving.galleries.store import (
+    NOTHING_MAPPED,
+    Attributes,
+    Consent,
+    Enrolment,
+    Gallery,
+    MappingState,
+    Space,
+    Vectors,
+)
 
 JOURNAL, COMMIT, SUBJECT, MOVED, ENCODER = range(5)
 """Kinds of records: a change under way · an enrolment that took place · a subject is there · and has a template in the

@@ -18,10 +18,10 @@ from functools import partial
 from typing import TypeVar
 
 from pkd.serving.core.errors import GalleryConflict, ServingError, UnknownSubject
+from pkd.serving.core.gallery_schemas import MoveAnswer, ReceiptAnswer
 from pkd.serving.galleries.audit import Action, AuditFile, Head, Record
 from pkd.serving.galleries.crypto import DecryptionError, MasterKey
 from pkd.serving.galleries.failures import explained
-from pkd.serving.galleries.mapping_state import MappingState
 from pkd.serving.galleries.milvus import inspection
 from pkd.serving.galleries.milvus.catalogue import (
     ROW_SECONDS,
@@ -32,10 +32,9 @@ from pkd.serving.galleries.milvus.catalogue import (
     second_space,
 )
 from pkd.serving.galleries.milvus.client import Consistency, MilvusConnection, NoCollection
-from pkd.serving.galleries.milvus.commit import SWEEP_SECONDS, finish_removal, plan_removal, remove
+from pkd.serving.galleries.milvus.commit import SWEEP_SECONDS, Reassignment, finish_removal, plan_removal, remove
 from pkd.serving.galleries.milvus.enrolment import finish, replayed, write
-from pkd.serving.galleries.milvus.gallery import MilvusGallery, records_of
-from pkd.serving.galleries.milvus.reassignment import Reassignment
+from pkd.serving.galleries.milvus.gallery import MilvusGallery, records_of, search
 from pkd.serving.galleries.milvus.records import (
     COMMIT,
     INDEXED_FIELDS,
@@ -46,16 +45,15 @@ from pkd.serving.galleries.milvus.records import (
     GalleryRow,
 )
 from pkd.serving.galleries.milvus.retention import expire, purge, sweep, sweep_collections
-from pkd.serving.galleries.milvus.search import search
 from pkd.serving.galleries.store import (
     Attributes,
     EndedMigration,
     Enrolled,
     Enrolment,
     Gallery,
+    GalleryStore,
     Inspection,
-    Moved,
-    Receipt,
+    MappingState,
     SearchResult,
     Space,
     Subject,
@@ -104,7 +102,7 @@ class MilvusOptions:
     """Time after which ``verify`` looks again at what did not fit."""
 
 
-class MilvusStore:
+class MilvusStore(GalleryStore):
     """Keep galleries on Milvus 2.3 or newer. Blocking and thread-safe; one a process, any number of machines.
 
     ``log``: of what *this machine's* processes changed; Milvus cannot keep a chain. The store closes it.
@@ -123,7 +121,6 @@ class MilvusStore:
         self._next_purge = time.monotonic() + options.first_purge_seconds
 
     def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
-        """Create a gallery, or return what is there if it has this very space."""
         for _ in range(ATTEMPTS):
             found = self._catalogue.find(name, "strong")
             if found:
@@ -147,33 +144,28 @@ class MilvusStore:
         raise GalleryConflict(f"gallery {name} is being created by others at this moment. Try again.")
 
     def get(self, name: str) -> Gallery:
-        """Describe one gallery."""
         return self._with(name, self._describe)
 
     def list(self) -> Sequence[Gallery]:
-        """Describe all galleries, by name."""
         described = []
         for row in sorted(self._catalogue.rows("bounded"), key=lambda row: row.name):
             with contextlib.suppress(NoCollection), explained():  # deleted meanwhile
                 described.append(self._describe(self._open(row), row))
         return described
 
-    def delete(self, name: str, actor: str) -> Receipt:
-        """Delete a gallery with all that is in it, and its key."""
-
-        def delete(gallery: MilvusGallery, row: GalleryRow) -> Receipt:
+    def delete(self, name: str, actor: str) -> ReceiptAnswer:
+        def delete(gallery: MilvusGallery, row: GalleryRow) -> ReceiptAnswer:
             templates = sum(self._count(table, 'id > ""') for table in row.tables.values())
             rows = 1 + templates + self._count(gallery.records, f"kind == {COMMIT}")
             self._catalogue.remove(row)
             self._opened.pop(row.id, None)
             head = self._log.append(actor, "delete-gallery", name, templates=templates, rows=rows)
             covers = _covers(lambda: self._drop(row.id))
-            return Receipt(name, None, templates, rows, covers, head.sequence, head.hash)
+            return head.receipt(name, None, templates, rows, covers)
 
         return self._with(name, delete, "strong")
 
     def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | PkdError]:
-        """Enrol many subjects; an error in the place of each that was refused."""
         done: list[Enrolled | PkdError] = []
         for start in range(0, len(enrolments), BATCH):
             some = enrolments[start : start + BATCH]
@@ -191,12 +183,9 @@ class MilvusStore:
         return done
 
     def replayed(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
-        """Return what ``enrol`` would say to idempotency keys used before, None for others."""
         return self._with(gallery, partial(replayed, enrolments=enrolments))
 
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
-        """Return one subject, with their vectors where asked for."""
-
         def read(opened: MilvusGallery, row: GalleryRow) -> Subject:
             for found in opened.subjects(row, [opened.cipher.subject(subject)], vectors=vectors):
                 return found
@@ -220,10 +209,12 @@ class MilvusStore:
 
         return self._with(gallery, page)
 
-    def delete_subject(self, gallery: str, subject: str, actor: str, *, action: Action = "delete-subject") -> Receipt:
+    def delete_subject(
+        self, gallery: str, subject: str, actor: str, *, action: Action = "delete-subject"
+    ) -> ReceiptAnswer:
         """Delete a subject's templates, and all else that is kept of them, also where a record does not decrypt."""
 
-        def delete(opened: MilvusGallery, row: GalleryRow) -> Receipt:
+        def delete(opened: MilvusGallery, row: GalleryRow) -> ReceiptAnswer:
             pseudonym = opened.cipher.subject(subject)
             commits = opened.commit_keys([pseudonym], "strong")
             if not commits:
@@ -239,13 +230,13 @@ class MilvusStore:
                     finish_removal(opened, now, removal, journal)
 
             covers = _covers(lambda: self._with(gallery, rest))
-            return Receipt(gallery, subject, templates, rows, covers, head.sequence, head.hash)
+            return head.receipt(gallery, subject, templates, rows, covers)
 
         return self._with(gallery, delete)
 
     def remove_templates(
         self, gallery: str, subject: str, templates: Sequence[str], actor: str, *, action: Action = "delete-templates"
-    ) -> Receipt:
+    ) -> ReceiptAnswer:
         """Delete some templates of a subject, and the subject with the last of them.
 
         Those that were enrolled together with a deleted one get new ids, for a commit is never rewritten.
@@ -258,20 +249,19 @@ class MilvusStore:
                 raise one
         commits = plan.commits
 
-        def delete(opened: MilvusGallery, row: GalleryRow) -> Receipt:
+        def delete(opened: MilvusGallery, row: GalleryRow) -> ReceiptAnswer:
             removal = plan_removal(opened, row, commits)
             journal = remove(opened, removal)
             named, (_, rows) = bytes.fromhex(opened.cipher.subject(subject)), removal.count
             head = self._log.append(actor, action, gallery, subject=named, templates=plan.removed, rows=rows)
             covers = _covers(lambda: finish_removal(opened, row, removal, journal))
-            return Receipt(gallery, subject, plan.removed, rows, covers, head.sequence, head.hash)
+            return head.receipt(gallery, subject, plan.removed, rows, covers)
 
         return self._with(gallery, delete, "strong")
 
     def move(
         self, gallery: str, subject: str, into: str, actor: str, *, templates: Sequence[str] = (), new: bool = False
-    ) -> Moved:
-        """Move templates, by default all, to another subject, in two steps: they arrive, and they leave."""
+    ) -> MoveAnswer:
         found, there = self.subject(gallery, subject, vectors=True), True
         try:
             self.subject(gallery, into)
@@ -287,8 +277,10 @@ class MilvusStore:
                 raise one
             arrived.append(one)
         receipt = self.remove_templates(gallery, subject, [one.id for one in chosen], actor, action="move-out")
-        moved = tuple(one for each in arrived for one in each.templates)
-        return Moved(gallery, subject, into, moved, arrived[-1].sequence, receipt)
+        moved = [one for each in arrived for one in each.templates]
+        return MoveAnswer(
+            gallery=gallery, subject=subject, into=into, templates=moved, sequence=arrived[-1].sequence, receipt=receipt
+        )
 
     def set_mapping(self, gallery: str, change: Callable[[MappingState], MappingState], actor: str) -> Gallery:
         """Change what a gallery remembers of its mapped templates, in one step.
@@ -307,7 +299,6 @@ class MilvusStore:
         return self.get(gallery)
 
     def note(self, gallery: str, action: Action, subject: str, actor: str) -> Head:
-        """Record in the audit log what changed nothing, such as a refusal."""
         return self._with(
             gallery,
             lambda opened, row: self._log.append(
@@ -318,12 +309,9 @@ class MilvusStore:
     def search(
         self, gallery: str, encoder: str, queries: Vectors, top_k: int, where: Attributes | None = None
     ) -> Sequence[SearchResult]:
-        """Find for each of the unit rows Q×D the nearest subjects among templates of ``encoder``, exactly."""
         return self._with(gallery, lambda opened, row: search(opened, row, encoder, queries, top_k, where or {}))
 
     def begin_migration(self, gallery: str, space: Space, actor: str) -> Gallery:
-        """Take templates of a second space, too. The same space again is no error: a migration is resumable."""
-
         def begin(opened: MilvusGallery, row: GalleryRow) -> None:
             if begin_migration(self._catalogue, opened, row, space):
                 self._log.append(actor, "begin-migration", gallery)
@@ -332,8 +320,6 @@ class MilvusStore:
         return self.get(gallery)
 
     def unmoved(self, gallery: str, *, after: str = "", limit: int = 100, back: bool = False) -> Sequence[str]:
-        """List subjects without a template in the second space, or with ``back`` in the first: a page."""
-
         def page(opened: MilvusGallery, row: GalleryRow) -> Sequence[str]:
             start = opened.cipher.subject(after) if after else ""
             second = second_space(row)
@@ -342,7 +328,6 @@ class MilvusStore:
         return self._with(gallery, page)
 
     def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> EndedMigration:
-        """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round."""
         return self._with(gallery, lambda opened, row: self._end_migration(opened, row, abandon, actor), "strong")
 
     def expire(self, now: float) -> int:
@@ -373,7 +358,6 @@ class MilvusStore:
         return self._export(gallery)
 
     def verify(self, noted: Head | None = None, progress: Progress = no_progress) -> Inspection:
-        """Look at everything that is kept; say what was found, and what is wrong."""
         again = self._options.recheck_seconds
         return inspection.inspect(self._connection, self._catalogue, self._log, self._master, noted, progress, again)
 
@@ -382,7 +366,6 @@ class MilvusStore:
         return self._log.newest(before, limit)
 
     def verify_audit(self, noted: Head | None = None) -> Head:
-        """Walk the chain of this machine's audit log and return its head. Raises NotTrusted."""
         return self._log.verify(noted)
 
     def rekey(self, master: MasterKey) -> int:
@@ -396,12 +379,10 @@ class MilvusStore:
         return count
 
     def check(self) -> None:
-        """Raise StoreUnavailable unless the store can read and write right now."""
         self._catalogue.check()
         self._log.check()
 
     def close(self) -> None:
-        """Let go of files and connections."""
         self._connection.close()
         self._log.close()
 
@@ -457,7 +438,7 @@ class MilvusStore:
         remains = end_migration(self._catalogue, opened, row, abandon, record)
         covers = _covers(lambda: remains.clear(opened))
         head, templates, rows = remains.head, remains.templates, remains.rows
-        return EndedMigration(templates, Receipt(row.name, None, templates, rows, covers, head.sequence, head.hash))
+        return EndedMigration(templates, head.receipt(row.name, None, templates, rows, covers))
 
     def _expire(self, row: GalleryRow, now: float, before: float) -> int:
         opened, total = self._open(row), 0

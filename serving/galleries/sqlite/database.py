@@ -19,7 +19,7 @@ from pathlib import Path
 from pkd.serving.core.errors import StoreUnavailable
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.crypto import MasterKey
-from pkd.serving.galleries.failures import BUSY_SECONDS, explained
+from pkd.serving.galleries.failures import BUSY_SECONDS, explained, transaction
 from pkd.toolkit.core.errors import InputError
 
 NAME = "galleries.db"
@@ -159,16 +159,8 @@ class SqliteFile:
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """Open a transaction that may write: committed at the end, undone by any exception. Raises StoreUnavailable."""
-        with self._writing, explained():
-            db = self._writer
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:  # SQLite has undone it by itself where the disk was full
-                    db.execute("ROLLBACK")
-                raise
+        with self._writing, transaction(self._writer, "IMMEDIATE"):
+            yield self._writer
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

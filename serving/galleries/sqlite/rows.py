@@ -13,8 +13,18 @@ import numpy as np
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.crypto import GalleryKey, SubjectKey
 from pkd.serving.galleries.index.memory_index import template_id
-from pkd.serving.galleries.mapping_state import NOTHING_MAPPED, MappingState
-from pkd.serving.galleries.store import Consent, Enrolled, Enrolment, Gallery, NewTemplate, Space, Subject, Template
+from pkd.serving.galleries.store import (
+    NOTHING_MAPPED,
+    Consent,
+    Enrolled,
+    Enrolment,
+    Gallery,
+    MappingState,
+    NewTemplate,
+    Space,
+    Subject,
+    Template,
+)
 from pkd.serving.galleries.templates import (
     STORED,
     check_enrolment,

@@ -26,11 +26,11 @@ from pkd.serving.core.errors import (
     ServingError,
     StoreUnavailable,
 )
+from pkd.serving.core.gallery_schemas import MoveAnswer, ReceiptAnswer
 from pkd.serving.galleries import audit
 from pkd.serving.galleries.crypto import DecryptionError, GalleryKey, MasterKey
 from pkd.serving.galleries.failures import BUSY_SECONDS, explained
 from pkd.serving.galleries.index.memory_index import MemoryIndex
-from pkd.serving.galleries.mapping_state import MappingState
 from pkd.serving.galleries.sqlite.database import SqliteFile
 from pkd.serving.galleries.sqlite.follower import FOLLOW_SECONDS, ChangeFollower, IndexFactory
 from pkd.serving.galleries.sqlite.inspection import inspect
@@ -53,9 +53,9 @@ from pkd.serving.galleries.store import (
     Enrolled,
     Enrolment,
     Gallery,
+    GalleryStore,
     Inspection,
-    Moved,
-    Receipt,
+    MappingState,
     SearchResult,
     Space,
     Subject,
@@ -98,7 +98,7 @@ class SqliteOptions:
     """Makes a gallery's index in memory."""
 
 
-class SqliteStore:
+class SqliteStore(GalleryStore):
     """Keep galleries in one file and search them in memory.
 
     Blocking and thread-safe; one a process, any number of processes on one folder.
@@ -142,7 +142,6 @@ class SqliteStore:
         return {gallery.name: len(gallery.index) for gallery in self._follower.galleries()}
 
     def create(self, name: str, space: Space, retention: float | None, actor: str) -> Gallery:
-        """Create a gallery, or return what is there if it has this very space."""
         with self._file.writing() as db:
             self._file.require_master(db)
             found = db.execute("SELECT space, dim FROM galleries WHERE name = ?", (name,)).fetchone()
@@ -173,13 +172,11 @@ class SqliteStore:
         return gallery
 
     def list(self) -> Sequence[Gallery]:
-        """Describe all galleries, by name."""
         with self._file.reading() as db:
             names = [name for (name,) in db.execute("SELECT name FROM galleries ORDER BY name")]
             return [read_gallery(db, name) for name in names]
 
-    def delete(self, name: str, actor: str) -> Receipt:
-        """Delete a gallery with all that is in it, and its key."""
+    def delete(self, name: str, actor: str) -> ReceiptAnswer:
         with self._file.writing() as db:
             gallery = read_gallery(db, name)
             templates = sum(gallery.templates.values())
@@ -189,10 +186,9 @@ class SqliteStore:
             rows = 1 + len(gallery.templates) + gallery.subjects + templates + answers
             db.execute("DELETE FROM galleries WHERE name = ?", (name,))
             head = audit.append(db, actor, "delete-gallery", name, templates=templates, rows=rows)
-        return Receipt(name, None, templates, rows, self._erased("key"), head.sequence, head.hash)
+        return head.receipt(name, None, templates, rows, self._erased("key"))
 
     def enrol(self, gallery: str, enrolments: Sequence[Enrolment], actor: str) -> Sequence[Enrolled | PkdError]:
-        """Enrol many subjects in one durable step; an error in the place of each that was refused."""
         done: list[Enrolled | PkdError] = []
         with self._file.writing() as db:
             now = read_gallery(db, gallery)
@@ -207,7 +203,6 @@ class SqliteStore:
         return done
 
     def replayed(self, gallery: str, enrolments: Sequence[Enrolment]) -> Sequence[Enrolled | PkdError | None]:
-        """Return what ``enrol`` would say to idempotency keys used before, None for others."""
         found: list[Enrolled | PkdError | None] = []
         with self._file.reading() as db:
             (id, _) = gallery_row(db, gallery)
@@ -219,14 +214,12 @@ class SqliteStore:
         return found
 
     def subject(self, gallery: str, subject: str, *, vectors: bool = False) -> Subject:
-        """Describe one subject, with their vectors where asked for."""
         with self._file.reading() as db:
             key = self._key(db, gallery)
             row = subject_row(db, gallery, subject)
             return read_subject(db, key, row, vectors)
 
     def subjects(self, gallery: str, *, after: str = "", limit: int = 100) -> Sequence[str]:
-        """List ids in ascending order after ``after``: a page."""
         with self._file.reading() as db:
             gallery_row(db, gallery)
             rows = db.execute(
@@ -236,8 +229,7 @@ class SqliteStore:
             )
             return [name for (name,) in rows]
 
-    def delete_subject(self, gallery: str, subject: str, actor: str) -> Receipt:
-        """Delete a subject's templates and key."""
+    def delete_subject(self, gallery: str, subject: str, actor: str) -> ReceiptAnswer:
         with self._file.writing() as db:
             key = self._key(db, gallery)
             row = subject_row(db, gallery, subject)
@@ -251,7 +243,7 @@ class SqliteStore:
                 templates=templates,
                 rows=rows,
             )
-        return Receipt(gallery, subject, templates, rows, self._erased("key"), head.sequence, head.hash)
+        return head.receipt(gallery, subject, templates, rows, self._erased("key"))
 
     def remove_templates(
         self,
@@ -261,17 +253,15 @@ class SqliteStore:
         actor: str,
         *,
         action: audit.Action = "delete-templates",
-    ) -> Receipt:
-        """Delete some templates of a subject, and the subject with the last of them."""
+    ) -> ReceiptAnswer:
         with self._file.writing() as db:
             removed, rows, head, last = remove(db, self._key(db, gallery), subject, templates, actor, action)
         covers = self._erased(*(("key",) if last else ()))
-        return Receipt(gallery, subject, removed, rows, covers, head.sequence, head.hash)
+        return head.receipt(gallery, subject, removed, rows, covers)
 
     def move(
         self, gallery: str, subject: str, into: str, actor: str, *, templates: Sequence[str] = (), new: bool = False
-    ) -> Moved:
-        """Move templates, by default all, to another subject, in one step."""
+    ) -> MoveAnswer:
         with self._file.writing() as db:
             key, (id, _) = self._key(db, gallery), gallery_row(db, gallery)
             there = bool(db.execute("SELECT 1 FROM subjects WHERE gallery = ? AND name = ?", (id, into)).fetchone())
@@ -283,12 +273,13 @@ class SqliteStore:
             ids = [one.id for one in chosen]
             removed, rows, head, last = remove(db, key, subject, ids, actor, "move-out")
         covers = self._erased(*(("key",) if last else ()))
-        receipt = Receipt(gallery, subject, removed, rows, covers, head.sequence, head.hash)
-        moved = tuple(one for each in arrived for one in each.templates)
-        return Moved(gallery, subject, into, moved, arrived[-1].sequence, receipt)
+        receipt = head.receipt(gallery, subject, removed, rows, covers)
+        moved = [one for each in arrived for one in each.templates]
+        return MoveAnswer(
+            gallery=gallery, subject=subject, into=into, templates=moved, sequence=arrived[-1].sequence, receipt=receipt
+        )
 
     def set_mapping(self, gallery: str, change: Callable[[MappingState], MappingState], actor: str) -> Gallery:
-        """Change what a gallery remembers of its mapped templates, in one step."""
         with self._file.writing() as db:
             (id, _) = gallery_row(db, gallery)
             before = read_mapping(db, id)
@@ -299,7 +290,6 @@ class SqliteStore:
         return self.get(gallery)
 
     def note(self, gallery: str, action: audit.Action, subject: str, actor: str) -> audit.Head:
-        """Record in the audit log what changed nothing, such as a refusal."""
         with self._file.writing() as db:
             return audit.append(db, actor, action, gallery, subject=self._key(db, gallery).pseudonym(subject))
 
@@ -319,7 +309,6 @@ class SqliteStore:
         return loaded.index.search(encoder, np.asarray(queries, np.float32), top_k, where)
 
     def begin_migration(self, gallery: str, space: Space, actor: str) -> Gallery:
-        """Take templates of a second space, too. The same space again is no error: a migration is resumable."""
         with self._file.writing() as db:
             now = read_gallery(db, gallery)
             if now.moving_to is None and now.space.id != space.id:
@@ -332,14 +321,12 @@ class SqliteStore:
         return self.get(gallery)
 
     def unmoved(self, gallery: str, *, after: str = "", limit: int = 100, back: bool = False) -> Sequence[str]:
-        """List subjects without a template in the second space, or with ``back`` in the first: a page."""
         with self._file.reading() as db:
             now = moving(db, gallery)
             assert now.moving_to
             return without(db, gallery, (now.space if back else now.moving_to).id, after, limit)
 
     def end_migration(self, gallery: str, actor: str, *, abandon: bool = False) -> EndedMigration:
-        """Keep the second space alone and delete the first one's templates; with ``abandon`` the other way round."""
         with self._file.writing() as db:
             now = moving(db, gallery)
             assert now.moving_to
@@ -358,11 +345,10 @@ class SqliteStore:
                 (kept.id, kept.dim, id),
             )
             head = audit.append(db, actor, "end-migration", gallery, templates=templates, rows=rows)
-        receipt = Receipt(gallery, None, templates, rows, self._erased(), head.sequence, head.hash)
+        receipt = head.receipt(gallery, None, templates, rows, self._erased())
         return EndedMigration(templates, receipt)
 
     def expire(self, now: float) -> int:
-        """Delete what is past its time; returns how many templates. Called again and again by the server."""
         total = 0
         while templates := self._expire_some(now):
             total += templates
@@ -408,7 +394,6 @@ class SqliteStore:
         return cast("Iterator[Subject]", subjects)
 
     def verify(self, noted: audit.Head | None = None, progress: Progress = no_progress) -> Inspection:
-        """Look at everything that is kept, as of one moment, and at an index made of it; say what is wrong."""
         follower = ChangeFollower(self._file)  # of its own, which nobody else lets catch up meanwhile
         try:
             return inspect(self._file, follower, noted, progress)
@@ -416,17 +401,14 @@ class SqliteStore:
             follower.close()
 
     def audit_records(self, before: int | None = None, limit: int = 100) -> Sequence[audit.Record]:
-        """List records of the audit log before that sequence, newest first."""
         with self._file.reading() as db:
             return audit.newest(db, before, limit)
 
     def verify_audit(self, noted: audit.Head | None = None) -> audit.Head:
-        """Walk the chain of the audit log alone and return its head. Raises NotTrusted."""
         with self._file.reading() as db:
             return audit.verify(db, noted)
 
     def rekey(self, master: MasterKey) -> int:
-        """Wrap every gallery's key with another master key, in one step; returns how many were."""
         return self._file.rekey(master)
 
     def check(self) -> None:
@@ -440,7 +422,6 @@ class SqliteStore:
         self._follower.catch_up()
 
     def close(self) -> None:
-        """Let go of files and connections."""
         self._follower.close()
         self._file.close()
 

@@ -19,11 +19,11 @@ from pkd.serving.api.api_keys import (
     SCOPES,
     ApiKeys,
     Bucket,
-    is_loopback,
     new_key,
     require,
 )
 from pkd.serving.api.problems import problem_response, problem_type
+from pkd.serving.core.options import is_loopback
 from pkd.toolkit.core.errors import InputError, PkdError
 
 

@@ -213,7 +213,7 @@ def test_a_verdict_ages_and_does_not_outlive_the_process_that_it_was_given_to(ca
 def test_the_file_names_what_is_wrong_with_it(tmp_path: Path) -> None:
     path = tmp_path / "liveness.json"
     for text, says in (
-        ("{", "Invalid JSON"),
+        ("{", "line 1 column 2"),
         ('{"issuer": "a", "audience": "b"}', "jwks: Field required"),
         ('{"issuer": "a", "audience": "b", "jwks": "gone.json"}', "gone.json: No such file"),
         ('{"issuer": "a", "audience": "b", "jwks": "http://example.org/keys"}', "Give an https address"),

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
-from pkd.serving.core.base64_text import decode_base64
+from pkd.serving.core.embedding_codec import decode_base64
 
 DATA = bytes(range(256)) + b"\xfb\xff\xfe"
 PLAIN = base64.b64encode(DATA + b"!").decode()

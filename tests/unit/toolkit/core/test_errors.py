@@ -9,7 +9,6 @@ from types import ModuleType
 
 import pytest
 
-from pkd.serving.core import errors as serving_errors
 from pkd.toolkit.core import errors
 
 
@@ -31,14 +30,13 @@ def drawn(module: ModuleType) -> dict[str, tuple[str | None, int]]:
     return tree
 
 
-@pytest.mark.parametrize("module", [errors, serving_errors])
-def test_the_drawn_tree_is_the_tree(module: ModuleType) -> None:
-    classes = [cls for cls in vars(module).values() if inspect.isclass(cls) and cls.__module__ == module.__name__]
+def test_the_drawn_tree_is_the_tree() -> None:
+    classes = [cls for cls in vars(errors).values() if inspect.isclass(cls) and cls.__module__ == errors.__name__]
     real = {
         cls.__name__: (cls.__base__.__name__ if cls.__base__ in classes else None, cls.exit_code)  # type: ignore[attr-defined]
         for cls in classes  # type: ignore[attr-defined]
     }
-    assert drawn(module) == real
+    assert drawn(errors) == real
     assert len(real) > 10
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pkd.serving.api.oidc import OidcConfig
+from pkd.serving.api.oidc import Oidc
 from pkd.serving.core.signed_tokens import KeySet
-from pkd.serving.matching.liveness import LivenessConfig, read_config
+from pkd.serving.matching.liveness import Liveness
 from pkd.serving.matching.policies import Policies
 from pkd.toolkit.certificates.attack_detection import read_attack_certificate
 from pkd.toolkit.certificates.certificate import read_certificate
@@ -18,8 +18,8 @@ from pkd.toolkit.core.models import MOST, read_json
 
 READERS: dict[str, Callable[[Path], object]] = {
     "policies": Policies,
-    "liveness": lambda path: read_config(path, LivenessConfig),
-    "oidc": lambda path: read_config(path, OidcConfig),
+    "liveness": Liveness.read,
+    "oidc": Oidc.read,
     "jwks": lambda path: KeySet(str(path)),
     "certificate": read_certificate,
     "attack certificate": read_attack_certificate,

@@ -6,9 +6,8 @@ from contextlib import closing
 from pathlib import Path
 
 from pkd.serving.core.options import Settings
-from pkd.serving.galleries.mapping_state import MapOrigin, MappingState
 from pkd.serving.galleries.sqlite.store import SqliteStore
-from pkd.serving.galleries.store import Enrolment, NewTemplate, Space
+from pkd.serving.galleries.store import Enrolment, MapOrigin, MappingState, NewTemplate, Space
 from pkd.serving.inference.registry import Encoders
 from pkd.serving.matching.service import Service
 from tests.support import gallery_fixtures as made

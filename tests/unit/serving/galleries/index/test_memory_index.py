@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pkd.serving.galleries.index.attribute_sets import AttributeSets
+from pkd.serving.galleries.index.exact_index import AttributeSets
 from pkd.serving.galleries.index.memory_index import MemoryIndex, Rows, template_id
 from tests.support.gallery_examples import plain_search, unit
 

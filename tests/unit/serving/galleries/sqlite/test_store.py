@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pkd.serving.galleries.crypto import MasterKey
-from pkd.serving.galleries.mapping_state import NOTHING_MAPPED
 from pkd.serving.galleries.sqlite.database import NAME
 from pkd.serving.galleries.sqlite.store import SqliteStore
+from pkd.serving.galleries.store import NOTHING_MAPPED
 from tests.support.gallery_conformance import Conformance
 from tests.support.gallery_examples import ALICE, OLD, Open
 

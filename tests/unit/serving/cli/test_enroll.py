@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pkd.serving.cli.subject_ids import keep_names, subject_id
+from pkd.serving.cli.enroll import keep_names, subject_id
 from pkd.toolkit.core.errors import InputError
 
 
