@@ -295,10 +295,8 @@ def _report(console: Console, options: EnrollOptions, outcomes: Sequence[Outcome
     }
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
+# An id stands in addresses, logs of proxies and URLs, and folders are called "Zoë Müller": the server is not told that
+# name, for galleries hold none.
 COLUMNS = ["subject", "name"]
 READABLE = 60
 """Most characters of a name that are kept in an id, before the digest."""
@@ -348,3 +346,7 @@ def keep_names(path: Path, names: Mapping[str, str]) -> None:
         part.replace(path)
     except OSError as error:
         raise InputError(f"--names {path}: {error.strerror}. Choose a place you can write to.") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
