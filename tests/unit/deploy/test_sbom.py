@@ -30,6 +30,7 @@ def _environment(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_the_bill_of_an_environment_is_complete_and_valid(tmp_path: Path) -> None:
     schema = pytest.importorskip("cyclonedx.schema", reason="cyclonedx-bom is not installed (extra dev)")
     from cyclonedx.validation.json import JsonStrictValidator

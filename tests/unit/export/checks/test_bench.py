@@ -52,6 +52,7 @@ def found(exported: Path) -> dict[str, Any]:
     return json.loads(Bundle.open(exported).read(BENCH))
 
 
+@pytest.mark.slow
 def test_every_target_that_runs_is_measured_and_the_others_say_why(found: dict[str, Any]) -> None:
     rows = {row["name"]: row for row in found["rows"]}
     has = importlib.util.find_spec("insightface") is not None
@@ -68,6 +69,7 @@ def test_every_target_that_runs_is_measured_and_the_others_say_why(found: dict[s
     assert found["cpu"]
 
 
+@pytest.mark.slow
 def test_sizes_are_of_what_the_runtime_loads(exported: Path, found: dict[str, Any]) -> None:
     rows = {row["name"]: row["bytes"] for row in found["rows"]}
     assert rows["encoder.onnx"] == (exported / "encoder.onnx").stat().st_size
@@ -75,11 +77,13 @@ def test_sizes_are_of_what_the_runtime_loads(exported: Path, found: dict[str, An
     assert rows["openvino-fp32"] == sum(part.stat().st_size for part in parts)
 
 
+@pytest.mark.slow
 def test_memory_is_the_measured_process_own(found: dict[str, Any]) -> None:
     for row in found["rows"]:
         assert 0.1 < row["memory_mb"] < BALLAST_MB / 2, "neither its parent's nor that of its imports"
 
 
+@pytest.mark.slow
 def test_times_are_cpu_milliseconds_per_image(exported: Path, found: dict[str, Any]) -> None:
     opened = Bundle.open(exported)
     encoder = open_graph(opened, opened.manifest.encoder, "encoder.onnx")
@@ -92,11 +96,13 @@ def test_times_are_cpu_milliseconds_per_image(exported: Path, found: dict[str, A
     assert here / 5 < found["rows"][0]["times"][-1]["cpu_ms"] < here * 5
 
 
+@pytest.mark.slow
 def test_the_table_names_no_path_of_this_machine(exported: Path) -> None:
     text = (exported / BENCH).read_text()
     assert "/tmp" not in text and str(Path.home()) not in text
 
 
+@pytest.mark.slow
 def test_figures_of_other_files_do_not_stay(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--from-bundle", str(exported), "--precision", "fp32", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bench"] is None

@@ -180,6 +180,7 @@ def test_the_command_gates_and_certifies_every_target(
     assert certificate.query == manifest.targets[1].encoder.id and certificate.gallery == manifest.encoder.id
 
 
+@pytest.mark.slow
 def test_the_gate_leaves_out_what_cannot_predict_here_and_says_so(
     faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

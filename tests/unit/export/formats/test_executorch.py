@@ -33,6 +33,7 @@ from pkd.toolkit.encoders.executorch import open_executorch
 from pkd.toolkit.encoders.registry import open_target
 from tests.support.every_operator import every_operator
 
+pytestmark = pytest.mark.slow  # to lower two graphs takes half a minute
 CROPS = synthetic_crops(8, 112)
 INT8 = ["--format", "executorch", "--precision", "int8"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -29,14 +30,22 @@ STATED = ["--teacher", "t.onnx", "--teacher-preprocess", "channels=rgb,mean=127.
 INT8 = ["--precision", "int8", "--calib", "faces"]
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a teacher with PReLU and 40 drawn crops, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    teacher_file(tmp_path / "t.onnx")
-    (tmp_path / "faces").mkdir()
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a teacher with PReLU and 40 drawn crops."""
+    folder = tmp_path_factory.mktemp("drawn")
+    teacher_file(folder / "t.onnx")
+    (folder / "faces").mkdir()
     for i, crop in enumerate(synthetic_crops(40, 112)):
-        cv2.imwrite(f"faces/{i:02}.png", crop[..., ::-1])
+        cv2.imwrite(str(folder / f"faces/{i:02}.png"), crop[..., ::-1])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put teacher and crops into the current folder."""
+    shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
 
 
 def export(capsys: pytest.CaptureFixture[str], *options: str, code: int = 0) -> dict[str, object]:
@@ -244,6 +253,7 @@ def test_calibration_and_judgement_share_no_crop(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 def test_real_crops_keep_a_real_teacher_in_int8(capsys: pytest.CaptureFixture[str], shared: Path) -> None:
     teacher = str(shared / "models/teacher_mobilefacenet_y1_128.onnx")
     options = ["--teacher", teacher, "--teacher-preprocess", "mean=0,std=1", "-o", "made"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -155,10 +156,10 @@ def test_the_command_writes_page_json_and_pictures_from_one_ranking(
     assert "is the folder of an evaluation" in capsys.readouterr().err
 
 
-def test_a_name_is_data_and_many_runs_fit(tmp_path: Path) -> None:
+def test_a_name_is_data_and_many_runs_fit(runs: Path, tmp_path: Path) -> None:
     arguments = []
     for i in range(12):
-        write_run(tmp_path / f"r{i}", name=f"net-{i}", noise=0.5 + 0.02 * i)
+        shutil.copytree(runs / ("good", "fair", "poor")[i % 3] / "evaluation", tmp_path / f"r{i}")
         arguments.append(f"<b>$x_{i}$</b>={tmp_path / f'r{i}'}")
     found = rank(read_runs(arguments))
     page = render_ranking(found)
