@@ -49,7 +49,7 @@ check: $(READY) ## everything but tests, under a minute: lint, format, types, im
 	REFERENCE=false NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test-fast: $(READY) ## the tests to run while you work, two minutes: nothing slow, no Milvus
-	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not milvus and not gpu and not network" tests/unit
+	$(BIN)/pytest -n logical --dist loadfile --no-loadscope-reorder -m "not slow and not milvus and not gpu and not network" tests/unit
 
 test: check ## what CI runs: check, then every test
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder

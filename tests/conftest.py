@@ -66,9 +66,12 @@ def unit_of_work(nodeid: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Start half as many workers again as there are cores: a third of the time is waiting for processes and servers."""
+    """Start half as many workers again as there are cores: a third of the time is waiting for processes and servers.
+
+    By ``-n logical`` as many as cores: the fast tests hardly wait, and each worker imports everything anew.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return (3 * cores + 1) // 2
+    return cores if config.option.numprocesses == "logical" else (3 * cores + 1) // 2
 
 
 @pytest.hookimpl(optionalhook=True)

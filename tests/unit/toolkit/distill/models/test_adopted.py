@@ -169,7 +169,7 @@ def mxnet(path: Path) -> None:
 MAKERS = {"torch-old": torch_old, "torch-new": torch_new, "tensorflow": tensorflow, "mxnet": mxnet}
 
 
-@pytest.fixture(params=list(MAKERS))
+@pytest.fixture(params=[pytest.param(m, marks=[pytest.mark.slow] if m == "torch-new" else []) for m in MAKERS])
 def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / "model.onnx"
     MAKERS[request.param](path)
