@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "sizes.json"
 PICTURE = ROOT / "docs" / "images" / "sizes.svg"
 TARGETS = {"float32": "onnxruntime-fp32", "w8a16": "onnxruntime-w8a16"}
 BUDGET = (
-    "--method", "infonce", "--steps", "300", "--batch", "128", "--no-mirror", "--ema", "0.99", "--precision", "bf16",
+    "--method", "infonce", "--steps", "300", "--batch", "128", "--no-mirror", "--ema", "0.99",
     "--threads", "1",
 )  # fmt: skip
 

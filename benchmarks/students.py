@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,7 @@ def arguments(doc: str | None, rows: Iterable[str]) -> argparse.Namespace | None
     parser.add_argument("--page", action="store_true", help="write the table of the last figures, and measure nothing")
     parser.add_argument("--rows", nargs="+", default=list(rows), choices=list(rows), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="most seeds of a row")
+    parser.add_argument("--missing", action="store_true", help="leave out what the last figures have")
     parser.add_argument("--train-only", action="store_true", help="train, and measure later")
     parser.add_argument("--no-training", action="store_true", help="measure the runs that are there alone")
     args = parser.parse_args()
@@ -61,13 +62,15 @@ def arguments(doc: str | None, rows: Iterable[str]) -> argparse.Namespace | None
     return args
 
 
-def trained(args: argparse.Namespace, rows: Mapping[str, Row], source: tuple[str, ...]) -> dict[tuple[str, int], Path]:
-    """Train the rows that are not there yet, each from ``source``; the runs by row and seed."""
+def trained(
+    args: argparse.Namespace, rows: Mapping[str, Row], source: tuple[str, ...], known: Collection[tuple[str, int]] = ()
+) -> dict[tuple[str, int], Path]:
+    """Train the rows that are not there yet, each from ``source``; the runs by row and seed. ``known``: left out."""
     runs = {}
     for seed in range(args.seeds):
         for name in args.rows:
             row = rows[name]
-            if seed >= row.seeds:
+            if seed >= row.seeds or (name, seed) in known:
                 continue
             run = args.runs / f"{name.replace(', ', '-').replace(' ', '-')}-s{seed}"
             if not (run / "student.pt").is_file():
@@ -131,21 +134,38 @@ def table_of_runs(
 ) -> int:
     """Train what is missing, each row from ``source``, measure, and write the JSON and the table of docs/adoption.md.
 
-    ``start``: run, beside the others, that is measured first.
+    ``start``: run, beside the others, that is measured first. Rows of the last figures that are not measured again
+    stay, if they began with the same start.
     """
     args = arguments(doc, rows)
     if args is None:
         return 0
+    last = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"rows": []}
     if args.page:
-        put(file.stem, text(json.loads(file.read_text(encoding="utf-8"))))
+        put(file.stem, text(last))
         return 0
-    runs = trained(args, rows, source(args.runs))
+    known = {(row["row"], row["seed"]): row for row in last["rows"]}
+    runs = trained(args, rows, source(args.runs), known if args.missing else ())
     if not args.train_only:
         places = Places()
         first = {(start, 0): args.runs / start} if start else {}
-        measured = [places.run(name, seed, run) for (name, seed), run in {**first, **runs}.items()]
-        write({"rows": measured, **places.size()}, file, text)
+        measured = {key: places.run(*key, run) for key, run in {**first, **runs}.items()}
+        for key in first.keys() & known.keys():
+            same_start(known[key], measured[key])
+        order = [start, *rows]
+        kept = sorted((known | measured).items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+        write({"rows": [row for _, row in kept], **places.size()}, file, text)
     return 0
+
+
+def same_start(last: Report, now: Report) -> None:
+    """Refuse to put rows of another start beside these."""
+    before, here = (each["test"]["S–T"]["tar"]["0.001"] for each in (last, now))
+    if abs(before - here) > 0.005:
+        raise SystemExit(
+            f"The rows of the last figures began with another start (S–T TAR {before:.3f}, here {here:.3f}): delete "
+            "the JSON file and measure all rows."
+        )
 
 
 class Places:

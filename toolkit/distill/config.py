@@ -57,6 +57,9 @@ class DistillConfig(Record):
     shrink: int | None = None
     """Number of parameters to which an adopted student is shrunk, its map included: channels inside its blocks are
     removed and the rest fitted anew, in closed form. For a smaller and faster student, which training then mends."""
+    keep: float = 0.0
+    """Length, 0 to 1, of an adopted student's own embedding, rotated into the teacher's space, in the sum with the
+    teacher's that it is taught: two of its own embeddings then tell people apart as before. Not with --map-rank."""
     init: str | None = None
     """Initial weights of the student: a run or FILE.pth of arcface_torch with the same backbone."""
     dim: int | None = None
@@ -180,7 +183,7 @@ class DistillConfig(Record):
                 raise InputError(f"--{field.replace('_', '-')} {value}: must be above 0.")
         if self.batch < 2:
             raise InputError("--batch 1: batch normalisation needs at least 2 images.")
-        for field in ("warmup", "augment", "mix", "held_out", "trunk_lr"):
+        for field in ("warmup", "augment", "mix", "held_out", "trunk_lr", "keep"):
             if not 0 <= getattr(self, field) <= 1:
                 raise InputError(f"--{field} {getattr(self, field)}: must lie between 0 and 1.")
         if self.steps is not None and self.max_minutes is not None:
@@ -203,6 +206,11 @@ class DistillConfig(Record):
             raise InputError(f"--freeze {self.freeze}: needs an adopted student, --student FILE.onnx.")
         if self.shrink is not None and not (self.shrink > 0 and self.adopts):
             raise InputError(f"--shrink {self.shrink}: a number of parameters for --student FILE.onnx, say 400000.")
+        if self.keep and (not self.adopts or self.map_rank is not None or self.mix):
+            raise InputError(
+                f"--keep {self.keep}: is for an adopted student, --student FILE.onnx, with a whole last layer. Leave "
+                "out --map-rank and --mix, or --keep."
+            )
         if self.freeze and any(getattr(self, name) for name in VIEWS):
             raise InputError(
                 f"--freeze {self.freeze}: frozen layers see each image as it is. Leave out --augment, --views, "

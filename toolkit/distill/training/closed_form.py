@@ -4,6 +4,10 @@ With f the features, m their usual length and z = [f, m] / ‖[f, m]‖, ridge r
 z gives zW. An embedding has no length of its own, so that fW₁ + m·W₂, one plain layer, is the same embedding: the rows
 are normalised for the fit, and the graph needs no operator for it. Everything comes from sums over images that are
 gathered in one pass: memory does not grow with their number.
+
+A map that predicts the teacher alone forgets some of what the model knows by itself: two of its own embeddings tell
+people apart less well than before. So a share of the model's own embedding, rotated into the teacher's space by
+orthogonal Procrustes, is added (``keep``).
 """
 
 from __future__ import annotations
@@ -42,11 +46,16 @@ LAYERS = {True: "layer in front of the embedding", False: "embedding"}
 
 @dataclass(frozen=True)
 class LinearMap:
-    """Hold a fitted map of the features. ``weight``: float64 width×D. ``bias``: float64 D. ``report``: plain values."""
+    """Hold a fitted map of the features. ``weight``: float64 width×D. ``bias``: float64 D. ``report``: plain values.
+
+    ``own``: weight and bias that make the model's own embedding, rotated into the teacher's space; None where it was
+    not asked for or the space is too small.
+    """
 
     weight: Doubles
     bias: Doubles
     report: dict[str, Any]
+    own: tuple[Doubles, Doubles] | None = None
 
 
 @dataclass
@@ -59,6 +68,22 @@ class _Candidate:
     length: float = 1.0
     seen: Moments | None = None
     held: Moments | None = None
+
+    @property
+    def width(self) -> int:
+        """Return the number of values of the layer."""
+        assert self.seen is not None
+        return len(self.seen.x) - 1
+
+    @property
+    def usual(self) -> float:
+        """Return the usual length of [f, m]."""
+        return float(np.sqrt(2)) * self.length
+
+    def everything(self) -> Moments:
+        """Add up what was held out and what was not."""
+        assert self.seen is not None and self.held is not None
+        return self.seen + self.held
 
     def rows(self, features: Embeddings) -> Embeddings:
         """Compute z of raw features, float32 N×(d+1) of unit length."""
@@ -101,6 +126,7 @@ def fit_map(
     measure: Measure,
     refit: bool,
     rank: int | None = None,
+    keep: float = 0.0,
     seed: int = 0,
     jobs: int | None = None,
     advance: Callable[[int], None] = lambda done: None,
@@ -110,7 +136,8 @@ def fit_map(
     Layer, kind and ridge weight are those that do best on people who are held out (or on held-out images, where fewer
     than ``FEWEST_PEOPLE`` are known). ``refit``: then fit once more on everybody. The report says how the map did on
     the held-out ones without having seen them, and how it would have done with fewer images. ``rank``: of the map, for
-    a smaller student. Raises InputError for fewer than 20 images.
+    a smaller student. ``keep``: length of the model's own embedding that is added to a teacher's
+    of length 1. Raises InputError for fewer than 20 images.
     """
     if len(faces) < 20:
         raise InputError(f"--method map: {len(faces)} images are too few to fit a map on. Give 100 or more.")
@@ -145,13 +172,16 @@ def fit_map(
         best = max(found, key=lambda each: each.score)
         if rank is not None:
             best = _of_rank(best, rank)
-        mapped = _mapped(best, x)
+        weight, bias, own = _layer(best, candidates[-1], keep)
+        mapped = unit_rows((x @ weight + bias).astype(np.float32), "the map")
         curve.append({"images": stop, **_described(best), "cosine": _cosine(mapped, y)})
     measured = measure(mapped, y, faces.labels[held])
     if refit:
         best = _refitted(best)
         best = best if rank is None else _of_rank(best, rank)
-    weight, bias = best.candidate.layer(best.weight)
+        for candidate in candidates:
+            candidate.seen = candidate.everything()
+        weight, bias, own = _layer(best, candidates[-1], keep)
     report = {
         **_described(best),
         "images": len(faces),
@@ -165,7 +195,22 @@ def fit_map(
         "tried": [{**_described(each), "score": each.score} for each in found],
         "curve": curve,
     }
-    return LinearMap(weight, bias, report)
+    return LinearMap(weight, bias, report, own)
+
+
+def _layer(best: _Found, embedding: _Candidate, keep: float) -> tuple[Doubles, Doubles, tuple[Doubles, Doubles] | None]:
+    """Make weight and bias on raw features of a map, with the own embedding added; and those of the own one alone."""
+    weight, bias = best.candidate.layer(best.weight)
+    if not keep or embedding.width > best.weight.shape[1]:
+        return weight, bias, None
+    inner = embedding.seen
+    assert inner is not None
+    turned = _procrustes(inner)
+    own = embedding.layer(turned)
+    # at features of the usual length the map predicts a teacher's embedding of length 1, and the own one has ``keep``
+    usual = np.sqrt(np.vdot(turned, inner.xx @ turned) / inner.n) * embedding.usual
+    share = keep * best.candidate.usual / usual
+    return weight + share * own[0], bias + share * own[1], own
 
 
 def hold_out(labels: Ints, random: np.random.Generator, share: float = HELD_OUT) -> tuple[Ints, bool]:
@@ -213,9 +258,7 @@ def _procrustes(m: Moments) -> Doubles:
 
 def _refitted(found: _Found) -> _Found:
     """Fit the same kind with the same weight on everybody."""
-    seen, held = found.candidate.seen, found.candidate.held
-    assert seen is not None and held is not None
-    m = seen + held
+    m = found.candidate.everything()
     if found.penalty is None:
         weight = _procrustes(m)
     else:
@@ -229,10 +272,6 @@ def _of_rank(found: _Found, rank: int) -> _Found:
     _, axes = np.linalg.eigh(found.weight.T @ found.candidate.seen.xx @ found.weight)
     kept = axes[:, -rank:]
     return replace(found, weight=found.weight @ kept @ kept.T)
-
-
-def _mapped(found: _Found, features: Embeddings) -> Embeddings:
-    return unit_rows(found.candidate.rows(features) @ found.weight.astype(np.float32), "the map")
 
 
 def _cosine(a: Embeddings, b: Embeddings) -> float:

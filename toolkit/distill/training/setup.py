@@ -31,7 +31,7 @@ from pkd.toolkit.distill.models.backbones import build
 from pkd.toolkit.distill.models.layers import Backbone
 from pkd.toolkit.distill.models.open_encoder import reopener
 from pkd.toolkit.distill.training.frozen import FrozenFeatures, store_features
-from pkd.toolkit.distill.training.views import StoredViews, Teaching, ViewMaker
+from pkd.toolkit.distill.training.views import MappedRows, StoredViews, Teaching, ViewMaker
 from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.embed import default_cache, embed_stored
 from pkd.toolkit.encoders.preprocessing_check import check_preprocessing
@@ -55,6 +55,7 @@ class Start:
     """Hold an adopted student as its training begins: with its map fitted, and batch normalisation where it had been.
 
     ``mapped``: computes its rows before any step, float32 N×D. ``report``: how the map was fitted and how it does.
+    ``own``: the model's own embeddings in the teacher's space, which the student is to keep.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Start:
     mapped: Callable[[FaceSet], Embeddings]
     report: dict[str, Any]
     frozen: FrozenFeatures | None = None
+    own: MappedRows | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Prepared:
     @property
     def teaching(self) -> Teaching:
         """Say where the teacher's embeddings of a batch come from."""
-        return Teaching(self.targets, self.views, self.live)
+        return Teaching(self.targets, self.views, self.live, self.start.own if self.start else None)
 
     @property
     def people(self) -> NDArray[np.int64]:
@@ -200,19 +202,22 @@ def _start(
     from pkd.toolkit.distill.training.closed_form import fit_map
 
     cache = Path(config.cache) if config.cache else default_cache()
-    own, whole = student.own_rank(targets.shape[1]), min(student.width, targets.shape[1])
-    rank = config.map_rank or own
-    if own and rank and rank >= whole:
+    low, whole = student.own_rank(targets.shape[1]), min(student.width, targets.shape[1])
+    rank = config.map_rank or low
+    if low and rank and rank >= whole:
         rank = None
-    elif own and not config.map_rank:
+    elif low and not config.map_rank:
         console.print(
-            f"last layer: two with {own} values in between, as the student has; --map-rank {whole} makes it whole"
+            f"last layer: two with {low} values in between, as the student has; --map-rank {whole} makes it whole"
         )
     with ConsoleProgress(console)("student features", len(faces)) as advance:
         fitted = fit_map(
             student, targets, faces, cache=cache, measure=measure, refit=True, rank=rank,
-            seed=config.seed, jobs=config.threads, advance=advance,
+            keep=config.keep if rank is None else 0.0, seed=config.seed, jobs=config.threads, advance=advance,
         )  # fmt: skip
+    own = None
+    if fitted.own:
+        own = MappedRows(embed_stored(student.features, faces, cache=cache), *fitted.own, length=config.keep)
     network = student.network(targets.shape[1])
     network.set_map(fitted.weight, fitted.bias, rank)
     frozen = _freeze(config, student, network, faces, console, cache)
@@ -225,7 +230,8 @@ def _start(
         rows = embed_stored(student.features, others, cache=cache, jobs=config.threads)[:]
         return unit_rows((rows @ fitted.weight + fitted.bias).astype(np.float32), "the map")
 
-    return Start(student.info.name, student.info.id, student.info.preprocess, network, mapped, fitted.report, frozen)
+    info = student.info
+    return Start(info.name, info.id, info.preprocess, network, mapped, fitted.report, frozen, own)
 
 
 def _frozen_share(config: DistillConfig, faces: FaceSet) -> float:

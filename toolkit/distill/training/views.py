@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.data.row_store import Rows
 from pkd.toolkit.distill.training.augment import augment
-from pkd.toolkit.encoders.base import Embeddings, Encoder
+from pkd.toolkit.encoders.base import Embeddings, Encoder, unit_rows
 from pkd.toolkit.encoders.embed import embed_keyed
 from pkd.toolkit.images.codec import Rgb
 
@@ -135,23 +135,48 @@ class StoredViews:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
+class MappedRows:
+    """Map stored features, N×width, linearly, and give the rows one length: float32 B×D where indices are asked for."""
+
+    def __init__(
+        self, features: Rows, weight: NDArray[np.float64], bias: NDArray[np.float64], *, length: float
+    ) -> None:
+        self._features = features
+        self._weight = weight
+        self._bias = bias
+        self._length = length
+
+    def __getitem__(self, indices: Int) -> Embeddings:
+        rows = self._features[indices] @ self._weight + self._bias
+        return np.asarray(self._length * unit_rows(rows.astype(np.float32), "the student"), np.float32)
+
+
 @dataclass(frozen=True)
 class Teaching:
     """Say where the teacher's embedding of a view comes from.
 
     ``clean``: cached embeddings of the plain and the mirrored images, each N×D; for a view they are those of the image
     before augmentation. ``views``: stored ones, of the very view. ``live``: an encoder that embeds every crop as shown.
+    ``own``: what the student is to keep of its own embedding of the clean image; it is added.
     """
 
     clean: tuple[Rows, Rows] | None = None
     views: StoredViews | None = None
     live: Encoder | None = None
+    own: MappedRows | None = None
 
     def embed(self, shown: Views, indices: Int, numbers: Int) -> Embeddings | None:
         """Return the teacher's unit embeddings of the images ``indices`` as ``shown``, float32 B×D; None without one.
 
         ``numbers``: int64 B, which stored view each is.
         """
+        taught = self._taught(shown, indices, numbers)
+        if taught is None or self.own is None:
+            return taught
+        return unit_rows(taught + self.own[indices], "the teacher")
+
+    def _taught(self, shown: Views, indices: Int, numbers: Int) -> Embeddings | None:
+        """Return what the teacher says alone."""
         if self.live is not None:
             return self.live.embed(shown.crops)
         if self.views is not None:

@@ -142,6 +142,29 @@ def test_a_fitted_low_rank_map_has_that_rank_and_is_nearly_as_good(
         fit(student, faces, targets, tmp_path, rank=6)
 
 
+def test_what_is_kept_of_the_own_embedding_is_a_rotation_of_it_with_the_length_asked_for(
+    student: Adopted, faces: FaceSet, tmp_path: Path
+) -> None:
+    targets = targets_of(student, faces, 0.3, wide=True)
+    plain, kept = (fit(student, faces, targets, tmp_path, keep=keep) for keep in (0.0, 0.5))
+    assert plain.own is None
+    features = student.features.embed(faces.load(range(len(faces)), SIZE)).astype(np.float64)
+    own = features @ student.weight + student.bias
+    turned = features @ kept.own[0] + kept.own[1]
+    np.testing.assert_allclose(turned @ turned.T, own @ own.T, rtol=1e-9, err_msg="cosines are those of the embedding")
+    added = features @ (kept.weight - plain.weight) + kept.bias - plain.bias
+    share = np.linalg.norm(added, axis=1) / np.linalg.norm(turned, axis=1)
+    np.testing.assert_allclose(share, share[0], rtol=1e-9)
+    predicted = np.sqrt(np.mean(np.sum((features @ plain.weight + plain.bias) ** 2, axis=1)))
+    length = np.sqrt(np.mean(np.sum(added**2, axis=1)))
+    assert length / predicted == pytest.approx(0.5, rel=0.1), "a good prediction's length is nearly the teacher's"
+
+
+def test_nothing_is_kept_where_the_teachers_space_is_smaller(student: Adopted, faces: FaceSet, tmp_path: Path) -> None:
+    targets = unit_rows(targets_of(student, faces, 0.3, wide=True)[:, : OWN - 1].copy())
+    assert fit(student, faces, targets, tmp_path, keep=0.5).own is None
+
+
 def test_people_are_held_out_whole() -> None:
     labels = np.repeat(np.arange(2 * FEWEST_PEOPLE), 3)
     held, by_people = hold_out(labels, np.random.default_rng(0))

@@ -13,7 +13,7 @@ from pkd.toolkit.core.encoder_info import EncoderInfo
 from pkd.toolkit.core.errors import InputError
 from pkd.toolkit.data.face_set import FaceSet
 from pkd.toolkit.distill.training.loader import Loader
-from pkd.toolkit.distill.training.views import StoredViews, Teaching, ViewMaker
+from pkd.toolkit.distill.training.views import MappedRows, StoredViews, Teaching, ViewMaker
 from pkd.toolkit.encoders.base import Embeddings
 from pkd.toolkit.images.codec import Rgb
 from tests.support.training_data import SIZE, make_teacher, write_patterns
@@ -80,6 +80,22 @@ def test_cached_embeddings_of_clean_images_are_not_those_of_augmented_ones(folde
         batch.teacher, np.where(batch.mirrored[:, None], mirrored[batch.indices], plain[batch.indices])
     )
     assert np.abs(batch.teacher.numpy() - make_teacher().embed(batch.crops.numpy())).max() > 0.05
+
+
+def test_the_students_own_embedding_is_added_with_its_length(folder: Path) -> None:
+    faces = FaceSet.read(folder)
+    random = np.random.default_rng(0)
+    plain = make_teacher().embed(faces.load(np.arange(len(faces)), SIZE))
+    features = random.normal(size=(len(faces), 5)).astype(np.float32)
+    weight, bias = random.normal(size=(5, plain.shape[1])), random.normal(size=plain.shape[1])
+    own = features @ weight + bias
+    own *= 0.3 / np.linalg.norm(own, axis=1, keepdims=True)
+    teaching = Teaching((plain, plain), own=MappedRows(features, weight, bias, length=0.3))
+    batch = next(iter(Loader(faces, 12, SIZE, augment=0.0, seed=0, teaching=teaching).run(0, 1)))
+    expected = plain + own
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert batch.teacher is not None
+    np.testing.assert_allclose(batch.teacher, expected[batch.indices], atol=1e-6)
 
 
 def test_views_come_in_turn_and_again(folder: Path, stored: Make) -> None:
