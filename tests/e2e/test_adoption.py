@@ -18,9 +18,10 @@ from pkd.export.cli import main as export
 from pkd.toolkit.bundle.bundle import Bundle
 from pkd.toolkit.cli.distill import main
 from pkd.toolkit.data.face_set import FaceSet
+from pkd.toolkit.distill.models.adopted import adopt
 from pkd.toolkit.distill.models.backbones import parameters
 from pkd.toolkit.distill.models.student import load_student
-from pkd.toolkit.encoders.base import open_bundle
+from pkd.toolkit.encoders.base import open_bundle, unit_rows
 from tests.support.training_data import SIZE, write_patterns, write_teacher
 from tests.unit.toolkit.distill.models.test_adopted import torch_old
 from tests.unit.toolkit.distill.models.test_shrinking import bottlenecks
@@ -100,6 +101,20 @@ def test_training_begins_with_the_map_and_is_checked(place: Path, capsys: pytest
     assert "BatchNormalization" not in kinds
 
 
+def test_a_share_of_its_own_embedding_keeps_how_the_student_tells_people_apart(place: Path) -> None:
+    model = adopt(str(place / "mobile.onnx"), STATED)
+    crops = FaceSet.read(place / "crops").load(range(0, 480, 10), SIZE)
+    own = unit_rows((model.features.embed(crops) @ model.weight + model.bias).astype(np.float32))
+    gaps = []
+    for keep in ("0", "0.6"):
+        training = ("--steps", "30", "--batch", "16", "--precision", "fp32", "--held-out", "0", "--keep", keep)
+        assert distill(place, f"keep-{keep}", *training) == 0
+        rows = load_student(place / f"keep-{keep}").embed(crops)
+        gaps.append(np.abs(rows @ rows.T - own @ own.T).mean())
+        assert load_student(place / f"keep-{keep}").training["keep"] == float(keep)
+    assert gaps[1] < 0.7 * gaps[0], "similarities of the student's own embeddings stay"
+
+
 def test_a_training_that_loses_against_the_map_leaves_the_map(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--steps", "12", "--batch", "32", "--lr", "3", "--precision", "fp32")
     assert distill(place, "lost", *more) == 0
@@ -130,6 +145,8 @@ def test_a_shrunk_student_is_trained_exported_and_smaller(place: Path, capsys: p
     np.testing.assert_allclose(found, student.embed(crops), atol=1e-5)
     assert distill(place, "again", "--student", str(place / "small"), "--method", "map") == 0
     assert parameters(load_student(place / "again").module) <= 5000, "its last layer stays of rank 8"
+    assert distill(place, "kept", "--student", str(place / "small"), "--method", "map", "--keep", "0.1") == 2
+    assert "--keep 0.1: needs a whole last layer: --map-rank 16" in capsys.readouterr().err
     whole = ("--student", str(place / "small"), "--method", "map", "--map-rank", "24")
     assert distill(place, "whole", *whole) == 0
     assert isinstance(load_student(place / "whole").module.map, nn.Linear)
@@ -149,6 +166,9 @@ def _exported(place: Path, run: str) -> onnx.ModelProto:
         (("--shrink", "10"), "are left when all channels inside its blocks are gone that can be"),
         (("--shrink", "0"), "a number of parameters for --student FILE.onnx"),
         (("--student", "nowhere.onnx"), "nowhere.onnx: no such file"),
+        (("--keep", "1.5"), "--keep 1.5: must lie between 0 and 1"),
+        (("--keep", "0.1", "--map-rank", "8"), "--keep 0.1: needs a whole last layer: --map-rank 16"),
+        (("--student", "mobilefacenet:0.5", "--keep", "0.1"), "--keep 0.1: is for an adopted student"),
     ],
 )
 def test_refused_in_one_line(place: Path, more: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:

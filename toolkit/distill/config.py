@@ -59,7 +59,8 @@ class DistillConfig(Record):
     removed and the rest fitted anew, in closed form. For a smaller and faster student, which training then mends."""
     keep: float = 0.0
     """Length, 0 to 1, of an adopted student's own embedding, rotated into the teacher's space, in the sum with the
-    teacher's that it is taught: two of its own embeddings then tell people apart as before. Not with --map-rank."""
+    teacher's that it is taught, so that two of its own embeddings tell people apart as before. Needs a whole last
+    layer."""
     init: str | None = None
     """Initial weights of the student: a run or FILE.pth of arcface_torch with the same backbone."""
     dim: int | None = None
@@ -206,10 +207,9 @@ class DistillConfig(Record):
             raise InputError(f"--freeze {self.freeze}: needs an adopted student, --student FILE.onnx.")
         if self.shrink is not None and not (self.shrink > 0 and self.adopts):
             raise InputError(f"--shrink {self.shrink}: a number of parameters for --student FILE.onnx, say 400000.")
-        if self.keep and (not self.adopts or self.map_rank is not None or self.mix):
+        if self.keep and (not self.adopts or self.mix):
             raise InputError(
-                f"--keep {self.keep}: is for an adopted student, --student FILE.onnx, with a whole last layer. Leave "
-                "out --map-rank and --mix, or --keep."
+                f"--keep {self.keep}: is for an adopted student, --student FILE.onnx, and for faces that are not mixed."
             )
         if self.freeze and any(getattr(self, name) for name in VIEWS):
             raise InputError(

@@ -48,14 +48,13 @@ LAYERS = {True: "layer in front of the embedding", False: "embedding"}
 class LinearMap:
     """Hold a fitted map of the features. ``weight``: float64 width×D. ``bias``: float64 D. ``report``: plain values.
 
-    ``own``: weight and bias that make the model's own embedding, rotated into the teacher's space; None where it was
-    not asked for or the space is too small.
+    ``own``: weight and bias that make the model's own embedding, rotated into the teacher's space.
     """
 
     weight: Doubles
     bias: Doubles
     report: dict[str, Any]
-    own: tuple[Doubles, Doubles] | None = None
+    own: tuple[Doubles, Doubles]
 
 
 @dataclass
@@ -68,12 +67,6 @@ class _Candidate:
     length: float = 1.0
     seen: Moments | None = None
     held: Moments | None = None
-
-    @property
-    def width(self) -> int:
-        """Return the number of values of the layer."""
-        assert self.seen is not None
-        return len(self.seen.x) - 1
 
     @property
     def usual(self) -> float:
@@ -198,12 +191,9 @@ def fit_map(
     return LinearMap(weight, bias, report, own)
 
 
-def _layer(best: _Found, embedding: _Candidate, keep: float) -> tuple[Doubles, Doubles, tuple[Doubles, Doubles] | None]:
+def _layer(best: _Found, embedding: _Candidate, keep: float) -> tuple[Doubles, Doubles, tuple[Doubles, Doubles]]:
     """Make weight and bias on raw features of a map, with the own embedding added; and those of the own one alone."""
-    weight, bias = best.candidate.layer(best.weight)
-    if not keep or embedding.width > best.weight.shape[1]:
-        return weight, bias, None
-    inner = embedding.seen
+    (weight, bias), inner = best.candidate.layer(best.weight), embedding.seen
     assert inner is not None
     turned = _procrustes(inner)
     own = embedding.layer(turned)

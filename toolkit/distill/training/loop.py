@@ -162,6 +162,7 @@ def _finish(trainer: Trainer, run: Path, teacher: Encoder | None, last: StepLog 
         "optimizer": config.optimizer,
         "ema": config.ema,
         "freeze": config.freeze,
+        "keep": config.keep,
         "shrink": config.shrink,
         "views": config.views,
         "teacher_live": config.teacher_live,

@@ -210,14 +210,22 @@ def _start(
         console.print(
             f"last layer: two with {low} values in between, as the student has; --map-rank {whole} makes it whole"
         )
+    if config.keep and rank:
+        raise InputError(f"--keep {config.keep}: needs a whole last layer: --map-rank {whole}. Or leave --keep out.")
+    if config.keep and student.weight.shape[1] > targets.shape[1]:
+        raise InputError(
+            f"--keep {config.keep}: the student's own embedding has {student.weight.shape[1]} numbers, more than the "
+            f"teacher's {targets.shape[1]}. Leave --keep out."
+        )
     with ConsoleProgress(console)("student features", len(faces)) as advance:
         fitted = fit_map(
             student, targets, faces, cache=cache, measure=measure, refit=True, rank=rank,
-            keep=config.keep if rank is None else 0.0, seed=config.seed, jobs=config.threads, advance=advance,
+            keep=config.keep, seed=config.seed, jobs=config.threads, advance=advance,
         )  # fmt: skip
     own = None
-    if fitted.own:
-        own = MappedRows(embed_stored(student.features, faces, cache=cache), *fitted.own, length=config.keep)
+    if config.keep:
+        features = embed_stored(student.features, faces, cache=cache, jobs=config.threads)
+        own = MappedRows(features, *fitted.own, length=config.keep)
     network = student.network(targets.shape[1])
     network.set_map(fitted.weight, fitted.bias, rank)
     frozen = _freeze(config, student, network, faces, console, cache)
