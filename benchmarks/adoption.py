@@ -9,7 +9,7 @@ people of the fitting data; test.txt is used for the figures alone. It draws doc
 writes table and picture from the last figures.
 
 With --runs the trainings of ``RECIPES`` are run, too, by pkd-distill as users call it, and kept in DIR; a run that is
-there already is measured and not trained again.
+there already is measured and not trained again. --only NAME … measures some of them; other rows stay as they were.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import os
 import resource
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -49,29 +50,41 @@ Report = dict[str, Any]
 MIRRORED = ("--method", "l2kd", "--ema", "0.999", "--threads", "1")
 L2KD = (*MIRRORED, "--no-mirror")
 SHRUNK = ("--batch", "128", "--shrink", "390000", "--map-rank", "96", "--freeze", "0.9", "--lr", "3e-3", *MIRRORED)
-RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "trained": (
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hold one training: what it is, and what pkd-distill is told."""
+
+    what: str
+    options: tuple[str, ...]
+    images: Literal["all", "train", "few"] = "all"
+    """All that there are, train.txt alone, or a newcomer's 800."""
+
+
+ALONE = ("--steps", "800", "--batch", "128", *L2KD, "--ema", "0.995", "--freeze", "0.9")
+RECIPES = {
+    "trained": Recipe(
         "map, then 20 minutes of training of its last layers, with images without identity",
         ("--max-minutes", "20", *L2KD),
     ),
-    "trained-infonce": (
-        "the same by infonce",
-        ("--steps", "1581", "--batch", "128", *L2KD, "--method", "infonce"),
+    "trained-infonce": Recipe(
+        "the same by infonce", ("--steps", "1581", "--batch", "128", *L2KD, "--method", "infonce")
     ),
-    "shrunk": (
-        "shrunk to 0.39 M parameters, then 6,000 steps, with images without identity",
-        ("--steps", "6000", *SHRUNK),
+    "alone": Recipe("map, then 800 steps of its last layers, on train.txt alone", ALONE, "train"),
+    "kept": Recipe("the same with --keep 0.15", (*ALONE, "--keep", "0.15"), "train"),
+    "shrunk": Recipe(
+        "shrunk to 0.39 M parameters, then 6,000 steps, with images without identity", ("--steps", "6000", *SHRUNK)
     ),
-    "shrunk-infonce": (
+    "shrunk-infonce": Recipe(
         "shrunk to 0.39 M parameters, then 2,000 steps of infonce, with images without identity",
         ("--steps", "2000", *SHRUNK, "--method", "infonce"),
     ),
-    "newcomer": (
-        "newcomer: map, then 4 minutes of training",
-        ("--max-minutes", "4", "--method", "l2kd", "--threads", "1"),
+    "newcomer": Recipe(
+        "newcomer: map, then 4 minutes of training", ("--max-minutes", "4", "--method", "l2kd", "--threads", "1"), "few"
     ),
 }
-"""Trainings by the name of their run: what they are and what pkd-distill is told."""
+"""Trainings by the name of their run."""
 
 
 def main() -> int:
@@ -80,8 +93,13 @@ def main() -> int:
     parser.add_argument("--unlabelled", type=int, default=50_000, help="images without identity; 0: no such row")
     parser.add_argument("--seeds", type=int, default=3, help="draws of each row that draws its images")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="train, too: folder of the runs, kept and used again")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(RECIPES), metavar="NAME", help="these trainings; other rows are the last ones"
+    )
     parser.add_argument("--page", action="store_true", help="write table and picture of the last figures alone")
     args = parser.parse_args()
+    if args.only and not args.runs:
+        parser.error("--only: needs --runs DIR")
     if args.page:
         write_page(json.loads(RESULTS.read_text(encoding="utf-8")))
         return 0
@@ -96,6 +114,11 @@ def main() -> int:
         str(SHARED / "models" / "teacher_mobilefacenet_y1_128.onnx"), "mean=0,std=1", train.load(range(16), 112)
     )
     place = Bench(teacher, student, test)
+    if args.only:
+        results = json.loads(RESULTS.read_text(encoding="utf-8"))
+        measured = {name: place.trained(args.runs / name, train) for name in args.only}
+        write_results(results | {"rows": replaced(results["rows"], measured)})
+        return 0
     rows: list[Report] = [{"images": 0, "what": "the teacher itself", **place.rates(place.expected, place.expected)}]
     random = np.random.default_rng(0)
     for count in AMOUNTS:
@@ -112,13 +135,25 @@ def main() -> int:
     for seed in seeds:
         few = place.row(newcomer(train, random), seed)
         rows.append({"what": "newcomer: 800 photographs of 400 people", "seed": seed, **few})
-    for name, (what, options) in RECIPES.items() if args.runs else ():
-        rows.append({"what": what, "seed": 0, **place.trained(args.runs / name, options, train)})
-    results = {"rows": rows, "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    rows += [place.trained(args.runs / name, train) for name in RECIPES if args.runs]
+    write_results({"rows": rows, "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
+    return 0
+
+
+def replaced(rows: list[Report], measured: Mapping[str, Report]) -> list[Report]:
+    """Put newly measured trainings beside the other rows, all in the order of ``RECIPES``."""
+    order = [recipe.what for recipe in RECIPES.values()]
+    new = {row["what"] for row in measured.values()}
+    trainings = [row for row in rows if row["what"] in order and row["what"] not in new]
+    trainings = sorted([*trainings, *measured.values()], key=lambda row: order.index(row["what"]))
+    return [row for row in rows if row["what"] not in order] + trainings
+
+
+def write_results(results: Mapping[str, Any]) -> None:
+    """Keep the figures, and write table and picture."""
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_page(results)
     print(f"wrote {RESULTS.relative_to(ROOT)}")
-    return 0
 
 
 class Bench:
@@ -151,10 +186,9 @@ class Bench:
             **self.rates(mapped, self.expected), "student_alone": self.rates(mapped, mapped),
         }  # fmt: skip
 
-    def trained(self, run: Path, options: tuple[str, ...], train: FaceSet) -> Report:
-        """Train by pkd-distill unless ``run`` is there, and measure its student on the test set."""
-        faces, models = SHARED / "faces", SHARED / "models"
-        few = run.name == "newcomer"
+    def trained(self, run: Path, train: FaceSet) -> Report:
+        """Train a recipe by pkd-distill unless ``run`` is there, and measure its student on the test set."""
+        faces, models, recipe = SHARED / "faces", SHARED / "models", RECIPES[run.name]
         if not (run / "student.pt").is_file():
             shown = run.with_suffix(".txt")
             shown.parent.mkdir(parents=True, exist_ok=True)
@@ -167,8 +201,8 @@ class Bench:
                 "--teacher-preprocess", "mean=127.5,std=127.5",
                 "--student", str(models / "teacher_mobilefacenet_y1_128.onnx"),
                 "--student-preprocess", "mean=0,std=1",
-                "--faces", str(shown if few else faces / "splits" / "train.txt"),
-                *([] if few else ["--unlabelled", *more]), *options, "--out", str(run),
+                "--faces", str(shown if recipe.images == "few" else faces / "splits" / "train.txt"),
+                *(["--unlabelled", *more] if recipe.images == "all" else []), *recipe.options, "--out", str(run),
             ]  # fmt: skip
             if distill(command):
                 raise SystemExit(f"pkd-distill {' '.join(command)} failed")
@@ -176,6 +210,7 @@ class Bench:
         rows = embed_stored(student, self.test, cache=self.cache)[:]
         training = student.training
         return {
+            "what": recipe.what, "seed": 0,
             "images": training["images"], "layer": "trained", "steps": training["steps"], "batch": training["batch"],
             "parameters": training["parameters"], "fit_seconds": None, "lost": training.get("lost"),
             "cosine": float(np.einsum("nd,nd->n", rows, self.expected).mean()),
