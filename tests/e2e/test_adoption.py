@@ -146,7 +146,7 @@ def test_a_shrunk_student_is_trained_exported_and_smaller(place: Path, capsys: p
     assert distill(place, "again", "--student", str(place / "small"), "--method", "map") == 0
     assert parameters(load_student(place / "again").module) <= 5000, "its last layer stays of rank 8"
     assert distill(place, "kept", "--student", str(place / "small"), "--method", "map", "--keep", "0.1") == 2
-    assert "--keep 0.1: needs a whole last layer: --map-rank 16" in capsys.readouterr().err
+    assert "--keep 0.1: needs a whole last layer. Add --map-rank 16" in capsys.readouterr().err
     whole = ("--student", str(place / "small"), "--method", "map", "--map-rank", "24")
     assert distill(place, "whole", *whole) == 0
     assert isinstance(load_student(place / "whole").module.map, nn.Linear)
@@ -167,7 +167,7 @@ def _exported(place: Path, run: str) -> onnx.ModelProto:
         (("--shrink", "0"), "a number of parameters for --student FILE.onnx"),
         (("--student", "nowhere.onnx"), "nowhere.onnx: no such file"),
         (("--keep", "1.5"), "--keep 1.5: must lie between 0 and 1"),
-        (("--keep", "0.1", "--map-rank", "8"), "--keep 0.1: needs a whole last layer: --map-rank 16"),
+        (("--keep", "0.1", "--map-rank", "8"), "--keep 0.1: needs a whole last layer. Leave --map-rank out"),
         (("--student", "mobilefacenet:0.5", "--keep", "0.1"), "--keep 0.1: is for an adopted student"),
     ],
 )

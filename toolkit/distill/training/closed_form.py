@@ -48,13 +48,14 @@ LAYERS = {True: "layer in front of the embedding", False: "embedding"}
 class LinearMap:
     """Hold a fitted map of the features. ``weight``: float64 width×D. ``bias``: float64 D. ``report``: plain values.
 
-    ``own``: weight and bias that make the model's own embedding, rotated into the teacher's space.
+    ``own``: weight and bias that make the model's own embedding, rotated into the teacher's space; None where none of
+    it is kept.
     """
 
     weight: Doubles
     bias: Doubles
     report: dict[str, Any]
-    own: tuple[Doubles, Doubles]
+    own: tuple[Doubles, Doubles] | None
 
 
 @dataclass
@@ -191,10 +192,11 @@ def fit_map(
     return LinearMap(weight, bias, report, own)
 
 
-def _layer(best: _Found, embedding: _Candidate, keep: float) -> tuple[Doubles, Doubles, tuple[Doubles, Doubles]]:
+def _layer(best: _Found, embedding: _Candidate, keep: float) -> tuple[Doubles, Doubles, tuple[Doubles, Doubles] | None]:
     """Make weight and bias on raw features of a map, with the own embedding added; and those of the own one alone."""
     (weight, bias), inner = best.candidate.layer(best.weight), embedding.seen
-    assert inner is not None
+    if not keep or inner is None:
+        return weight, bias, None
     turned = _procrustes(inner)
     own = embedding.layer(turned)
     # at features of the usual length the map predicts a teacher's embedding of length 1, and the own one has ``keep``

@@ -211,7 +211,8 @@ def _start(
             f"last layer: two with {low} values in between, as the student has; --map-rank {whole} makes it whole"
         )
     if config.keep and rank:
-        raise InputError(f"--keep {config.keep}: needs a whole last layer: --map-rank {whole}. Or leave --keep out.")
+        remedy = f"Add --map-rank {whole}" if low else "Leave --map-rank out"
+        raise InputError(f"--keep {config.keep}: needs a whole last layer. {remedy}, or leave --keep out.")
     if config.keep and student.weight.shape[1] > targets.shape[1]:
         raise InputError(
             f"--keep {config.keep}: the student's own embedding has {student.weight.shape[1]} numbers, more than the "
@@ -223,7 +224,7 @@ def _start(
             keep=config.keep, seed=config.seed, jobs=config.threads, advance=advance,
         )  # fmt: skip
     own = None
-    if config.keep:
+    if fitted.own:
         features = embed_stored(student.features, faces, cache=cache, jobs=config.threads)
         own = MappedRows(features, *fitted.own, length=config.keep)
     network = student.network(targets.shape[1])

@@ -87,7 +87,8 @@ def test_the_students_own_embedding_is_added_with_its_length(folder: Path) -> No
     random = np.random.default_rng(0)
     plain = make_teacher().embed(faces.load(np.arange(len(faces)), SIZE))
     features = random.normal(size=(len(faces), 5)).astype(np.float32)
-    weight, bias = random.normal(size=(5, plain.shape[1])), random.normal(size=plain.shape[1])
+    weight = random.normal(size=(5, plain.shape[1]))
+    bias = random.normal(size=(1, plain.shape[1]))[0]
     own = features @ weight + bias
     own *= 0.3 / np.linalg.norm(own, axis=1, keepdims=True)
     teaching = Teaching((plain, plain), own=MappedRows(features, weight, bias, length=0.3))
