@@ -40,6 +40,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "drawn").mkdir()
     for i, crop in enumerate(synthetic_crops(232, SIZE)[32:]):
         write_rgb(root / "drawn" / f"{i}.png", crop)
+    drawn = "".join(f"{path}\n" for path in sorted((root / "drawn").iterdir()))
+    (root / "calibration.txt").write_text((root / "train.txt").read_text() + drawn)
     write_teacher(root / "teacher.onnx")
     config = DistillConfig(
         out=str(root / "even"), faces=(str(root / "train.txt"),), unlabelled=(str(root / "drawn"),), student=STUDENT,
@@ -75,7 +77,7 @@ def test_training_on_rescues_what_int8_ruined(
     monkeypatch.chdir(world)
     monkeypatch.setenv("PKD_CACHE", str(world / "cache"))
     made = tmp_path / "made"
-    command = ["run", "-o", str(made), "--precision", "fp32", "int8", "--calib", "train.txt", "--json"]
+    command = ["run", "-o", str(made), "--precision", "fp32", "int8", "--calib", "calibration.txt", "--json"]
     command += ["--gate", "test.txt", "--gate-teacher", "teacher.onnx", "--gate-teacher-preprocess", STATED]
     command += ["--gate-fmr", "0.02", "--max-tar-drop", "0.2", "--qat", "--qat-steps", "120"]
     assert main([*command, "--qat-faces", "nowhere"]) == 2

@@ -219,7 +219,7 @@ def _accepted(scores: PairScores, balanced: Floats, raw: Floats, multiplicity: D
     def accepted(weight: Doubles, last: Floats) -> Doubles:
         drawn = np.take(weight, people, -1)
         sums = np.zeros((*drawn.shape[:-1], len(people) + 1))
-        for row, into in zip(drawn.reshape(-1, len(people)), sums.reshape(-1, len(people) + 1), strict=True):
+        for row, into in zip(np.atleast_2d(drawn), np.atleast_2d(sums), strict=True):
             for start in range(0, len(people), BLOCK):
                 _add_up(row[start : start + BLOCK], into[start : start + BLOCK + 1])
         rate: Doubles = np.take_along_axis(sums, np.searchsorted(descending, -last, "left"), -1) / sums[..., -1:]

@@ -26,7 +26,7 @@ from pkd.export.quantization.quantize import (
 from pkd.toolkit.core.preprocess import Preprocess
 from tests.support.bundle_factory import DIM, network
 
-CROPS = synthetic_crops(24, 112)
+CROPS = synthetic_crops(48, 112)
 TINY = decompose_prelu(uint8_graph(network(), Preprocess(), DIM))
 
 
@@ -48,9 +48,9 @@ def nothing(done: int) -> None:
 def test_every_form_and_method_stays_near_fp32(
     form: str, method: RangeMethod, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = quantise(TINY, calibrate(TINY, CROPS[:12], method, nothing), form)
+    made = quantise(TINY, calibrate(TINY, CROPS[:36], method, nothing), form)
     onnx.checker.check_model(made, full_check=True)
-    rows, expected = embeddings(made, CROPS[12:]), embeddings(TINY, CROPS[12:])
+    rows, expected = embeddings(made, CROPS[36:]), embeddings(TINY, CROPS[36:])
     assert np.sum(rows * expected, axis=1).min() > 0.99
     assert 0 < similarity_rms(rows, expected) < 0.02
     assert not caplog.records
