@@ -127,6 +127,8 @@ def test_plain_openvino_loads_every_graph_and_the_ir(tmp_path: Path) -> None:
         pinned = {"INFERENCE_PRECISION_HINT": "f32"}
         model = openvino.Core().compile_model(str(bundle.path / name), "CPU", pinned)
         worst = 1 - cosines(model([golden.crops])[0], golden.embeddings).min()
+        if "int8" in name and "vnni" not in Path("/proc/cpuinfo").read_text():
+            tolerance = max(tolerance, 0.05)  # sums of INT8 overflow in OpenVINO there, which has no option against it
         assert worst <= tolerance, f"{name}: {worst} over {tolerance}"
 
 
